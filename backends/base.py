@@ -1,0 +1,149 @@
+"""What a backend is: it says what it can do here, lowers a program to an artifact, and runs it.
+
+Heavy packages are imported inside `lower` and `load`, so that asking what is available costs nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from slrc.errors import BackendError
+from slrc.program import Program
+
+MANIFEST = "manifest.json"
+MANIFEST_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a compiled model runs: a backend and what to build for.
+
+    `text` forms: `ort`, `tensorrt`, `tensorrt-rtx`, `tensorrt-rtx:sm86+sm89`, `tensorrt-rtx:sm86+fp16`.
+    """
+
+    backend: str
+    options: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.backend}:{'+'.join(self.options)}" if self.options else self.backend
+
+    @property
+    def folder(self) -> str:
+        """A name for the target's folder in the output."""
+        return re.sub(r"[^\w.-]+", "-", str(self))
+
+
+class Availability(NamedTuple):
+    """Whether a backend can emit and run on this machine; a reason is empty where it can."""
+
+    why_not_emit: str = ""
+    why_not_run: str = ""
+
+
+class Artifact(BaseModel):
+    """What a backend wrote: a folder with a model file and how to run it, described by its manifest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    manifest_version: int = MANIFEST_VERSION
+    target: str
+    model_file: str
+    precision: str = "float32"
+    dynamic_batch: bool
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    properties: Mapping[str, str] = {}
+    """What else the backend wants to record: the opset, the builder's version, compute capabilities."""
+
+    def write(self, folder: Path) -> None:
+        """Write the manifest."""
+        (folder / MANIFEST).write_text(self.model_dump_json(indent=1) + "\n")
+
+    @staticmethod
+    def read(folder: Path) -> Artifact:
+        """Read the manifest of an artifact's folder.
+
+        Raises:
+            BackendError: there is none, or it is not one of this version.
+        """
+        try:
+            return Artifact.model_validate_json((folder / MANIFEST).read_text())
+        except FileNotFoundError:
+            raise BackendError(f"`{folder}` is not an artifact: it has no {MANIFEST}") from None
+        except (OSError, ValidationError) as error:
+            raise BackendError(f"the manifest in `{folder}` cannot be read: {error}") from None
+
+
+class Runner(Protocol):
+    """A loaded artifact."""
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        """Run on the flattened inputs and return the flattened outputs, on the CPU."""
+
+    def prepare(self, *inputs: Tensor) -> Callable[[], Any]:
+        """Return a call that runs on these inputs again and again with nothing but the engine's own work."""
+
+
+class Backend(ABC):
+    """A way to emit and run a program."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+
+    @abstractmethod
+    def available(self) -> Availability:
+        """Say whether this machine can emit and run, and why not. Imports nothing heavy."""
+
+    @abstractmethod
+    def check_target(self, target: Target) -> None:
+        """Make sure that the target's options are known; needs no device.
+
+        Raises:
+            BackendError: an option is unknown.
+        """
+
+    @abstractmethod
+    def check(self, program: Program) -> list[str]:
+        """Return what in the program the backend cannot take, and why; needs no device."""
+
+    @abstractmethod
+    def lower(self, program: Program, target: Target, out: Path) -> Artifact:
+        """Write the program into the folder `out`, with its manifest.
+
+        Raises:
+            BackendError: the program cannot be emitted.
+        """
+
+    @abstractmethod
+    def tolerance(self, artifact: Artifact) -> float:
+        """Return how far the artifact's outputs may lie from the program's, as a share of the largest value."""
+
+    @abstractmethod
+    def load(self, folder: Path, *, threads: int | None = None) -> Runner:
+        """Load an artifact to run it.
+
+        Raises:
+            BackendError: the artifact cannot run here.
+        """
+
+
+@dataclass(frozen=True)
+class LoweredProgram:
+    """An artifact and the folder it lies in."""
+
+    artifact: Artifact
+    folder: Path
+    target: Target = field(default_factory=lambda: Target("ort"))
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of the model file."""
+        return (self.folder / self.artifact.model_file).stat().st_size

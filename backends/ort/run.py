@@ -1,0 +1,43 @@
+"""Running an ONNX model with ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from slrc.errors import BackendError
+
+
+class OnnxRuntimeRunner:
+    """A session on the CPU; `threads` is the size of its pool, `None` for the runtime's choice."""
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+            options.inter_op_num_threads = 1
+        try:
+            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's errors share no base class
+            raise BackendError(f"ONNX Runtime cannot load `{path}`: {str(error).splitlines()[0]}") from error
+        self._inputs = [i.name for i in self._session.get_inputs()]
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        """Run once."""
+        return [torch.from_numpy(array) for array in self._session.run(None, self._feed(inputs))]
+
+    def prepare(self, *inputs: Tensor) -> Callable[[], Any]:
+        """Return a call that runs on these inputs."""
+        feed, run = self._feed(inputs), self._session.run
+        return lambda: run(None, feed)
+
+    def _feed(self, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
+        if len(inputs) != len(self._inputs):
+            raise BackendError(f"the model takes {len(self._inputs)} inputs, got {len(inputs)}")
+        return {n: x.detach().cpu().contiguous().numpy() for n, x in zip(self._inputs, inputs, strict=True)}

@@ -1,0 +1,1 @@
+"""Passes: analyses return values, transforms take a program and return one. One pass a file."""

@@ -1,0 +1,213 @@
+"""Decide what is constrained and how much of it is kept: from a program to a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from fnmatch import fnmatch
+
+import numpy as np
+
+from slrc.errors import PatternError, PlanError
+from slrc.passes.label_indices import ChannelGroup, label_indices
+from slrc.patterns import AnyPattern, Unstructured
+from slrc.plans import Constraint, LeftOut, Plan, Slice
+from slrc.program import Layer, Program
+
+
+class Allocation(StrEnum):
+    """How the asked sparsity is shared out."""
+
+    UNIFORM = "uniform"
+    """The same share of every layer or group."""
+    GLOBAL = "global"
+    """Wherever the weights are smallest, by mean energy of a group."""
+
+
+def allocate_sparsity(
+    program: Program,
+    pattern: AnyPattern,
+    sparsity: float | None = None,
+    *,
+    allocation: Allocation = Allocation.UNIFORM,
+    skip: Sequence[str] = (),
+    keep_ends: bool = True,
+) -> Plan:
+    """Return a plan that prunes `sparsity` of the constrained weights, to within one group.
+
+    Args:
+        program: the captured model.
+        pattern: what may survive together.
+        sparsity: the share of the constrained weights to prune, in [0, 1); `None` for the pattern's own, else 0.5.
+        allocation: how the share is spread over layers.
+        skip: glob patterns of layer names to leave alone.
+        keep_ends: leave the first layer and the final classifier alone.
+
+    Raises:
+        PatternError: the pattern prescribes another sparsity.
+        PlanError: nothing can be constrained, or a `skip` matches nothing.
+    """
+    asked = _asked_sparsity(pattern, sparsity)
+    _check_skips(program, skip)
+    if pattern.coupled:
+        candidates, left_out = _coupled_constraints(program, pattern, skip, keep_ends)
+    else:
+        candidates, left_out = _layer_constraints(program, pattern, skip, keep_ends)
+    if not candidates:
+        reasons = "; ".join(f"{x.name}: {x.reason}" for x in left_out[:3]) or "it has no layers with weights"
+        raise PlanError(
+            f"nothing in {program.name} can be pruned by {pattern}: {reasons}",
+            hint="see `slrc inspect` for every layer, or try another pattern",
+        )
+    weights = np.array([c.num_weights(program.tensors) for c in candidates], dtype=np.int64)
+    groups = np.array([c.groups for c in candidates], dtype=np.int64)
+    if pattern.fixed_sparsity is not None:
+        keep = np.array([c.keep for c in candidates])
+    elif allocation is Allocation.GLOBAL:
+        keep = _global(program, candidates, weights, groups, asked)
+    else:
+        keep = _uniform(weights, groups, asked)
+    constraints = tuple(c.model_copy(update={"keep": int(k)}) for c, k in zip(candidates, keep, strict=True))
+    reached = 1.0 - float((weights * keep / groups).sum() / weights.sum())
+    return Plan(
+        sparsity_asked=asked,
+        sparsity=reached,
+        shortfall=_explain(asked, reached, weights, groups, keep),
+        constraints=constraints,
+        left_out=tuple(left_out),
+    )
+
+
+def _asked_sparsity(pattern: AnyPattern, sparsity: float | None) -> float:
+    fixed = pattern.fixed_sparsity
+    if fixed is None:
+        return 0.5 if sparsity is None else sparsity
+    if sparsity is not None and abs(sparsity - fixed) > 1e-9:
+        raise PatternError(
+            f"pattern {pattern} prunes {fixed:.0%} of the weights, but sparsity {sparsity:g} was asked",
+            hint="leave `--sparsity` out, or choose N and M for the sparsity that you want",
+        )
+    return fixed
+
+
+def _check_skips(program: Program, skip: Sequence[str]) -> None:
+    names = [layer.name for layer in program.layers.values()]
+    for glob in skip:
+        if not any(_matches(name, glob) for name in names):
+            raise PlanError(
+                f"`--skip {glob}` matches no layer of {program.name}",
+                hint=f"layers are named like `{names[len(names) // 2] if names else ''}`; see `slrc inspect`",
+            )
+
+
+def _matches(name: str, glob: str) -> bool:
+    return fnmatch(name, glob) or fnmatch(name, f"{glob}.*")
+
+
+def _end_of(layer: Layer) -> str:
+    return "the first layer" if layer.is_first else "the final classifier" if layer.is_last else ""
+
+
+def _layer_constraints(
+    program: Program, pattern: AnyPattern, skip: Sequence[str], keep_ends: bool
+) -> tuple[list[Constraint], list[LeftOut]]:
+    chosen, left_out = [], []
+    for weight, layer in program.layers.items():
+        if any(_matches(layer.name, glob) for glob in skip):
+            reason: str | None = "skipped by the user"
+        elif keep_ends and _end_of(layer):
+            reason = f"{_end_of(layer)} is left alone by default"
+        elif layer.op.startswith("conv_transpose") and not isinstance(pattern, Unstructured):
+            reason = f"transposed convolutions do not take {pattern} yet"
+        else:
+            reason = pattern.why_not(layer.shape, layer.groups)
+        if reason is not None:
+            left_out.append(LeftOut(name=layer.name, reason=reason))
+            continue
+        one = Constraint(name=layer.name, pattern=pattern, groups=1, keep=1, members=(Slice(tensor=weight),))
+        groups = one.energies(program.tensors).shape[1]
+        keep = groups if pattern.fixed_sparsity is None else round(groups * (1 - pattern.fixed_sparsity))
+        chosen.append(one.model_copy(update={"groups": groups, "keep": keep}))
+    return chosen, left_out
+
+
+def _coupled_constraints(
+    program: Program, pattern: AnyPattern, skip: Sequence[str], keep_ends: bool
+) -> tuple[list[Constraint], list[LeftOut]]:
+    labels = label_indices(program)
+    chosen, left_out = [], []
+    for group in labels.groups:
+        producers = _producers(program, group)
+        skipped = [p.name for p in producers if any(_matches(p.name, glob) for glob in skip)]
+        if skipped:
+            reason: str | None = f"`{skipped[0]}` is skipped by the user"
+        elif keep_ends and producers and all(p.is_first or p.is_depthwise for p in producers):
+            reason = "the first layer is left alone by default"
+        elif group.units < 2:
+            reason = "it has one channel only"
+        else:
+            reason = None
+        if reason is not None:
+            left_out.append(LeftOut(name=group.name, reason=reason))
+            continue
+        chosen.append(
+            Constraint(
+                name=group.name,
+                pattern=pattern,
+                groups=group.units,
+                keep=group.units,
+                members=group.members,
+                followers=group.followers,
+            )
+        )
+    left_out += [LeftOut(name=p.layer, reason=p.reason) for p in labels.pinned]
+    return chosen, left_out
+
+
+def _producers(program: Program, group: ChannelGroup) -> list[Layer]:
+    return [program.layers[s.tensor] for s in group.members if s.tensor in program.layers]
+
+
+
+
+def _uniform(weights: np.ndarray, groups: np.ndarray, sparsity: float) -> np.ndarray:
+    """Round each layer's share down, then give what is missing to the largest remainders."""
+    exact = sparsity * groups
+    removed = np.minimum(np.floor(exact + 1e-9).astype(np.int64), groups - 1)
+    steps = weights / groups
+    missing = sparsity * weights.sum() - (removed * steps).sum()
+    for i in np.argsort(-(exact - removed), kind="stable"):
+        if missing >= steps[i] / 2 and removed[i] < groups[i] - 1:
+            removed[i] += 1
+            missing -= steps[i]
+    return groups - removed
+
+
+def _global(
+    program: Program, constraints: Sequence[Constraint], weights: np.ndarray, groups: np.ndarray, sparsity: float
+) -> np.ndarray:
+    """Remove the groups of least mean energy first, over all layers together; each keeps one at least."""
+    steps = weights / groups
+    density, layer = [], []
+    for i, c in enumerate(constraints):
+        # Removing the k-th group of every row costs the sum over rows of the k-th smallest energies.
+        cost = c.energies(program.tensors).sort(dim=1).values.sum(dim=0)[:-1].double().cpu().numpy()
+        density.append(cost / steps[i])
+        layer.append(np.full(len(cost), i))
+    order = np.argsort(np.concatenate(density), kind="stable")
+    candidates = np.concatenate(layer)[order]
+    total = np.cumsum(steps[candidates])
+    count = int(np.searchsorted(total, sparsity * weights.sum() - steps.min() / 2))
+    removed = np.bincount(candidates[:count], minlength=len(groups))
+    return groups - removed
+
+
+def _explain(asked: float, reached: float, weights: np.ndarray, groups: np.ndarray, keep: np.ndarray) -> str:
+    one_group = float((weights / groups).max() / weights.sum())
+    if abs(asked - reached) <= one_group + 1e-9:
+        return ""
+    at_limit = int((keep == 1).sum())
+    return (
+        f"asked {asked:.1%}, reached {reached:.1%}: {at_limit} of {len(groups)} layers or groups are down to "
+        "their last group"
+    )

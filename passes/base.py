@@ -1,0 +1,27 @@
+"""What every transform has in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
+
+from slrc.plans import Masks, Plan
+from slrc.program import Program
+
+
+class PassResult(NamedTuple):
+    """A transform's program, and whether it differs from the one that went in."""
+
+    program: Program
+    modified: bool
+
+
+class Transform(ABC):
+    """A rewrite of a program under a plan and its masks. A second run of the same transform modifies nothing."""
+
+    name: ClassVar[str]
+    """Kebab-case, the words of the class and of its file."""
+
+    @abstractmethod
+    def __call__(self, program: Program, plan: Plan, masks: Masks) -> PassResult:
+        """Return the rewritten program."""

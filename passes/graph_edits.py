@@ -1,0 +1,51 @@
+"""Small edits of graph modules that transforms share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+
+def sibling(weight: str, leaf: str) -> str:
+    """Return a name beside a weight's: `conv1.bias` for `conv1.weight`, `in_proj_weight_bias` for `in_proj_weight`."""
+    return f"{weight.removesuffix('.weight')}.{leaf}" if weight.endswith(".weight") else f"{weight}_{leaf}"
+
+
+def get_tensor(module: GraphModule, name: str) -> Tensor:
+    """Return a parameter or buffer by its qualified name."""
+    owner, _, leaf = name.rpartition(".")
+    tensor = getattr(module.get_submodule(owner), leaf)
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
+def set_tensor(module: GraphModule, name: str, tensor: Tensor) -> None:
+    """Set or replace a parameter (if it is one) or buffer by its qualified name; modules on the way are made."""
+    owner: nn.Module = module
+    *path, leaf = name.split(".")
+    for part in path:
+        if not hasattr(owner, part):
+            setattr(owner, part, nn.Module())
+        owner = getattr(owner, part)
+    if leaf in owner._parameters or leaf in owner._buffers:
+        delattr(owner, leaf)
+    if isinstance(tensor, nn.Parameter):
+        owner.register_parameter(leaf, tensor)
+    else:
+        owner.register_buffer(leaf, tensor)
+
+
+def insert_tensor(module: GraphModule, before: Node, name: str, tensor: Tensor) -> Node:
+    """Set a tensor and return a new node that reads it, placed before `before`."""
+    set_tensor(module, name, tensor)
+    with module.graph.inserting_before(before):
+        return module.graph.get_attr(name)
+
+
+def call_before(before: Node, target: torch._ops.OpOverload, *args: object) -> Node:
+    """Insert a call of an ATen operator before a node, with that node's source location."""
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(target, args)
+    node.meta = {k: v for k, v in before.meta.items() if k in ("stack_trace", "nn_module_stack")}
+    return node

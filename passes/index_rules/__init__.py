@@ -1,0 +1,26 @@
+"""Rules of the index-label analysis: how each operator joins the labels of its operands' indices.
+
+Each rule is a small function `(node, table) -> Value` for the ATen operators it names. An operator without a rule
+pins what it touches.
+"""
+
+from slrc.passes.index_rules import (
+    contraction,
+    convolution,
+    elementwise,
+    normalization,
+    reduction,
+    shape,
+)
+from slrc.passes.index_rules.table import Dims, LabelTable, Rule, Value
+
+RULES: dict[str, Rule] = {
+    **elementwise.RULES,
+    **convolution.RULES,
+    **contraction.RULES,
+    **normalization.RULES,
+    **reduction.RULES,
+    **shape.RULES,
+}
+
+__all__ = ["RULES", "Dims", "LabelTable", "Rule", "Value"]

@@ -1,0 +1,42 @@
+"""Linear layers and matrix products: the summed dimension joins, the others pass through."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from slrc.passes.index_rules.table import LabelTable, Rule, Value, tensor_args
+
+
+def linear(node: Node, table: LabelTable) -> Value:
+    """`linear(x (…, i), w (o, i), b (o)) -> (…, o)`."""
+    x, weight, *bias = tensor_args(node)
+    x_dims, w_dims = table.dims(x), table.dims(weight)
+    table.join(x_dims[-1], w_dims[1], node)
+    if weight.op == "get_attr":
+        table.consume(weight, 1)
+    for b in bias:
+        table.join(w_dims[0], table.dims(b)[0], node)
+    return Value([*x_dims[:-1], w_dims[0]])
+
+
+def matmul(node: Node, table: LabelTable) -> Value:
+    """`a (…, m, k) @ b (…, k, n)`: a removed `k` must add nothing, so one side must be zero there."""
+    a, b = tensor_args(node)[:2]
+    left, right = table.value(a), table.value(b)
+    if len(left.dims) < 2 or len(right.dims) < 2:
+        raise NotImplementedError
+    inner = table.join(left.dims[-1], right.dims[-2], node)
+    if not (left.vanishes or right.vanishes):
+        table.pin(inner, "summed over where removed indices are not zero", node)
+    batch_dims = []
+    rank = max(len(left.dims), len(right.dims))
+    for d in range(rank - 2):
+        sides = [v.dims[d - (rank - len(v.dims))] for v in (left, right) if d >= rank - len(v.dims)]
+        merged = sides[0]
+        for other in sides[1:]:
+            merged = table.join(merged, other, node) if merged is not None or other is not None else None
+        batch_dims.append(merged)
+    return Value([*batch_dims, left.dims[-2], right.dims[-1]], left.vanishes and right.vanishes)
+
+
+RULES: dict[str, Rule] = {"linear": linear, **dict.fromkeys(["matmul", "bmm", "mm"], matmul)}

@@ -1,0 +1,44 @@
+"""Normalisation layers."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from slrc.passes.index_rules.table import LabelTable, Rule, Value
+
+
+def batch_norm(node: Node, table: LabelTable) -> Value | list[Value]:
+    """`batch_norm(x (n, c, …), scale, shift, mean, var)`: all go with their channel."""
+    x = node.args[0]
+    assert isinstance(x, Node)
+    dims = table.dims(x)
+    given = [a for a in node.args[1:5] if isinstance(a, Node)]
+    for parameter in given:
+        table.join(dims[1], table.dims(parameter)[0], node)
+    affine = isinstance(node.args[1], Node) and isinstance(node.args[2], Node)
+    result = Value(dims, vanishes=affine)
+    outputs = node.meta["val"]
+    if not isinstance(outputs, (tuple, list)):
+        return result
+    return [result, *(Value([None] * t.dim()) for t in outputs[1:])]
+
+
+def layer_norm(node: Node, table: LabelTable) -> Value:
+    """`layer_norm(x, shape, scale, shift)`: its statistics see every index, so the normalised ones stay."""
+    x, shape = node.args[0], node.args[1]
+    assert isinstance(x, Node)
+    assert isinstance(shape, (list, tuple))
+    dims = table.dims(x)
+    for parameter in [a for a in node.args[2:4] if isinstance(a, Node)]:
+        for d, labels in enumerate(reversed(table.dims(parameter)), start=1):
+            table.join(dims[-d], labels, node)
+    for labels in dims[len(dims) - len(shape) :]:
+        table.pin(labels, "normalised over by layer_norm", node)
+    return Value(dims, vanishes=False)
+
+
+RULES: dict[str, Rule] = {
+    "batch_norm": batch_norm,
+    "_native_batch_norm_legit_no_training": batch_norm,
+    "layer_norm": layer_norm,
+}

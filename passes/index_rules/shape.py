@@ -1,0 +1,246 @@
+"""Operators that move indices: labels move with them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch.fx import Node
+
+from slrc.passes.index_rules.table import Dims, LabelTable, Rule, Value, is_one, shape_of
+from slrc.program import argument
+
+PRIME = 1_000_003
+"""Stands for the symbolic batch when sizes are factored: no product of real sizes contains it."""
+SMALL = 4
+"""A new dimension no larger than this is taken for a list of parts (q, k, v), not for channels."""
+
+
+def reshape(node: Node, table: LabelTable) -> Value:
+    """`view(x, sizes)`: dimensions that merge or split are matched by the product of their sizes."""
+    x = node.args[0]
+    assert isinstance(x, Node)
+    value = table.value(x)
+    before, after = [_numeric(s) for s in shape_of(x)], [_numeric(s) for s in shape_of(node)]
+    dims: Dims = [None] * len(after)
+    for inputs, outputs in segments(before, after):
+        _reshape_segment(node, table, value.dims, inputs, outputs, before, after, dims)
+    return Value(dims, value.vanishes)
+
+
+def segments(before: list[int], after: list[int]) -> list[tuple[list[int], list[int]]]:
+    """Split two shapes of equal product into the shortest runs of dimensions with equal products.
+
+    `[2, 6, 5]` and `[2, 2, 3, 5]` give `([0], [0]), ([1], [1, 2]), ([2], [3])`.
+    """
+    result, i, j = [], 0, 0
+    while i < len(before) or j < len(after):
+        ins, outs = [], []
+        left = right = 1
+        while True:
+            if i < len(before) and (left <= right or j >= len(after)):
+                left, ins, i = left * before[i], [*ins, i], i + 1
+            elif j < len(after):
+                right, outs, j = right * after[j], [*outs, j], j + 1
+            else:
+                break
+            if left == right and ins and outs:
+                break
+        result.append((ins, outs))
+    return result
+
+
+def _reshape_segment(
+    node: Node,
+    table: LabelTable,
+    dims: Dims,
+    inputs: list[int],
+    outputs: list[int],
+    before: list[int],
+    after: list[int],
+    result: Dims,
+) -> None:
+    labelled = [d for d in inputs if dims[d] is not None]
+    if not labelled:
+        return
+    sizes = [before[d] for d in inputs]
+    outputs = [d for d in outputs if after[d] != 1] or outputs[:1]
+    if any(s % PRIME == 0 for s in sizes) or math.prod(sizes) != math.prod(after[d] for d in outputs):
+        for d in labelled:
+            table.pin(dims[d], "merged with the batch", node)
+        return
+    for d in labelled[1:]:
+        table.pin(dims[d], "two removable dimensions merge", node)
+    carried = dims[labelled[0]]
+    assert carried is not None
+    spread = carried.reshape([-1 if d == labelled[0] else 1 for d in inputs])
+    grid = np.broadcast_to(spread, sizes).reshape([after[d] for d in outputs])
+    axis = _carrying_axis(grid)
+    result[outputs[axis]] = table.join_rows(np.moveaxis(grid, axis, 0).reshape(grid.shape[axis], -1))
+
+
+def _carrying_axis(grid: np.ndarray) -> int:
+    """Return the new dimension that takes the labels: the one along which they differ, else the first large one."""
+    varying = [k for k in range(grid.ndim) if grid.shape[k] > 1 and (grid != np.take(grid, [0], k)).any()]
+    if len(varying) == 1:
+        return varying[0]
+    large = [k for k in range(grid.ndim) if grid.shape[k] > SMALL]
+    return large[0] if large else int(np.argmax(grid.shape))
+
+
+def permute(node: Node, table: LabelTable) -> Value:
+    """`permute(x, order)`."""
+    x, order = node.args[0], node.args[1]
+    assert isinstance(x, Node)
+    assert isinstance(order, (list, tuple))
+    value = table.value(x)
+    return Value([value.dims[int(d)] for d in order], value.vanishes)  # type: ignore[arg-type]
+
+
+def transpose(node: Node, table: LabelTable) -> Value:
+    """`transpose(x, a, b)`."""
+    x, a, b = node.args[:3]
+    assert isinstance(x, Node)
+    value = table.value(x)
+    dims = list(value.dims)
+    dims[a], dims[b] = dims[b], dims[a]  # type: ignore[index]
+    return Value(dims, value.vanishes)
+
+
+def unsqueeze(node: Node, table: LabelTable) -> Value:
+    """`unsqueeze(x, dim)`."""
+    x, dim = node.args[:2]
+    assert isinstance(x, Node)
+    assert isinstance(dim, int)
+    value = table.value(x)
+    dim %= len(value.dims) + 1
+    return Value([*value.dims[:dim], None, *value.dims[dim:]], value.vanishes)
+
+
+def squeeze(node: Node, table: LabelTable) -> Value:
+    """`squeeze(x, dims)`: dimensions of size 1 go."""
+    x = node.args[0]
+    assert isinstance(x, Node)
+    value, shape = table.value(x), shape_of(x)
+    asked = argument(node, 1, "dim", list(range(len(shape))))
+    gone = {d % len(shape) for d in ([asked] if isinstance(asked, int) else asked) if is_one(shape[d])}
+    return Value([labels for d, labels in enumerate(value.dims) if d not in gone], value.vanishes)
+
+
+def expand(node: Node, table: LabelTable) -> Value:
+    """`expand(x, sizes)`: new copies of a dimension of size 1 have no labels."""
+    x = node.args[0]
+    assert isinstance(x, Node)
+    value = table.value(x)
+    lead = len(shape_of(node)) - len(value.dims)
+    return Value([*[None] * lead, *value.dims], value.vanishes)
+
+
+def cat(node: Node, table: LabelTable) -> Value:
+    """`cat(xs, dim)`: labels are concatenated along `dim` and joined along the others."""
+    parts = node.args[0]
+    assert isinstance(parts, (list, tuple))
+    nodes = [p for p in parts if isinstance(p, Node)]
+    rank = len(shape_of(node))
+    dim = int(argument(node, 1, "dim", 0)) % rank
+    values = [table.value(p) for p in nodes]
+    result: Dims = []
+    for d in range(rank):
+        met = [v.dims[d] for v in values]
+        if all(labels is None for labels in met):
+            result.append(None)
+        elif d == dim:
+            pieces = []
+            for part, labels in zip(nodes, met, strict=True):
+                if labels is None:
+                    labels = table.union.new(shape_of(part)[d])
+                    table.pin(labels, "concatenated part of a fixed size", node)
+                pieces.append(labels)
+            result.append(np.concatenate(pieces))
+        else:
+            merged = met[0]
+            for labels in met[1:]:
+                merged = table.join(merged, labels, node)
+            result.append(merged)
+    return Value(result, all(v.vanishes for v in values))
+
+
+def split(node: Node, table: LabelTable) -> list[Value]:
+    """`split(x, sizes, dim)` and `chunk`: each part takes its labels."""
+    x, outputs = node.args[0], node.meta["val"]
+    assert isinstance(x, Node)
+    value = table.value(x)
+    dim = int(argument(node, 2, "dim", 0)) % len(value.dims)
+    parts, start = [], 0
+    for part in outputs:
+        labels = value.dims[dim]
+        stop = start + part.shape[dim] if labels is not None else start
+        dims = list(value.dims)
+        dims[dim] = labels[start:stop] if labels is not None else None
+        parts.append(Value(dims, value.vanishes))
+        start = stop
+    return parts
+
+
+def slice_(node: Node, table: LabelTable) -> Value:
+    """`slice(x, dim, start, end, step)`."""
+    x = node.args[0]
+    assert isinstance(x, Node)
+    value = table.value(x)
+    dim = int(argument(node, 1, "dim", 0)) % len(value.dims)
+    bounds = [argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1)]
+    dims = list(value.dims)
+    labels = dims[dim]
+    if labels is not None:
+        if bounds[2] != 1 or any(isinstance(b, Node) for b in bounds):
+            raise NotImplementedError
+        dims[dim] = labels[bounds[0] : bounds[1]]
+    return Value(dims, value.vanishes)
+
+
+def select(node: Node, table: LabelTable) -> Value:
+    """`select(x, dim, index)`: names an index, so that the dimension stays."""
+    x = node.args[0]
+    assert isinstance(x, Node)
+    value = table.value(x)
+    dim = int(argument(node, 1, "dim", 0)) % len(value.dims)
+    table.pin(value.dims[dim], "one index is selected", node)
+    return Value([labels for d, labels in enumerate(value.dims) if d != dim], value.vanishes)
+
+
+def pad(node: Node, table: LabelTable) -> Value:
+    """`pad(x, amounts)`: padded dimensions stay, the others pass through."""
+    x = node.args[0]
+    assert isinstance(x, Node)
+    value = table.value(x)
+    amounts = node.args[1]
+    assert isinstance(amounts, (list, tuple))
+    padded = {len(value.dims) - 1 - k // 2 for k, amount in enumerate(amounts) if amount != 0}
+    for d in padded:
+        table.pin(value.dims[d], "padded", node)
+    dims = [None if d in padded else labels for d, labels in enumerate(value.dims)]
+    fill = argument(node, 3 if str(node.target).startswith("aten.pad") else 2, "value", 0)
+    return Value(dims, value.vanishes and fill in (None, 0, 0.0))
+
+
+def _numeric(size: int | torch.SymInt) -> int:
+    if isinstance(size, int):
+        return size
+    expr = size.node.expr
+    return int(expr.subs(dict.fromkeys(expr.free_symbols, PRIME)))
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(["view", "reshape", "_unsafe_view", "flatten", "unflatten"], reshape),
+    "permute": permute,
+    **dict.fromkeys(["transpose", "swapaxes"], transpose),
+    "unsqueeze": unsqueeze,
+    "squeeze": squeeze,
+    "expand": expand,
+    "cat": cat,
+    **dict.fromkeys(["split", "split_with_sizes", "chunk"], split),
+    "slice": slice_,
+    "select": select,
+    **dict.fromkeys(["pad", "constant_pad_nd"], pad),
+}

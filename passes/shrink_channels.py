@@ -1,0 +1,139 @@
+"""Remove pruned channels for good."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from slrc.errors import PlanError
+from slrc.passes.base import PassResult, Transform
+from slrc.passes.graph_edits import get_tensor, set_tensor
+from slrc.passes.index_rules import Dims
+from slrc.passes.label_indices import IndexLabels, label_indices
+from slrc.plans import Masks, Plan
+from slrc.program import CONVOLUTIONS, Program, argument, op_name
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class ShrinkChannels(Transform):
+    """Remove every unit of a coupled group that its mask prunes, from all tensors that it lies in.
+
+    1. A dimension of a parameter or buffer keeps the indices whose label survives.
+    2. The size of a dimension in `view`, `expand` and the like becomes the number of its labels that survive; bounds of
+       `slice` and sizes of `split` likewise.
+    3. A depthwise convolution has as many groups as it has inputs.
+
+        conv (64, 32, 3, 3) ─▶ batch_norm (64) ─▶ conv (64, 64, 3, 3)        with 24 of 64 pruned
+        conv (40, 32, 3, 3) ─▶ batch_norm (40) ─▶ conv (64, 40, 3, 3)
+    """
+
+    name: ClassVar[str] = "shrink-channels"
+
+    def __call__(self, program: Program, plan: Plan, masks: Masks) -> PassResult:
+        """Return the slim program.
+
+        Raises:
+            PlanError: a constraint names units that the program does not have.
+        """
+        pruned = {c.name: c for c in plan if c.pattern.coupled and not bool(masks.surviving_units(c).all())}
+        present = [c for c in pruned.values() if _is_present(program, c.members[0].tensor, c)]
+        if not present:
+            return PassResult(program, False)
+        labels = label_indices(program)
+        alive = np.ones(len(labels.roots), dtype=bool)
+        for c in present:
+            roots = labels.unit_roots(c.members[0], c.groups)
+            alive[roots[~masks.surviving_units(c).numpy()]] = False
+        survives = alive[labels.roots]
+        return PassResult(*program.rewrite(lambda module: _shrink(module, labels, survives)))
+
+
+def _is_present(program: Program, tensor: str, constraint: Any) -> bool:
+    """Whether the group still has its full width; a program that was shrunk before has not."""
+    if tensor not in program.tensors:
+        raise PlanError(f"constraint `{constraint.name}`: the program has no tensor `{tensor}`")
+    where = constraint.members[0]
+    needed = constraint.groups if where.index is None else max(where.index) + 1
+    return bool(program.tensors[tensor].shape[where.dim] >= needed)
+
+
+def _shrink(module: GraphModule, labels: IndexLabels, survives: NDArray[np.bool_]) -> bool:
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.name in labels.values:
+            _resize_arguments(node, labels, survives)
+    for name, dims in labels.tensors.items():
+        tensor = get_tensor(module, name)
+        for dim, dim_labels in enumerate(dims):
+            if dim_labels is not None and not survives[dim_labels].all():
+                kept = torch.from_numpy(np.flatnonzero(survives[dim_labels]))
+                sliced = tensor.detach().index_select(dim, kept)
+                tensor = nn.Parameter(sliced, requires_grad=False) if isinstance(tensor, nn.Parameter) else sliced
+        set_tensor(module, name, tensor)
+    return True
+
+
+def _resize_arguments(node: Node, labels: IndexLabels, survives: NDArray[np.bool_]) -> None:
+    resize = _RESIZE.get(op_name(node))
+    if resize is None:
+        return
+    source = node.args[0]
+    ins = labels.values[source.name][0] if isinstance(source, Node) else []
+    resize(node, _Survivors(survives), ins, labels.values[node.name])
+
+
+@dataclass(frozen=True)
+class _Survivors:
+    survives: NDArray[np.bool_]
+
+    def count(self, labels: NDArray[np.int64]) -> int:
+        return int(self.survives[labels].sum())
+
+    def sizes(self, asked: Any, dims: Dims) -> list[Any]:
+        """Sizes of a value with these labels: counted where there are labels, as asked elsewhere."""
+        return [a if d is None else self.count(d) for a, d in zip(asked, dims, strict=True)]
+
+
+def _resize_view(node: Node, survivors: _Survivors, ins: Dims, outs: list[Dims]) -> None:
+    node.update_arg(1, survivors.sizes(node.args[1], outs[0]))
+
+
+def _resize_slice(node: Node, survivors: _Survivors, ins: Dims, outs: list[Dims]) -> None:
+    dim = int(argument(node, 1, "dim", 0))
+    labels = ins[dim]
+    if labels is not None:
+        start, stop, _ = slice(argument(node, 2, "start"), argument(node, 3, "end")).indices(len(labels))
+        bounds = [survivors.count(labels[:start]), survivors.count(labels[:stop])]
+        node.args = (node.args[0], dim, *bounds)
+
+
+def _resize_split(node: Node, survivors: _Survivors, ins: Dims, outs: list[Dims]) -> None:
+    dim = int(argument(node, 2, "dim", 0))
+    if ins[dim] is not None:
+        sizes = [survivors.count(part[dim]) for part in outs if part[dim] is not None]
+        node.target, node.args, node.kwargs = aten.split_with_sizes.default, (node.args[0], sizes, dim), {}
+
+
+def _resize_groups(node: Node, survivors: _Survivors, ins: Dims, outs: list[Dims]) -> None:
+    position = 8 if op_name(node) == "convolution" else 6
+    groups = int(argument(node, position, "groups", 1))
+    weight = node.args[1]
+    assert isinstance(weight, Node)
+    if groups > 1 and weight.meta["val"].shape[1] == 1 and ins[1] is not None:
+        node.update_arg(position, survivors.count(ins[1]))
+
+
+_RESIZE: dict[str, Callable[[Node, _Survivors, Dims, list[Dims]], None]] = {
+    **dict.fromkeys(["view", "reshape", "_unsafe_view", "expand"], _resize_view),
+    "slice": _resize_slice,
+    **dict.fromkeys(["split", "split_with_sizes"], _resize_split),
+    **dict.fromkeys(sorted(CONVOLUTIONS), _resize_groups),
+}

@@ -1,0 +1,78 @@
+"""slrc: a compiler for sparse neural networks.
+
+    slrc.compile("model.py", out="build", pattern="channel", sparsity=0.5)
+
+is `capture`, `plan`, `train`, `structure` and `lower` in order, with the proof and the measurement. `slrc.SLR` is the
+optimiser alone, for a training loop of one's own.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slrc.api import capture, compile, lower, plan, structure, train
+    from slrc.config import CompileConfig
+    from slrc.errors import SlrcError
+    from slrc.methods import ADMM, SLR, ADMMSettings, Magnitude, SLRSettings
+    from slrc.plans import Masks, Plan
+    from slrc.program import Program
+    from slrc.report import Report
+    from slrc.workload import Workload, cached_weights, cross_entropy
+
+__version__ = version("slrc")
+
+# Imported on first use: `import slrc` and `slrc --help` need not wait for torch.
+_HOME = {
+    "capture": "api",
+    "compile": "api",
+    "lower": "api",
+    "plan": "api",
+    "structure": "api",
+    "train": "api",
+    "CompileConfig": "config",
+    "SlrcError": "errors",
+    "ADMM": "methods",
+    "ADMMSettings": "methods",
+    "Magnitude": "methods",
+    "SLR": "methods",
+    "SLRSettings": "methods",
+    "Masks": "plans",
+    "Plan": "plans",
+    "Program": "program",
+    "Report": "report",
+    "Workload": "workload",
+    "cached_weights": "workload",
+    "cross_entropy": "workload",
+}
+
+__all__ = [
+    "ADMM",
+    "SLR",
+    "ADMMSettings",
+    "CompileConfig",
+    "Magnitude",
+    "Masks",
+    "Plan",
+    "Program",
+    "Report",
+    "SLRSettings",
+    "SlrcError",
+    "Workload",
+    "cached_weights",
+    "capture",
+    "compile",
+    "cross_entropy",
+    "lower",
+    "plan",
+    "structure",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'slrc' has no attribute {name!r}")
+    return getattr(import_module(f"slrc.{_HOME[name]}"), name)

@@ -1,0 +1,142 @@
+"""The Python API: the stages of a compile, and `compile`, which is those in order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import set_seed
+
+from slrc import training
+from slrc.backends import LoweredProgram, get_backend, parse_target
+from slrc.compilation import Compilation
+from slrc.config import CompileConfig, make_config
+from slrc.errors import BackendError, PlanError
+from slrc.passes.allocate_sparsity import Allocation, allocate_sparsity
+from slrc.patterns import AnyPattern, Channel, parse_pattern
+from slrc.pipeline import STRUCTURE, run_passes
+from slrc.plans import Masks, Plan
+from slrc.program import Program
+from slrc.program import capture as capture_module
+from slrc.progress import Quiet, Reporter
+from slrc.report import Report
+from slrc.training import Trained
+from slrc.workload import Workload, load_workload
+from slrc.workspace import Workspace
+
+
+def capture(workload: Workload) -> Program:
+    """Trace the workload's model to a program, in evaluation mode; the model itself is not changed."""
+    return capture_module(workload.model, workload.example_inputs, workload.name)
+
+
+def plan(
+    program: Program,
+    pattern: str | AnyPattern = Channel(),
+    sparsity: float | None = None,
+    *,
+    allocate: str | Allocation = Allocation.UNIFORM,
+    skip: Sequence[str] = (),
+    keep_ends: bool = True,
+) -> Plan:
+    """Return what to constrain in a program and how much of it to keep. See `allocate_sparsity`."""
+    chosen = parse_pattern(pattern) if isinstance(pattern, str) else pattern
+    return allocate_sparsity(
+        program, chosen, sparsity, allocation=Allocation(allocate), skip=skip, keep_ends=keep_ends
+    )
+
+
+def train(workload: Workload, plan: Plan, *, checkpoints: Path | None = None, **options: Any) -> Trained:
+    """Train the workload's model in place under the plan and prune it hard.
+
+    `options` are those of `CompileConfig`, such as `method="slr"`, `epochs=5`, `retrain_epochs=0`.
+    """
+    return training.train(workload, plan, make_config(options), checkpoints=checkpoints)
+
+
+def structure(program: Program, plan: Plan, trained: Trained | Masks) -> Program:
+    """Turn masks into structure: removed channels, split layers; what has no structure yet stays masked."""
+    if isinstance(trained, Masks):
+        return run_passes(STRUCTURE, program, plan, trained)
+    return run_passes(STRUCTURE, program.with_tensors(trained.tensors), plan, trained.masks)
+
+
+def lower(program: Program, target: str, out: str | Path) -> LoweredProgram:
+    """Emit a program for a target, such as `ort` or `tensorrt-rtx:sm86`, into the folder `out`.
+
+    Raises:
+        BackendError: the target is unknown or cannot take the program.
+    """
+    parsed, folder = parse_target(target), Path(out)
+    backend = get_backend(parsed)
+    if reasons := backend.check(program):
+        raise BackendError(f"target `{target}` cannot take {program.name}: {reasons[0]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    return LoweredProgram(backend.lower(program, parsed, folder), folder, parsed)
+
+
+def compile(
+    model: str | Workload,
+    out: str | Path = "build",
+    *,
+    config: CompileConfig | None = None,
+    config_file: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+    **options: Any,
+) -> Report:
+    """Capture, plan, train, structure, lower, prove and measure; the result appears in `out` whole or not at all.
+
+    Args:
+        model: a workload, or what the command line takes for MODEL.
+        out: the output folder.
+        config: the options; or give them one by one, as in `compile("model.py", sparsity=0.75)`.
+        config_file: a TOML file with options; those given here win.
+        resume: go on with an interrupted run of the same options.
+        overwrite: start anew though an interrupted run is in the way.
+        reporter: where progress goes.
+        options: fields of `CompileConfig`.
+    """
+    config = config or make_config(options, config_file)
+    targets = [parse_target(text) for text in config.target]
+    loaded_plan = Plan.load(config.plan) if config.plan else None
+    spec = model if isinstance(model, str) else model.name
+    identity = {"model": spec, **config.model_dump(mode="json")}
+    workspace = Workspace(Path(out), identity, resume=resume, overwrite=overwrite)
+    try:
+        set_seed(config.seed)
+        workload = load_workload(model) if isinstance(model, str) else model
+        run = Compilation(workload, config, targets, workspace, reporter or Quiet())
+        run.restore_dense()
+        program = capture(workload)
+        chosen = checked_plan(program, loaded_plan) if loaded_plan else plan(program, **plan_options(config))
+        trained = run.train(program, chosen)
+        slim = run.structure(program, chosen, trained)
+        lowered = run.lower(program, slim)
+        report = run.report(program, slim, chosen, trained, lowered)
+        run.publish(report, chosen, trained, slim)
+    finally:
+        workspace.close()
+    return report
+
+
+def plan_options(config: CompileConfig) -> Mapping[str, Any]:
+    """Return the options of a configuration that `plan` takes."""
+    names = ("pattern", "sparsity", "allocate", "skip", "keep_ends")
+    return {name: getattr(config, name) for name in names}
+
+
+def checked_plan(program: Program, given: Plan) -> Plan:
+    """Return a plan that the user gave, made sure to fit the program.
+
+    Raises:
+        PlanError: it does not fit, or constrains nothing.
+    """
+    if not given.constraints:
+        raise PlanError("the plan constrains nothing", hint="write one with `slrc inspect --plan-out plan.json`")
+    given.check(program.tensors, {name: layer.groups for name, layer in program.layers.items()})
+    weights = [c.num_weights(program.tensors) for c in given]
+    kept = sum(c.kept_weights(program.tensors) for c in given)
+    return given.model_copy(update={"sparsity": 1.0 - kept / sum(weights)})

@@ -1,0 +1,146 @@
+"""Checkpoints of a training run: whole or absent, and loaded without unpickling code."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from pydantic import BaseModel, ConfigDict
+from safetensors.torch import load_file, save_file
+
+from slrc.errors import OutputError, TrainingError
+from slrc.methods import Iteration, MethodState
+
+PROGRESS = "progress.json"
+
+
+class EpochRecord(BaseModel):
+    """One epoch: mean training loss, the metric of the live model and of a hard-pruned copy, seconds.
+
+    Epoch 0 is the dense start, before any step.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    phase: str
+    epoch: int
+    loss: float | None
+    metric: float | None
+    hard_pruned: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Where a run stands after an epoch."""
+
+    phase: str
+    epochs_done: int
+    curve: tuple[EpochRecord, ...]
+    method: MethodState
+    masks: Mapping[str, Any]
+
+
+class CheckpointFolder:
+    """A folder of numbered checkpoints, of which the newest whole one counts."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def save(self, accelerator: Accelerator, snapshot: Snapshot) -> None:
+        """Write a checkpoint aside, then rename it; older ones are removed afterwards.
+
+        Raises:
+            OutputError: the disk is full or the folder cannot be written.
+        """
+        number = self._numbers()[-1] + 1 if self._numbers() else 0
+        aside, final = self.root / "next.partial", self.root / f"{number:06d}"
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            accelerator.save_state(str(aside / "accelerate"), safe_serialization=True)
+            if snapshot.method.tensors:
+                save_file(dict(snapshot.method.tensors), aside / "method.safetensors")
+            if snapshot.masks:
+                save_file({n: m.contiguous() for n, m in snapshot.masks.items()}, aside / "masks.safetensors")
+            progress = {
+                "phase": snapshot.phase,
+                "epochs_done": snapshot.epochs_done,
+                "curve": [r.model_dump() for r in snapshot.curve],
+                "numbers": dict(snapshot.method.numbers),
+                "history": [r.model_dump() for r in snapshot.method.history],
+            }
+            (aside / PROGRESS).write_text(json.dumps(progress))
+            _flush(aside)
+            aside.rename(final)
+        except (OSError, RuntimeError) as error:
+            raise disk_error(self.root, error) from error
+        for old in self._numbers()[:-1]:
+            shutil.rmtree(self.root / f"{old:06d}", ignore_errors=True)
+
+    def newest(self) -> Path | None:
+        """Return the newest whole checkpoint."""
+        numbers = self._numbers()
+        return self.root / f"{numbers[-1]:06d}" if numbers else None
+
+    def read(self, folder: Path) -> Snapshot:
+        """Read all but what accelerate keeps (`restore` does that, once the model is prepared).
+
+        Raises:
+            TrainingError: the checkpoint is damaged.
+        """
+        try:
+            progress = json.loads((folder / PROGRESS).read_text())
+            method, masks = folder / "method.safetensors", folder / "masks.safetensors"
+            state = MethodState(
+                tensors=load_file(method) if method.exists() else {},
+                numbers=progress["numbers"],
+                history=tuple(Iteration.model_validate(r) for r in progress["history"]),
+            )
+            return Snapshot(
+                phase=progress["phase"],
+                epochs_done=progress["epochs_done"],
+                curve=tuple(EpochRecord.model_validate(r) for r in progress["curve"]),
+                method=state,
+                masks=load_file(masks) if masks.exists() else {},
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise TrainingError(
+                f"checkpoint `{folder}` cannot be read: {error}", hint="remove it and run without `--resume`"
+            ) from error
+
+    def restore(self, accelerator: Accelerator, folder: Path) -> None:
+        """Put model, optimiser and schedule back; pickled files are read with `weights_only`."""
+        try:
+            accelerator.load_state(str(folder / "accelerate"))
+        except Exception as error:  # torch, safetensors and accelerate raise what they like
+            raise TrainingError(
+                f"checkpoint `{folder}` does not fit this model: {str(error).splitlines()[0]}",
+                hint="the model or its optimiser changed since: run without `--resume`",
+            ) from error
+
+    def _numbers(self) -> list[int]:
+        if not self.root.is_dir():
+            return []
+        return sorted(int(p.name) for p in self.root.iterdir() if p.name.isdigit())
+
+
+def disk_error(where: Path, error: BaseException) -> OutputError:
+    """Return a readable error for a folder that cannot be written."""
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return OutputError(
+        f"cannot write to `{where}`: {reason}", hint="free some space or choose another folder with `--out`"
+    )
+
+
+def _flush(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

@@ -1,0 +1,238 @@
+"""One compile under way: what its stages share, and what they write."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from slrc.backends import LoweredProgram, Target, get_backend
+from slrc.config import CompileConfig
+from slrc.errors import BackendError, WorkloadError
+from slrc.pipeline import DENSE, STRUCTURE, run_passes
+from slrc.plans import Masks, Plan
+from slrc.program import Program
+from slrc.progress import Reporter
+from slrc.report import Accuracy, LayerSparsity, Pair, Report, Sparsity, TargetResult
+from slrc.report_page import write_page
+from slrc.timing import Latency, environment, measure
+from slrc.training import Trained, train
+from slrc.verify import TOLERANCE_FP32, Check, RunnerModule, compare, compare_metric, outputs_of
+from slrc.workload import Workload
+from slrc.workspace import Workspace
+
+INPUTS = "inputs.safetensors"
+
+
+@dataclass
+class Lowered:
+    """The dense and the compiled program on one target."""
+
+    target: Target
+    dense: LoweredProgram
+    compiled: LoweredProgram
+
+
+@dataclass
+class Compilation:
+    """State of a run: its checks and notes so far."""
+
+    workload: Workload
+    config: CompileConfig
+    targets: Sequence[Target]
+    workspace: Workspace
+    reporter: Reporter
+    checks: list[Check] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for text in self.workload.warnings:
+            self.note(text)
+
+    def note(self, text: str) -> None:
+        """Say something on the way, and in the report."""
+        self.notes.append(text)
+        self.reporter.note(f"note: {text}")
+
+    def restore_dense(self) -> None:
+        """Keep the dense weights for a resumed run, or go back to those that the interrupted one started from."""
+        model = self.workload.model
+        kept = self.workspace.keep_tensors("dense", model.state_dict())
+        model.load_state_dict(kept, strict=False)
+
+    def train(self, program: Program, plan: Plan) -> Trained:
+        """Check the capture against the eager module, then train."""
+        reference = outputs_of(self.workload.model, program.example_inputs)
+        outputs = outputs_of(program.module(), program.example_inputs)
+        self.checks.append(compare("eager module = captured program", reference, outputs, TOLERANCE_FP32))
+        if not program.batch_is_dynamic:
+            self.note("the model fixes its batch size: the compiled one takes the example's batch only")
+        if plan.shortfall:
+            self.note(plan.shortfall)
+        trained = train(
+            self.workload,
+            plan,
+            self.config,
+            checkpoints=self.workspace.checkpoints,
+            resume=self.workspace.resumed,
+            reporter=self.reporter,
+        )
+        if self.workload.train_batches is None:
+            self.note(f"the workload has no training data: pruned by {trained.method} in one shot")
+        if self.workload.evaluate is None:
+            self.note("the workload has no `evaluate`: no accuracy was measured")
+        return trained
+
+    def structure(self, program: Program, plan: Plan, trained: Trained) -> Program:
+        """Turn masks into structure, each step checked against the user's own module with its weights masked."""
+        module = self.workload.model.cpu()
+        module.load_state_dict(trained.tensors)
+        reference = outputs_of(module, program.example_inputs)
+        masked = program.with_tensors(trained.tensors)
+        return run_passes(STRUCTURE, masked, plan, trained.masks, reference, self.checks)
+
+    def lower(self, program: Program, slim: Program) -> list[Lowered]:
+        """Emit both programs for every target."""
+        result = self.workspace.new_result()
+        dense = run_passes(DENSE, program, _NOTHING, Masks())
+        lowered = []
+        for target in self.targets:
+            backend = get_backend(target)
+            reasons = [backend.available().why_not_emit, *backend.check(slim)]
+            if reason := next(filter(None, reasons), None):
+                raise BackendError(f"target `{target}` cannot be built here: {reason}")
+            pair = []
+            for name, one in (("dense", dense), ("compiled", slim)):
+                folder = result / target.folder / name
+                folder.mkdir(parents=True)
+                self.reporter.note(f"emitting {target} ({name})")
+                pair.append(LoweredProgram(backend.lower(one, target, folder), folder, target))
+            lowered.append(Lowered(target, *pair))
+        return lowered
+
+    def report(
+        self, program: Program, slim: Program, plan: Plan, trained: Trained, lowered: Sequence[Lowered]
+    ) -> Report:
+        """Run what can run here: prove, evaluate and measure it."""
+        metric = self.workload.measure(self.workload.model)
+        final = None if metric is None else self.workload.measure(slim.module())
+        latency, results = [], []
+        for pair in lowered:
+            why_not = get_backend(pair.target).available().why_not_run
+            if why_not:
+                self.note(f"{pair.target} was not run here: {why_not}")
+            else:
+                measured = self._prove(slim, pair, metric)
+                final = measured or final
+                latency.append(self._measure(slim, pair))
+            size = Pair(dense=pair.dense.size_bytes, compiled=pair.compiled.size_bytes)
+            results.append(
+                TargetResult(
+                    target=str(pair.target),
+                    folder=pair.target.folder,
+                    size_bytes=size,
+                    precision=pair.compiled.artifact.precision,
+                    not_run=why_not,
+                )
+            )
+        dense = run_passes(DENSE, program, _NOTHING, Masks())
+        return Report(
+            model=self.workload.name,
+            pattern=" + ".join(sorted({str(c.pattern) for c in plan})),
+            method=trained.method,
+            sparsity=Sparsity(asked=plan.sparsity_asked, reached=plan.sparsity),
+            accuracy=_accuracy(metric, trained, final),
+            params=Pair(dense=dense.num_parameters, compiled=_surviving(slim, trained.masks)),
+            macs=Pair(dense=dense.macs, compiled=slim.macs),
+            size_bytes=results[0].size_bytes,
+            latency=tuple(latency),
+            checks=tuple(self.checks),
+            slr=trained.history,
+            curve=trained.curve,
+            layers=tuple(
+                LayerSparsity(
+                    name=c.name,
+                    pattern=str(c.pattern),
+                    groups=c.groups,
+                    kept=c.keep,
+                    weights=c.num_weights(program.tensors),
+                )
+                for c in plan
+            ),
+            targets=tuple(results),
+            notes=tuple(self.notes),
+            config=self.config.model_dump(mode="json"),
+            environment=environment(),
+        )
+
+    def publish(self, report: Report, plan: Plan, trained: Trained, slim: Program) -> None:
+        """Write what is left and put the result in its place."""
+        folder = self.workspace.result
+        plan.save(folder / "plan.json")
+        trained.masks.save(folder / "masks.safetensors")
+        save_file({f"input_{i}": x for i, x in enumerate(flat_inputs(slim))}, folder / INPUTS)
+        torch.export.save(slim.exported, folder / "model.pt2")
+        report.save(folder)
+        write_page(report, folder / "report.html")
+        self.workspace.publish()
+
+    def _prove(self, slim: Program, pair: Lowered, metric: tuple[str, float] | None) -> tuple[str, float] | None:
+        backend = get_backend(pair.target)
+        runner = backend.load(pair.compiled.folder, threads=self.config.threads)
+        tolerance = backend.tolerance(pair.compiled.artifact)
+        reference = outputs_of(slim.module(), slim.example_inputs)
+        self.checks.append(
+            compare(f"slim program = {pair.target}", reference, runner(*flat_inputs(slim)), tolerance)
+        )
+        if metric is None:
+            return None
+        fixed = None if pair.compiled.artifact.dynamic_batch else slim.batch
+        out_spec = slim.exported.call_spec.out_spec
+        measured = self.workload.measure(RunnerModule(runner, out_spec, fixed))
+        if measured is None or not math.isfinite(measured[1]):
+            raise WorkloadError(f"`evaluate` returned {measured} for the compiled model")
+        self.checks.append(compare_metric(f"{metric[0]}: masked module = {pair.target}", metric[1], measured[1]))
+        return measured
+
+    def _measure(self, slim: Program, pair: Lowered) -> Latency:
+        return time_pair(pair, flat_inputs(slim), self.config.threads, self.reporter)
+
+
+def time_pair(
+    pair: Lowered, inputs: Sequence[Tensor], threads: int | None, reporter: Reporter | None = None
+) -> Latency:
+    """Load both artifacts of a target and time them in turns."""
+    backend = get_backend(pair.target)
+    dense, compiled = (backend.load(p.folder, threads=threads) for p in (pair.dense, pair.compiled))
+    return measure(str(pair.target), dense, compiled, inputs, threads or torch.get_num_threads(), reporter)
+
+
+def flat_inputs(program: Program) -> list[Tensor]:
+    """Return the example inputs as a flat list of tensors."""
+    return [x.contiguous() for x in pytree.tree_leaves(program.example_inputs) if isinstance(x, Tensor)]
+
+
+_NOTHING = Plan(sparsity_asked=0.0, sparsity=0.0, constraints=())
+
+
+def _accuracy(
+    masked: tuple[str, float] | None, trained: Trained, final: tuple[str, float] | None
+) -> Accuracy | None:
+    if masked is None or final is None or trained.dense is None or trained.hard_pruned is None:
+        return None
+    return Accuracy(metric=masked[0], dense=trained.dense, hard_pruned=trained.hard_pruned, final=final[1])
+
+
+def _surviving(slim: Program, masks: Masks) -> int:
+    """Return the number of parameters that are not pruned: stored ones less those that are masked."""
+    masked = sum(
+        int((~mask).sum())
+        for name, mask in masks.tensors.items()
+        if name in slim.tensors and slim.tensors[name].shape == mask.shape
+    )
+    return slim.num_parameters - masked

@@ -1,0 +1,101 @@
+"""The options of a compile, typed and checked once, from the command line or a TOML file."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from slrc.errors import ConfigError, SlrcError
+from slrc.methods import ADMMSettings, MethodName, SLRSettings
+from slrc.passes.allocate_sparsity import Allocation
+from slrc.patterns import Channel
+from slrc.plans import PatternField
+
+
+class Precision(StrEnum):
+    """Arithmetic of the training steps; weights and checks stay in float32."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+
+class CompileConfig(BaseModel):
+    """Everything that `slrc compile` can be told. Field names are the option names, with underscores."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pattern: PatternField = Field(default_factory=Channel)
+    sparsity: float | None = Field(default=None, ge=0, lt=1)
+    allocate: Allocation = Allocation.UNIFORM
+    method: MethodName | None = None
+    epochs: Annotated[int, Field(ge=0)] = 10
+    retrain_epochs: Annotated[int, Field(ge=0)] = 0
+    updates_per_epoch: Annotated[int, Field(ge=1)] = 2
+    probe_batches: Annotated[int, Field(ge=1)] = 4
+    precision: Precision = Precision.FP32
+    target: tuple[str, ...] = ("ort",)
+    plan: Path | None = None
+    skip: tuple[str, ...] = ()
+    keep_ends: bool = True
+    threads: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+    slr: SLRSettings = SLRSettings()
+    admm: ADMMSettings = ADMMSettings()
+
+    @field_validator("target", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("target")
+    @classmethod
+    def _no_target(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("at least one target is needed")
+        return value
+
+
+def make_config(options: Mapping[str, Any], file: Path | None = None) -> CompileConfig:
+    """Return a configuration from a TOML file and options, of which the options win.
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown, or a value is out of range.
+    """
+    merged = {**(_read_toml(file) if file else {}), **options}
+    try:
+        return CompileConfig.model_validate(merged)
+    except SlrcError:
+        raise
+    except ValidationError as error:
+        raise _config_error(error, file, options) from None
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        data = tomllib.loads(file.read_text())
+    except FileNotFoundError:
+        raise ConfigError(
+            f"configuration file `{file}` does not exist", hint="check the path given to `--config`"
+        ) from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"configuration file `{file}` cannot be read: {error}") from None
+    return {key.replace("-", "_"): value for key, value in data.items()}
+
+
+def _config_error(error: ValidationError, file: Path | None, options: Mapping[str, Any]) -> ConfigError:
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"])
+    top = str(first["loc"][0]) if first["loc"] else ""
+    where = f"option `--{top.replace('_', '-')}`" if top in options else f"`{field}` in `{file}`"
+    if first["type"] == "extra_forbidden":
+        known = ", ".join(name.replace("_", "-") for name in CompileConfig.model_fields)
+        return ConfigError(f"{where}: there is no such option", hint=f"known options: {known}")
+    got = first.get("input")
+    hint = "the share of weights to prune, for example `--sparsity 0.75`" if top == "sparsity" else None
+    return ConfigError(f"{where}: {first['msg'].lower()}, got {got!r}", hint=hint)

@@ -1,0 +1,71 @@
+"""ADMM pruning (Zhang et al., ECCV 2018, arXiv 1804.03294), with the same update frequency as SLR."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from slrc.methods.base import Iteration, Method, MethodState, Splitting, norm
+from slrc.plans import Plan
+
+
+class ADMMSettings(BaseModel):
+    """ADMM's parameter."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rho: float = Field(default=0.1, gt=0, description="penalty ρ, also the dual step")
+
+
+class ADMM(Method):
+    """Z ← project(W + Λ/ρ), then Λ ← Λ + ρ(W − Z), once an outer iteration."""
+
+    name: ClassVar[str] = "admm"
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], plan: Plan, settings: ADMMSettings | None = None
+    ) -> None:
+        super().__init__(parameters, plan)
+        self.settings = settings or ADMMSettings()
+        self.splitting = Splitting(self, self.settings.rho)
+        self.k = 0
+
+    def add_penalty_gradient(self) -> None:
+        """Add Λ + ρ(W − Z) to `.grad`."""
+        self.splitting.add_gradient()
+
+    def update(self, loss: Callable[[], float]) -> Iteration:
+        """Project, then move the multipliers by ρ."""
+        split = self.splitting
+        self.k += 1
+        f = loss()
+        lagrangian = f + split.penalty(split.difference())
+        split.copies = split.project()
+        difference = split.difference()
+        split.move_multipliers(split.rho, difference)
+        split.refresh()
+        record = Iteration(
+            k=self.k,
+            loss=f,
+            lagrangian=lagrangian,
+            accepted_loss=True,
+            accepted_projection=True,
+            step_size=split.rho,
+            residual=norm(difference),
+            multiplier_norm=norm(split.multipliers),
+        )
+        self.history.append(record)
+        return record
+
+    def state(self) -> MethodState:
+        """Z, Λ, k and the history."""
+        return MethodState(self.splitting.tensors(), {"k": float(self.k)}, tuple(self.history))
+
+    def load_state(self, state: MethodState) -> None:
+        """Go on from a checkpoint."""
+        self.splitting.load_tensors(state.tensors)
+        self.k = int(state.numbers["k"])
+        self.history = list(state.history)

@@ -1,0 +1,123 @@
+"""Surrogate Lagrangian Relaxation (Zhou et al., arXiv 2304.04120; Gurevin et al., arXiv 2012.10079).
+
+    minimise f(W) subject to W_n in S_n, with the copy Z_n = W_n, Z_n in S_n:
+
+    L_ρ(W, Z, Λ) = f(W) + Σ <Λ_n, W_n − Z_n> + Σ ρ/2 ‖W_n − Z_n‖²
+
+Each outer iteration k solves the loss subproblem by some steps of the user's optimiser (the penalty's gradient comes
+from `add_penalty_gradient`), then, in `update`, checks its surrogate optimality, moves the multipliers, projects, checks
+and moves again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from slrc.methods.base import Iteration, Method, MethodState, Splitting, norm
+from slrc.plans import Plan
+
+
+class SLRSettings(BaseModel):
+    """SLR's parameters, with the paper's names.
+
+    α_k = 1 − 1/(M k^p) with p = 1 − 1/k^r; M > 1 and 0 < r < 1 make the steps shrink slowly enough.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rho: float = Field(default=0.1, gt=0, description="penalty ρ")
+    s0: float = Field(default=0.01, gt=0, description="first step size")
+    M: float = Field(default=300.0, gt=1, description="step-size constant, above 1")
+    r: float = Field(default=0.1, gt=0, lt=1, description="step-size exponent, in (0, 1)")
+
+
+class SLR(Method):
+    """The method of the paper; see the module's docstring and `Method` for its use in a loop of one's own."""
+
+    name: ClassVar[str] = "slr"
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], plan: Plan, settings: SLRSettings | None = None
+    ) -> None:
+        super().__init__(parameters, plan)
+        self.settings = settings or SLRSettings()
+        self.splitting = Splitting(self, self.settings.rho)
+        self.step_size = self.settings.s0
+        self.k = 0
+        # L_ρ(W^{k-1}, Z^{k-1}, Λ^k) and ‖W^{k-1} − Z^{k-1}‖, taken when W^{k-1} was live: no copy of W is needed.
+        self._previous_lagrangian: float | None = None
+        self._previous_residual = 0.0
+
+    def add_penalty_gradient(self) -> None:
+        """Add Λ + ρ(W − Z) to `.grad`."""
+        self.splitting.add_gradient()
+
+    def start(self, loss: Callable[[], float]) -> None:
+        """Record f at the start W⁰; `update` does so itself if this was not called, and then accepts nothing once."""
+        difference = self.splitting.difference()
+        self._previous_lagrangian = loss() + self.splitting.penalty(difference)
+        self._previous_residual = norm(difference)
+
+    def step_factor(self, k: int) -> float:
+        """α_k = 1 − 1/(M k^p), p = 1 − 1/k^r (arXiv 2304.04120)."""
+        p = 1.0 - 1.0 / k**self.settings.r
+        return 1.0 - 1.0 / (self.settings.M * k**p)
+
+    def update(self, loss: Callable[[], float]) -> Iteration:
+        """Check, move the multipliers, project, check, move again."""
+        split = self.splitting
+        self.k += 1
+        alpha = self.step_factor(self.k)
+        f = loss()
+
+        old_difference = split.difference()
+        old_residual = norm(old_difference)
+        lagrangian = f + split.penalty(old_difference)
+        accepted_loss = self._previous_lagrangian is not None and lagrangian < self._previous_lagrangian
+        if accepted_loss and old_residual > 0:
+            self.step_size *= alpha * self._previous_residual / old_residual
+            split.move_multipliers(self.step_size, old_difference)
+
+        copies = split.project()
+        difference = split.difference(copies)
+        residual = norm(difference)
+        accepted_projection = split.penalty(difference) < split.penalty(old_difference)
+        if accepted_projection and residual > 0:
+            self.step_size *= alpha * old_residual / residual
+            split.move_multipliers(self.step_size, difference)
+
+        split.copies = copies
+        split.refresh()
+        self._previous_lagrangian = f + split.penalty(difference)
+        self._previous_residual = residual
+        record = Iteration(
+            k=self.k,
+            loss=f,
+            lagrangian=lagrangian,
+            accepted_loss=accepted_loss,
+            accepted_projection=accepted_projection,
+            step_size=self.step_size,
+            residual=residual,
+            multiplier_norm=norm(split.multipliers),
+        )
+        self.history.append(record)
+        return record
+
+    def state(self) -> MethodState:
+        """Z, Λ, s, k, what the next acceptance compares with, and the history."""
+        numbers = {"step_size": self.step_size, "k": float(self.k), "previous_residual": self._previous_residual}
+        if self._previous_lagrangian is not None:
+            numbers["previous_lagrangian"] = self._previous_lagrangian
+        return MethodState(self.splitting.tensors(), numbers, tuple(self.history))
+
+    def load_state(self, state: MethodState) -> None:
+        """Go on from a checkpoint."""
+        self.splitting.load_tensors(state.tensors)
+        self.step_size, self.k = state.numbers["step_size"], int(state.numbers["k"])
+        self._previous_lagrangian = state.numbers.get("previous_lagrangian")
+        self._previous_residual = state.numbers["previous_residual"]
+        self.history = list(state.history)

@@ -1,0 +1,253 @@
+"""Sparsity patterns: typed values that say which weights may survive together.
+
+Every pattern sees a weight as a *group view* of shape `(rows, groups, size)`: in each row, `keep` of the
+`groups` may survive, and a group of `size` elements survives or vanishes as one. The Euclidean projection
+on the set of such weights keeps, in each row, the `keep` groups of the largest energy (sum of squares);
+this is exact for every pattern, since rows are independent and groups disjoint.
+
+A new pattern is one class: its text, its view, the inverse of the view, and what it cannot take.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from slrc.errors import PatternError
+
+
+class Pattern(Protocol):
+    """What every pattern can do. Shapes: weights are `(out, in, *kernel)`, coupled groups `(units, features)`."""
+
+    coupled: ClassVar[bool]
+    """Whether the pattern constrains coupled groups of tensors instead of single weights."""
+
+    @property
+    def fixed_sparsity(self) -> float | None:
+        """The sparsity that the pattern itself prescribes, or `None` where the user chooses it."""
+
+    def why_not(self, shape: tuple[int, ...], conv_groups: int = 1) -> str | None:
+        """Return why a weight of `shape` cannot take the pattern, or `None` if it can."""
+
+    def group_view(self, weight: Tensor) -> Tensor:
+        """Return `weight` rearranged as `(rows, groups, size)`."""
+
+    def from_group_view(self, view: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Undo `group_view` for a weight of `shape`."""
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """`unstructured`: any weights may survive."""
+
+    coupled: ClassVar[bool] = False
+    fixed_sparsity: ClassVar[float | None] = None
+
+    def __str__(self) -> str:
+        return "unstructured"
+
+    def why_not(self, shape: tuple[int, ...], conv_groups: int = 1) -> str | None:
+        """Any weight will do."""
+        return None
+
+    def group_view(self, weight: Tensor) -> Tensor:
+        """`(1, numel, 1)`."""
+        return weight.reshape(1, -1, 1)
+
+    def from_group_view(self, view: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Back to `shape`."""
+        return view.reshape(shape)
+
+
+@dataclass(frozen=True)
+class Block:
+    """`block:RxC`: blocks of R consecutive outputs × C consecutive columns of the GEMM view `(out, in·kh·kw)`."""
+
+    rows: int
+    cols: int
+    coupled: ClassVar[bool] = False
+    fixed_sparsity: ClassVar[float | None] = None
+
+    def __str__(self) -> str:
+        return f"block:{self.rows}x{self.cols}"
+
+    def why_not(self, shape: tuple[int, ...], conv_groups: int = 1) -> str | None:
+        """Outputs (of each convolution group) must divide by R, columns by C."""
+        out, columns = shape[0] // conv_groups, _numel(shape[1:])
+        if conv_groups > 1 and shape[1] == 1:
+            return "a depthwise weight has one input channel per output: its blocks cannot be skipped"
+        if out % self.rows:
+            return f"outputs must be a multiple of {self.rows}, got {out}"
+        if columns % self.cols:
+            return f"columns (in·kh·kw) must be a multiple of {self.cols}, got {columns}"
+        return None
+
+    def group_view(self, weight: Tensor) -> Tensor:
+        """`(1, out/R · columns/C, R·C)`."""
+        rows, cols = weight.shape[0] // self.rows, _numel(weight.shape[1:]) // self.cols
+        blocks = weight.reshape(rows, self.rows, cols, self.cols).transpose(1, 2)
+        return blocks.reshape(1, rows * cols, self.rows * self.cols)
+
+    def from_group_view(self, view: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Back to `shape`."""
+        rows, cols = shape[0] // self.rows, _numel(shape[1:]) // self.cols
+        return view.reshape(rows, cols, self.rows, self.cols).transpose(1, 2).reshape(shape)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """`columns:R`: outputs in R row groups; each keeps whole input channels of its own, as many in each group."""
+
+    groups: int
+    coupled: ClassVar[bool] = False
+    fixed_sparsity: ClassVar[float | None] = None
+
+    def __str__(self) -> str:
+        return f"columns:{self.groups}"
+
+    def why_not(self, shape: tuple[int, ...], conv_groups: int = 1) -> str | None:
+        """Only ungrouped layers, with outputs that divide by R."""
+        if conv_groups != 1:
+            return f"a grouped convolution ({conv_groups} groups) cannot be split by input channels"
+        if shape[0] % self.groups:
+            return f"outputs must be a multiple of {self.groups}, got {shape[0]}"
+        return None
+
+    def group_view(self, weight: Tensor) -> Tensor:
+        """`(R, in, out/R · kh·kw)`."""
+        split = weight.reshape(self.groups, weight.shape[0] // self.groups, weight.shape[1], -1)
+        return split.transpose(1, 2).reshape(self.groups, weight.shape[1], -1)
+
+    def from_group_view(self, view: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Back to `shape`."""
+        split = view.reshape(self.groups, shape[1], shape[0] // self.groups, -1)
+        return split.transpose(1, 2).reshape(shape)
+
+
+@dataclass(frozen=True)
+class Channel:
+    """`channel`: whole channels, over every tensor that is coupled with them; seen as `(units, features)`."""
+
+    coupled: ClassVar[bool] = True
+    fixed_sparsity: ClassVar[float | None] = None
+
+    def __str__(self) -> str:
+        return "channel"
+
+    def why_not(self, shape: tuple[int, ...], conv_groups: int = 1) -> str | None:
+        """Any coupled group will do."""
+        return None
+
+    def group_view(self, weight: Tensor) -> Tensor:
+        """`(1, units, features)`."""
+        return weight.reshape(1, weight.shape[0], -1)
+
+    def from_group_view(self, view: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Back to `shape`."""
+        return view.reshape(shape)
+
+
+@dataclass(frozen=True)
+class NM:
+    """`N:M`: N of every M consecutive input channels, for each output and kernel position on its own."""
+
+    n: int
+    m: int
+    coupled: ClassVar[bool] = False
+
+    @property
+    def fixed_sparsity(self) -> float | None:
+        """`1 − N/M`."""
+        return 1.0 - self.n / self.m
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    def why_not(self, shape: tuple[int, ...], conv_groups: int = 1) -> str | None:
+        """Input channels must divide by M."""
+        if shape[1] % self.m:
+            return f"input channels must be a multiple of {self.m}, got {shape[1]}"
+        return None
+
+    def group_view(self, weight: Tensor) -> Tensor:
+        """`(out · kh·kw · in/M, M, 1)`."""
+        return weight.reshape(weight.shape[0], weight.shape[1], -1).transpose(1, 2).reshape(-1, self.m, 1)
+
+    def from_group_view(self, view: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Back to `shape`."""
+        return view.reshape(shape[0], -1, shape[1]).transpose(1, 2).reshape(shape)
+
+
+AnyPattern = Unstructured | Block | Columns | Channel | NM
+
+_FORMS: tuple[tuple[str, Callable[..., AnyPattern]], ...] = (
+    (r"unstructured", Unstructured),
+    (r"block:(\d+)x(\d+)", Block),
+    (r"columns:(\d+)", Columns),
+    (r"channel", Channel),
+    (r"(\d+):(\d+)", NM),
+)
+
+
+def parse_pattern(text: str) -> AnyPattern:
+    """Return the pattern that `text` names: `unstructured`, `block:RxC`, `columns:R`, `channel` or `N:M`.
+
+    Raises:
+        PatternError: the text is none of these, or a number in it is out of range.
+    """
+    for form, make in _FORMS:
+        if match := re.fullmatch(form, text.strip()):
+            numbers = [int(number) for number in match.groups()]
+            if 0 in numbers or (make is NM and numbers[0] >= numbers[1]):
+                raise PatternError(
+                    f"pattern `{text}` cannot be used: its numbers must be at least 1, and N below M in N:M",
+                    hint="for example `block:8x1`, `columns:2` or `2:4`",
+                )
+            return make(*numbers)
+    raise PatternError(
+        f"unknown pattern `{text}`: expected unstructured, block:RxC, columns:R, channel or N:M",
+        hint="for example `--pattern channel`, `--pattern block:8x1` or `--pattern 2:4`",
+    )
+
+
+def energies(pattern: Pattern, weight: Tensor) -> Tensor:
+    """Return the energy (sum of squares) of every group, `(rows, groups)`, in float32 or better."""
+    view = pattern.group_view(weight.detach())
+    return view.to(torch.promote_types(view.dtype, torch.float32)).square().sum(dim=-1)
+
+
+def project(pattern: Pattern, weight: Tensor, keep: int) -> Tensor:
+    """Return the mask of the Euclidean projection of `weight` on the pattern's set.
+
+    Args:
+        pattern: the pattern.
+        weight: `(out, in, *kernel)`, or `(units, features)` for a coupled group.
+        keep: how many groups survive in each row of the pattern's view.
+
+    Returns:
+        A boolean mask of the shape of `weight`, with exactly `keep` groups in each row.
+    """
+    energy = energies(pattern, weight)
+    mask = torch.zeros_like(energy, dtype=torch.bool)
+    mask.scatter_(1, energy.topk(keep, dim=1).indices, True)
+    size = weight.numel() // max(1, energy.numel())
+    return pattern.from_group_view(mask.unsqueeze(-1).expand(-1, -1, size), tuple(weight.shape))
+
+
+def obeys(pattern: Pattern, mask: Tensor, keep: int) -> bool:
+    """Return whether `mask` keeps whole groups, and at most `keep` of them in each row."""
+    view = pattern.group_view(mask)
+    whole = bool((view == view[..., :1]).all())
+    return whole and bool((view[..., 0].sum(dim=1) <= keep).all())
+
+
+def _numel(shape: tuple[int, ...] | torch.Size) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total

@@ -1,0 +1,53 @@
+"""The transforms between training and lowering, in order, each checked against the masked module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from slrc.passes.apply_masks import ApplyMasks
+from slrc.passes.base import Transform
+from slrc.passes.fold_batch_norm import FoldBatchNorm
+from slrc.passes.shrink_channels import ShrinkChannels
+from slrc.passes.split_columns import SplitColumns
+from slrc.plans import Masks, Plan
+from slrc.program import Program
+from slrc.verify import TOLERANCE_FP32, Check, compare, outputs_of
+
+STRUCTURE: tuple[Transform, ...] = (ApplyMasks(), ShrinkChannels(), FoldBatchNorm(), SplitColumns())
+"""From masks to structure. What a pattern has no structure for stays masked."""
+
+DENSE: tuple[Transform, ...] = (FoldBatchNorm(),)
+"""What the dense model gets too, so that only sparsity is measured."""
+
+
+def run_passes(
+    passes: Sequence[Transform],
+    program: Program,
+    plan: Plan,
+    masks: Masks,
+    reference: Sequence[Tensor] | None = None,
+    checks: list[Check] | None = None,
+) -> Program:
+    """Apply transforms one after another.
+
+    Args:
+        passes: the transforms.
+        program: where to start.
+        plan: what was constrained.
+        masks: what survived.
+        reference: the outputs that every step must reproduce on the program's example inputs; `None` checks nothing.
+        checks: where the results of the checks are added.
+
+    Raises:
+        VerificationError: a step computes something else; the message names it.
+    """
+    for transform in passes:
+        program, modified = transform(program, plan, masks)
+        if modified and reference is not None:
+            outputs = outputs_of(program.module(), program.example_inputs)
+            check = compare(f"masked module = {transform.name}", reference, outputs, TOLERANCE_FP32)
+            if checks is not None:
+                checks.append(check)
+    return program

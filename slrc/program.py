@@ -1,0 +1,354 @@
+"""`Program`: the captured inference graph, and the one way to rewrite it.
+
+A program holds a `torch.export.ExportedProgram`: a functional FX graph of ATen operators whose parameters keep
+the fully qualified names of the user's module. Analyses read `Program.graph_module`, in which parameters are
+`get_attr` nodes; transforms call `Program.rewrite`, which edits a copy and exports it again, so that shapes and
+signatures are always those of the graph as it stands.
+"""
+
+from __future__ import annotations
+
+import copy
+import linecache
+import math
+import re
+import sysconfig
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from slrc.errors import CaptureError
+
+aten = torch.ops.aten
+
+CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution"})
+TRANSPOSED = frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
+MATMULS = frozenset({"matmul", "bmm", "mm"})
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or linear layer whose weight is a parameter of the model.
+
+    `weight` is the parameter's name, of shape `(out, in/groups, *kernel)`; `nodes` are the graph nodes that use it
+    (more than one if it is tied or its module is called again); `macs` counts them all, at batch 1.
+    """
+
+    weight: str
+    op: str
+    shape: tuple[int, ...]
+    groups: int
+    nodes: tuple[str, ...]
+    macs: int
+    is_first: bool
+    is_last: bool
+
+    @property
+    def name(self) -> str:
+        """The module's name: `layer1.0.conv1` for the parameter `layer1.0.conv1.weight`."""
+        return self.weight.removesuffix(".weight")
+
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether each output sees one input channel only."""
+        return self.groups > 1 and self.shape[1] == 1
+
+
+@dataclass(frozen=True)
+class Program:
+    """A captured inference graph with the inputs it was captured on."""
+
+    exported: ExportedProgram
+    example_inputs: tuple[Any, ...]
+    name: str = "model"
+
+    @cached_property
+    def graph_module(self) -> GraphModule:
+        """The graph with parameters as `get_attr` nodes. Read-only: `rewrite` works on copies."""
+        module = self.exported.module(check_guards=False)
+        assert isinstance(module, GraphModule)
+        return module
+
+    @property
+    def nodes(self) -> Iterator[Node]:
+        """The operators, in order."""
+        return (node for node in self.graph_module.graph.nodes if node.op == "call_function")
+
+    @cached_property
+    def batch_is_dynamic(self) -> bool:
+        """Whether the first dimension of the inputs may vary."""
+        values = [n.meta.get("val") for n in self.graph_module.graph.nodes if n.op == "placeholder"]
+        return any(isinstance(v, Tensor) and v.dim() > 0 and not isinstance(v.shape[0], int) for v in values)
+
+    @cached_property
+    def batch(self) -> int:
+        """The batch size that `macs` counts are relative to: 1 where the batch is dynamic."""
+        leaves = [x for x in pytree.tree_leaves(self.example_inputs) if isinstance(x, Tensor) and x.dim() > 0]
+        return 1 if self.batch_is_dynamic or not leaves else int(leaves[0].shape[0])
+
+    @cached_property
+    def layers(self) -> Mapping[str, Layer]:
+        """Layers by the name of their weight, in graph order."""
+        uses: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            if (weight := layer_weight(node)) is not None:
+                uses.setdefault(weight, []).append(node)
+        inputs = {n for n in self.graph_module.graph.nodes if n.op == "placeholder"}
+        reached, last = _downstream_of_inputs(self.nodes, inputs), _upstream_of_output(self.graph_module)
+        return {
+            weight: Layer(
+                weight=weight,
+                op=op_name(nodes[0]),
+                shape=tuple(self.tensors[weight].shape),
+                groups=conv_groups(nodes[0]),
+                nodes=tuple(n.name for n in nodes),
+                macs=sum(node_macs(n) for n in nodes) // self.batch,
+                is_first=any(n in reached for n in nodes),
+                is_last=any(n in last for n in nodes),
+            )
+            for weight, nodes in uses.items()
+        }
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Parameters and buffers by name."""
+        module = self.graph_module
+        return {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
+
+    @cached_property
+    def parameter_names(self) -> frozenset[str]:
+        """Names of the parameters, buffers left out."""
+        return frozenset(name for name, _ in self.graph_module.named_parameters(remove_duplicate=False))
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Number of parameters; tied ones count once."""
+        return sum(p.numel() for p in self.graph_module.parameters())
+
+    @cached_property
+    def macs(self) -> int:
+        """Multiply-accumulates of one sample: convolutions, linear layers, matrix products and attention."""
+        return sum(node_macs(node) for node in self.nodes) // self.batch
+
+    def module(self) -> nn.Module:
+        """Return a fresh module that runs the graph; it shares no tensor with the program."""
+        return copy.deepcopy(self.graph_module)
+
+    def rewrite(self, edit: Callable[[GraphModule], bool]) -> tuple[Program, bool]:
+        """Return the program after `edit`, and whether it changed anything.
+
+        `edit` gets a copy of the graph module, changes its graph and tensors, and says whether it did. Operators and
+        tensors that are no longer used are dropped, and the graph is exported again.
+        """
+        module = copy.deepcopy(self.graph_module)
+        if not edit(module):
+            return self, False
+        module.graph.eliminate_dead_code()
+        _drop_unused_tensors(module)
+        module.graph.lint()
+        module.recompile()
+        return Program(_export(module, self.example_inputs), self.example_inputs, self.name), True
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Program:
+        """Return the same graph with other values for some of its parameters and buffers."""
+
+        exported = copy.deepcopy(self.exported)
+        own = {**exported.constants, **exported.state_dict}
+        with torch.no_grad():
+            for name, value in tensors.items():
+                if name in own:
+                    own[name].copy_(value)
+        return Program(exported, self.example_inputs, self.name)
+
+
+def capture(model: nn.Module, example_inputs: tuple[Any, ...], name: str = "model") -> Program:
+    """Trace `model` in evaluation mode to a functional graph of ATen operators.
+
+    The model is copied: it is neither moved nor changed. The batch dimension (the first of every tensor input) stays
+    dynamic wherever the model allows it.
+
+    Raises:
+        CaptureError: `torch.export` cannot trace the model; the message names the user's source line.
+    """
+    twin = copy.deepcopy(model).cpu().eval()
+    for tensor in [*twin.parameters(), *twin.buffers()]:
+        tensor.requires_grad_(False)
+        tensor.data = tensor.data.contiguous()
+    inputs = pytree.tree_map_only(Tensor, lambda x: x.detach().cpu().contiguous(), example_inputs)
+    exported = _export(twin, inputs)
+    return Program(exported.run_decompositions({}), inputs, name)
+
+
+def op_name(node: Node) -> str:
+    """Return an operator's bare name: `conv2d` for `aten.conv2d.default`."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.split("::")[-1]
+    return getattr(target, "__name__", str(target))
+
+
+def layer_weight(node: Node) -> str | None:
+    """Return the name of the weight if `node` is a convolution or linear layer with a parameter as its weight."""
+    if op_name(node) not in CONVOLUTIONS | TRANSPOSED | {"linear"} or len(node.args) < 2:
+        return None
+    weight = node.args[1]
+    if isinstance(weight, Node) and weight.op == "get_attr":
+        return str(weight.target)
+    return None
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """Return an operator's argument, given by position or by name."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def conv_groups(node: Node) -> int:
+    """Return a convolution's number of groups; 1 for other operators."""
+    name = op_name(node)
+    position = 8 if name == "convolution" else 6
+    return int(argument(node, position, "groups", 1)) if name in CONVOLUTIONS | TRANSPOSED else 1
+
+
+def is_transposed(node: Node) -> bool:
+    """Return whether a convolution is transposed, so that its weight is `(in, out/groups, *kernel)`."""
+    return op_name(node) in TRANSPOSED or (op_name(node) == "convolution" and bool(node.args[6]))
+
+
+def concrete(size: int | torch.SymInt) -> int:
+    """Return a size with every symbolic dimension (the batch) counted as 1."""
+    if isinstance(size, int):
+        return size
+    expr = size.node.expr
+    return int(expr.subs(dict.fromkeys(expr.free_symbols, 1)))
+
+
+def node_macs(node: Node) -> int:
+    """Return the multiply-accumulates of one operator, a symbolic batch counted as 1."""
+    name, value = op_name(node), node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return 0
+    out = math.prod(concrete(s) for s in value.shape)
+    shape = [[concrete(s) for s in a.meta["val"].shape] for a in node.args[:2] if _is_tensor(a)]
+    if name in TRANSPOSED or (name == "convolution" and node.args[6]):
+        return math.prod(shape[0]) * math.prod(shape[1][1:])
+    if name in CONVOLUTIONS or name == "linear":
+        return out * math.prod(shape[1][1:])
+    if name in MATMULS:
+        return out * shape[0][-1]
+    if name == "addmm":
+        return out * shape[1][-1]
+    if name == "scaled_dot_product_attention":
+        keys = concrete(node.args[1].meta["val"].shape[-2])
+        return math.prod(shape[0]) * keys + out * keys
+    return 0
+
+
+def source_line(node: Node) -> str:
+    """Return `file:line: code` of the user's source that an operator came from, or an empty string."""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)', node.meta.get("stack_trace") or "")
+    for file, line, code in reversed(frames):
+        if not _is_library(file):
+            return f"{_short(file)}:{line}: {code}"
+    return f"{_short(frames[-1][0])}:{frames[-1][1]}: {frames[-1][2]}" if frames else ""
+
+
+def _export(module: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
+    """Export with a dynamic batch if that works, else with the shapes as they are."""
+    doubled = pytree.tree_map_only(Tensor, _at_least_two, inputs)
+    dims = pytree.tree_map(lambda x: {0: Dim.AUTO} if isinstance(x, Tensor) and x.dim() else None, doubled)
+    attempts: list[tuple[tuple[Any, ...], Any]] = [(doubled, dims), (inputs, None)]
+    failures: list[Exception] = []
+    for args, dynamic_shapes in attempts:
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")
+                return torch.export.export(module, args, dynamic_shapes=dynamic_shapes)
+        except Exception as error:  # whatever the user's forward raises
+            failures.append(error)
+    raise _capture_error(failures[-1]) from failures[-1]
+
+
+def _at_least_two(x: Tensor) -> Tensor:
+    """`torch.export` takes a dimension of size 1 for a constant: show it a batch of 2."""
+    return torch.cat([x, x]) if x.dim() > 0 and x.shape[0] == 1 else x
+
+
+def _capture_error(error: Exception) -> CaptureError:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_library(f.filename)]
+    where = ""
+    if frames:
+        last = frames[-1]
+        code = linecache.getline(last.filename, last.lineno or 0).strip() or last.line
+        where = f" at {_short(last.filename)}:{last.lineno}: `{code}`"
+    operator = re.search(r"aten[.:]+\w+(\.\w+)?|torch\.ops\.[\w.]+|\w+::\w+", str(error))
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    named = f" (operator {operator.group(0)})" if operator else ""
+    return CaptureError(
+        f"the model cannot be captured{where}{named}: {type(error).__name__}: {first}",
+        hint="control flow must not depend on a tensor's values; see `--debug` for the whole trace",
+    )
+
+
+_LIBRARIES = tuple(
+    str(Path(p).resolve())
+    for p in {sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"], str(Path(torch.__file__).parent)}
+) + (str(Path(__file__).resolve().parent),)
+
+
+def _is_library(file: str) -> bool:
+    return file.startswith("<") or str(Path(file).resolve()).startswith(_LIBRARIES)
+
+
+def _short(file: str) -> str:
+    try:
+        return str(Path(file).resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return re.sub(r".*/site-packages/", "", file)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Node) and isinstance(value.meta.get("val"), Tensor)
+
+
+def _downstream_of_inputs(nodes: Iterator[Node], inputs: set[Node]) -> set[Node]:
+    """Layers that see an input with no other layer between."""
+    fresh, layers = set(inputs), set()
+    for node in nodes:
+        if any(a in fresh for a in node.all_input_nodes) and not isinstance(node.meta.get("val"), torch.SymInt):
+            if layer_weight(node) is not None:
+                layers.add(node)
+            else:
+                fresh.add(node)
+    return layers
+
+
+def _upstream_of_output(module: GraphModule) -> set[Node]:
+    """Layers whose result reaches an output with no other layer between."""
+    late, layers = set(), set()
+    for node in reversed(module.graph.nodes):
+        if node.op == "output" or any(user in late for user in node.users):
+            if node.op == "call_function" and layer_weight(node) is not None:
+                layers.add(node)
+            else:
+                late.add(node)
+    return layers
+
+
+def _drop_unused_tensors(module: GraphModule) -> None:
+    used = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
+    for name in [*dict(module.named_parameters(remove_duplicate=False)), *dict(module.named_buffers())]:
+        if name not in used:
+            owner, _, leaf = name.rpartition(".")
+            delattr(module.get_submodule(owner), leaf)

@@ -1,0 +1,287 @@
+"""`Workload`: what the user gives, and how a MODEL argument becomes one."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+
+from slrc.errors import SlrcError, WorkloadError
+
+Metrics = Mapping[str, float]
+
+
+def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    """Return the cross-entropy of a batch `(x, y)`: inputs `(n, …)`, class indices `(n,)`.
+
+    Raises:
+        WorkloadError: the batch is not a pair, or the model does not return a tensor of logits.
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise WorkloadError(
+            f"the default loss needs batches `(x, y)`, got {_describe(batch)}",
+            hint="give `Workload(loss=...)` a function `loss(model, batch) -> scalar tensor`",
+        )
+    logits = model(batch[0])
+    if not isinstance(logits, Tensor):
+        raise WorkloadError(
+            f"the default loss needs a model that returns logits, got {_describe(logits)}",
+            hint="give `Workload(loss=...)` a function that takes what it needs from the model's output",
+        )
+    return nn.functional.cross_entropy(logits, batch[1])
+
+
+def sgd(parameters: Iterable[nn.Parameter]) -> Optimizer:
+    """Return SGD with Nesterov momentum 0.9, learning rate 0.01 and weight decay 5e-4: a start from trained weights."""
+    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=5e-4, nesterov=True)
+
+
+def cosine(optimizer: Optimizer, total_steps: int) -> LRScheduler:
+    """Return a cosine decay to zero over all steps."""
+    return CosineAnnealingLR(optimizer, T_max=max(1, total_steps))
+
+
+@dataclass
+class Workload:
+    """A model and what belongs to it.
+
+    Args:
+        model: the module to compile; training changes it in place.
+        example_inputs: a tuple of inputs for one call of the model, used for capture, proof and timing.
+        train_batches: an iterable that can be read again and again, such as a `DataLoader`; `None` without data.
+        loss: `loss(model, batch)` returns a scalar; cross-entropy of `(x, y)` unless given.
+        evaluate: `evaluate(model)` returns `{"metric": value}`, the first one leading; `None` if there is no data.
+        optimizer: makes the optimiser from the trainable parameters.
+        scheduler: makes the learning-rate schedule from the optimiser and the number of steps.
+        name: how reports call the model.
+    """
+
+    model: nn.Module
+    example_inputs: tuple[Any, ...]
+    train_batches: Iterable[Any] | None = None
+    loss: Callable[[nn.Module, Any], Tensor] = cross_entropy
+    evaluate: Callable[[nn.Module], Metrics] | None = None
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = sgd
+    scheduler: Callable[[Optimizer, int], LRScheduler] = cosine
+    name: str = "model"
+    warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, nn.Module):
+            raise WorkloadError(f"`Workload.model` must be a torch.nn.Module, got {_describe(self.model)}")
+        if isinstance(self.example_inputs, Tensor):
+            raise WorkloadError(
+                "`Workload.example_inputs` must be a tuple of inputs, got a tensor",
+                hint="write `example_inputs=(x,)`",
+            )
+        if not isinstance(self.example_inputs, tuple) or not self.example_inputs:
+            raise WorkloadError(
+                f"`Workload.example_inputs` must be a tuple of inputs, got {_describe(self.example_inputs)}"
+            )
+        batches = self.train_batches
+        if batches is not None and not isinstance(batches, Iterable):
+            raise WorkloadError(f"`Workload.train_batches` must be iterable, got {_describe(batches)}")
+        if batches is not None and iter(batches) is batches:
+            raise WorkloadError(
+                "`Workload.train_batches` can be read only once: every epoch after the first would be empty",
+                hint="give a DataLoader, a list, or an object whose `__iter__` starts anew",
+            )
+
+    def measure(self, model: nn.Module) -> tuple[str, float] | None:
+        """Return the leading metric's name and value for a model in evaluation mode; `None` without `evaluate`.
+
+        Raises:
+            WorkloadError: `evaluate` failed or did not return `{"metric": value}`.
+        """
+        if self.evaluate is None:
+            return None
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                metrics = self.evaluate(model)
+        except SlrcError:
+            raise
+        except Exception as error:
+            raise user_error("`evaluate`", error) from error
+        finally:
+            model.train(training)
+        if not isinstance(metrics, Mapping) or not metrics:
+            raise WorkloadError(
+                f'`evaluate` must return {{"metric": value}}, got {_describe(metrics)}',
+                hint='for example `return {"accuracy": correct / total}`',
+            )
+        name, value = next(iter(metrics.items()))
+        return str(name), float(value)
+
+
+def load_workload(spec: str) -> Workload:
+    """Return the workload that MODEL names.
+
+    Args:
+        spec: a Python file with a function `workload()`, `package.module:function`, `torchvision:NAME` or `timm:NAME`.
+
+    Raises:
+        WorkloadError: it cannot be found or loaded, or what it returns is no workload.
+    """
+    source, _, name = spec.partition(":")
+    if source in ("torchvision", "timm") and name:
+        return _zoo_workload(source, name)
+    if spec.endswith(".py") or ".py:" in spec:
+        return _call(_load_file(Path(source)), name or "workload", source)
+    if name:
+        sys.path.insert(0, str(Path.cwd()))
+        try:
+            module = importlib.import_module(source)
+        except ImportError as error:
+            raise WorkloadError(
+                f"module `{source}` cannot be imported: {error}", hint="run slrc where `python -c 'import …'` works"
+            ) from error
+        except Exception as error:
+            raise user_error(f"module `{source}`", error) from error
+        return _call(module, name, source)
+    raise WorkloadError(
+        f"cannot tell what model `{spec}` is",
+        hint="give a file `model.py`, `package.module:function`, `torchvision:resnet50` or `timm:NAME`; "
+        "`slrc init model.py` writes a file to start from",
+    )
+
+
+def cached_weights(model: nn.Module, path: str | Path, train: Callable[[nn.Module], None]) -> nn.Module:
+    """Load a model's trained weights from `path`, or train it once and save them there.
+
+    The file appears whole or not at all, so that an interrupted training leaves nothing behind.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        train(model)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        save_model(model, str(aside))
+        aside.replace(path)
+    load_model(model, str(path))
+    return model
+
+
+def user_error(what: str, error: Exception) -> WorkloadError:
+    """Return an error that names the user's own line that raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "site-packages" not in f.filename and not _is_slrc(f.filename)]
+    where = f" at {own[-1].filename}:{own[-1].lineno}: `{own[-1].line}`" if own else ""
+    text = str(error).strip().splitlines()
+    return WorkloadError(
+        f"{what} failed{where}: {type(error).__name__}: {text[0] if text else ''}",
+        hint="`--debug` shows the whole trace",
+    )
+
+
+def _is_slrc(file: str) -> bool:
+    here = Path(__file__).resolve().parent
+    return Path(file).resolve().is_relative_to(here) or file.startswith("<frozen")
+
+
+def _load_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise WorkloadError(
+            f"`{path}` does not exist", hint=f"`slrc init {path}` writes a workload to start from"
+        )
+    sys.path.insert(0, str(path.resolve().parent))
+    found = importlib.util.spec_from_file_location(path.stem, path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules[path.stem] = module
+    try:
+        found.loader.exec_module(module)
+    except SlrcError:
+        raise
+    except Exception as error:
+        raise user_error(f"`{path}`", error) from error
+    return module
+
+
+def _call(module: ModuleType, name: str, source: str) -> Workload:
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise WorkloadError(
+            f"`{source}` has no function `{name}`",
+            hint="define `def workload() -> slrc.Workload`, or name the function: `package.module:function`",
+        )
+    if any(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in inspect.signature(function).parameters.values()):
+        raise WorkloadError(f"`{name}` in `{source}` must take no arguments")
+    try:
+        workload = function()
+    except SlrcError:
+        raise
+    except Exception as error:
+        raise user_error(f"`{name}()` in `{source}`", error) from error
+    if not isinstance(workload, Workload):
+        raise WorkloadError(f"`{name}()` in `{source}` must return a slrc.Workload, got {_describe(workload)}")
+    if workload.name == "model":
+        workload.name = Path(source).stem if name == "workload" else name
+    return workload
+
+
+def _zoo_workload(source: str, name: str) -> Workload:
+    """A model of torchvision or timm, with pretrained weights where they can be had."""
+    name, _, weights = name.partition("@")
+    try:
+        library = importlib.import_module("torchvision.models" if source == "torchvision" else "timm")
+    except ImportError:
+        raise WorkloadError(f"`{source}` is not installed", hint="pip install 'slrc[zoo]'") from None
+    if source == "torchvision":
+        names, size = library.list_models(), 299 if name == "inception_v3" else 224
+    else:
+        names, size = library.list_models(), 224
+    if name not in names:
+        close = [n for n in names if n.startswith(name[:6])][:5]
+        raise WorkloadError(
+            f"`{source}` has no model `{name}`",
+            hint=f"perhaps {', '.join(close)}" if close else f"see the models of {source}",
+        )
+    model = _make_zoo_model(library, source, name, pretrained=True) if weights != "random" else None
+    notes = []
+    if model is None:
+        model = _make_zoo_model(library, source, name, pretrained=False)
+        if weights != "random":
+            notes.append(f"no pretrained weights for {name} could be fetched: its weights are random")
+    assert model is not None
+    if source == "timm":
+        size = model.default_cfg["input_size"][-1]
+    return Workload(model=model, example_inputs=(torch.randn(1, 3, size, size),), name=name, warnings=notes)
+
+
+def _make_zoo_model(library: ModuleType, source: str, name: str, *, pretrained: bool) -> nn.Module | None:
+    if not pretrained:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return library.get_model(name, weights=None) if source == "torchvision" else library.create_model(name)
+    with contextlib.suppress(Exception):  # whatever the hub's client raises: the caller goes on without
+        if source == "torchvision":
+            return library.get_model(name, weights="DEFAULT")
+        return library.create_model(name, pretrained=True)
+    return None
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"a dict with keys {', '.join(map(repr, list(value)[:4]))}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"

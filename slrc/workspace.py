@@ -1,0 +1,162 @@
+"""The output folder: written aside, then renamed; an interrupted run can go on."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from slrc.checkpoints import disk_error
+from slrc.errors import OutputError
+
+REPORT = "report.json"
+RUN = "run.json"
+
+
+class Workspace:
+    """Everything a run writes lies in `<out>.work` until `publish` renames the result to `<out>`.
+
+    Args:
+        out: the folder that the user asked for.
+        run: what identifies the run: the model and the options, as JSON values.
+        resume: go on with an unfinished run.
+        overwrite: throw an unfinished run away.
+
+    Raises:
+        OutputError: the folder holds something else, another run is at work in it, an unfinished run is in the way, or
+            there is none to resume.
+    """
+
+    def __init__(self, out: Path, run: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False) -> None:
+        self.out = out.resolve()
+        self.work = self.out.with_name(f"{self.out.name}.work")
+        self.resumed = False
+        if self.out.exists() and not _is_ours(self.out):
+            raise OutputError(
+                f"`{out}` exists and was not written by slrc: it will not be replaced",
+                hint="choose another folder with `--out`",
+            )
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(self.work, error) from error
+        self._lock = self._take_lock()
+        known = self._read_run()
+        if known is not None and not resume and not overwrite:
+            raise OutputError(
+                f"an unfinished run lies in `{self.work}`",
+                hint="`--resume` goes on with it, `--overwrite` starts anew",
+            )
+        if resume:
+            self._check_same(known, run, out)
+            self.resumed = True
+        else:
+            self._clear()
+            self.write_json(RUN, dict(run))
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where training saves its state."""
+        return self.work / "checkpoints"
+
+    @property
+    def result(self) -> Path:
+        """The folder that becomes the output."""
+        folder = self.work / "result"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def new_result(self) -> Path:
+        """Return an empty result folder."""
+        shutil.rmtree(self.work / "result", ignore_errors=True)
+        return self.result
+
+    def keep_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Save tensors for a resumed run, or return those that the interrupted one saved."""
+        path = self.work / f"{name}.safetensors"
+        if not path.exists():
+            aside = path.with_suffix(".partial")
+            try:
+                save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, aside)
+                aside.rename(path)
+            except OSError as error:
+                raise disk_error(path, error) from error
+        return load_file(path)
+
+    def write_json(self, name: str, data: Mapping[str, Any]) -> None:
+        """Write a JSON file in the work folder, whole or not at all."""
+        path = self.work / name
+        aside = path.with_suffix(".partial")
+        try:
+            aside.write_text(json.dumps(data, indent=1, sort_keys=True))
+            aside.rename(path)
+        except OSError as error:
+            raise disk_error(path, error) from error
+
+    def publish(self) -> None:
+        """Put the result in place of an older one, and remove the work folder."""
+        old = self.work / "replaced"
+        try:
+            if self.out.exists():
+                self.out.rename(old)
+            self.result.rename(self.out)
+        except OSError as error:
+            if old.exists() and not self.out.exists():
+                old.rename(self.out)
+            raise disk_error(self.out, error) from error
+        self._lock.close()
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let go of the folder; what was done stays for `--resume`, and nothing stays where nothing was done."""
+        self._lock.close()
+        if self.work.exists() and not self.checkpoints.exists():
+            shutil.rmtree(self.work, ignore_errors=True)
+
+    def _take_lock(self) -> IO[str]:
+        lock = (self.work / "lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise OutputError(
+                f"another slrc run is at work in `{self.work}`", hint="wait for it, or choose another `--out`"
+            ) from None
+        return lock
+
+    def _read_run(self) -> dict[str, Any] | None:
+        try:
+            return json.loads((self.work / RUN).read_text())
+        except (OSError, json.JSONDecodeError):
+            return None
+
+    def _check_same(self, known: dict[str, Any] | None, run: Mapping[str, Any], out: Path) -> None:
+        if known is None:
+            self._lock.close()
+            shutil.rmtree(self.work, ignore_errors=True)
+            raise OutputError(f"there is no unfinished run of `{out}` to resume", hint="run without `--resume`")
+        asked = json.loads(json.dumps(dict(run)))
+        differing = sorted(k for k in known.keys() | asked.keys() if known.get(k) != asked.get(k))
+        if differing:
+            key = differing[0]
+            raise OutputError(
+                f"cannot resume `{out}`: `{key}` was {known.get(key)!r}, now {asked.get(key)!r}",
+                hint="give the same options as before, or `--overwrite` to start anew",
+            )
+
+    def _clear(self) -> None:
+        for path in self.work.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != "lock":
+                path.unlink()
+
+
+def _is_ours(out: Path) -> bool:
+    return out.is_dir() and ((out / REPORT).exists() or not any(out.iterdir()))

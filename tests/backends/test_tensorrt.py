@@ -1,0 +1,460 @@
+"""TensorRT backends: targets, half precision in the graph, engines built without a GPU, and the runner."""
+
+import ctypes
+import importlib.util
+import logging
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import nn
+
+from slrc.backends import get_backend, parse_target
+from slrc.backends.base import Artifact, Target
+from slrc.backends.onnx_export import export_onnx
+from slrc.backends.ort.run import OnnxRuntimeRunner
+from slrc.backends.tensorrt import TensorRT, TensorRTRTX
+from slrc.backends.tensorrt.build import build_engine
+from slrc.backends.tensorrt.log import message_log
+from slrc.backends.tensorrt.precision import convert_to_float16
+from slrc.backends.tensorrt.run import TensorRTRunner
+from slrc.errors import BackendError
+from slrc.program import Program, capture
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+FLOAT16_TOLERANCE = 5e-3
+
+
+class ConvNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, padding=1)
+        self.norm = nn.BatchNorm2d(16)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.norm(self.conv(x))).mean((2, 3)))
+
+
+class SplitConvNet(nn.Module):
+    """A convolution in two parts, each of which gathers its own input channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.parts = nn.ModuleList(nn.Conv2d(4, 8, 3, padding=1) for _ in range(2))
+        self.register_buffer("kept", torch.tensor([[0, 3, 5, 9], [1, 2, 5, 15]]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x))
+        return torch.cat([p(x.index_select(1, k)) for p, k in zip(self.parts, self.kept, strict=True)], 1)
+
+
+def captured(model: nn.Module, batch: int = 2) -> Program:
+    torch.manual_seed(0)
+    return capture(model, (torch.randn(batch, 3, 16, 16),), "net")
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    torch.manual_seed(0)
+    return captured(ConvNet())
+
+
+@pytest.fixture(scope="module")
+def trt():
+    return pytest.importorskip("tensorrt_rtx")
+
+
+def lower(program: Program, text: str, out: Path) -> Artifact:
+    target = parse_target(text)
+    return get_backend(target).lower(program, target, out)
+
+
+# Targets and availability
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("tensorrt:foo", "unknown option `foo`: expected `fp32` or `fp16`"),
+        ("tensorrt-rtx:foo", "unknown option `foo`.*such as `sm86`"),
+        ("tensorrt-rtx:SM86", "unknown option `SM86`"),
+        ("tensorrt-rtx:fp16+fp32", "one precision, got fp16 and fp32"),
+        ("tensorrt:sm86", "builds for the GPU present, got `sm86`(.|\n)*hint: .*`tensorrt-rtx:sm86`"),
+    ],
+)
+def test_bad_options_are_rejected_without_the_package(text, says, monkeypatch):
+    monkeypatch.setattr("slrc.backends.tensorrt.backend.find_spec", lambda name: None)
+    with pytest.raises(BackendError, match=says) as caught:
+        parse_target(text)
+    assert caught.value.hint
+
+
+def test_an_unknown_compute_capability_lists_the_known_ones(trt):
+    with pytest.raises(
+        BackendError, match=r"does not build for `sm42`: expected one of sm75, .*sm86"
+    ) as caught:
+        parse_target("tensorrt-rtx:sm42")
+    assert caught.value.hint
+
+
+def test_a_compute_capability_passes_where_the_package_cannot_be_asked(monkeypatch):
+    monkeypatch.setattr("slrc.backends.tensorrt.backend.find_spec", lambda name: None)
+    assert parse_target("tensorrt-rtx:sm86+fp16").options == ("sm86", "fp16")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed")
+def test_missing_tensorrt_is_reported_by_available(program, tmp_path):
+    reason = TensorRT().available()
+    assert "`tensorrt` is not installed" in reason.why_not_emit
+    assert reason.why_not_run == reason.why_not_emit
+    with pytest.raises(BackendError, match="pip install tensorrt"):
+        lower(program, "tensorrt", tmp_path)
+
+
+def test_missing_tensorrt_rtx_names_the_extra(monkeypatch):
+    monkeypatch.setattr("slrc.backends.tensorrt.backend.find_spec", lambda name: None)
+    assert "pip install slrc[tensorrt-rtx]" in TensorRTRTX().available().why_not_emit
+
+
+def test_a_folder_named_tensorrt_is_not_the_package(tmp_path, monkeypatch):
+    (tmp_path / "tensorrt").mkdir()
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    importlib.invalidate_caches()
+    assert "not installed" in TensorRT().available().why_not_emit
+
+
+@no_gpu
+def test_tensorrt_cannot_emit_without_a_gpu(program, tmp_path, monkeypatch):
+    monkeypatch.setattr("slrc.backends.tensorrt.backend.find_spec", lambda name: SimpleNamespace(origin=name))
+    assert "GPU" in TensorRT().available().why_not_emit
+    with pytest.raises(BackendError, match="`tensorrt` cannot build here: there is no CUDA GPU"):
+        TensorRT().lower(program, Target("tensorrt"), tmp_path)
+
+
+@no_gpu
+def test_tensorrt_rtx_emits_without_a_gpu_but_does_not_run(trt):
+    available = TensorRTRTX().available()
+    assert available.why_not_emit == ""
+    assert "GPU" in available.why_not_run
+
+
+# What the backend cannot take
+
+
+def test_check_names_double_precision_and_takes_a_plain_network(program):
+    class Double(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.double().sum(1).float()
+
+    assert TensorRTRTX().check(program) == []
+    reasons = TensorRTRTX().check(captured(Double()))
+    assert reasons
+    assert all("float64" in r for r in reasons)
+
+
+# Half precision
+
+
+def test_half_precision_is_decided_in_the_graph(program, tmp_path):
+    export_onnx(program, tmp_path / "full.onnx")
+    export_onnx(program, tmp_path / "half.onnx")
+    convert_to_float16(tmp_path / "half.onnx")
+    full, half = (onnx.load(tmp_path / f"{name}.onnx").graph for name in ("full", "half"))
+
+    weights = {i.name: i.data_type for i in full.initializer if i.data_type == TensorProto.FLOAT}
+    assert weights
+    assert {i.name: i.data_type for i in half.initializer if i.name in weights} == dict.fromkeys(
+        weights, TensorProto.FLOAT16
+    )
+    for values in (half.input, half.output):
+        assert {v.type.tensor_type.elem_type for v in values} == {TensorProto.FLOAT}
+    assert [v.name for v in half.input] == [v.name for v in full.input]
+    assert [v.name for v in half.output] == [v.name for v in full.output]
+
+    for batch in (1, 5):
+        x = torch.randn(batch, 3, 16, 16)
+        expected, got = (OnnxRuntimeRunner(tmp_path / f"{name}.onnx")(x)[0] for name in ("full", "half"))
+        assert torch.allclose(expected, got, atol=FLOAT16_TOLERANCE)
+        assert not torch.equal(expected, got)
+
+
+def test_half_precision_looks_inside_the_models_functions(tmp_path):
+    """A constant in a function's body would stay float32 beside float16 inputs."""
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("local", 1)]
+    half = helper.make_node(
+        "Constant", [], ["c"], value=helper.make_tensor("v", TensorProto.FLOAT, [], [0.5])
+    )
+    function = helper.make_function(
+        "local", "Halve", ["a"], ["b"], [half, helper.make_node("Mul", ["a", "c"], ["b"])], opsets[:1]
+    )
+    graph = helper.make_graph(
+        [helper.make_node("Halve", ["x"], ["y"], domain="local")],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4])],
+    )
+    model = helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=10)
+    onnx.save(model, tmp_path / "m.onnx")
+    convert_to_float16(tmp_path / "m.onnx")
+    assert not onnx.load(tmp_path / "m.onnx").functions
+    x = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    assert OnnxRuntimeRunner(tmp_path / "m.onnx")(x)[0].tolist() == [[0.5, 1.0, 1.5, 2.0]]
+
+
+def test_half_precision_leaves_the_scales_of_a_resize_alone(tmp_path):
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Upsample(scale_factor=2, mode="bilinear"), nn.GroupNorm(2, 8)
+    )
+    program = captured(model)
+    export_onnx(program, tmp_path / "m.onnx")
+    convert_to_float16(tmp_path / "m.onnx")
+    types = {i.name: i.data_type for i in onnx.load(tmp_path / "m.onnx").graph.initializer}
+    assert list(types.values()).count(TensorProto.FLOAT) == 1
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.allclose(OnnxRuntimeRunner(tmp_path / "m.onnx")(x)[0], program.module()(x), atol=1e-2)
+
+
+def test_weights_in_a_file_of_their_own_stay_there(program, tmp_path, monkeypatch):
+    for module in ("onnx_export", "tensorrt.precision"):
+        monkeypatch.setattr(f"slrc.backends.{module}.EXTERNAL_DATA_BYTES", 0)
+    export_onnx(program, tmp_path / "m.onnx")
+    full_bytes = (tmp_path / "m.onnx.data").stat().st_size
+    convert_to_float16(tmp_path / "m.onnx")
+    assert (tmp_path / "m.onnx.data").stat().st_size < full_bytes
+    x = torch.randn(2, 3, 16, 16)
+    got = OnnxRuntimeRunner(tmp_path / "m.onnx")(x)[0]
+    assert torch.allclose(got, program.module()(x), atol=FLOAT16_TOLERANCE)
+
+
+# Engines
+
+
+def test_builds_an_engine_for_a_named_gpu(trt, program, tmp_path):
+    artifact = lower(program, "tensorrt-rtx:sm86", tmp_path)
+    assert Artifact.read(tmp_path) == artifact
+    assert (artifact.target, artifact.model_file) == ("tensorrt-rtx:sm86", "model.engine")
+    assert (artifact.precision, artifact.dynamic_batch) == ("float32", True)
+    assert artifact.inputs == ("x",)
+    assert len(artifact.outputs) == 1
+    assert artifact.properties["builder"] == f"tensorrt-rtx {trt.__version__}"
+    assert artifact.properties["compute_capabilities"] == "sm86"
+    assert artifact.properties["batch_profile"] == "x: 1 to 32, tuned for 2"
+    engine = (tmp_path / "model.engine").read_bytes()
+    assert len(engine) > trt.Runtime(message_log(trt).ilogger).engine_header_size
+    assert b"trt" in engine[:4]
+
+
+@no_gpu
+def test_a_runtime_refuses_an_engine_without_a_gpu_and_says_why(trt, program, tmp_path):
+    lower(program, "tensorrt-rtx:sm86", tmp_path)
+    log = message_log(trt)
+    log.clear()
+    assert trt.Runtime(log.ilogger).deserialize_cuda_engine((tmp_path / "model.engine").read_bytes()) is None
+    assert "cuda" in log.last_error.lower()
+
+
+def test_names_every_gpu_but_turing_by_default(trt, program, tmp_path):
+    capabilities = lower(program, "tensorrt-rtx", tmp_path).properties["compute_capabilities"].split()
+    assert {"sm86", "sm89", "sm120"} <= set(capabilities)
+    assert "sm75" not in capabilities
+
+
+def test_builds_a_split_convolution_in_half_precision(trt, tmp_path):
+    program = captured(SplitConvNet(), batch=48)
+    artifact = lower(program, "tensorrt-rtx:sm75+sm86+fp16", tmp_path)
+    assert artifact.precision == "float16"
+    assert artifact.properties["compute_capabilities"] == "sm75 sm86"
+    assert artifact.properties["batch_profile"] == "x: 1 to 48, tuned for 48"
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert sum(node.op_type == "Gather" for node in graph.node) >= 2
+    assert TensorProto.FLOAT not in {i.data_type for i in graph.initializer}
+    assert (tmp_path / "model.engine").stat().st_size > 0
+
+
+def test_builds_a_network_with_a_fixed_batch(trt, tmp_path):
+    class Fixed(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(x.view(2, 3, 16, 16))
+
+    x = torch.randn(2, 3, 16, 16)
+    program = Program(torch.export.export(Fixed(), (x,)).run_decompositions({}), (x,))
+    artifact = lower(program, "tensorrt-rtx:sm86", tmp_path)
+    assert not artifact.dynamic_batch
+    assert artifact.properties["batch_profile"] == "fixed"
+
+
+def test_what_the_parser_cannot_take_is_named_with_node_and_operator(trt, tmp_path):
+    nodes = [
+        helper.make_node("Strange", ["x"], ["h"], name="first", domain="local"),
+        helper.make_node("Odd", ["h"], ["y"], name="second", domain="local"),
+    ]
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 4]) for n in "xy")
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("local", 1)]
+    model = helper.make_model(helper.make_graph(nodes, "g", [x], [y]), opset_imports=opsets, ir_version=10)
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(BackendError, match=r"node `first` \(Strange\): ") as caught:
+        build_engine(trt, tmp_path / "m.onnx", tmp_path / "m.engine", {}, ["sm86"])
+    assert caught.value.hint
+    assert not (tmp_path / "m.engine").exists()
+
+
+def test_what_the_builder_cannot_do_is_said_in_its_words(trt, program, tmp_path):
+    with pytest.raises(BackendError, match=r"Turing \(SM75\)") as caught:
+        lower(program, "tensorrt-rtx:sm75", tmp_path)
+    assert "fp16" in str(caught.value.hint)
+
+
+def test_building_is_quiet(trt, program, tmp_path, capfd, caplog):
+    caplog.set_level(logging.DEBUG, "slrc.backends.tensorrt")
+    lower(program, "tensorrt-rtx:sm86", tmp_path)
+    assert caplog.records
+    assert max(r.levelno for r in caplog.records if r.name.startswith("slrc")) <= logging.INFO
+    assert capfd.readouterr() == ("", "")
+
+
+# Running
+
+
+def test_the_tolerance_follows_the_precision(program):
+    def artifact(precision: str) -> Artifact:
+        return Artifact(
+            target="tensorrt", model_file="m", precision=precision, dynamic_batch=True, inputs=(), outputs=()
+        )
+
+    half, full = (TensorRT().tolerance(artifact(p)) for p in ("float16", "float32"))
+    assert half > full > 0
+
+
+@no_gpu
+def test_load_without_a_gpu_says_so(trt, program, tmp_path):
+    lower(program, "tensorrt-rtx:sm86", tmp_path)
+    with pytest.raises(BackendError, match="cannot run here: there is no CUDA GPU") as caught:
+        TensorRTRTX().load(tmp_path)
+    assert caught.value.hint
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("text", ["tensorrt", "tensorrt-rtx", "tensorrt-rtx:fp16"])
+def test_an_engine_agrees_with_the_program(text, program, tmp_path):
+    backend = get_backend(parse_target(text))
+    if why := backend.available().why_not_run:
+        pytest.skip(why)
+    lower(program, text, tmp_path)
+    runner = backend.load(tmp_path)
+    tolerance = FLOAT16_TOLERANCE if "fp16" in text else 1e-4
+    for batch in (2, 1, 32):
+        x = torch.randn(batch, 3, 16, 16)
+        runner.prepare(x)()
+        assert torch.allclose(runner(x)[0], program.module()(x), atol=tolerance)
+    with pytest.raises(BackendError, match="cannot have shape"):
+        runner(torch.randn(33, 3, 16, 16))
+
+
+class FakeContext:
+    """Doubles `x`, of shape (batch, 3), into `y`, in the host's memory."""
+
+    def __init__(self) -> None:
+        self.shape: tuple[int, ...] = ()
+        self.addresses: dict[str, int] = {}
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shape = shape
+        return shape[0] <= 32
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self.shape
+
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        self.addresses[name] = memory
+        return True
+
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        size = int(np.prod(self.shape))
+        x, y = (
+            np.ctypeslib.as_array((ctypes.c_float * size).from_address(self.addresses[n])) for n in ("x", "y")
+        )
+        y[:] = 2 * x
+        return True
+
+
+class FakeEngine:
+    """Says that its tensors lie on the host, so that the runner's buffers need no GPU."""
+
+    num_io_tensors = 2
+
+    def __init__(self, trt) -> None:
+        self._trt = trt
+
+    def get_tensor_name(self, index: int) -> str:
+        return ("x", "y")[index]
+
+    def get_tensor_dtype(self, name: str):
+        return self._trt.DataType.FLOAT
+
+    def get_tensor_location(self, name: str):
+        return self._trt.TensorLocation.HOST
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return (-1, 3)
+
+    def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
+        return [(1, 3), (2, 3), (32, 3)]
+
+    def create_runtime_config(self):
+        return SimpleNamespace()
+
+    def create_execution_context(self, runtime_config=None) -> FakeContext:
+        return FakeContext()
+
+
+@pytest.fixture
+def runner(trt, tmp_path, monkeypatch):
+    """A runner whose engine and stream are fakes with the methods of the real ones."""
+    for fake, real in ((FakeContext, trt.IExecutionContext), (FakeEngine, trt.ICudaEngine)):
+        assert all(hasattr(real, name) for name in vars(fake) if not name.startswith("_"))
+    stream = SimpleNamespace(cuda_stream=0, synchronize=lambda: None, wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    engine = FakeEngine(trt)
+    monkeypatch.setattr(
+        trt, "Runtime", lambda logger: SimpleNamespace(deserialize_cuda_engine=lambda data: engine)
+    )
+    (tmp_path / "model.engine").write_bytes(b"engine")
+    return TensorRTRunner(tmp_path / "model.engine", trt, ["x", "unused"], ["y"])
+
+
+def test_the_runner_binds_by_name_and_takes_any_batch(runner):
+    unused = torch.zeros(1)
+    for batch in (2, 5):
+        x = torch.randn(3, batch).T  # not contiguous
+        assert torch.equal(runner(x, unused)[0], 2 * x)
+
+
+def test_a_prepared_call_keeps_its_inputs(runner):
+    x, unused = torch.randn(2, 3), torch.zeros(1)
+    call = runner.prepare(x, unused)
+    runner(torch.randn(4, 3), unused)
+    call()
+    call()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "says"),
+    [
+        ((torch.zeros(33, 3), torch.zeros(1)), r"cannot have shape \(33, 3\)(.|\n)*\(1, 3\) to \(32, 3\)"),
+        ((torch.zeros(2, 3).double(), torch.zeros(1)), "is torch.float32 in the engine, got torch.float64"),
+        ((torch.zeros(2, 3),), "takes 2 inputs, got 1"),
+    ],
+)
+def test_the_runner_says_what_it_does_not_take(runner, inputs, says):
+    with pytest.raises(BackendError, match=says):
+        runner(*inputs)

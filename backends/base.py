@@ -58,6 +58,8 @@ class Artifact(BaseModel):
     model_file: str
     precision: str = "float32"
     dynamic_batch: bool
+    max_batch: int | None = None
+    """The largest batch that the artifact takes; its only one where the batch is not dynamic; `None` for any."""
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     properties: Mapping[str, str] = {}
@@ -89,7 +91,10 @@ class Runner(Protocol):
         """Run on the flattened inputs and return the flattened outputs, on the CPU."""
 
     def prepare(self, *inputs: Tensor) -> Callable[[], Any]:
-        """Return a call that runs on these inputs again and again with nothing but the engine's own work."""
+        """Return a call that runs on these inputs again and again with nothing but the engine's own work.
+
+        The call returns when the device is done, so that it can be timed by the wall.
+        """
 
 
 class Backend(ABC):
@@ -116,7 +121,7 @@ class Backend(ABC):
 
     @abstractmethod
     def lower(self, program: Program, target: Target, out: Path) -> Artifact:
-        """Write the program into the folder `out`, with its manifest.
+        """Write the program into the existing folder `out`, with its manifest.
 
         Raises:
             BackendError: the program cannot be emitted.

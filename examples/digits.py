@@ -45,7 +45,10 @@ class DigitsNet(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(1, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
         self.blocks = nn.Sequential(
-            Block(width, width), Block(width, 2 * width, 2), Block(2 * width, 2 * width), Block(2 * width, 4 * width, 2)
+            Block(width, width),
+            Block(width, 2 * width, 2),
+            Block(2 * width, 2 * width),
+            Block(2 * width, 4 * width, 2),
         )
         self.head = nn.Linear(4 * width, 10)
 

@@ -168,8 +168,6 @@ def _producers(program: Program, group: ChannelGroup) -> list[Layer]:
     return [program.layers[s.tensor] for s in group.members if s.tensor in program.layers]
 
 
-
-
 def _uniform(weights: np.ndarray, groups: np.ndarray, sparsity: float) -> np.ndarray:
     """Round each layer's share down, then give what is missing to the largest remainders."""
     exact = sparsity * groups
@@ -184,7 +182,11 @@ def _uniform(weights: np.ndarray, groups: np.ndarray, sparsity: float) -> np.nda
 
 
 def _global(
-    program: Program, constraints: Sequence[Constraint], weights: np.ndarray, groups: np.ndarray, sparsity: float
+    program: Program,
+    constraints: Sequence[Constraint],
+    weights: np.ndarray,
+    groups: np.ndarray,
+    sparsity: float,
 ) -> np.ndarray:
     """Remove the groups of least mean energy first, over all layers together; each keeps one at least."""
     steps = weights / groups

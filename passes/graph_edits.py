@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
@@ -43,7 +45,7 @@ def insert_tensor(module: GraphModule, before: Node, name: str, tensor: Tensor) 
         return module.graph.get_attr(name)
 
 
-def call_before(before: Node, target: torch._ops.OpOverload, *args: object) -> Node:
+def call_before(before: Node, target: torch._ops.OpOverload, *args: Any) -> Node:
     """Insert a call of an ATen operator before a node, with that node's source location."""
     with before.graph.inserting_before(before):
         node = before.graph.call_function(target, args)

@@ -98,7 +98,8 @@ def label_indices(program: Program) -> IndexLabels:
 
 
 def _run_rules(program: Program) -> tuple[LabelTable, dict[str, str]]:
-    table, unruled = LabelTable(), {}
+    table = LabelTable()
+    unruled: dict[str, str] = {}
     labels_of: dict[int, Dims] = {}
     for node in program.graph_module.graph.nodes:
         if node.op == "get_attr":
@@ -169,9 +170,7 @@ class _Slots:
     free: NDArray[np.bool_]
 
     @staticmethod
-    def collect(
-        program: Program, table: LabelTable, roots: NDArray[np.int64], pinned: NDArray[np.int64]
-    ) -> _Slots:
+    def collect(program: Program, table: LabelTable, roots: NDArray[np.int64], pinned: NDArray[np.int64]) -> _Slots:
         free = np.ones(len(roots), dtype=bool)
         free[pinned] = False
         slots = _Slots([], [], [], [], free)
@@ -221,13 +220,19 @@ class _Slots:
         return signature
 
     def _group(
-        self, signature: int, first: int, slots: list[int], by_slot: list[NDArray[np.uint64]], taken: dict[str, int]
+        self,
+        signature: int,
+        first: int,
+        slots: list[int],
+        by_slot: list[NDArray[np.uint64]],
+        taken: dict[str, int],
     ) -> ChannelGroup:
         classes = self.classes[first][by_slot[first] == signature]
         units = _unique_in_order(classes)
         rank = np.full(len(self.free), -1, dtype=np.int64)
         rank[units] = np.arange(len(units))
-        members, followers = [], []
+        members: list[Slice] = []
+        followers: list[Slice] = []
         for slot in slots:
             if not self.is_parameter[slot]:
                 continue

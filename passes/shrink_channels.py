@@ -118,7 +118,7 @@ def _resize_slice(node: Node, survivors: _Survivors, ins: Dims, outs: list[Dims]
 def _resize_split(node: Node, survivors: _Survivors, ins: Dims, outs: list[Dims]) -> None:
     dim = int(argument(node, 2, "dim", 0))
     if ins[dim] is not None:
-        sizes = [survivors.count(part[dim]) for part in outs if part[dim] is not None]
+        sizes = [survivors.count(labels) for part in outs if (labels := part[dim]) is not None]
         node.target, node.args, node.kwargs = aten.split_with_sizes.default, (node.args[0], sizes, dim), {}
 
 

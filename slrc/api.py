@@ -14,7 +14,7 @@ from slrc.compilation import Compilation
 from slrc.config import CompileConfig, make_config
 from slrc.errors import BackendError, PlanError
 from slrc.passes.allocate_sparsity import Allocation, allocate_sparsity
-from slrc.patterns import AnyPattern, Channel, parse_pattern
+from slrc.patterns import AnyPattern, parse_pattern
 from slrc.pipeline import STRUCTURE, run_passes
 from slrc.plans import Masks, Plan
 from slrc.program import Program
@@ -33,7 +33,7 @@ def capture(workload: Workload) -> Program:
 
 def plan(
     program: Program,
-    pattern: str | AnyPattern = Channel(),
+    pattern: str | AnyPattern = "channel",
     sparsity: float | None = None,
     *,
     allocate: str | Allocation = Allocation.UNIFORM,
@@ -42,9 +42,7 @@ def plan(
 ) -> Plan:
     """Return what to constrain in a program and how much of it to keep. See `allocate_sparsity`."""
     chosen = parse_pattern(pattern) if isinstance(pattern, str) else pattern
-    return allocate_sparsity(
-        program, chosen, sparsity, allocation=Allocation(allocate), skip=skip, keep_ends=keep_ends
-    )
+    return allocate_sparsity(program, chosen, sparsity, allocation=Allocation(allocate), skip=skip, keep_ends=keep_ends)
 
 
 def train(workload: Workload, plan: Plan, *, checkpoints: Path | None = None, **options: Any) -> Trained:

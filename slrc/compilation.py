@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from slrc.backends import LoweredProgram, Target, get_backend
+from slrc.backends import Artifact, LoweredProgram, Target, get_backend, parse_target
 from slrc.config import CompileConfig
-from slrc.errors import BackendError, WorkloadError
+from slrc.errors import BackendError, OutputError, WorkloadError
 from slrc.pipeline import DENSE, STRUCTURE, run_passes
 from slrc.plans import Masks, Plan
 from slrc.program import Program
@@ -186,14 +190,11 @@ class Compilation:
         runner = backend.load(pair.compiled.folder, threads=self.config.threads)
         tolerance = backend.tolerance(pair.compiled.artifact)
         reference = outputs_of(slim.module(), slim.example_inputs)
-        self.checks.append(
-            compare(f"slim program = {pair.target}", reference, runner(*flat_inputs(slim)), tolerance)
-        )
+        self.checks.append(compare(f"slim program = {pair.target}", reference, runner(*flat_inputs(slim)), tolerance))
         if metric is None:
             return None
-        fixed = None if pair.compiled.artifact.dynamic_batch else slim.batch
         out_spec = slim.exported.call_spec.out_spec
-        measured = self.workload.measure(RunnerModule(runner, out_spec, fixed))
+        measured = self.workload.measure(RunnerModule(runner, pair.compiled.artifact, out_spec))
         if measured is None or not math.isfinite(measured[1]):
             raise WorkloadError(f"`evaluate` returned {measured} for the compiled model")
         self.checks.append(compare_metric(f"{metric[0]}: masked module = {pair.target}", metric[1], measured[1]))
@@ -212,6 +213,43 @@ def time_pair(
     return measure(str(pair.target), dense, compiled, inputs, threads or torch.get_num_threads(), reporter)
 
 
+class BenchResult(BaseModel):
+    """What `slrc bench` measured, and where."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    latency: tuple[Latency, ...]
+    not_run: tuple[str, ...]
+    environment: dict[str, Any]
+
+
+def bench_output(folder: Path, threads: int | None, reporter: Reporter) -> BenchResult:
+    """Time every target of an output folder again.
+
+    Raises:
+        OutputError: the folder is not the output of a compile, or a file in it is damaged.
+    """
+    report = Report.load(folder)
+    try:
+        stored = load_file(folder / INPUTS)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"`{folder / INPUTS}` cannot be read: {error}") from None
+    inputs = [stored[f"input_{i}"] for i in range(len(stored))]
+    latency, not_run = [], []
+    for result in report.targets:
+        target = parse_target(result.target)
+        if why_not := get_backend(target).available().why_not_run:
+            not_run.append(f"{target}: {why_not}")
+            continue
+        dense, compiled = (
+            LoweredProgram(Artifact.read(path), path, target)
+            for path in (folder / result.folder / "dense", folder / result.folder / "compiled")
+        )
+        latency.append(time_pair(Lowered(target, dense, compiled), inputs, threads, reporter))
+    return BenchResult(model=report.model, latency=tuple(latency), not_run=tuple(not_run), environment=environment())
+
+
 def flat_inputs(program: Program) -> list[Tensor]:
     """Return the example inputs as a flat list of tensors."""
     return [x.contiguous() for x in pytree.tree_leaves(program.example_inputs) if isinstance(x, Tensor)]
@@ -220,9 +258,7 @@ def flat_inputs(program: Program) -> list[Tensor]:
 _NOTHING = Plan(sparsity_asked=0.0, sparsity=0.0, constraints=())
 
 
-def _accuracy(
-    masked: tuple[str, float] | None, trained: Trained, final: tuple[str, float] | None
-) -> Accuracy | None:
+def _accuracy(masked: tuple[str, float] | None, trained: Trained, final: tuple[str, float] | None) -> Accuracy | None:
     if masked is None or final is None or trained.dense is None or trained.hard_pruned is None:
         return None
     return Accuracy(metric=masked[0], dense=trained.dense, hard_pruned=trained.hard_pruned, final=final[1])

@@ -49,7 +49,9 @@ PatternField = Annotated[
     PlainSerializer(str, return_type=str),
 ]
 Indices = Annotated[
-    tuple[int, ...] | None, BeforeValidator(_parse_ranges), PlainSerializer(_print_ranges, return_type=str | None)
+    tuple[int, ...] | None,
+    BeforeValidator(_parse_ranges),
+    PlainSerializer(_print_ranges, return_type=str | None),
 ]
 
 

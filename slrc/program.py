@@ -88,7 +88,7 @@ class Program:
     def batch_is_dynamic(self) -> bool:
         """Whether the first dimension of the inputs may vary."""
         values = [n.meta.get("val") for n in self.graph_module.graph.nodes if n.op == "placeholder"]
-        return any(isinstance(v, Tensor) and v.dim() > 0 and not isinstance(v.shape[0], int) for v in values)
+        return any(isinstance(v, Tensor) and v.dim() > 0 and _is_free(v.shape[0]) for v in values)
 
     @cached_property
     def batch(self) -> int:
@@ -240,7 +240,8 @@ def node_macs(node: Node) -> int:
     if not isinstance(value, Tensor):
         return 0
     out = math.prod(concrete(s) for s in value.shape)
-    shape = [[concrete(s) for s in a.meta["val"].shape] for a in node.args[:2] if _is_tensor(a)]
+    operands = [a for a in node.args[:2] if isinstance(a, Node) and isinstance(a.meta.get("val"), Tensor)]
+    shape = [[concrete(s) for s in a.meta["val"].shape] for a in operands]
     if name in TRANSPOSED or (name == "convolution" and node.args[6]):
         return math.prod(shape[0]) * math.prod(shape[1][1:])
     if name in CONVOLUTIONS or name == "linear":
@@ -250,8 +251,7 @@ def node_macs(node: Node) -> int:
     if name == "addmm":
         return out * shape[1][-1]
     if name == "scaled_dot_product_attention":
-        keys = concrete(node.args[1].meta["val"].shape[-2])
-        return math.prod(shape[0]) * keys + out * keys
+        return (math.prod(shape[0]) + out) * shape[1][-2]
     return 0
 
 
@@ -301,14 +301,15 @@ def _capture_error(error: Exception) -> CaptureError:
     )
 
 
-_LIBRARIES = tuple(
-    str(Path(p).resolve())
-    for p in {sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"], str(Path(torch.__file__).parent)}
-) + (str(Path(__file__).resolve().parent),)
+_OWN = tuple(str(Path(file).resolve().parent) for file in (torch.__file__, __file__))
+_STANDARD, _PACKAGES = (str(Path(sysconfig.get_paths()[key]).resolve()) for key in ("stdlib", "purelib"))
 
 
 def _is_library(file: str) -> bool:
-    return file.startswith("<") or str(Path(file).resolve()).startswith(_LIBRARIES)
+    """Whether a source file belongs to torch, slrc or Python: models of other packages count as the user's."""
+    path = str(Path(file).resolve())
+    in_standard = path.startswith(_STANDARD) and not path.startswith(_PACKAGES)
+    return file.startswith("<") or path.startswith(_OWN) or in_standard
 
 
 def _short(file: str) -> str:
@@ -318,8 +319,9 @@ def _short(file: str) -> str:
         return re.sub(r".*/site-packages/", "", file)
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Node) and isinstance(value.meta.get("val"), Tensor)
+def _is_free(size: int | torch.SymInt) -> bool:
+    """Whether a size may vary: a model that fixes its batch leaves a symbol that equals a constant."""
+    return not isinstance(size, int) and size.node.maybe_as_int() is None
 
 
 def _downstream_of_inputs(nodes: Iterator[Node], inputs: set[Node]) -> set[Node]:

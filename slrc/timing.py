@@ -21,7 +21,18 @@ WARM_UP_S = 0.5
 BUDGET_S = 6.0
 BLOCKS = 10
 PER_BLOCK = (2, 100)
-INSTRUCTION_SETS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "sve")
+INSTRUCTION_SETS = (
+    "sse4_2",
+    "avx",
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+    "asimd",
+    "sve",
+)
 
 
 class Percentiles(BaseModel):
@@ -36,7 +47,8 @@ class Percentiles(BaseModel):
 class Latency(BaseModel):
     """Dense against compiled on one target.
 
-    `speedup` is the ratio of the medians; `speedup_spread` the least and greatest ratio over blocks of alternating runs.
+    `speedup` is the ratio of the medians; `speedup_spread` the least and greatest ratio over blocks of alternating
+    runs.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

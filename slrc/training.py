@@ -36,8 +36,8 @@ MIXED_PRECISION = {Precision.FP32: "no", Precision.BF16: "bf16", Precision.FP16:
 class Trained:
     """What training leaves.
 
-    `tensors` are the model's parameters and buffers, hard-pruned; `dense` and `hard_pruned` are the leading metric before
-    the first step, and right after pruning with no retraining.
+    `tensors` are the model's parameters and buffers, hard-pruned; `dense` and `hard_pruned` are the leading metric
+    before the first step, and right after pruning with no retraining.
     """
 
     tensors: dict[str, Tensor]
@@ -250,7 +250,14 @@ class _Trainer:
             self.accelerator.wait_for_everyone()
 
     def _step(
-        self, phase: _Phase, model: nn.Module, optimizer: Any, scheduler: Any, batch: Any, epoch: int, step: int
+        self,
+        phase: _Phase,
+        model: nn.Module,
+        optimizer: Any,
+        scheduler: Any,
+        batch: Any,
+        epoch: int,
+        step: int,
     ) -> float:
         loss = self._loss(model, send_to_device(batch, self.accelerator.device))
         value = float(loss.detach())
@@ -293,9 +300,7 @@ class _Trainer:
                 pruned = self._twin()
                 self.method.masks().apply_(dict(pruned.named_parameters()))
                 hard = self._metric(pruned)
-        return EpochRecord(
-            phase=phase, epoch=epoch, loss=loss, metric=metric, hard_pruned=hard, seconds=seconds
-        )
+        return EpochRecord(phase=phase, epoch=epoch, loss=loss, metric=metric, hard_pruned=hard, seconds=seconds)
 
     def _twin(self) -> nn.Module:
         """A copy of the model without the wrapper that casts to the training precision."""

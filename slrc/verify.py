@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from slrc.backends import Runner
+from slrc.backends import Artifact, Runner
 from slrc.errors import VerificationError
 
 TOLERANCE_FP32 = 1e-4
@@ -69,7 +69,8 @@ def compare(step: str, reference: Sequence[Tensor], outputs: Sequence[Tensor], t
     )
     if not check.passed:
         raise VerificationError(
-            f"check `{step}` failed: the outputs differ by {worst_rel:.1e} of the largest value, tolerance {tolerance:.0e}",
+            f"check `{step}` failed: the outputs differ by {worst_rel:.1e} of the largest value, "
+            f"tolerance {tolerance:.0e}",
             hint="this is a bug in slrc or in the runtime: please report it with the model; nothing was published",
         )
     return check
@@ -98,26 +99,26 @@ def compare_metric(step: str, reference: float, value: float) -> Check:
 class RunnerModule(nn.Module):
     """A loaded artifact as a module, so that the user's `evaluate` can run it.
 
-    Batches of other sizes than the captured one are run in pieces where the artifact's batch is fixed.
+    Batches larger than the artifact takes are run in pieces; where its batch is fixed, the last piece is filled up.
     """
 
-    def __init__(self, runner: Runner, out_spec: pytree.TreeSpec, fixed_batch: int | None) -> None:
+    def __init__(self, runner: Runner, artifact: Artifact, out_spec: pytree.TreeSpec) -> None:
         super().__init__()
-        self._runner, self._out_spec, self._fixed_batch = runner, out_spec, fixed_batch
+        self._runner, self._artifact, self._out_spec = runner, artifact, out_spec
 
     def forward(self, *inputs: Any) -> Any:
         """Run on the user's inputs and return what the model would."""
         leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-        outputs = self._runner(*leaves) if self._fixed_batch is None else self._in_pieces(leaves, self._fixed_batch)
+        size = self._artifact.max_batch
+        outputs = self._runner(*leaves) if size is None else self._in_pieces(leaves, size)
         return pytree.tree_unflatten(outputs, self._out_spec)
 
     def _in_pieces(self, leaves: list[Tensor], size: int) -> list[Tensor]:
-        total = leaves[0].shape[0]
         pieces = []
-        for start in range(0, total, size):
+        for start in range(0, leaves[0].shape[0], size):
             part = [x[start : start + size] for x in leaves]
-            missing = size - part[0].shape[0]
-            if missing:
-                part = [torch.cat([x, x[-1:].expand(missing, *x.shape[1:])]) for x in part]
-            pieces.append([y[: size - missing] for y in self._runner(*part)])
+            real = part[0].shape[0]
+            if real < size and not self._artifact.dynamic_batch:
+                part = [torch.cat([x, x[-1:].expand(size - real, *x.shape[1:])]) for x in part]
+            pieces.append([y[:real] for y in self._runner(*part)])
         return [torch.cat(columns) for columns in zip(*pieces, strict=True)]

@@ -151,7 +151,8 @@ def load_workload(spec: str) -> Workload:
             module = importlib.import_module(source)
         except ImportError as error:
             raise WorkloadError(
-                f"module `{source}` cannot be imported: {error}", hint="run slrc where `python -c 'import …'` works"
+                f"module `{source}` cannot be imported: {error}",
+                hint="run slrc where `python -c 'import …'` works",
             ) from error
         except Exception as error:
             raise user_error(f"module `{source}`", error) from error
@@ -198,9 +199,7 @@ def _is_slrc(file: str) -> bool:
 
 def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise WorkloadError(
-            f"`{path}` does not exist", hint=f"`slrc init {path}` writes a workload to start from"
-        )
+        raise WorkloadError(f"`{path}` does not exist", hint=f"`slrc init {path}` writes a workload to start from")
     sys.path.insert(0, str(path.resolve().parent))
     found = importlib.util.spec_from_file_location(path.stem, path)
     assert found is not None
@@ -223,7 +222,10 @@ def _call(module: ModuleType, name: str, source: str) -> Workload:
             f"`{source}` has no function `{name}`",
             hint="define `def workload() -> slrc.Workload`, or name the function: `package.module:function`",
         )
-    if any(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in inspect.signature(function).parameters.values()):
+    if any(
+        p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD
+        for p in inspect.signature(function).parameters.values()
+    ):
         raise WorkloadError(f"`{name}` in `{source}` must take no arguments")
     try:
         workload = function()
@@ -263,7 +265,7 @@ def _zoo_workload(source: str, name: str) -> Workload:
             notes.append(f"no pretrained weights for {name} could be fetched: its weights are random")
     assert model is not None
     if source == "timm":
-        size = model.default_cfg["input_size"][-1]
+        size = _timm_size(library, name)
     return Workload(model=model, example_inputs=(torch.randn(1, 3, size, size),), name=name, warnings=notes)
 
 
@@ -277,6 +279,11 @@ def _make_zoo_model(library: ModuleType, source: str, name: str, *, pretrained: 
             return library.get_model(name, weights="DEFAULT")
         return library.create_model(name, pretrained=True)
     return None
+
+
+def _timm_size(library: ModuleType, name: str) -> int:
+    config = library.get_pretrained_cfg(name)
+    return int(config.input_size[-1]) if config is not None else 224
 
 
 def _describe(value: Any) -> str:

@@ -44,6 +44,7 @@ class OnnxRuntime(Backend):
             target=str(target),
             model_file=MODEL_FILE,
             dynamic_batch=program.batch_is_dynamic,
+            max_batch=None if program.batch_is_dynamic else program.batch,
             inputs=tuple(i.name for i in model.graph.input),
             outputs=tuple(o.name for o in model.graph.output),
             properties={"opset": str(OPSET)},

@@ -109,6 +109,7 @@ class _TensorRTBackend(Backend):
             model_file=ENGINE_FILE,
             precision=options.precision,
             dynamic_batch=program.batch_is_dynamic,
+            max_batch=max((batch.largest for batch in dynamic.values()), default=program.batch),
             inputs=inputs,
             outputs=outputs,
             properties={
@@ -208,7 +209,7 @@ class TensorRTRTX(_TensorRTBackend):
     name: ClassVar[str] = "tensorrt-rtx"
     summary: ClassVar[str] = "TensorRT-RTX, built for named GPUs with none present"
     module: ClassVar[str] = "tensorrt_rtx"
-    install: ClassVar[str] = "pip install slrc[tensorrt-rtx]"
+    install: ClassVar[str] = "pip install 'slrc[tensorrt-rtx]'"
     names_gpus: ClassVar[bool] = True
 
 

@@ -97,9 +97,7 @@ class TensorRTRunner:
             # TensorRT-RTX compiles a shape's kernels in the background while slower ones run: a measurement
             # would begin with those.
             config = engine.create_runtime_config()
-            config.dynamic_shapes_kernel_specialization_strategy = (
-                trt.DynamicShapesKernelSpecializationStrategy.EAGER
-            )
+            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
             context = engine.create_execution_context(config)
         else:
             context = engine.create_execution_context()

@@ -6,14 +6,67 @@ from torch.fx import Node
 
 from slrc.passes.index_rules.table import LabelTable, Rule, Value, tensor_args
 
-ZERO_TO_ZERO = (
-    "relu relu6 leaky_relu elu selu celu gelu silu mish hardswish tanh tan sin sinh asin atan erf neg abs sqrt square "
-    "sign round floor ceil trunc dropout feature_dropout alpha_dropout clone alias contiguous detach _to_copy to "
-    "lift_fresh_copy softsign tanhshrink hardshrink softshrink expm1 log1p real"
-).split()
-ZERO_TO_OTHER = (
-    "sigmoid hardsigmoid log_sigmoid exp exp2 cos cosh log log2 rsqrt reciprocal softplus bitwise_not logical_not"
-).split()
+ZERO_TO_ZERO = [
+    "relu",
+    "relu6",
+    "leaky_relu",
+    "elu",
+    "selu",
+    "celu",
+    "gelu",
+    "silu",
+    "mish",
+    "hardswish",
+    "tanh",
+    "tan",
+    "sin",
+    "sinh",
+    "asin",
+    "atan",
+    "erf",
+    "neg",
+    "abs",
+    "sqrt",
+    "square",
+    "sign",
+    "round",
+    "floor",
+    "ceil",
+    "trunc",
+    "dropout",
+    "feature_dropout",
+    "alpha_dropout",
+    "clone",
+    "alias",
+    "contiguous",
+    "detach",
+    "_to_copy",
+    "to",
+    "lift_fresh_copy",
+    "softsign",
+    "tanhshrink",
+    "hardshrink",
+    "softshrink",
+    "expm1",
+    "log1p",
+    "real",
+]
+ZERO_TO_OTHER = [
+    "sigmoid",
+    "hardsigmoid",
+    "log_sigmoid",
+    "exp",
+    "exp2",
+    "cos",
+    "cosh",
+    "log",
+    "log2",
+    "rsqrt",
+    "reciprocal",
+    "softplus",
+    "bitwise_not",
+    "logical_not",
+]
 
 
 def zero_to_zero(node: Node, table: LabelTable) -> Value:

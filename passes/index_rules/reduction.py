@@ -7,11 +7,23 @@ from torch.fx import Node
 from slrc.passes.index_rules.table import LabelTable, Rule, Value
 from slrc.program import argument
 
-POOLING = (
-    "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-    "adaptive_avg_pool3d adaptive_max_pool2d max_pool2d_with_indices upsample_nearest2d upsample_bilinear2d "
-    "upsample_bicubic2d _adaptive_avg_pool2d"
-).split()
+POOLING = [
+    "max_pool1d",
+    "max_pool2d",
+    "max_pool3d",
+    "avg_pool1d",
+    "avg_pool2d",
+    "avg_pool3d",
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
+    "adaptive_max_pool2d",
+    "max_pool2d_with_indices",
+    "upsample_nearest2d",
+    "upsample_bilinear2d",
+    "upsample_bicubic2d",
+    "_adaptive_avg_pool2d",
+]
 
 
 def pooling(node: Node, table: LabelTable) -> Value | list[Value]:

@@ -34,9 +34,11 @@ def segments(before: list[int], after: list[int]) -> list[tuple[list[int], list[
 
     `[2, 6, 5]` and `[2, 2, 3, 5]` give `([0], [0]), ([1], [1, 2]), ([2], [3])`.
     """
-    result, i, j = [], 0, 0
+    result: list[tuple[list[int], list[int]]] = []
+    i = j = 0
     while i < len(before) or j < len(after):
-        ins, outs = [], []
+        ins: list[int] = []
+        outs: list[int] = []
         left = right = 1
         while True:
             if i < len(before) and (left <= right or j >= len(after)):

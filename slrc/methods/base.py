@@ -135,13 +135,13 @@ class Splitting:
         for w in weights:
             if w.grad is None:
                 w.grad = torch.zeros_like(w)
-        gradients = [w.grad for w in weights]
+        gradients = [w.grad for w in weights if w.grad is not None]
         torch._foreach_add_(gradients, self._offsets)
         whole = [i for i, owned in enumerate(self.owned) if owned is None]
-        torch._foreach_add_([gradients[i] for i in whole], [weights[i] for i in whole], alpha=self.rho)
+        torch._foreach_add_([gradients[i] for i in whole], [weights[i].data for i in whole], alpha=self.rho)
         for i, owned in enumerate(self.owned):
             if owned is not None:
-                gradients[i].addcmul_(weights[i], owned, value=self.rho)  # type: ignore[union-attr]
+                gradients[i].addcmul_(weights[i], owned, value=self.rho)
 
     @torch.no_grad()
     def project(self) -> list[Tensor]:
@@ -164,9 +164,7 @@ class Splitting:
     @torch.no_grad()
     def penalty(self, difference: list[Tensor]) -> float:
         """Return <Λ, W − Z> + ρ/2 ‖W − Z‖², summed in float64."""
-        linear = sum(
-            float((m.double() * d.double()).sum()) for m, d in zip(self.multipliers, difference, strict=True)
-        )
+        linear = sum(float((m.double() * d.double()).sum()) for m, d in zip(self.multipliers, difference, strict=True))
         return linear + 0.5 * self.rho * norm(difference) ** 2
 
     @torch.no_grad()
@@ -190,13 +188,16 @@ class Splitting:
 
     def _owned(self) -> list[Tensor | None]:
         """For tensors that are constrained in part, 1 where some constraint owns the element."""
-        free = {n: torch.ones(p.shape, dtype=torch.bool) for n, p in zip(self.method.names, self.method.weights)}
+        free = {
+            n: torch.ones(p.shape, dtype=torch.bool)
+            for n, p in zip(self.method.names, self.method.weights, strict=True)
+        }
         for c in self.method.plan:
             gathered = c.gather(self.method.parameters)
             c.scatter(torch.zeros(gathered.shape, dtype=torch.bool), free, followers=False)
         return [
             (~free[n]).to(w) if bool(free[n].any()) else None
-            for n, w in zip(self.method.names, self.method.weights)
+            for n, w in zip(self.method.names, self.method.weights, strict=True)
         ]
 
 

@@ -5,8 +5,8 @@
     L_ρ(W, Z, Λ) = f(W) + Σ <Λ_n, W_n − Z_n> + Σ ρ/2 ‖W_n − Z_n‖²
 
 Each outer iteration k solves the loss subproblem by some steps of the user's optimiser (the penalty's gradient comes
-from `add_penalty_gradient`), then, in `update`, checks its surrogate optimality, moves the multipliers, projects, checks
-and moves again.
+from `add_penalty_gradient`), then, in `update`, checks its surrogate optimality, moves the multipliers, projects,
+checks and moves again.
 """
 
 from __future__ import annotations
@@ -40,9 +40,7 @@ class SLR(Method):
 
     name: ClassVar[str] = "slr"
 
-    def __init__(
-        self, parameters: Mapping[str, nn.Parameter], plan: Plan, settings: SLRSettings | None = None
-    ) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], plan: Plan, settings: SLRSettings | None = None) -> None:
         super().__init__(parameters, plan)
         self.settings = settings or SLRSettings()
         self.splitting = Splitting(self, self.settings.rho)
@@ -109,7 +107,11 @@ class SLR(Method):
 
     def state(self) -> MethodState:
         """Z, Λ, s, k, what the next acceptance compares with, and the history."""
-        numbers = {"step_size": self.step_size, "k": float(self.k), "previous_residual": self._previous_residual}
+        numbers = {
+            "step_size": self.step_size,
+            "k": float(self.k),
+            "previous_residual": self._previous_residual,
+        }
         if self._previous_lagrangian is not None:
             numbers["previous_lagrangian"] = self._previous_lagrangian
         return MethodState(self.splitting.tensors(), numbers, tuple(self.history))

@@ -97,9 +97,7 @@ def test_bad_options_are_rejected_without_the_package(text, says, monkeypatch):
 
 
 def test_an_unknown_compute_capability_lists_the_known_ones(trt):
-    with pytest.raises(
-        BackendError, match=r"does not build for `sm42`: expected one of sm75, .*sm86"
-    ) as caught:
+    with pytest.raises(BackendError, match=r"does not build for `sm42`: expected one of sm75, .*sm86") as caught:
         parse_target("tensorrt-rtx:sm42")
     assert caught.value.hint
 
@@ -188,9 +186,7 @@ def test_half_precision_is_decided_in_the_graph(program, tmp_path):
 def test_half_precision_looks_inside_the_models_functions(tmp_path):
     """A constant in a function's body would stay float32 beside float16 inputs."""
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("local", 1)]
-    half = helper.make_node(
-        "Constant", [], ["c"], value=helper.make_tensor("v", TensorProto.FLOAT, [], [0.5])
-    )
+    half = helper.make_node("Constant", [], ["c"], value=helper.make_tensor("v", TensorProto.FLOAT, [], [0.5]))
     function = helper.make_function(
         "local", "Halve", ["a"], ["b"], [half, helper.make_node("Mul", ["a", "c"], ["b"])], opsets[:1]
     )
@@ -209,9 +205,7 @@ def test_half_precision_looks_inside_the_models_functions(tmp_path):
 
 
 def test_half_precision_leaves_the_scales_of_a_resize_alone(tmp_path):
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 1), nn.Upsample(scale_factor=2, mode="bilinear"), nn.GroupNorm(2, 8)
-    )
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Upsample(scale_factor=2, mode="bilinear"), nn.GroupNorm(2, 8))
     program = captured(model)
     export_onnx(program, tmp_path / "m.onnx")
     convert_to_float16(tmp_path / "m.onnx")
@@ -377,9 +371,7 @@ class FakeContext:
 
     def execute_async_v3(self, stream_handle: int) -> bool:
         size = int(np.prod(self.shape))
-        x, y = (
-            np.ctypeslib.as_array((ctypes.c_float * size).from_address(self.addresses[n])) for n in ("x", "y")
-        )
+        x, y = (np.ctypeslib.as_array((ctypes.c_float * size).from_address(self.addresses[n])) for n in ("x", "y"))
         y[:] = 2 * x
         return True
 
@@ -425,9 +417,7 @@ def runner(trt, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     engine = FakeEngine(trt)
-    monkeypatch.setattr(
-        trt, "Runtime", lambda logger: SimpleNamespace(deserialize_cuda_engine=lambda data: engine)
-    )
+    monkeypatch.setattr(trt, "Runtime", lambda logger: SimpleNamespace(deserialize_cuda_engine=lambda data: engine))
     (tmp_path / "model.engine").write_bytes(b"engine")
     return TensorRTRunner(tmp_path / "model.engine", trt, ["x", "unused"], ["y"])
 

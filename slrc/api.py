@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import set_seed
 
 from slrc import training
-from slrc.backends import LoweredProgram, get_backend, parse_target
+from slrc.backends import LoweredProgram, Target, get_backend, parse_target
 from slrc.compilation import Compilation
 from slrc.config import CompileConfig, make_config
-from slrc.errors import BackendError, PlanError
+from slrc.errors import BackendError, ConfigError, PlanError
 from slrc.passes.allocate_sparsity import Allocation, allocate_sparsity
-from slrc.patterns import AnyPattern, parse_pattern
+from slrc.patterns import AnyPattern
 from slrc.pipeline import STRUCTURE, run_passes
 from slrc.plans import Masks, Plan
 from slrc.program import Program
@@ -41,8 +42,11 @@ def plan(
     keep_ends: bool = True,
 ) -> Plan:
     """Return what to constrain in a program and how much of it to keep. See `allocate_sparsity`."""
-    chosen = parse_pattern(pattern) if isinstance(pattern, str) else pattern
-    return allocate_sparsity(program, chosen, sparsity, allocation=Allocation(allocate), skip=skip, keep_ends=keep_ends)
+    given = {"pattern": pattern, "sparsity": sparsity, "allocate": allocate, "skip": skip, "keep_ends": keep_ends}
+    made = make_config(given)
+    return allocate_sparsity(
+        program, made.pattern, made.sparsity, allocation=made.allocate, skip=made.skip, keep_ends=made.keep_ends
+    )
 
 
 def train(workload: Workload, plan: Plan, *, checkpoints: Path | None = None, **options: Any) -> Trained:
@@ -97,11 +101,13 @@ def compile(
         reporter: where progress goes.
         options: fields of `CompileConfig`.
     """
+    if config is not None and (options or config_file):
+        raise ConfigError("give either `config`, or options and `config_file`, not both")
     config = config or make_config(options, config_file)
-    targets = [parse_target(text) for text in config.target]
+    targets = [_emittable(text) for text in config.target]
     loaded_plan = Plan.load(config.plan) if config.plan else None
     spec = model if isinstance(model, str) else model.name
-    identity = {"model": spec, **config.model_dump(mode="json")}
+    identity = {"model": spec, **config.model_dump(mode="json"), "plan": _identify(config.plan, loaded_plan)}
     workspace = Workspace(Path(out), identity, resume=resume, overwrite=overwrite)
     try:
         set_seed(config.seed)
@@ -118,6 +124,19 @@ def compile(
     finally:
         workspace.close()
     return report
+
+
+def _emittable(text: str) -> Target:
+    """Return a target that can be emitted here: better said now than after training."""
+    target = parse_target(text)
+    if reason := get_backend(target).available().why_not_emit:
+        raise BackendError(f"target `{target}` cannot be built here: {reason}", hint="see `slrc targets`")
+    return target
+
+
+def _identify(path: Path | None, plan: Plan | None) -> str | None:
+    """Name a given plan by its file and content, so that a resumed run notices an edit."""
+    return f"{path} ({sha256(plan.model_dump_json().encode()).hexdigest()[:12]})" if plan else None
 
 
 def plan_options(config: CompileConfig) -> Mapping[str, Any]:

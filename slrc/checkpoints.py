@@ -12,12 +12,16 @@ from typing import Any
 
 from accelerate import Accelerator
 from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from slrc.errors import OutputError, TrainingError
 from slrc.methods import Iteration, MethodState
 
 PROGRESS = "progress.json"
+
+DISK_ERRORS = (OSError, SafetensorError, RuntimeError)
+"""What Python, safetensors and torch raise where a file cannot be written."""
 
 
 class EpochRecord(BaseModel):
@@ -79,7 +83,7 @@ class CheckpointFolder:
             (aside / PROGRESS).write_text(json.dumps(progress))
             _flush(aside)
             aside.rename(final)
-        except (OSError, RuntimeError) as error:
+        except DISK_ERRORS as error:
             raise disk_error(self.root, error) from error
         for old in self._numbers()[:-1]:
             shutil.rmtree(self.root / f"{old:06d}", ignore_errors=True)
@@ -110,7 +114,7 @@ class CheckpointFolder:
                 method=state,
                 masks=load_file(masks) if masks.exists() else {},
             )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise TrainingError(
                 f"checkpoint `{folder}` cannot be read: {error}", hint="remove it and run without `--resume`"
             ) from error
@@ -133,7 +137,7 @@ class CheckpointFolder:
 
 def disk_error(where: Path, error: BaseException) -> OutputError:
     """Return a readable error for a folder that cannot be written."""
-    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
     return OutputError(
         f"cannot write to `{where}`: {reason}", hint="free some space or choose another folder with `--out`"
     )

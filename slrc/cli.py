@@ -104,7 +104,7 @@ def compile_command(
         model, out, config=made, resume=resume, overwrite=overwrite, reporter=Bars(_console(stderr=True))
     )
     _console().print(report_table(report))
-    _console().print(f"report: {out / 'report.html'}", highlight=False)
+    _console().print(f"report: {out / 'report.html'}", soft_wrap=True)
 
 
 @app.command()
@@ -137,7 +137,7 @@ def inspect(
             plan.save(plan_out)
         except OSError as error:
             raise OutputError(f"cannot write `{plan_out}`: {error.strerror}") from None
-        _console(stderr=True).print(f"plan: {plan_out}", highlight=False)
+        _console(stderr=True).print(f"plan: {plan_out}", soft_wrap=True)
 
 
 @app.command()
@@ -180,7 +180,7 @@ def init(
         file.write_text(template.read_text())
     except OSError as error:
         raise OutputError(f"cannot write `{file}`: {error.strerror}") from None
-    _console().print(f"wrote {file}; next: slrc compile {file}", highlight=False)
+    _console().print(f"wrote {file}; next: slrc compile {file}", soft_wrap=True)
 
 
 def _version(value: bool) -> None:
@@ -232,4 +232,5 @@ def _fail(message: str, hint: str | None, code: int, debug: bool) -> None:
 def _console(stderr: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(stderr=stderr)
+    # No markup: names and paths may hold brackets.
+    return Console(stderr=stderr, markup=False, highlight=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from slrc.backends import Artifact, LoweredProgram, Target, get_backend, parse_target
+from slrc.checkpoints import disk_error
 from slrc.config import CompileConfig
 from slrc.errors import BackendError, OutputError, WorkloadError
 from slrc.pipeline import DENSE, STRUCTURE, run_passes
@@ -65,13 +68,18 @@ class Compilation:
 
     def restore_dense(self) -> None:
         """Keep the dense weights for a resumed run, or go back to those that the interrupted one started from."""
-        model = self.workload.model
-        kept = self.workspace.keep_tensors("dense", model.state_dict())
-        model.load_state_dict(kept, strict=False)
+        state = {n: t for n, t in self.workload.model.state_dict().items() if isinstance(t, Tensor)}
+        kept = self.workspace.keep_tensors("dense", state)
+        if {n: t.shape for n, t in kept.items()} != {n: t.shape for n, t in state.items()}:
+            raise OutputError(
+                f"cannot resume `{self.workspace.out}`: the model is not the one that the run started with",
+                hint="`--overwrite` starts anew",
+            )
+        self.workload.model.load_state_dict(kept, strict=False)
 
     def train(self, program: Program, plan: Plan) -> Trained:
         """Check the capture against the eager module, then train."""
-        reference = outputs_of(self.workload.model, program.example_inputs)
+        reference = outputs_of(self.workload.model.cpu(), program.example_inputs)
         outputs = outputs_of(program.module(), program.example_inputs)
         self.checks.append(compare("eager module = captured program", reference, outputs, TOLERANCE_FP32))
         if not program.batch_is_dynamic:
@@ -115,7 +123,10 @@ class Compilation:
                 folder = result / target.folder / name
                 folder.mkdir(parents=True)
                 self.reporter.note(f"emitting {target} ({name})")
-                pair.append(LoweredProgram(backend.lower(one, target, folder), folder, target))
+                try:
+                    pair.append(LoweredProgram(backend.lower(one, target, folder), folder, target))
+                except OSError as error:
+                    raise disk_error(folder, error) from error
             lowered.append(Lowered(target, *pair))
         return lowered
 
@@ -177,12 +188,15 @@ class Compilation:
     def publish(self, report: Report, plan: Plan, trained: Trained, slim: Program) -> None:
         """Write what is left and put the result in its place."""
         folder = self.workspace.result
-        plan.save(folder / "plan.json")
-        trained.masks.save(folder / "masks.safetensors")
-        save_file({f"input_{i}": x for i, x in enumerate(flat_inputs(slim))}, folder / INPUTS)
-        torch.export.save(slim.exported, folder / "model.pt2")
-        report.save(folder)
-        write_page(report, folder / "report.html")
+        archive = io.BytesIO()
+        torch.export.save(slim.exported, archive)  # written to a full disk directly, torch would end the process
+        with self.workspace.writing():
+            plan.save(folder / "plan.json")
+            trained.masks.save(folder / "masks.safetensors")
+            save_file({f"input_{i}": x for i, x in enumerate(flat_inputs(slim))}, folder / INPUTS)
+            (folder / "model.pt2").write_bytes(archive.getvalue())
+            report.save(folder)
+            write_page(report, folder / "report.html")
         self.workspace.publish()
 
     def _prove(self, slim: Program, pair: Lowered, metric: tuple[str, float] | None) -> tuple[str, float] | None:
@@ -209,8 +223,9 @@ def time_pair(
 ) -> Latency:
     """Load both artifacts of a target and time them in turns."""
     backend = get_backend(pair.target)
-    dense, compiled = (backend.load(p.folder, threads=threads) for p in (pair.dense, pair.compiled))
-    return measure(str(pair.target), dense, compiled, inputs, threads or torch.get_num_threads(), reporter)
+    count = threads or len(os.sched_getaffinity(0))
+    dense, compiled = (backend.load(p.folder, threads=count) for p in (pair.dense, pair.compiled))
+    return measure(str(pair.target), dense, compiled, inputs, count, reporter)
 
 
 class BenchResult(BaseModel):

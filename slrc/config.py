@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from slrc.errors import ConfigError, SlrcError
 from slrc.methods import ADMMSettings, MethodName, SLRSettings
 from slrc.passes.allocate_sparsity import Allocation
-from slrc.patterns import Channel
+from slrc.patterns import AnyPattern, Channel
 from slrc.plans import PatternField
 
 
@@ -44,20 +44,29 @@ class CompileConfig(BaseModel):
     skip: tuple[str, ...] = ()
     keep_ends: bool = True
     threads: Annotated[int, Field(ge=1)] | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     slr: SLRSettings = SLRSettings()
     admm: ADMMSettings = ADMMSettings()
 
-    @field_validator("target", mode="before")
+    @field_validator("target", "skip", mode="before")
     @classmethod
     def _one_or_more(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
     @field_validator("target")
     @classmethod
-    def _no_target(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _targets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not value:
             raise ValueError("at least one target is needed")
+        if len(set(value)) < len(value):
+            raise ValueError("a target is given twice")
+        return value
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _pattern_is_text(cls, value: Any) -> Any:
+        if not isinstance(value, (str, AnyPattern)):
+            raise ValueError("a pattern is a text such as 'channel' or 'block:8x1'")  # noqa: TRY004
         return value
 
 
@@ -92,10 +101,12 @@ def _config_error(error: ValidationError, file: Path | None, options: Mapping[st
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"])
     top = str(first["loc"][0]) if first["loc"] else ""
-    where = f"option `--{top.replace('_', '-')}`" if top in options else f"`{field}` in `{file}`"
+    option = f"--{top.replace('_', '-')}" if field == top else field
+    where = f"option `{option}`" if top in options else f"`{field}` in `{file}`"
     if first["type"] == "extra_forbidden":
         known = ", ".join(name.replace("_", "-") for name in CompileConfig.model_fields)
         return ConfigError(f"{where}: there is no such option", hint=f"known options: {known}")
     got = first.get("input")
     hint = "the share of weights to prune, for example `--sparsity 0.75`" if top == "sparsity" else None
-    return ConfigError(f"{where}: {first['msg'].lower()}, got {got!r}", hint=hint)
+    said = first["msg"].removeprefix("Value error, ")
+    return ConfigError(f"{where}: {said[:1].lower()}{said[1:]}, got {got!r}", hint=hint)

@@ -28,27 +28,17 @@ if TYPE_CHECKING:
     from slrc.timing import Latency
 
 # matplotlib knows only fixed colours: each stands in for a variable of the page's style sheet.
-INK, MUTED, GRID, DENSE, COMPILED, HARD, PRUNED = (f"#0101{i:02x}" for i in range(1, 8))
-VARIABLES = {
-    INK: "--ink",
-    MUTED: "--muted",
-    GRID: "--line",
-    DENSE: "--dense",
-    COMPILED: "--compiled",
-    HARD: "--hard",
-    PRUNED: "--pruned",
-}
+COLORS = tuple(f"#0101{i:02x}" for i in range(7))
+INK, MUTED, GRID, DENSE, COMPILED, HARD, PRUNED = COLORS
+VARIABLES = ("--ink", "--muted", "--line", "--dense", "--compiled", "--hard", "--pruned")
 WIDTH = 480  # units of the view box, which are those of the font sizes
 ROWS_PER_PLOT = 40
-LONGEST_NAME = 30
+LONGEST_NAME = 28
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "slrc",
     "text.parse_math": False,
-    "axes.unicode_minus": True,
-    "font.size": 10.5,
-    "axes.labelsize": 10.5,
-    "axes.linewidth": 0.8,
+    "font.size": 11,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,
     "axes.grid": True,
@@ -58,17 +48,11 @@ STYLE: dict[str, Any] = {
     "axes.facecolor": "none",
     "figure.facecolor": "none",
     "grid.color": GRID,
-    "grid.linewidth": 0.8,
     "legend.frameon": False,
-    "legend.handlelength": 1.8,
-    "legend.columnspacing": 1.4,
-    "lines.linewidth": 1.6,
     "lines.markersize": 4,
     "text.color": INK,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "ytick.major.size": 0,
 }
 
@@ -88,16 +72,13 @@ def training_plot(curve: Sequence[EpochRecord], metric: str, dense: float | None
             _draw_metric(rows[0], epochs, curve, metric, dense)
             figure.legend(*rows[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
         if losses:
-            rows[-1].plot(epochs, _values([r.loss for r in curve]), color=INK, marker="o", markersize=3)
+            rows[-1].plot(epochs, _values([r.loss for r in curve]), color=INK, marker="o", markersize=3, clip_on=False)
             rows[-1].set_ylabel("training loss")
             rows[-1].set_ylim(bottom=min(0.0, rows[-1].get_ylim()[0]))
         for i, (name, start) in enumerate(phases):
             for axes in rows if i else ():
                 axes.axvline(start, color=MUTED, linewidth=1, linestyle=":")
-            rows[0].annotate(
-                name, (start, 1), (3 if i else 0, 3), xycoords=("data", "axes fraction"), textcoords="offset points",
-                color=MUTED,
-            )  # fmt: skip
+            _write(rows[0], name, (start, 1), (3 if i else 0, 3), "data", "axes fraction", color=MUTED)
         rows[-1].set_xlabel("epoch")
         rows[-1].set_xlim(min(epochs), max(max(epochs), min(epochs) + 1))
         rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
@@ -105,7 +86,8 @@ def training_plot(curve: Sequence[EpochRecord], metric: str, dense: float | None
             axes.margins(y=0.06)
             axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
         figure.align_ylabels(list(rows))
-        return _svg(figure, "training", f"{metric} and training loss over {max(epochs)} epochs")
+        drawn = " and ".join([metric] * metrics + ["training loss"] * losses)
+        return _svg(figure, "training", f"{drawn} over {max(epochs)} epochs")
 
 
 def layers_plots(layers: Sequence[LayerSparsity]) -> list[str]:
@@ -190,28 +172,23 @@ def _draw_metric(
     live, hard = [r.metric for r in curve], [r.hard_pruned for r in curve]
     axes.plot(epochs, _values(live), color=COMPILED, marker="o", label="live model", clip_on=False)
     if any(x is not None for x in hard):
-        axes.plot(
-            epochs, _values(hard), color=HARD, marker="D", markersize=3, linewidth=1.1, linestyle=(0, (4, 2)),
-            label="hard-pruned copy", clip_on=False,
-        )  # fmt: skip
+        style: dict[str, Any] = {"marker": "D", "markersize": 3, "linewidth": 1.1, "linestyle": (0, (4, 2))}
+        axes.plot(epochs, _values(hard), color=HARD, label="hard-pruned copy", clip_on=False, **style)
     axes.set_ylabel(metric)
 
 
 def _layers_plot(layers: Sequence[LayerSparsity], first: int, rows: int) -> str:
     """Draw one column of bars, `rows` high so that columns side by side match."""
     with matplotlib.style.context(STYLE, after_reset=True):
-        figure = _figure(62 + 15 * max(rows, 3))
+        figure = _figure(62 + 16 * max(rows, 3))
         axes = figure.subplots()
         kept = [x.kept / x.groups if x.groups else 1.0 for x in layers]
         y = range(len(layers))
         axes.barh(y, kept, height=0.72, color=COMPILED, label="kept")
         axes.barh(y, [1 - x for x in kept], left=kept, height=0.72, color=PRUNED, label="pruned")
         for i, share in enumerate(kept):
-            axes.annotate(
-                f"{1 - share:.1%}", (1, i), (38, 0), textcoords="offset points", va="center", ha="right", fontsize=9,
-                annotation_clip=False,
-            )  # fmt: skip
-        axes.set_yticks(y, [_shorten(x.name) for x in layers], fontsize=9)
+            _write(axes, f"{1 - share:.1%}", (1, i), (42, 0), va="center", ha="right", fontsize=10)
+        axes.set_yticks(y, [_shorten(x.name) for x in layers], fontsize=10)
         axes.set_ylim(max(rows, 3) - 0.4, -0.6)
         axes.set_xlim(0, 1)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
@@ -229,17 +206,15 @@ def _draw_latency(axes: Axes, x: Latency) -> None:
         axes.barh(i, times.p50, height=0.66, color=color)
         axes.plot([times.p50, times.p90], [i, i], color=INK, linewidth=1)
         axes.plot(times.p90, i, color=INK, marker="|", markersize=16, markeredgewidth=1.8)
-        axes.annotate(
-            f"{times.p50:.3f}, p90 {times.p90:.3f}", (max(times.p50, times.p90), i), (7, 0),
-            textcoords="offset points", va="center", fontsize=9.5,
-        )  # fmt: skip
+        text = f"p50 {times.p50:.3f}, p90 {times.p90:.3f}"
+        _write(axes, text, (max(times.p50, times.p90), i), (7, 0), va="center")
     axes.set_yticks([0, 1], ["dense", "compiled"])
     axes.set_ylim(1.6, -0.6)
-    axes.set_xlim(0, widest * 1.6 or 1)
+    axes.set_xlim(0, widest * 1.8 or 1)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
     axes.grid(visible=False, axis="y")
     threads = f"{x.threads} thread{'s' if x.threads != 1 else ''}"
-    axes.set_title(f"{x.target}, {threads}, batch {x.batch}", loc="left", fontsize=10.5, color=MUTED, pad=4)
+    axes.set_title(f"{x.target}, {threads}, batch {x.batch}", loc="left", fontsize=11, color=MUTED, pad=4)
 
 
 def _draw_history(axes: Axes, k: Sequence[int], values: Sequence[float], accepted: Sequence[bool] | None) -> None:
@@ -265,7 +240,6 @@ def _scale_signed(axes: Axes, values: Sequence[float]) -> str:
     axes.set_yscale("symlog", linthresh=threshold, linscale=0.5)
     axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=threshold))
     axes.yaxis.set_major_formatter(FuncFormatter(_plain))
-    axes.yaxis.set_minor_locator(MaxNLocator(1))
     axes.minorticks_off()
     return "\n(symmetric log)"
 
@@ -284,6 +258,13 @@ def _scale_log(axes: Axes, values: Sequence[float]) -> None:
     axes.minorticks_off()
 
 
+def _write(
+    axes: Axes, text: str, at: tuple[float, float], offset: tuple[int, int],
+    x: str = "data", y: str = "data", **style: Any,
+) -> None:  # fmt: skip
+    axes.annotate(text, at, offset, xycoords=(x, y), textcoords="offset points", annotation_clip=False, **style)
+
+
 def _plain(value: float, _: int | None = None) -> str:
     return f"{value:g}".replace("-", "−")
 
@@ -293,7 +274,7 @@ def _values(values: Sequence[float | None]) -> list[float]:
 
 
 def _shorten(name: str) -> str:
-    return name if len(name) <= LONGEST_NAME else f"{name[:10]}…{name[-(LONGEST_NAME - 11) :]}"
+    return name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
 
 
 def _figure(height: float) -> Figure:
@@ -301,18 +282,17 @@ def _figure(height: float) -> Figure:
 
 
 def _svg(figure: Figure, name: str, label: str) -> str:
-    """Return a figure for a page: no prolog, unique ids, the page's colours and font."""
+    """Return a figure for a page: no prolog, ids of its own, the page's colours and font."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].strip()
-    svg = re.sub(r"<metadata>.*?</metadata>|<style .*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    box = re.search(r'viewBox="[^"]*"', svg)
-    opening = f'<svg role="img" aria-label="{escape(label)}" {box.group() if box else ""}>'
-    svg = opening + svg[svg.index(">") + 1 :]
-    svg = svg.replace("xlink:href", "href")
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
-    for color, variable in VARIABLES.items():
-        svg = svg.replace(color, f"var({variable})")
-    return re.sub(r"\n\s*", "\n", svg)
+    _, opening, body = re.split(r"(<svg [^>]*>)", buffer.getvalue(), maxsplit=1)
+    body = re.sub(r"<metadata>.*?</metadata>|<style .*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)
+    body = body.replace("xlink:href", "href")
+    body = re.sub(r'<g id="[^"]*"', "<g", body)
+    body = re.sub(r'(\bid="|\bhref="#|\burl\(#)', rf"\g<1>{name}-", body)
+    body = re.sub(r'\bfont: [^;"]*?([\d.]+px)[^;"]*', r"font-size: \1", body)  # as matplotlib < 3.10 writes it
+    body = re.sub(r'\bfont-family: [^;"]*(; )?', "", body)
+    for color, variable in zip(COLORS, VARIABLES, strict=True):
+        body = body.replace(color, f"var({variable})")
+    box = re.findall(r'viewBox="[^"]*"', opening)
+    return f'<svg role="img" aria-label="{escape(label)}" {box[0]}>' + re.sub(r"\n\s*", "\n", body)

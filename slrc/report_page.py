@@ -14,7 +14,7 @@ from slrc.methods import SLR
 from slrc.report import Pair, Report
 
 TEMPLATE = "report.html.j2"
-PREFIXES = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def write_page(report: Report, path: Path) -> None:
@@ -39,11 +39,11 @@ def render_page(report: Report) -> str:
         "flatten": _flatten,
         "plural": _plural,
     }
-    history_has_conditions = report.method == SLR.name
+    has_conditions = report.method == SLR.name
     accuracy = report.accuracy
     return environment.get_template(TEMPLATE).render(
         report=report,
-        has_conditions=history_has_conditions,
+        has_conditions=has_conditions,
         training=Markup(
             plots.training_plot(
                 report.curve,
@@ -53,18 +53,16 @@ def render_page(report: Report) -> str:
         ),
         layers=[Markup(svg) for svg in plots.layers_plots(report.layers)],
         latency=Markup(plots.latency_plot(report.latency)),
-        history=Markup(plots.history_plot(report.slr, history_has_conditions)),
+        history=Markup(plots.history_plot(report.slr, has_conditions)),
     )
 
 
-def _si(value: float, unit: str = "") -> str:
+def _si(value: int, unit: str = "") -> str:
     """Three digits and a prefix: 381258 is 381 k."""
-    for i, (scale, prefix) in enumerate(PREFIXES):
-        # 999 950 rounds up to 1000 k, which is 1.00 M
-        if round(value / scale, 2) >= 1 and (i == 0 or float(f"{value:.3g}") < PREFIXES[i - 1][0]):
-            digits = max(0, 3 - len(str(int(value / scale))))
-            return f"{value / scale:.{digits}f}\u00a0{prefix}{unit}"
-    return f"{value:g}\u00a0{unit}".rstrip("\u00a0")
+    for scale, prefix in PREFIXES:
+        if value >= 0.9995 * scale:  # what rounds up to 1000 takes the next prefix
+            return f"{value / scale:#.3g}".rstrip(".") + f"\u00a0{prefix}{unit}"
+    return f"{value}\u00a0{unit}" if unit else str(value)
 
 
 def _signed(value: float, spec: str = ".4f") -> str:
@@ -78,7 +76,7 @@ def _change(pair: Pair[int]) -> str:
 
 
 def _scientific(value: float) -> str:
-    return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e+").replace("e-", "e−") if value else "0"
+    return f"{value:.1e}".replace("-", "−") if value else "0"
 
 
 def _plural(count: int, noun: str) -> str:

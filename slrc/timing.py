@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import time
@@ -107,7 +108,7 @@ def environment() -> dict[str, Any]:
     return {
         "cpu": model,
         "instruction_sets": [f for f in INSTRUCTION_SETS if f in flags],
-        "cores": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "platform": platform.platform(),
         "python": platform.python_version(),

@@ -9,15 +9,18 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, send_to_device, set_seed
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from slrc.checkpoints import CheckpointFolder, EpochRecord, Snapshot
@@ -29,6 +32,7 @@ from slrc.progress import Quiet, Reporter
 from slrc.workload import Workload, user_error
 
 RETRAIN = "retrain"
+T = TypeVar("T")
 MIXED_PRECISION = {Precision.FP32: "no", Precision.BF16: "bf16", Precision.FP16: "fp16"}
 
 
@@ -122,6 +126,7 @@ class _Trainer:
     ) -> None:
         self.workload, self.plan, self.config, self.reporter = workload, plan, config, reporter
         self.method_name = choose_method(config, workload)
+        AcceleratorState._reset_state()  # else the first run's precision holds for the whole process
         self.accelerator = Accelerator(
             mixed_precision=MIXED_PRECISION[config.precision],
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
@@ -209,15 +214,23 @@ class _Trainer:
             losses = [self._loss(self.model, batch) for batch in self.probe]
         self.model.train(training)
         mean = torch.stack([loss.float() for loss in losses]).mean()
-        return float(self.accelerator.reduce(mean, reduction="mean"))
+        value = float(self.accelerator.reduce(mean, reduction="mean"))
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the loss is {value} on the probe batches, in evaluation mode, after {len(self.curve) - 1} epochs",
+                hint="lower the learning rate or the penalty (`rho`), or check the model's running statistics",
+            )
+        return value
 
     def _run_phase(self, phase: _Phase) -> None:
         batches = self.workload.train_batches
         assert batches is not None
         steps = self._count_steps(batches)
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = self.workload.optimizer(trainable)
-        scheduler = self.workload.scheduler(optimizer, steps * phase.epochs)
+        # accelerate steps a schedule once for each process
+        total = steps * phase.epochs * self.accelerator.num_processes
+        optimizer = _made("optimizer", Optimizer, lambda: self.workload.optimizer(trainable))
+        scheduler = _made("scheduler", LRScheduler, lambda: self.workload.scheduler(optimizer, total))
         self.accelerator.free_memory()
         model, optimizer, scheduler = self.accelerator.prepare(self.model, optimizer, scheduler)
         loader = self.accelerator.prepare(batches) if isinstance(batches, DataLoader) else batches
@@ -261,6 +274,11 @@ class _Trainer:
     ) -> float:
         loss = self._loss(model, send_to_device(batch, self.accelerator.device))
         value = float(loss.detach())
+        if not loss.requires_grad:
+            raise WorkloadError(
+                "`loss(model, batch)` returned a tensor without a gradient",
+                hint="compute it from the model's output, without `detach`, `item` or `torch.no_grad`",
+            )
         if not math.isfinite(value):
             raise TrainingError(
                 f"the loss is {value} in {phase.name}, epoch {epoch + 1}, step {step}",
@@ -341,9 +359,9 @@ class _Trainer:
             batches.set_epoch(epoch)
 
     def _count_steps(self, batches: Iterable[Any]) -> int:
-        if isinstance(batches, Sized):
-            steps = len(batches)
-        else:
+        try:
+            steps = len(batches)  # type: ignore[arg-type]
+        except TypeError:  # none, or a DataLoader over an iterable dataset
             self._seed("count", 0, batches)
             steps = sum(1 for _ in _read(batches))
         return max(1, math.ceil(steps / self.accelerator.num_processes))
@@ -353,6 +371,17 @@ def _describe(record: EpochRecord) -> str:
     metric = "" if record.metric is None else f", metric {record.metric:.4f}"
     hard = "" if record.hard_pruned is None else f", hard-pruned {record.hard_pruned:.4f}"
     return f"  {record.phase} epoch {record.epoch}: loss {record.loss:.4f}{metric}{hard}, {record.seconds:.1f} s"
+
+
+def _made(name: str, kind: type[T], make: Callable[[], T]) -> T:
+    """Return what the user's function makes; what it raises becomes an error that names the user's line."""
+    try:
+        made = make()
+    except Exception as error:
+        raise user_error(f"`Workload.{name}`", error) from error
+    if not isinstance(made, kind):
+        raise WorkloadError(f"`Workload.{name}` must return a {kind.__name__}, got {type(made).__name__}")
+    return made
 
 
 def _read(batches: Iterable[Any]) -> Iterator[Any]:

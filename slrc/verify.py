@@ -105,6 +105,8 @@ class RunnerModule(nn.Module):
     def __init__(self, runner: Runner, artifact: Artifact, out_spec: pytree.TreeSpec) -> None:
         super().__init__()
         self._runner, self._artifact, self._out_spec = runner, artifact, out_spec
+        # Empty: for an `evaluate` that asks `next(model.parameters())` for the device.
+        self.device_of_inputs = nn.Parameter(torch.empty(0), requires_grad=False)
 
     def forward(self, *inputs: Any) -> Any:
         """Run on the user's inputs and return what the model would."""

@@ -7,10 +7,12 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
+import sysconfig
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -97,7 +99,7 @@ class Workload:
         batches = self.train_batches
         if batches is not None and not isinstance(batches, Iterable):
             raise WorkloadError(f"`Workload.train_batches` must be iterable, got {_describe(batches)}")
-        if batches is not None and iter(batches) is batches:
+        if isinstance(batches, Iterator):
             raise WorkloadError(
                 "`Workload.train_batches` can be read only once: every epoch after the first would be empty",
                 hint="give a DataLoader, a list, or an object whose `__iter__` starts anew",
@@ -128,7 +130,13 @@ class Workload:
                 hint='for example `return {"accuracy": correct / total}`',
             )
         name, value = next(iter(metrics.items()))
-        return str(name), float(value)
+        try:
+            return str(name), float(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise WorkloadError(
+                f"`evaluate` must return numbers, got {_describe(value)} for `{name}`",
+                hint='for example `return {"accuracy": correct / total}`',
+            ) from None
 
 
 def load_workload(spec: str) -> Workload:
@@ -182,30 +190,45 @@ def cached_weights(model: nn.Module, path: str | Path, train: Callable[[nn.Modul
 
 def user_error(what: str, error: Exception) -> WorkloadError:
     """Return an error that names the user's own line that raised."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "site-packages" not in f.filename and not _is_slrc(f.filename)]
-    where = f" at {own[-1].filename}:{own[-1].lineno}: `{own[-1].line}`" if own else ""
-    text = str(error).strip().splitlines()
-    return WorkloadError(
-        f"{what} failed{where}: {type(error).__name__}: {text[0] if text else ''}",
-        hint="`--debug` shows the whole trace",
+    frames = [(f.filename, f.lineno, f.line) for f in traceback.extract_tb(error.__traceback__)]
+    text, kind = str(error).strip(), type(error).__name__
+    first = next(iter(text.splitlines()), "")
+    if first.startswith(f"Caught {kind} in "):  # a DataLoader's worker sends its trace as text
+        frames += re.findall(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)', text)
+        first = text.splitlines()[-1].removeprefix(f"{kind}: ")
+    own = [f for f in frames if not _is_library(f[0])]
+    where = f" at {own[-1][0]}:{own[-1][1]}: `{own[-1][2]}`" if own else ""
+    return WorkloadError(f"{what} failed{where}: {kind}: {first}", hint="`--debug` shows the whole trace")
+
+
+_HERE = Path(__file__).parent
+_LIBRARIES = tuple(
+    Path(p).resolve()
+    for p in (
+        *(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+        *(_HERE / name for name in (".", "passes", "backends")),
     )
+)
 
 
-def _is_slrc(file: str) -> bool:
-    here = Path(__file__).resolve().parent
-    return Path(file).resolve().is_relative_to(here) or file.startswith("<frozen")
+def _is_library(file: str) -> bool:
+    return file.startswith("<") or any(Path(file).resolve().is_relative_to(p) for p in _LIBRARIES)
 
 
 def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise WorkloadError(f"`{path}` does not exist", hint=f"`slrc init {path}` writes a workload to start from")
     sys.path.insert(0, str(path.resolve().parent))
-    found = importlib.util.spec_from_file_location(path.stem, path)
+    taken = sys.modules.get(path.stem)
+    if taken is None or getattr(taken, "__file__", None) == str(path):
+        name = path.stem
+    else:  # a file named like a library must not hide it
+        name = f"slrc_workload_{path.stem}"
+    found = importlib.util.spec_from_file_location(name, path)
     assert found is not None
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)
-    sys.modules[path.stem] = module
+    sys.modules[name] = module
     try:
         found.loader.exec_module(module)
     except SlrcError:
@@ -242,7 +265,12 @@ def _call(module: ModuleType, name: str, source: str) -> Workload:
 
 def _zoo_workload(source: str, name: str) -> Workload:
     """A model of torchvision or timm, with pretrained weights where they can be had."""
-    name, _, weights = name.partition("@")
+    name, at, weights = name.partition("@")
+    if at and weights != "random":
+        raise WorkloadError(
+            f"unknown weights `@{weights}` of `{source}:{name}`",
+            hint=f"give `{source}:{name}` for pretrained weights, `{source}:{name}@random` for random ones",
+        )
     try:
         library = importlib.import_module("torchvision.models" if source == "torchvision" else "timm")
     except ImportError:
@@ -251,17 +279,17 @@ def _zoo_workload(source: str, name: str) -> Workload:
         names, size = library.list_models(), 299 if name == "inception_v3" else 224
     else:
         names, size = library.list_models(), 224
-    if name not in names:
+    if name not in names and not (source == "timm" and library.is_model(name)):  # a name with a tag, `vit.augreg`
         close = [n for n in names if n.startswith(name[:6])][:5]
         raise WorkloadError(
             f"`{source}` has no model `{name}`",
             hint=f"perhaps {', '.join(close)}" if close else f"see the models of {source}",
         )
-    model = _make_zoo_model(library, source, name, pretrained=True) if weights != "random" else None
+    model = None if at else _make_zoo_model(library, source, name, pretrained=True)
     notes = []
     if model is None:
         model = _make_zoo_model(library, source, name, pretrained=False)
-        if weights != "random":
+        if not at:
             notes.append(f"no pretrained weights for {name} could be fetched: its weights are random")
     assert model is not None
     if source == "timm":

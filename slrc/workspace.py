@@ -5,18 +5,21 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from slrc.checkpoints import disk_error
+from slrc.checkpoints import DISK_ERRORS, disk_error
 from slrc.errors import OutputError
 
 REPORT = "report.json"
 RUN = "run.json"
+LOCK = "lock"
 
 
 class Workspace:
@@ -35,18 +38,24 @@ class Workspace:
 
     def __init__(self, out: Path, run: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False) -> None:
         self.out = out.resolve()
+        if self.out.exists() and not _is_ours(self.out):
+            raise _foreign(out)
         self.work = self.out.with_name(f"{self.out.name}.work")
         self.resumed = False
-        if self.out.exists() and not _is_ours(self.out):
-            raise OutputError(
-                f"`{out}` exists and was not written by slrc: it will not be replaced",
-                hint="choose another folder with `--out`",
-            )
+        if self.work.is_dir() and any(self.work.iterdir()) and not (self.work / LOCK).exists():
+            raise _foreign(self.work)
         try:
             self.work.mkdir(parents=True, exist_ok=True)
+            self._lock = self._take_lock()
         except OSError as error:
             raise disk_error(self.work, error) from error
-        self._lock = self._take_lock()
+        try:
+            self._begin(out, run, resume, overwrite)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _begin(self, out: Path, run: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
         known = self._read_run()
         if known is not None and not resume and not overwrite:
             raise OutputError(
@@ -82,22 +91,29 @@ class Workspace:
         path = self.work / f"{name}.safetensors"
         if not path.exists():
             aside = path.with_suffix(".partial")
-            try:
+            with self.writing():
                 save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, aside)
                 aside.rename(path)
-            except OSError as error:
-                raise disk_error(path, error) from error
-        return load_file(path)
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"`{path}` cannot be read: {error}", hint="`--overwrite` starts anew") from error
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn what is raised where the disk is full into a readable error."""
+        try:
+            yield
+        except DISK_ERRORS as error:
+            raise disk_error(self.work, error) from error
 
     def write_json(self, name: str, data: Mapping[str, Any]) -> None:
         """Write a JSON file in the work folder, whole or not at all."""
         path = self.work / name
         aside = path.with_suffix(".partial")
-        try:
+        with self.writing():
             aside.write_text(json.dumps(data, indent=1, sort_keys=True))
             aside.rename(path)
-        except OSError as error:
-            raise disk_error(path, error) from error
 
     def publish(self) -> None:
         """Put the result in place of an older one, and remove the work folder."""
@@ -120,10 +136,10 @@ class Workspace:
             shutil.rmtree(self.work, ignore_errors=True)
 
     def _take_lock(self) -> IO[str]:
-        lock = (self.work / "lock").open("w")
+        lock = (self.work / LOCK).open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             lock.close()
             raise OutputError(
                 f"another slrc run is at work in `{self.work}`", hint="wait for it, or choose another `--out`"
@@ -138,7 +154,6 @@ class Workspace:
 
     def _check_same(self, known: dict[str, Any] | None, run: Mapping[str, Any], out: Path) -> None:
         if known is None:
-            self._lock.close()
             shutil.rmtree(self.work, ignore_errors=True)
             raise OutputError(f"there is no unfinished run of `{out}` to resume", hint="run without `--resume`")
         asked = json.loads(json.dumps(dict(run)))
@@ -154,9 +169,24 @@ class Workspace:
         for path in self.work.iterdir():
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
-            elif path.name != "lock":
+            elif path.name != LOCK:
                 path.unlink()
 
 
 def _is_ours(out: Path) -> bool:
-    return out.is_dir() and ((out / REPORT).exists() or not any(out.iterdir()))
+    if not out.is_dir():
+        return False
+    try:
+        report = json.loads((out / REPORT).read_text())
+    except FileNotFoundError:
+        return not any(out.iterdir())
+    except (OSError, ValueError):
+        return False
+    return isinstance(report, dict) and {"schema_version", "pattern", "sparsity", "checks"} <= report.keys()
+
+
+def _foreign(folder: Path) -> OutputError:
+    return OutputError(
+        f"`{folder}` exists and was not written by slrc: it will not be replaced",
+        hint="choose another folder with `--out`",
+    )

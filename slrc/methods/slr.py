@@ -76,16 +76,16 @@ class SLR(Method):
         old_residual = norm(old_difference)
         lagrangian = f + split.penalty(old_difference)
         accepted_loss = self._previous_lagrangian is not None and lagrangian < self._previous_lagrangian
-        if accepted_loss and old_residual > 0:
-            self.step_size *= alpha * self._previous_residual / old_residual
+        if accepted_loss:
+            self.step_size *= alpha * _ratio(self._previous_residual, old_residual)
             split.move_multipliers(self.step_size, old_difference)
 
         copies = split.project()
         difference = split.difference(copies)
         residual = norm(difference)
         accepted_projection = split.penalty(difference) < split.penalty(old_difference)
-        if accepted_projection and residual > 0:
-            self.step_size *= alpha * old_residual / residual
+        if accepted_projection:
+            self.step_size *= alpha * _ratio(old_residual, residual)
             split.move_multipliers(self.step_size, difference)
 
         split.copies = copies
@@ -123,3 +123,8 @@ class SLR(Method):
         self._previous_lagrangian = state.numbers.get("previous_lagrangian")
         self._previous_residual = state.numbers["previous_residual"]
         self.history = list(state.history)
+
+
+def _ratio(before: float, after: float) -> float:
+    """‖W − Z‖ before over after; 1 where either is zero, since a step size of zero could never grow again."""
+    return before / after if before > 0 and after > 0 else 1.0

@@ -1,0 +1,265 @@
+"""Slim equals masked on small random graphs built of the operators that the index rules know."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, note, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from slrc.passes.allocate_sparsity import Allocation, allocate_sparsity
+from slrc.passes.shrink_channels import ShrinkChannels
+from slrc.patterns import Channel
+from slrc.plans import Masks, Plan
+from slrc.program import Program, capture
+
+EXAMPLES = int(os.environ.get("SLRC_EXAMPLES", "60"))
+ACTIVATIONS = {
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+    "silu": nn.functional.silu,
+    "clamp": lambda x: torch.clamp(x, -2.0, -0.5),
+    "plus_one": lambda x: x + 1.0,
+    "halved_sigmoid": lambda x: torch.sigmoid(x) * 0.5,
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operator: the positions of its operands among the values so far, and its options."""
+
+    op: str
+    operands: tuple[int, ...]
+    options: tuple[Any, ...] = ()
+
+
+Shape = tuple[int, ...]
+"""A value's shape without the batch: `(c, h, w)`, `(t, f)` or `(f,)`."""
+
+
+class GraphModel(nn.Module):
+    """Runs a list of steps on an image of 4 channels; every value that no step uses gets a head of its own."""
+
+    def __init__(self, steps: list[Step], shapes: list[Shape]) -> None:
+        super().__init__()
+        self.steps = steps
+        self.layers = nn.ModuleDict()
+        count = 1
+        for i, step in enumerate(steps):
+            for name, layer in _layers(step, [shapes[k] for k in step.operands]).items():
+                self.layers[f"{i}_{name}"] = layer
+            count += 2 if step.op == "chunk" else 1
+        used = {k for step in steps for k in step.operands}
+        self.ends = [k for k in range(count) if k not in used]
+        self.heads = nn.ModuleList(nn.Linear(_features(shapes[k], flat=k % 2 == 0), 3) for k in self.ends)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        values = [x]
+        for i, step in enumerate(self.steps):
+            result = self._run(i, step, [values[k] for k in step.operands])
+            values += result if isinstance(result, tuple) else (result,)
+        return [
+            head(_pooled(values[k], flat=k % 2 == 0)) for k, head in zip(self.ends, self.heads, strict=True)
+        ]
+
+    def _run(self, i: int, step: Step, xs: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
+        x = xs[0]
+        match step.op:
+            case "conv" | "depthwise" | "transposed" | "norm" | "linear":
+                return self.layers[f"{i}_layer"](x)
+            case "twice":
+                return self.layers[f"{i}_layer"](self.layers[f"{i}_layer"](x))
+            case "scale":
+                return x * self.layers[f"{i}_layer"].weight.flatten()
+            case "bias":
+                return x + self.layers[f"{i}_layer"].weight.flatten()
+            case "activation":
+                return ACTIVATIONS[step.options[0]](x)
+            case "add":
+                return xs[0] + xs[1]
+            case "mul":
+                return xs[0] * xs[1]
+            case "cat":
+                return torch.cat(xs, dim=1 if x.dim() == 4 else -1)
+            case "chunk":
+                return tuple(x.chunk(2, dim=1 if x.dim() == 4 else -1))
+            case "slice":
+                start, stop, stride = step.options
+                return x[:, start:stop:stride] if x.dim() == 4 else x[..., start:stop:stride]
+            case "gate":
+                squeezed = x.mean((2, 3), keepdim=True)
+                return x * torch.sigmoid(self.layers[f"{i}_up"](torch.relu(self.layers[f"{i}_down"](squeezed))))
+            case "pool":
+                return nn.functional.max_pool2d(x, 3, stride=1, padding=1)
+            case "shuffle":
+                n, c, h, w = x.shape
+                return x.view(n, step.options[0], -1, h, w).transpose(1, 2).reshape(n, c, h, w)
+            case "tokens":
+                return x.flatten(2).transpose(1, 2)
+            case "swap":
+                return x.transpose(1, 2)
+            case "heads":
+                n, t, f = x.shape
+                y = x.view(n, t, step.options[0], -1).permute(0, 2, 1, 3)
+                return torch.relu(y).permute(0, 2, 1, 3).reshape(n, t, f)
+            case "inner":
+                return xs[0] @ xs[1].transpose(1, 2)
+            case "outer":
+                return xs[0].transpose(1, 2) @ xs[1]
+            case "softmax":
+                return x.softmax(-1)
+            case "mean":
+                return x.mean(1)
+        raise AssertionError(step.op)
+
+
+def _layers(step: Step, shapes: list[Shape]) -> dict[str, nn.Module]:
+    shape = shapes[0]
+    match step.op, step.options:
+        case "conv", (out, kernel, stride, groups, bias):
+            return {"layer": nn.Conv2d(shape[0], out, kernel, stride, kernel // 2, groups=groups, bias=bias)}
+        case "depthwise", (multiplier,):
+            return {"layer": nn.Conv2d(shape[0], shape[0] * multiplier, 3, padding=1, groups=shape[0])}
+        case "transposed", (out,):
+            return {"layer": nn.ConvTranspose2d(shape[0], out, 2, stride=2)}
+        case "norm", (affine,):
+            if len(shape) == 2:
+                return {"layer": nn.LayerNorm(shape[1])}
+            norm = nn.BatchNorm2d if len(shape) == 3 else nn.BatchNorm1d
+            return {"layer": norm(shape[0], affine=affine)}
+        case "linear", (out, bias):
+            return {"layer": nn.Linear(shape[-1], out, bias=bias)}
+        case "twice", ():
+            return {"layer": nn.Linear(shape[-1], shape[-1])}
+        case ("scale" | "bias"), ():
+            return {"layer": nn.Linear(shape[-1], 1)}
+        case "gate", (width,):
+            return {"down": nn.Conv2d(shape[0], width, 1), "up": nn.Conv2d(width, shape[0], 1)}
+    return {}
+
+
+def _features(shape: Shape, *, flat: bool) -> int:
+    return int(np.prod(shape)) if flat else shape[0] if len(shape) == 3 else shape[-1]
+
+
+def _pooled(x: Tensor, *, flat: bool) -> Tensor:
+    if flat or x.dim() == 2:
+        return x.flatten(1)
+    return x.mean((2, 3)) if x.dim() == 4 else x.mean(1)
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> tuple[list[Step], list[Shape]]:
+    """Draw steps and the shapes of all values."""
+    steps = [Step("conv", (0,), (draw(st.sampled_from([4, 6, 8])), 3, 1, 1, True))]
+    shapes: list[Shape] = [(4, 4, 4), (steps[0].options[0], 4, 4)]
+    for _ in range(draw(st.integers(2, 8))):
+        at = draw(st.integers(max(1, len(shapes) - 4), len(shapes) - 1))
+        step, results = draw(_steps(at, shapes))
+        steps.append(step)
+        shapes += results
+    return steps, shapes
+
+
+@st.composite
+def _steps(draw: st.DrawFn, at: int, shapes: list[Shape]) -> tuple[Step, list[Shape]]:
+    shape = shapes[at]
+    rank, c = len(shape), shape[0] if len(shape) == 3 else shape[-1]
+    alike = [k for k in range(1, len(shapes)) if shapes[k] == shape]
+    ops = ["activation", "activation", "add", "mul", "cat", "norm"]
+    ops += ["chunk"] if c % 2 == 0 else []
+    ops += ["slice"] if c > 1 else []
+    if rank == 3:
+        ops += ["conv", "conv", "conv", "depthwise", "gate", "pool"]
+        ops += ["tokens"] if shape[1] * shape[2] <= 16 else []
+        ops += ["transposed"] if shape[1] <= 4 else []
+        ops += ["shuffle"] if c % 2 == 0 and c > 2 else []
+    else:
+        ops += ["linear", "linear", "twice", "scale", "bias"]
+    if rank == 2:
+        ops += ["swap", "inner", "outer", "softmax", "mean"] + (["heads"] if c % 2 == 0 else [])
+    op = draw(st.sampled_from(ops))
+    width = draw(st.sampled_from([2, 4, 6, 8]))
+    match op:
+        case "conv":
+            groups = draw(st.sampled_from([g for g in (1, 1, 2) if c % g == 0]))
+            stride = draw(st.sampled_from([1, 2])) if shape[1] > 1 else 1
+            kernel = draw(st.sampled_from([1, 3]))
+            size = (shape[1] - 1) // stride + 1
+            return Step(op, (at,), (width, kernel, stride, groups, draw(st.booleans()))), [(width, size, size)]
+        case "depthwise":
+            multiplier = draw(st.integers(1, 2))
+            return Step(op, (at,), (multiplier,)), [(c * multiplier, *shape[1:])] 
+        case "transposed":
+            return Step(op, (at,), (width,)), [(width, shape[1] * 2, shape[2] * 2)]
+        case "linear":
+            return Step(op, (at,), (width, draw(st.booleans()))), [(*shape[:-1], width)]
+        case "norm":
+            return Step(op, (at,), (draw(st.booleans()),)), [shape]
+        case "gate":
+            return Step(op, (at,), (width,)), [shape]
+        case "activation":
+            return Step(op, (at,), (draw(st.sampled_from(sorted(ACTIVATIONS))),)), [shape]
+        case "add" | "mul":
+            return Step(op, (at, draw(st.sampled_from(alike)))), [shape]
+        case "cat":
+            other = draw(st.sampled_from(alike))
+            return Step(op, (at, other)), [(2 * c, *shape[1:]) if rank == 3 else (*shape[:-1], 2 * c)]
+        case "chunk":
+            half = (c // 2, *shape[1:]) if rank == 3 else (*shape[:-1], c // 2)
+            return Step(op, (at,)), [half, half]
+        case "slice":
+            start = draw(st.integers(0, c - 1))
+            stop = draw(st.integers(start + 1, c))
+            stride = draw(st.sampled_from([1, 1, 1, 2]))
+            left = len(range(start, stop, stride))
+            return Step(op, (at,), (start, stop, stride)), [
+                (left, *shape[1:]) if rank == 3 else (*shape[:-1], left)
+            ]
+        case "shuffle" | "heads":
+            return Step(op, (at,), (2,)), [shape]
+        case "tokens":
+            return Step(op, (at,)), [(shape[1] * shape[2], c)]
+        case "swap":
+            return Step(op, (at,)), [(shape[1], shape[0])]
+        case "inner" | "outer":
+            other = draw(st.sampled_from(alike))
+            return Step(op, (at, other)), [(shape[0], shape[0]) if op == "inner" else (shape[1], shape[1])]
+        case "mean":
+            return Step(op, (at,)), [(shape[1],)]
+    return Step(op, (at,)), [shape]
+
+
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize="SLRC_EXAMPLES" not in os.environ,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(graph=graphs(), seed=st.integers(0, 2**16), sparsity=st.sampled_from([None, 0.3, 0.5, 0.8]))
+def test_slim_equals_masked(randomized: Any, slim_equals_masked: Any, graph: Any, seed: int, sparsity: float | None) -> None:
+    steps, shapes = graph
+    note("\n".join(f"{step} " for step in steps))
+    model = randomized(GraphModel(steps, shapes), seed)
+    inputs = (torch.randn(2, 4, 4, 4, dtype=torch.float64),)
+    program = capture(model, inputs)
+    try:
+        plan = allocate_sparsity(program, Channel(), sparsity, allocation=Allocation.GLOBAL, keep_ends=False)
+    except Exception as error:
+        assert "can be pruned" in str(error)
+        return
+    if sparsity is None:
+        plan = _random_keeps(plan, seed)
+    slim_equals_masked(model, program, plan)
+
+
+def _random_keeps(plan: Plan, seed: int) -> Plan:
+    rng = np.random.default_rng(seed)
+    changed = tuple(c.model_copy(update={"keep": int(rng.integers(1, c.groups + 1))}) for c in plan)
+    return plan.model_copy(update={"constraints": changed})

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Final, Literal, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
@@ -19,7 +19,7 @@ from slrc.errors import BackendError
 from slrc.program import Program
 
 MANIFEST = "manifest.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION: Final = 1
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Artifact(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    manifest_version: int = MANIFEST_VERSION
+    manifest_version: Literal[1] = MANIFEST_VERSION
     target: str
     model_file: str
     precision: str = "float32"
@@ -80,8 +80,12 @@ class Artifact(BaseModel):
             return Artifact.model_validate_json((folder / MANIFEST).read_text())
         except FileNotFoundError:
             raise BackendError(f"`{folder}` is not an artifact: it has no {MANIFEST}") from None
-        except (OSError, ValidationError) as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise BackendError(f"the manifest in `{folder}` cannot be read: {error}") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise BackendError(f"the manifest in `{folder}`, field `{where}`: {first['msg']}") from None
 
 
 class Runner(Protocol):

@@ -11,7 +11,7 @@ scans. The dense network is trained once and cached; it starts from
 - `SLRC_MODEL`: the network that `workload()` takes; `resnet20` unless given.
 - `SLRC_CACHE`: where decoded images and dense networks are kept; `~/.cache/slrc` unless given.
 - `SLRC_DENSE_EPOCHS`: epochs of dense training; 4 from a weights file and 30 from scratch unless given.
-- `SLRC_SUBSET`: take only so many training and test images, with a dense network of their own.
+- `SLRC_SUBSET`: take only so many training and test images, evenly spread, with a dense network of their own.
 """
 
 import io
@@ -207,8 +207,11 @@ def load_images(split: str) -> tuple[Tensor, Tensor]:
     """Return the images of `train` or `test`: uint8 pixels `(n, 32, 32, 3)` and int64 labels `(n,)`."""
     data, variant = find_data()
     pixels, labels = read_original(data, split) if variant == "original" else read_pack(data, split)
-    count = int(os.environ.get("SLRC_SUBSET", len(labels)))
-    return torch.from_numpy(pixels[:count]), torch.from_numpy(labels[:count].astype(np.int64))
+    if "SLRC_SUBSET" in os.environ:
+        count = min(int(os.environ["SLRC_SUBSET"]), len(labels))
+        spread = np.arange(count) * len(labels) // count  # the pack is sorted by class
+        pixels, labels = pixels[spread], labels[spread]
+    return torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64))
 
 
 def read_original(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:

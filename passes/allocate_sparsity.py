@@ -96,7 +96,7 @@ def _check_skips(program: Program, skip: Sequence[str]) -> None:
         if not any(_matches(name, glob) for name in names):
             raise PlanError(
                 f"`--skip {glob}` matches no layer of {program.name}",
-                hint=f"layers are named like `{names[len(names) // 2] if names else ''}`; see `slrc inspect`",
+                hint=f"layers are named like `{names[len(names) // 2]}`; see `slrc inspect`" if names else None,
             )
 
 
@@ -198,8 +198,8 @@ def _global(
         layer.append(np.full(len(cost), i))
     order = np.argsort(np.concatenate(density), kind="stable")
     candidates = np.concatenate(layer)[order]
-    total = np.cumsum(steps[candidates])
-    count = int(np.searchsorted(total, sparsity * weights.sum() - steps.min() / 2))
+    total = np.cumsum([0.0, *steps[candidates]])
+    count = int(np.argmin(np.abs(total - sparsity * weights.sum())))
     removed = np.bincount(candidates[:count], minlength=len(groups))
     return groups - removed
 

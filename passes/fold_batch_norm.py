@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from slrc.passes.base import PassResult, Transform
-from slrc.passes.graph_edits import get_tensor, insert_tensor, sibling
+from slrc.passes.graph_edits import get_tensor, insert_tensor, layer_bias, reads, sibling
 from slrc.plans import Masks, Plan
 from slrc.program import Program, is_transposed, layer_weight, op_name
 
@@ -24,7 +24,7 @@ class FoldBatchNorm(Transform):
 
     1. `batch_norm(conv(x, w, b), γ, β, μ, σ²)` becomes `conv(x, w·s, (b − μ)·s + β)` with `s = γ / √(σ² + ε)`,
        `s` of shape `(out,)`.
-    2. A layer whose result has another user, or whose weight serves another layer, is left alone.
+    2. A layer whose result has another user, or whose weight or bias is read elsewhere, is left alone.
 
     Rows of zeros stay rows of zeros, so masks hold as before.
     """
@@ -44,21 +44,20 @@ def _fold_all(module: GraphModule) -> bool:
 
 
 def _foldable(module: GraphModule) -> Iterator[tuple[Node, Node]]:
-    uses: dict[str, int] = {}
-    for node in module.graph.nodes:
-        if (weight := layer_weight(node)) is not None:
-            uses[weight] = uses.get(weight, 0) + 1
     for norm in module.graph.nodes:
         if op_name(norm) not in BATCH_NORMS or (op_name(norm) == "batch_norm" and norm.args[5]):
             continue
         layer = norm.args[0]
-        if not isinstance(layer, Node) or layer_weight(layer) is None or len(layer.users) > 1:
+        if not isinstance(layer, Node) or len(layer.users) > 1 or (weight := layer_weight(layer)) is None:
             continue
         constants = [a for a in norm.args[1:5] if isinstance(a, Node)]
         has_statistics = isinstance(norm.args[3], Node) and isinstance(norm.args[4], Node)
-        one_use = uses[str(layer_weight(layer))] == 1
+        bias = layer_bias(layer)
+        constants += [bias] if bias is not None else []
+        own = [weight, str(bias.target) if bias is not None else sibling(weight, "bias")]
+        one_use = reads(module, own[0]) == 1 and reads(module, own[1]) == (bias is not None)
         # Linear layers on tokens have their features last, batch norm its channels second.
-        aligned = op_name(layer) != "linear" or layer.meta["val"].dim() == 2
+        aligned = layer.meta["val"].dim() == get_tensor(module, weight).dim()
         if all(a.op == "get_attr" for a in constants) and has_statistics and one_use and aligned:
             yield layer, norm
 
@@ -69,7 +68,8 @@ def _fold(module: GraphModule, layer: Node, norm: Node) -> None:
 
     weight_node = layer.args[1]
     assert isinstance(weight_node, Node)
-    weight, bias = constant(weight_node), constant(layer.args[2] if len(layer.args) > 2 else None)
+    bias_node = layer_bias(layer)
+    weight, bias = constant(weight_node), constant(bias_node)
     scale, shift, mean, variance = (constant(a) for a in norm.args[1:5])
     assert weight is not None
     assert mean is not None
@@ -87,7 +87,8 @@ def _fold(module: GraphModule, layer: Node, norm: Node) -> None:
         spread = spread.expand(groups, weight.shape[0] // groups, *spread.shape[2:]).flatten(0, 1)
     name = str(weight_node.target)
     new_weight = insert_tensor(module, layer, name, nn.Parameter(weight * spread, requires_grad=False))
-    new_bias = insert_tensor(module, layer, sibling(name, "bias"), nn.Parameter(folded_bias, requires_grad=False))
+    bias_name = sibling(name, "bias") if bias_node is None else str(bias_node.target)
+    new_bias = insert_tensor(module, layer, bias_name, nn.Parameter(folded_bias, requires_grad=False))
     layer.args = (layer.args[0], new_weight, new_bias, *layer.args[3:])
     for user in list(norm.users) if op_name(norm) != "batch_norm" else [norm]:
         user.replace_all_uses_with(layer)

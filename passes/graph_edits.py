@@ -45,6 +45,17 @@ def insert_tensor(module: GraphModule, before: Node, name: str, tensor: Tensor) 
         return module.graph.get_attr(name)
 
 
+def reads(module: GraphModule, name: str) -> int:
+    """Return how many operators read a parameter or buffer."""
+    return sum(len(n.users) for n in module.graph.nodes if n.op == "get_attr" and n.target == name)
+
+
+def layer_bias(layer: Node) -> Node | None:
+    """Return the node of a layer's bias, or `None` if it has none."""
+    bias = layer.args[2] if len(layer.args) > 2 else None
+    return bias if isinstance(bias, Node) else None
+
+
 def call_before(before: Node, target: torch._ops.OpOverload, *args: Any) -> Node:
     """Insert a call of an ATen operator before a node, with that node's source location."""
     with before.graph.inserting_before(before):

@@ -104,14 +104,15 @@ def _run_rules(program: Program) -> tuple[LabelTable, dict[str, str]]:
     for node in program.graph_module.graph.nodes:
         if node.op == "get_attr":
             name, tensor = str(node.target), program.tensors.get(str(node.target))
-            if tensor is None:
-                table.values[node] = Value([None] * node.meta["val"].dim())
+            if tensor is None or not node.users:
+                table.values[node] = _unlabelled(node)
                 continue
             # Tied parameters are one tensor under two names: they share their labels.
             if id(tensor) not in labels_of:
                 labels_of[id(tensor)] = [table.union.new(n) if n > 1 else None for n in tensor.shape]
             table.tensors[name] = labels_of[id(tensor)]
-            table.values[node] = Value(table.tensors[name])
+            # Masks do not reach buffers: they keep what they hold at removed indices.
+            table.values[node] = Value(table.tensors[name], vanishes=name in program.parameter_names)
         elif node.op == "placeholder":
             table.values[node] = _unlabelled(node)
         elif node.op == "output":
@@ -167,13 +168,14 @@ class _Slots:
     classes: list[NDArray[np.int64]]
     owners: list[bool]
     is_parameter: list[bool]
+    parts: list[NDArray[np.int64]]
     free: NDArray[np.bool_]
 
     @staticmethod
     def collect(program: Program, table: LabelTable, roots: NDArray[np.int64], pinned: NDArray[np.int64]) -> _Slots:
         free = np.ones(len(roots), dtype=bool)
         free[pinned] = False
-        slots = _Slots([], [], [], [], free)
+        slots = _Slots([], [], [], [], [roots[labels] for labels in table.parts], free)
         seen: set[int] = set()
         for name, dims in table.tensors.items():
             if id(dims) in seen:
@@ -211,10 +213,11 @@ class _Slots:
         return [self._group(s, first, where[s], by_slot, taken) for s, first in order.items()]
 
     def _signatures(self) -> NDArray[np.uint64]:
-        """Classes with equal sums lie in the same slots, the same number of times in each."""
-        keys = np.random.default_rng(0).integers(1, 2**63, size=len(self.classes), dtype=np.uint64)
+        """Classes with equal sums lie in the same slots and parts, the same number of times in each."""
+        places = [*self.classes, *self.parts]
+        keys = np.random.default_rng(0).integers(1, 2**63, size=len(places), dtype=np.uint64)
         signature = np.zeros(len(self.free), dtype=np.uint64)
-        for key, classes in zip(keys, self.classes, strict=True):
+        for key, classes in zip(keys, places, strict=True):
             np.add.at(signature, classes, key)
         signature[~self.free] = 0
         return signature

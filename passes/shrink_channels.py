@@ -16,8 +16,9 @@ from slrc.errors import PlanError
 from slrc.passes.base import PassResult, Transform
 from slrc.passes.graph_edits import get_tensor, set_tensor
 from slrc.passes.index_rules import Dims
+from slrc.passes.index_rules.shape import squeezed_dims
 from slrc.passes.label_indices import IndexLabels, label_indices
-from slrc.plans import Masks, Plan
+from slrc.plans import Constraint, Masks, Plan
 from slrc.program import CONVOLUTIONS, Program, argument, op_name
 
 aten = torch.ops.aten
@@ -29,7 +30,7 @@ class ShrinkChannels(Transform):
 
     1. A dimension of a parameter or buffer keeps the indices whose label survives.
     2. The size of a dimension in `view`, `expand` and the like becomes the number of its labels that survive; bounds of
-       `slice` and sizes of `split` likewise.
+       `slice` and sizes of `split` likewise; `squeeze` names its dimensions.
     3. A depthwise convolution has as many groups as it has inputs.
 
         conv (64, 32, 3, 3) ─▶ batch_norm (64) ─▶ conv (64, 64, 3, 3)        with 24 of 64 pruned
@@ -45,7 +46,7 @@ class ShrinkChannels(Transform):
             PlanError: a constraint names units that the program does not have.
         """
         pruned = {c.name: c for c in plan if c.pattern.coupled and not bool(masks.surviving_units(c).all())}
-        present = [c for c in pruned.values() if _is_present(program, c.members[0].tensor, c)]
+        present = [c for c in pruned.values() if _is_present(program, masks, c)]
         if not present:
             return PassResult(program, False)
         labels = label_indices(program)
@@ -57,13 +58,12 @@ class ShrinkChannels(Transform):
         return PassResult(*program.rewrite(lambda module: _shrink(module, labels, survives)))
 
 
-def _is_present(program: Program, tensor: str, constraint: Any) -> bool:
-    """Whether the group still has its full width; a program that was shrunk before has not."""
+def _is_present(program: Program, masks: Masks, constraint: Constraint) -> bool:
+    """Whether the group's tensor still has the shape of its mask; in a program that was shrunk before it has not."""
+    tensor = constraint.members[0].tensor
     if tensor not in program.tensors:
         raise PlanError(f"constraint `{constraint.name}`: the program has no tensor `{tensor}`")
-    where = constraint.members[0]
-    needed = constraint.groups if where.index is None else max(where.index) + 1
-    return bool(program.tensors[tensor].shape[where.dim] >= needed)
+    return program.tensors[tensor].shape == masks.tensors[tensor].shape
 
 
 def _shrink(module: GraphModule, labels: IndexLabels, survives: NDArray[np.bool_]) -> bool:
@@ -86,8 +86,10 @@ def _resize_arguments(node: Node, labels: IndexLabels, survives: NDArray[np.bool
     if resize is None:
         return
     source = node.args[0]
-    ins = labels.values[source.name][0] if isinstance(source, Node) else []
-    resize(node, _Survivors(survives), ins, labels.values[node.name])
+    ins, outs = labels.values[source.name][0] if isinstance(source, Node) else [], labels.values[node.name]
+    touched = [d for dims in (ins, *outs) for d in dims if d is not None]
+    if not all(survives[d].all() for d in touched):
+        resize(node, _Survivors(survives), ins, outs)
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,11 @@ def _resize_split(node: Node, survivors: _Survivors, ins: Dims, outs: list[Dims]
         node.target, node.args, node.kwargs = aten.split_with_sizes.default, (node.args[0], sizes, dim), {}
 
 
+def _resize_squeeze(node: Node, survivors: _Survivors, ins: Dims, outs: list[Dims]) -> None:
+    """Name the dimensions that go: one that shrinks to a single index stays."""
+    node.target, node.args, node.kwargs = aten.squeeze.dims, (node.args[0], squeezed_dims(node)), {}
+
+
 def _resize_groups(node: Node, survivors: _Survivors, ins: Dims, outs: list[Dims]) -> None:
     position = 8 if op_name(node) == "convolution" else 6
     groups = int(argument(node, position, "groups", 1))
@@ -134,6 +141,7 @@ def _resize_groups(node: Node, survivors: _Survivors, ins: Dims, outs: list[Dims
 _RESIZE: dict[str, Callable[[Node, _Survivors, Dims, list[Dims]], None]] = {
     **dict.fromkeys(["view", "reshape", "_unsafe_view", "expand"], _resize_view),
     "slice": _resize_slice,
+    "squeeze": _resize_squeeze,
     **dict.fromkeys(["split", "split_with_sizes"], _resize_split),
     **dict.fromkeys(sorted(CONVOLUTIONS), _resize_groups),
 }

@@ -124,15 +124,21 @@ class CheckpointFolder:
         try:
             accelerator.load_state(str(folder / "accelerate"))
         except Exception as error:  # torch, safetensors and accelerate raise what they like
-            raise TrainingError(
-                f"checkpoint `{folder}` does not fit this model: {str(error).splitlines()[0]}",
-                hint="the model or its optimiser changed since: run without `--resume`",
-            ) from error
+            raise misfit(folder, error) from error
 
     def _numbers(self) -> list[int]:
         if not self.root.is_dir():
             return []
         return sorted(int(p.name) for p in self.root.iterdir() if p.name.isdigit())
+
+
+def misfit(folder: Path, error: Exception) -> TrainingError:
+    """Return a readable error for a checkpoint of another model."""
+    first = next(iter(str(error).splitlines()), type(error).__name__)
+    return TrainingError(
+        f"checkpoint `{folder}` does not fit this model: {first}",
+        hint="the model, its plan or its optimiser changed since: run without `--resume`",
+    )
 
 
 def disk_error(where: Path, error: BaseException) -> OutputError:

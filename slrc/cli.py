@@ -43,6 +43,7 @@ KeepEndsOption = Annotated[
     bool | None,
     typer.Option("--keep-ends/--prune-ends", help="leave the first layer and the classifier alone  [default: keep]"),
 ]
+INTERRUPTED = 130
 DEBUG_HELP = "show the whole trace of an error"
 
 
@@ -208,8 +209,10 @@ def main() -> None:
         app()
     except SlrcError as error:
         _fail(error.message, error.hint, 2, debug)
-    except KeyboardInterrupt:
-        _fail("interrupted", "`--resume` goes on where it stopped", 130, debug)
+    except SystemExit as stop:
+        if stop.code != INTERRUPTED:  # what typer makes of Ctrl-C
+            raise
+        _fail("interrupted", "`slrc compile --resume` goes on after the last whole epoch", INTERRUPTED, debug)
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
         _fail(

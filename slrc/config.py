@@ -25,6 +25,9 @@ class Precision(StrEnum):
     FP16 = "fp16"
 
 
+_NUMBERS = ("sparsity", "epochs", "retrain_epochs", "updates_per_epoch", "probe_batches", "threads", "seed")
+
+
 class CompileConfig(BaseModel):
     """Everything that `slrc compile` can be told. Field names are the option names, with underscores."""
 
@@ -62,12 +65,22 @@ class CompileConfig(BaseModel):
             raise ValueError("a target is given twice")
         return value
 
+    @field_validator(*_NUMBERS, mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("input should be a number")  # noqa: TRY004
+        return value
+
     @field_validator("pattern", mode="before")
     @classmethod
     def _pattern_is_text(cls, value: Any) -> Any:
         if not isinstance(value, (str, AnyPattern)):
             raise ValueError("a pattern is a text such as 'channel' or 'block:8x1'")  # noqa: TRY004
         return value
+
+
+TABLES: Mapping[str, type[BaseModel]] = {"slr": SLRSettings, "admm": ADMMSettings}
 
 
 def make_config(options: Mapping[str, Any], file: Path | None = None) -> CompileConfig:
@@ -104,7 +117,8 @@ def _config_error(error: ValidationError, file: Path | None, options: Mapping[st
     option = f"--{top.replace('_', '-')}" if field == top else field
     where = f"option `{option}`" if top in options else f"`{field}` in `{file}`"
     if first["type"] == "extra_forbidden":
-        known = ", ".join(name.replace("_", "-") for name in CompileConfig.model_fields)
+        table = TABLES.get(top, CompileConfig) if field != top else CompileConfig
+        known = ", ".join(name.replace("_", "-") for name in table.model_fields)
         return ConfigError(f"{where}: there is no such option", hint=f"known options: {known}")
     got = first.get("input")
     hint = "the share of weights to prune, for example `--sparsity 0.75`" if top == "sparsity" else None

@@ -114,6 +114,8 @@ class Columns:
         """Only ungrouped layers, with outputs that divide by R."""
         if conv_groups != 1:
             return f"a grouped convolution ({conv_groups} groups) cannot be split by input channels"
+        if len(shape) < 2:
+            return "it has no input channels"
         if shape[0] % self.groups:
             return f"outputs must be a multiple of {self.groups}, got {shape[0]}"
         return None
@@ -170,6 +172,8 @@ class NM:
 
     def why_not(self, shape: tuple[int, ...], conv_groups: int = 1) -> str | None:
         """Input channels must divide by M."""
+        if len(shape) < 2:
+            return "it has no input channels"
         if shape[1] % self.m:
             return f"input channels must be a multiple of {self.m}, got {shape[1]}"
         return None

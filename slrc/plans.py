@@ -7,6 +7,7 @@ of it are kept. It can be printed, compared, edited and fed back with `--plan`.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from slrc.errors import OutputError, PlanError
+from slrc.errors import OutputError, PatternError, PlanError
 from slrc.patterns import AnyPattern, Channel, energies, obeys, parse_pattern, project
 
 PLAN_SCHEMA_VERSION = 1
@@ -27,8 +28,11 @@ PLAN_SCHEMA_VERSION = 1
 def _parse_ranges(value: Any) -> Any:
     if not isinstance(value, str):
         return value
-    spans = [span.split(":") for span in value.split(",") if span]
-    return tuple(i for start, stop in spans for i in range(int(start), int(stop)))
+    spans = [re.fullmatch(r"(\d+):(\d+)", span.strip()) for span in value.split(",")]
+    ranges = [range(int(span[1]), int(span[2])) for span in spans if span is not None]
+    if len(ranges) < len(spans) or not all(ranges):
+        raise ValueError(f"expected ranges like `0:64,128:192`, got `{value}`")
+    return tuple(i for one in ranges for i in one)
 
 
 def _print_ranges(indices: tuple[int, ...] | None) -> str | None:
@@ -45,7 +49,7 @@ def _print_ranges(indices: tuple[int, ...] | None) -> str | None:
 
 PatternField = Annotated[
     AnyPattern,
-    BeforeValidator(lambda v: parse_pattern(v) if isinstance(v, str) else v),
+    BeforeValidator(lambda v: v if isinstance(v, AnyPattern) else parse_pattern(str(v))),
     PlainSerializer(str, return_type=str),
 ]
 Indices = Annotated[
@@ -181,6 +185,8 @@ class Plan(_Data):
             )
         try:
             return Plan.model_validate(data)
+        except PatternError as error:
+            raise PlanError(f"plan `{path}`: {error.message}", hint=error.hint) from None
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
@@ -192,6 +198,9 @@ class Plan(_Data):
         Raises:
             PlanError: a tensor is missing or has another shape, or more groups are kept than there are.
         """
+        names = [c.name for c in self.constraints]
+        if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+            raise PlanError(f"constraint `{twice[0]}` appears twice in the plan", hint="give each a name of its own")
         for c in self.constraints:
             for s in c.members + c.followers:
                 _check_slice(c, s, tensors)
@@ -211,6 +220,9 @@ class Plan(_Data):
                     f"constraint `{c.name}`: cannot keep {c.keep} of {c.groups} groups",
                     hint=f"give `keep` a value from 1 to {c.groups}",
                 )
+            fixed = c.pattern.fixed_sparsity
+            if fixed is not None and c.keep != (prescribed := round(c.groups * (1 - fixed))):
+                raise PlanError(f"constraint `{c.name}`: {c.pattern} keeps {prescribed} of {c.groups}, got {c.keep}")
 
     def __iter__(self) -> Iterator[Constraint]:  # type: ignore[override]
         return iter(self.constraints)
@@ -301,5 +313,6 @@ def _check_slice(c: Constraint, s: Slice, tensors: Mapping[str, Tensor]) -> None
         size = shape[s.dim] if -len(shape) <= s.dim < len(shape) else 0
         length = size if s.index is None else len(s.index)
         outside = s.index is not None and any(not 0 <= i < size for i in s.index)
-        if size == 0 or outside or length % c.groups:
+        repeated = s.index is not None and len(set(s.index)) < length
+        if length == 0 or outside or repeated or length % c.groups:
             raise PlanError(f"constraint `{c.name}`: `{s.tensor}` of shape {shape} does not have its units")

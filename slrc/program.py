@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
@@ -178,9 +178,16 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], name: str = "mode
     dynamic wherever the model allows it.
 
     Raises:
-        CaptureError: `torch.export` cannot trace the model; the message names the user's source line.
+        CaptureError: the model cannot be copied, or `torch.export` cannot trace it; the message names the user's
+            source line.
     """
-    twin = copy.deepcopy(model).cpu().eval()
+    try:
+        twin = copy.deepcopy(model).cpu().eval()
+    except Exception as error:  # whatever the user's attributes raise
+        raise CaptureError(
+            f"the model cannot be copied: {type(error).__name__}: {str(error).partition(chr(10))[0]}",
+            hint="computed tensors kept as attributes cannot be copied, as of the old `torch.nn.utils.weight_norm`",
+        ) from error
     for tensor in [*twin.parameters(), *twin.buffers()]:
         tensor.requires_grad_(False)
         tensor.data = tensor.data.contiguous()
@@ -266,23 +273,36 @@ def source_line(node: Node) -> str:
 
 def _export(module: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
     """Export with a dynamic batch if that works, else with the shapes as they are."""
-    doubled = pytree.tree_map_only(Tensor, _at_least_two, inputs)
-    dims = pytree.tree_map(lambda x: {0: Dim.AUTO} if isinstance(x, Tensor) and x.dim() else None, doubled)
-    attempts: list[tuple[tuple[Any, ...], Any]] = [(doubled, dims), (inputs, None)]
+    leaves = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim() > 0]
+    doubled = pytree.tree_map_only(Tensor, _two, inputs) if all(x.shape[0] == 1 for x in leaves) else inputs
+    shapes = ShapesCollection()
+    for x in pytree.tree_leaves(doubled):
+        if isinstance(x, Tensor) and x.dim() > 0:
+            shapes[x] = {0: Dim.AUTO}
+    attempts: list[tuple[tuple[Any, ...], Any]] = [(doubled, shapes), (inputs, None)]
     failures: list[Exception] = []
     for args, dynamic_shapes in attempts:
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
-                return torch.export.export(module, args, dynamic_shapes=dynamic_shapes)
+                exported = torch.export.export(module, args, dynamic_shapes=dynamic_shapes)
+            if args is inputs or not _has_fixed_batch(exported):
+                return exported
         except Exception as error:  # whatever the user's forward raises
             failures.append(error)
     raise _capture_error(failures[-1]) from failures[-1]
 
 
-def _at_least_two(x: Tensor) -> Tensor:
+def _two(x: Tensor) -> Tensor:
     """`torch.export` takes a dimension of size 1 for a constant: show it a batch of 2."""
-    return torch.cat([x, x]) if x.dim() > 0 and x.shape[0] == 1 else x
+    return torch.cat([x, x]) if x.dim() > 0 else x
+
+
+def _has_fixed_batch(exported: ExportedProgram) -> bool:
+    """Whether the model took the size of an input's first dimension for a constant."""
+    inputs = set(exported.graph_signature.user_inputs)
+    values = [n.meta.get("val") for n in exported.graph.nodes if n.op == "placeholder" and n.name in inputs]
+    return any(isinstance(v, Tensor) and v.dim() > 0 and not _is_free(v.shape[0]) for v in values)
 
 
 def _capture_error(error: Exception) -> CaptureError:
@@ -301,15 +321,16 @@ def _capture_error(error: Exception) -> CaptureError:
     )
 
 
-_OWN = tuple(str(Path(file).resolve().parent) for file in (torch.__file__, __file__))
-_STANDARD, _PACKAGES = (str(Path(sysconfig.get_paths()[key]).resolve()) for key in ("stdlib", "purelib"))
+_HERE = Path(__file__).parent
+_OWN = tuple(p.resolve() for p in (Path(torch.__file__).parent, _HERE, _HERE / "passes", _HERE / "backends"))
+_STANDARD, _PACKAGES = (Path(sysconfig.get_paths()[key]).resolve() for key in ("stdlib", "purelib"))
 
 
 def _is_library(file: str) -> bool:
     """Whether a source file belongs to torch, slrc or Python: models of other packages count as the user's."""
-    path = str(Path(file).resolve())
-    in_standard = path.startswith(_STANDARD) and not path.startswith(_PACKAGES)
-    return file.startswith("<") or path.startswith(_OWN) or in_standard
+    path = Path(file).resolve()
+    in_standard = path.is_relative_to(_STANDARD) and not path.is_relative_to(_PACKAGES)
+    return file.startswith("<") or any(path.is_relative_to(own) for own in _OWN) or in_standard
 
 
 def _short(file: str) -> str:

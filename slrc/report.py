@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -13,7 +13,7 @@ from slrc.methods import Iteration
 from slrc.timing import Latency
 from slrc.verify import Check
 
-REPORT_SCHEMA_VERSION = 1
+REPORT_SCHEMA_VERSION: Final = 1
 T = TypeVar("T")
 
 
@@ -71,7 +71,7 @@ class TargetResult(_Data):
 class Report(_Data):
     """Everything that a compile found, with the figures' conditions."""
 
-    schema_version: int = REPORT_SCHEMA_VERSION
+    schema_version: Literal[1] = REPORT_SCHEMA_VERSION
     model: str
     pattern: str
     method: str
@@ -109,5 +109,9 @@ class Report(_Data):
                 f"`{folder}` has no report.json: it is not the output of a finished compile",
                 hint="give the folder that `slrc compile --out` wrote",
             ) from None
-        except (OSError, ValidationError) as error:
-            raise OutputError(f"`{path}` cannot be read: {str(error).splitlines()[0]}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise OutputError(f"`{path}` cannot be read: {error}") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise OutputError(f"`{path}` cannot be read, field `{where}`: {first['msg']}") from None

@@ -20,10 +20,10 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, send_to_device, set_seed
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from slrc.checkpoints import CheckpointFolder, EpochRecord, Snapshot
+from slrc.checkpoints import CheckpointFolder, EpochRecord, Snapshot, misfit
 from slrc.config import CompileConfig, Precision
 from slrc.errors import SlrcError, TrainingError, WorkloadError
 from slrc.methods import Iteration, Magnitude, Method, MethodName, MethodState, make_method
@@ -91,7 +91,11 @@ def train(
         TrainingError: the loss is not finite, or a checkpoint does not fit.
         WorkloadError: there is no data though the method needs it, or the user's functions fail.
     """
-    return _Trainer(workload, plan, config, checkpoints, resume, reporter or Quiet()).run()
+    trainer = _Trainer(workload, plan, config, checkpoints, resume, reporter or Quiet())
+    try:
+        return trainer.run()
+    finally:
+        _unwrap(workload.model)
 
 
 def choose_method(config: CompileConfig, workload: Workload) -> MethodName:
@@ -138,7 +142,7 @@ class _Trainer:
         self.snapshot = self.folder.read(found) if self.folder and found else None
         self.curve = list(self.snapshot.curve) if self.snapshot else []
         self.masks = Masks(self.snapshot.masks) if self.snapshot else Masks()
-        self.method: Method = Magnitude(dict(self.model.named_parameters()), plan)
+        self.method: Method = Magnitude(_parameters(self.model), plan)
         self.probe: list[Any] = []
 
     def run(self) -> Trained:
@@ -150,13 +154,12 @@ class _Trainer:
         else:
             self._run_sparse_phase()
             self.masks = self.method.masks()
-        parameters = dict(self.model.named_parameters())
+        parameters = _parameters(self.model)
         self.masks.check(self.plan)
         if self.config.retrain_epochs:
             self.masks.apply_(parameters)
             self._run_phase(self._retrain_phase())
         self.masks.apply_(parameters)
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         return Trained(
             tensors={n: t.detach().cpu().clone() for n, t in self.model.state_dict().items()},
             masks=self.masks,
@@ -172,7 +175,7 @@ class _Trainer:
         epochs = self.config.epochs if self.workload.train_batches is not None else 0
         self.method = make_method(
             self.method_name,
-            dict(self.model.named_parameters()),
+            _parameters(self.model),
             self.plan,
             slr=self.config.slr,
             admm=self.config.admm,
@@ -180,7 +183,7 @@ class _Trainer:
         if epochs:
             self._read_probe()
         if self.snapshot:
-            self.method.load_state(self.snapshot.method)
+            self._load_method(self.snapshot)
         else:
             self.curve.append(self._measure(str(self.method_name), 0, None, 0.0))
             if epochs:
@@ -194,9 +197,16 @@ class _Trainer:
             )
             self._run_phase(phase)
 
+    def _load_method(self, snapshot: Snapshot) -> None:
+        assert self.resume_from is not None
+        try:
+            self.method.load_state(snapshot.method)
+        except (KeyError, RuntimeError) as error:
+            raise misfit(self.resume_from, error) from error
+
     def _retrain_phase(self) -> _Phase:
         # Zeroing after each step undoes what momentum, weight decay and the gradient did to pruned weights.
-        parameters = dict(self.model.named_parameters())
+        parameters = _parameters(self.model)
         masks = [(parameters[n], m.to(self.accelerator.device)) for n, m in self.masks.tensors.items()]
 
         def keep_pruned() -> None:
@@ -231,6 +241,11 @@ class _Trainer:
         total = steps * phase.epochs * self.accelerator.num_processes
         optimizer = _made("optimizer", Optimizer, lambda: self.workload.optimizer(trainable))
         scheduler = _made("scheduler", LRScheduler, lambda: self.workload.scheduler(optimizer, total))
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise WorkloadError(
+                "`Workload.scheduler` must return a schedule of its own, got ReduceLROnPlateau",
+                hint="the schedule is stepped after every batch, without a metric: try OneCycleLR or CosineAnnealingLR",
+            )
         self.accelerator.free_memory()
         model, optimizer, scheduler = self.accelerator.prepare(self.model, optimizer, scheduler)
         loader = self.accelerator.prepare(batches) if isinstance(batches, DataLoader) else batches
@@ -316,13 +331,15 @@ class _Trainer:
             metric = hard = self._metric(self._twin())
             if phase != RETRAIN:
                 pruned = self._twin()
-                self.method.masks().apply_(dict(pruned.named_parameters()))
+                self.method.masks().apply_(_parameters(pruned))
                 hard = self._metric(pruned)
         return EpochRecord(phase=phase, epoch=epoch, loss=loss, metric=metric, hard_pruned=hard, seconds=seconds)
 
     def _twin(self) -> nn.Module:
         """A copy of the model without the wrapper that casts to the training precision."""
-        return self.accelerator.unwrap_model(copy.deepcopy(self.model), keep_fp32_wrapper=False)
+        twin = copy.deepcopy(self.model)
+        _unwrap(twin)
+        return twin
 
     def _metric(self, model: nn.Module) -> float | None:
         measured = self.workload.measure(model)
@@ -371,6 +388,21 @@ def _describe(record: EpochRecord) -> str:
     metric = "" if record.metric is None else f", metric {record.metric:.4f}"
     hard = "" if record.hard_pruned is None else f", hard-pruned {record.hard_pruned:.4f}"
     return f"  {record.phase} epoch {record.epoch}: loss {record.loss:.4f}{metric}{hard}, {record.seconds:.1f} s"
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by every name they have: a plan may name a tied one by any."""
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def _unwrap(model: nn.Module) -> None:
+    """Undo what accelerate does to `forward` for mixed precision; its own undoing strips the user's decorators too."""
+    model.__dict__.pop("_is_accelerate_prepared", None)  # else a second run would train in the first one's precision
+    original = model.__dict__.pop("_original_forward", None)
+    if original is not None:
+        del model.forward
+        if getattr(original, "__func__", None) is not type(model).forward:
+            model.forward = original
 
 
 def _made(name: str, kind: type[T], make: Callable[[], T]) -> T:

@@ -203,9 +203,9 @@ def user_error(what: str, error: Exception) -> WorkloadError:
 
 _HERE = Path(__file__).parent
 _LIBRARIES = tuple(
-    Path(p).resolve()
-    for p in (
-        *(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+    path.resolve()
+    for path in (
+        *(Path(sysconfig.get_paths()[name]) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
         *(_HERE / name for name in (".", "passes", "backends")),
     )
 )

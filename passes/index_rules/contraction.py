@@ -11,23 +11,25 @@ def linear(node: Node, table: LabelTable) -> Value:
     """`linear(x (…, i), w (o, i), b (o)) -> (…, o)`."""
     x, weight, *bias = tensor_args(node)
     x_dims, w_dims = table.dims(x), table.dims(weight)
-    table.join(x_dims[-1], w_dims[1], node)
+    inner = table.join(x_dims[-1], w_dims[1], node)
+    table.contract(inner, [table.value(x), table.value(weight)], node)
     if weight.op == "get_attr":
         table.consume(weight, 1)
     for b in bias:
         table.join(w_dims[0], table.dims(b)[0], node)
-    return Value([*x_dims[:-1], w_dims[0]])
+    # A bias is added at removed places of the other dimensions too.
+    zero_elsewhere = all(d is None for d in x_dims[:-1]) or (table.value(x).vanishes and not bias)
+    return Value([*x_dims[:-1], w_dims[0]], zero_elsewhere and all(table.value(p).vanishes for p in (weight, *bias)))
 
 
 def matmul(node: Node, table: LabelTable) -> Value:
-    """`a (…, m, k) @ b (…, k, n)`: a removed `k` must add nothing, so one side must be zero there."""
+    """`a (…, m, k) @ b (…, k, n)`."""
     a, b = tensor_args(node)[:2]
     left, right = table.value(a), table.value(b)
     if len(left.dims) < 2 or len(right.dims) < 2:
         raise NotImplementedError
     inner = table.join(left.dims[-1], right.dims[-2], node)
-    if not (left.vanishes or right.vanishes):
-        table.pin(inner, "summed over where removed indices are not zero", node)
+    table.contract(inner, [left, right], node)
     batch_dims = []
     rank = max(len(left.dims), len(right.dims))
     for d in range(rank - 2):

@@ -17,17 +17,21 @@ def convolution(node: Node, table: LabelTable) -> Value:
     if is_transposed(node):
         return transposed_convolution(node, table)
     x_dims, w_dims, groups = table.dims(x), table.dims(weight), conv_groups(node)
+    if len(x_dims) != len(w_dims):
+        raise NotImplementedError  # an input without a batch
     for kernel in w_dims[2:]:
         table.pin(kernel, "kernel position", node)
     if groups == 1:
-        table.join(x_dims[1], w_dims[1], node)
+        inner = table.join(x_dims[1], w_dims[1], node)
+        table.contract(inner, [table.value(x), table.value(weight)], node)
         table.consume(weight, 1)
     elif shape_of(weight)[1] == 1:
         _depthwise(node, table, x_dims, w_dims, groups)
     else:
         _grouped(node, table, x_dims, w_dims, groups)
+        table.contract(w_dims[1], [table.value(x), table.value(weight)], node)
         table.consume(weight, 1)
-    return _result(node, table, x_dims, w_dims[0])
+    return _result(node, table, table.value(x), table.value(weight), w_dims[0])
 
 
 def transposed_convolution(node: Node, table: LabelTable) -> Value:
@@ -35,23 +39,28 @@ def transposed_convolution(node: Node, table: LabelTable) -> Value:
     x, weight = node.args[0], node.args[1]
     assert isinstance(x, Node)
     assert isinstance(weight, Node)
-    if conv_groups(node) != 1:
-        raise NotImplementedError
     x_dims, w_dims = table.dims(x), table.dims(weight)
+    if conv_groups(node) != 1 or len(x_dims) != len(w_dims):
+        raise NotImplementedError
     for kernel in w_dims[2:]:
         table.pin(kernel, "kernel position", node)
-    table.join(x_dims[1], w_dims[0], node)
+    inner = table.join(x_dims[1], w_dims[0], node)
+    table.contract(inner, [table.value(x), table.value(weight)], node)
     table.consume(weight, 0)
-    return _result(node, table, x_dims, w_dims[1])
+    return _result(node, table, table.value(x), table.value(weight), w_dims[1])
 
 
-def _result(node: Node, table: LabelTable, x_dims: Dims, out: np.ndarray | None) -> Value:
+def _result(node: Node, table: LabelTable, x: Value, weight: Value, out: np.ndarray | None) -> Value:
     bias = node.args[2] if len(node.args) > 2 else None
+    vanishes = weight.vanishes
     if isinstance(bias, Node):
         table.join(out, table.dims(bias)[0], node)
-    for spatial in x_dims[2:]:
+        vanishes = vanishes and table.value(bias).vanishes
+    for spatial in x.dims[2:]:
         table.pin(spatial, "spatial position", node)
-    return Value([x_dims[0], out, *[None] * (len(x_dims) - 2)])
+    # A bias is added at removed places of the first dimension too.
+    vanishes = vanishes and (x.dims[0] is None or (x.vanishes and bias is None))
+    return Value([x.dims[0], out, *[None] * (len(x.dims) - 2)], vanishes)
 
 
 def _depthwise(node: Node, table: LabelTable, x_dims: Dims, w_dims: Dims, groups: int) -> None:

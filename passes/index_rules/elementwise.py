@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from slrc.passes.index_rules.table import LabelTable, Rule, Value, tensor_args
+from slrc.passes.index_rules.table import LabelTable, Rule, Value, covers, tensor_args
+from slrc.program import argument
 
 ZERO_TO_ZERO = [
     "relu",
@@ -80,12 +81,13 @@ def zero_to_other(node: Node, table: LabelTable) -> Value:
 
 
 def clamp(node: Node, table: LabelTable) -> Value:
-    """`hardtanh` and `clamp` keep zero if it lies within the bounds."""
-    x = table.value(tensor_args(node)[0])
-    bounds = [b for b in node.args[1:3] if isinstance(b, (int, float))]
-    low = bounds[0] if bounds else 0
-    high = bounds[1] if len(bounds) > 1 else 0
-    return Value(x.dims, x.vanishes and low <= 0 <= max(high, 0))
+    """`hardtanh` and `clamp` keep zero if it lies within the bounds; bounds that are tensors join."""
+    low, high = (argument(node, k, name) for k, name in ((1, "min"), (2, "max")))
+    operands = [a for a in (node.args[0], low, high) if isinstance(a, Node)]
+    if len(operands) > 1:
+        return Value(table.broadcast(node, operands), vanishes=False)
+    x = table.value(operands[0])
+    return Value(x.dims, x.vanishes and (low is None or low <= 0) and (high is None or high >= 0))
 
 
 def prelu(node: Node, table: LabelTable) -> Value:
@@ -99,24 +101,24 @@ def prelu(node: Node, table: LabelTable) -> Value:
 def add(node: Node, table: LabelTable) -> Value:
     """`a + b`, `a - b`, `max(a, b)`: zero where both are."""
     operands = tensor_args(node)
-    vanishes = all(table.value(a).vanishes for a in operands) and len(operands) > 1
-    return Value(table.broadcast(node, operands), vanishes)
+    dims = table.broadcast(node, operands)
+    zero = [table.value(a).vanishes and covers(table.value(a), dims) for a in operands]
+    return Value(dims, all(zero) and len(operands) > 1)
 
 
 def multiply(node: Node, table: LabelTable) -> Value:
-    """`a · b`: zero where either is, if that one has the dimension."""
-    operands = tensor_args(node)
-    dims = table.broadcast(node, operands)
-    labelled = [a for a in operands if any(d is not None for d in table.dims(a))]
-    return Value(dims, any(table.value(a).vanishes for a in labelled) or len(operands) == 1)
+    """`a · b`: zero where either is, if that one has all the labelled dimensions."""
+    operands = [table.value(a) for a in tensor_args(node)]
+    dims = table.broadcast(node, tensor_args(node))
+    return Value(dims, any(a.vanishes and covers(a, dims) for a in operands))
 
 
 def divide(node: Node, table: LabelTable) -> Value:
     """`a / b`: zero where `a` is, provided that `b` is not."""
     operands = tensor_args(node)
-    dims = table.broadcast(node, operands)
+    dims, dividend = table.broadcast(node, operands), table.value(operands[0])
     divisor_is_plain = len(operands) == 1 or all(d is None for d in table.dims(operands[1]))
-    return Value(dims, divisor_is_plain and table.value(operands[0]).vanishes)
+    return Value(dims, divisor_is_plain and dividend.vanishes and covers(dividend, dims))
 
 
 def other_binary(node: Node, table: LabelTable) -> Value:

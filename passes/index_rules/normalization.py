@@ -15,8 +15,8 @@ def batch_norm(node: Node, table: LabelTable) -> Value | list[Value]:
     given = [a for a in node.args[1:5] if isinstance(a, Node)]
     for parameter in given:
         table.join(dims[1], table.dims(parameter)[0], node)
-    affine = isinstance(node.args[1], Node) and isinstance(node.args[2], Node)
-    result = Value(dims, vanishes=affine)
+    affine = len(given) == 4 and all(table.value(p).vanishes for p in given[:2])
+    result = Value(dims, vanishes=affine and all(d is None for d in (dims[0], *dims[2:])))
     outputs = node.meta["val"]
     if not isinstance(outputs, (tuple, list)):
         return result

@@ -6,9 +6,10 @@ import math
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.fx import Node
 
-from slrc.passes.index_rules.table import Dims, LabelTable, Rule, Value, is_one, shape_of
+from slrc.passes.index_rules.table import Dims, Labels, LabelTable, Rule, Value, is_one, shape_of
 from slrc.program import argument
 
 PRIME = 1_000_003
@@ -124,10 +125,17 @@ def squeeze(node: Node, table: LabelTable) -> Value:
     """`squeeze(x, dims)`: dimensions of size 1 go."""
     x = node.args[0]
     assert isinstance(x, Node)
-    value, shape = table.value(x), shape_of(x)
-    asked = argument(node, 1, "dim", list(range(len(shape))))
-    gone = {d % len(shape) for d in ([asked] if isinstance(asked, int) else asked) if is_one(shape[d])}
+    value, gone = table.value(x), squeezed_dims(node)
     return Value([labels for d, labels in enumerate(value.dims) if d not in gone], value.vanishes)
+
+
+def squeezed_dims(node: Node) -> list[int]:
+    """Return the dimensions of size 1 that a `squeeze` removes."""
+    x = node.args[0]
+    assert isinstance(x, Node)
+    shape = shape_of(x)
+    asked = argument(node, 1, "dim", list(range(len(shape))))
+    return sorted({d % len(shape) for d in ([asked] if isinstance(asked, int) else asked) if is_one(shape[d])})
 
 
 def expand(node: Node, table: LabelTable) -> Value:
@@ -179,7 +187,7 @@ def split(node: Node, table: LabelTable) -> list[Value]:
         labels = value.dims[dim]
         stop = start + part.shape[dim] if labels is not None else start
         dims = list(value.dims)
-        dims[dim] = labels[start:stop] if labels is not None else None
+        dims[dim] = _part(labels[start:stop], node, table) if labels is not None else None
         parts.append(Value(dims, value.vanishes))
         start = stop
     return parts
@@ -197,8 +205,17 @@ def slice_(node: Node, table: LabelTable) -> Value:
     if labels is not None:
         if bounds[2] != 1 or any(isinstance(b, Node) for b in bounds):
             raise NotImplementedError
-        dims[dim] = labels[bounds[0] : bounds[1]]
+        dims[dim] = _part(labels[bounds[0] : bounds[1]], node, table)
     return Value(dims, value.vanishes)
+
+
+def _part(labels: NDArray[np.int64], node: Node, table: LabelTable) -> Labels:
+    """Return the labels of a part of a dimension; a part of one index would vanish with it, so that it stays."""
+    if len(labels) > 1:
+        table.parts.append(labels)
+        return labels
+    table.pin(labels, "a part with one index only", node)
+    return None
 
 
 def select(node: Node, table: LabelTable) -> Value:

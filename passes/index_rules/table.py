@@ -22,7 +22,8 @@ Dims = list[Labels]
 class Value:
     """What is known of one tensor in the graph.
 
-    `vanishes`: at removed indices the masked program holds zeros, so that a product with them adds nothing.
+    `vanishes`: at removed indices of every labelled dimension the masked program holds zeros, so that a product with
+    them adds nothing.
     """
 
     dims: Dims
@@ -50,6 +51,8 @@ class LabelTable:
     tensors: dict[str, Dims] = field(default_factory=dict)
     consumer_dims: set[tuple[str, int]] = field(default_factory=set)
     pins: list[Pin] = field(default_factory=list)
+    parts: list[NDArray[np.int64]] = field(default_factory=list)
+    """Labels of what was split off: units of different parts are not interchangeable, or a part could lose them all."""
 
     def value(self, node: Node) -> Value:
         """Return the labels of a single-tensor value; unlabelled for scalars."""
@@ -80,6 +83,11 @@ class LabelTable:
         self.union.join(a, b)
         return a
 
+    def contract(self, labels: Labels, operands: Sequence[Value], node: Node) -> None:
+        """Let a dimension be summed over in a product: a removed index must add nothing, so one side must be zero."""
+        if not any(operand.vanishes for operand in operands):
+            self.pin(labels, "summed over where removed indices are not zero", node)
+
     def join_rows(self, table: NDArray[np.int64]) -> NDArray[np.int64]:
         """Join all labels of each row of a 2-d array; return the first column."""
         for column in table.T[1:]:
@@ -107,6 +115,12 @@ class LabelTable:
                     merged = self.join(merged, labels, node)
             result.append(merged)
         return result
+
+
+def covers(operand: Value, result: Dims) -> bool:
+    """Return whether an operand has labels of its own wherever the broadcast result has: it is not repeated there."""
+    dims: Dims = [*[None] * (len(result) - len(operand.dims)), *operand.dims]
+    return all(own is not None for own, labels in zip(dims, result, strict=True) if labels is not None)
 
 
 def shape_of(node: Node) -> list[int]:

@@ -136,9 +136,11 @@ class Splitting:
             if w.grad is None:
                 w.grad = torch.zeros_like(w)
         gradients = [w.grad for w in weights if w.grad is not None]
-        torch._foreach_add_(gradients, self._offsets)
+        if gradients:
+            torch._foreach_add_(gradients, self._offsets)
         whole = [i for i, owned in enumerate(self.owned) if owned is None]
-        torch._foreach_add_([gradients[i] for i in whole], [weights[i].data for i in whole], alpha=self.rho)
+        if whole:
+            torch._foreach_add_([gradients[i] for i in whole], [weights[i].data for i in whole], alpha=self.rho)
         for i, owned in enumerate(self.owned):
             if owned is not None:
                 gradients[i].addcmul_(weights[i], owned, value=self.rho)

@@ -1,4 +1,4 @@
-"""What the tests of passes share: models with statistics worth folding, and the comparison of slim with masked."""
+"""What the tests of passes share: small models, random statistics, and the comparison of slim with masked."""
 
 from __future__ import annotations
 
@@ -18,9 +18,27 @@ TOLERANCE = 1e-9
 """The programs compared are in double precision."""
 
 
+class Net(nn.Module):
+    """A model from its layers and its forward: `Net(lambda m, x: m.fc(m.conv(x)), conv=…, fc=…)`."""
+
+    def __init__(self, run: Callable[..., object], **layers: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+        self.run = run
+
+    def forward(self, *inputs: Tensor) -> object:
+        return self.run(self, *inputs)
+
+
+@pytest.fixture(scope="session")
+def net() -> type[Net]:
+    return Net
+
+
 @pytest.fixture(scope="session")
 def randomized() -> Callable[..., nn.Module]:
-    """Return a function that gives every parameter and batch norm statistic a random value, in double precision."""
+    """Give every parameter and batch norm statistic a random value, in double precision."""
 
     def apply(model: nn.Module, seed: int = 0) -> nn.Module:
         generator = torch.Generator().manual_seed(seed)
@@ -37,15 +55,25 @@ def randomized() -> Callable[..., nn.Module]:
 
 
 @pytest.fixture(scope="session")
-def slim_equals_masked() -> Callable[[nn.Module, Program, Plan], Program]:
-    """Return a function that shrinks a program and compares it with the masked eager model; it returns the slim one."""
+def masked_outputs() -> Callable[[nn.Module, Program, Masks], list[Tensor]]:
+    """Run a masked copy of the user's own eager model on a program's example inputs."""
+
+    def run(model: nn.Module, program: Program, masks: Masks) -> list[Tensor]:
+        masked = copy.deepcopy(model)
+        masks.apply_(dict(masked.named_parameters(remove_duplicate=False)))
+        return outputs_of(masked, program.example_inputs)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def slim_equals_masked(masked_outputs: Callable[..., list[Tensor]]) -> Callable[..., Program]:
+    """Shrink a program, compare it with the masked eager model and shrink it again; return the slim program."""
 
     def check(model: nn.Module, program: Program, plan: Plan) -> Program:
         masks = Masks.project(plan, program.tensors)
         masks.check(plan)
-        masked = copy.deepcopy(model)
-        masks.apply_(dict(masked.named_parameters(remove_duplicate=False)))
-        reference = outputs_of(masked, program.example_inputs)
+        reference = masked_outputs(model, program, masks)
         slim, modified = ShrinkChannels()(program, plan, masks)
         pruned = any(c.keep < c.groups for c in plan)
         assert modified == pruned

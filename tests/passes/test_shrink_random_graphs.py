@@ -1,4 +1,7 @@
-"""Slim equals masked on small random graphs built of the operators that the index rules know."""
+"""Slim equals masked on small random graphs built of the operators that the index rules know.
+
+`SLRC_EXAMPLES=1000` looks further than the default run, and from another seed every time.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, Phase, assume, given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from slrc.passes.allocate_sparsity import Allocation, allocate_sparsity
-from slrc.passes.shrink_channels import ShrinkChannels
+from slrc.passes.label_indices import label_indices
 from slrc.patterns import Channel
-from slrc.plans import Masks, Plan
-from slrc.program import Program, capture
+from slrc.plans import Plan
+from slrc.program import capture
 
-EXAMPLES = int(os.environ.get("SLRC_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("SLRC_EXAMPLES", "45"))
 ACTIVATIONS = {
     "relu": torch.relu,
     "sigmoid": torch.sigmoid,
@@ -64,9 +66,7 @@ class GraphModel(nn.Module):
         for i, step in enumerate(self.steps):
             result = self._run(i, step, [values[k] for k in step.operands])
             values += result if isinstance(result, tuple) else (result,)
-        return [
-            head(_pooled(values[k], flat=k % 2 == 0)) for k, head in zip(self.ends, self.heads, strict=True)
-        ]
+        return [head(_pooled(values[k], flat=k % 2 == 0)) for k, head in zip(self.ends, self.heads, strict=True)]
 
     def _run(self, i: int, step: Step, xs: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
         x = xs[0]
@@ -137,7 +137,7 @@ def _layers(step: Step, shapes: list[Shape]) -> dict[str, nn.Module]:
             return {"layer": nn.Linear(shape[-1], out, bias=bias)}
         case "twice", ():
             return {"layer": nn.Linear(shape[-1], shape[-1])}
-        case ("scale" | "bias"), ():
+        case (("scale" | "bias"), ()):
             return {"layer": nn.Linear(shape[-1], 1)}
         case "gate", (width,):
             return {"down": nn.Conv2d(shape[0], width, 1), "up": nn.Conv2d(width, shape[0], 1)}
@@ -195,7 +195,7 @@ def _steps(draw: st.DrawFn, at: int, shapes: list[Shape]) -> tuple[Step, list[Sh
             return Step(op, (at,), (width, kernel, stride, groups, draw(st.booleans()))), [(width, size, size)]
         case "depthwise":
             multiplier = draw(st.integers(1, 2))
-            return Step(op, (at,), (multiplier,)), [(c * multiplier, *shape[1:])] 
+            return Step(op, (at,), (multiplier,)), [(c * multiplier, *shape[1:])]
         case "transposed":
             return Step(op, (at,), (width,)), [(width, shape[1] * 2, shape[2] * 2)]
         case "linear":
@@ -219,9 +219,7 @@ def _steps(draw: st.DrawFn, at: int, shapes: list[Shape]) -> tuple[Step, list[Sh
             stop = draw(st.integers(start + 1, c))
             stride = draw(st.sampled_from([1, 1, 1, 2]))
             left = len(range(start, stop, stride))
-            return Step(op, (at,), (start, stop, stride)), [
-                (left, *shape[1:]) if rank == 3 else (*shape[:-1], left)
-            ]
+            return Step(op, (at,), (start, stop, stride)), [(left, *shape[1:]) if rank == 3 else (*shape[:-1], left)]
         case "shuffle" | "heads":
             return Step(op, (at,), (2,)), [shape]
         case "tokens":
@@ -239,21 +237,23 @@ def _steps(draw: st.DrawFn, at: int, shapes: list[Shape]) -> tuple[Step, list[Sh
 @settings(
     max_examples=EXAMPLES,
     deadline=None,
+    database=None,
     derandomize="SLRC_EXAMPLES" not in os.environ,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )
 @given(graph=graphs(), seed=st.integers(0, 2**16), sparsity=st.sampled_from([None, 0.3, 0.5, 0.8]))
-def test_slim_equals_masked(randomized: Any, slim_equals_masked: Any, graph: Any, seed: int, sparsity: float | None) -> None:
+def test_slim_equals_masked(
+    randomized: Any, slim_equals_masked: Any, graph: tuple[list[Step], list[Shape]], seed: int, sparsity: float | None
+) -> None:
+    """`sparsity` is shared out by `allocate_sparsity`; with `None` every group keeps a random number."""
     steps, shapes = graph
-    note("\n".join(f"{step} " for step in steps))
+    note("\n".join(map(str, steps)))
     model = randomized(GraphModel(steps, shapes), seed)
-    inputs = (torch.randn(2, 4, 4, 4, dtype=torch.float64),)
-    program = capture(model, inputs)
-    try:
-        plan = allocate_sparsity(program, Channel(), sparsity, allocation=Allocation.GLOBAL, keep_ends=False)
-    except Exception as error:
-        assert "can be pruned" in str(error)
-        return
+    generator = torch.Generator().manual_seed(seed)
+    program = capture(model, (torch.randn(2, 4, 4, 4, dtype=torch.float64, generator=generator),))
+    assume(any(group.units > 1 for group in label_indices(program).groups))
+    plan = allocate_sparsity(program, Channel(), sparsity, allocation=Allocation.GLOBAL, keep_ends=False)
     if sparsity is None:
         plan = _random_keeps(plan, seed)
     slim_equals_masked(model, program, plan)

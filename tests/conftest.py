@@ -1,0 +1,120 @@
+"""Shared fixtures: tiny models and workloads whose steps take milliseconds."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import slrc
+from slrc import timing
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+    gc.freeze()  # accelerate collects garbage before each phase: what was imported need not be searched every time
+
+
+@pytest.fixture
+def quick_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time a handful of runs only: what is tested is that there are figures, not which."""
+    monkeypatch.setattr(timing, "WARM_UP_S", 0.0)
+    monkeypatch.setattr(timing, "BUDGET_S", 0.0)
+
+
+class TinyNet(nn.Module):
+    """Images `(n, 4, 6, 6)` to three logits; every pattern fits `conv2` and `conv3`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(4, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 16, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(16)
+        self.conv3 = nn.Conv2d(16, 16, 1)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.bn1(self.conv1(x)))
+        x = torch.relu(self.bn2(self.conv2(x)))
+        return self.head(torch.relu(self.conv3(x)).mean(dim=(2, 3)))
+
+
+@pytest.fixture
+def tiny_net() -> Callable[[], nn.Module]:
+    def make(seed: int = 0) -> nn.Module:
+        torch.manual_seed(seed)
+        return TinyNet()
+
+    return make
+
+
+@pytest.fixture
+def tiny_data() -> TensorDataset:
+    """48 images; the class is the brightest of the first three channels."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(48, 4, 6, 6, generator=generator)
+    y = x.mean(dim=(2, 3))[:, :3].argmax(1)
+    return TensorDataset(x, y)
+
+
+@pytest.fixture
+def tiny_workload(tiny_net: Callable[[], nn.Module], tiny_data: TensorDataset) -> Callable[..., slrc.Workload]:
+    """Makes a workload of `TinyNet`; keyword arguments replace its fields."""
+
+    def make(**fields: Any) -> slrc.Workload:
+        def evaluate(model: nn.Module) -> dict[str, float]:
+            x, y = tiny_data.tensors
+            return {"accuracy": (model(x).argmax(1) == y).float().mean().item()}
+
+        given: dict[str, Any] = {
+            "model": tiny_net(),
+            "example_inputs": (tiny_data.tensors[0][:1],),
+            "train_batches": DataLoader(tiny_data, batch_size=8, shuffle=True),
+            "evaluate": evaluate,
+        }
+        return slrc.Workload(**{**given, **fields})
+
+    return make
+
+
+WORKLOAD_FILE = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import slrc
+import slrc.timing
+
+slrc.timing.WARM_UP_S = slrc.timing.BUDGET_S = 0.0
+torch.set_num_threads(1)
+
+
+def workload():
+    torch.manual_seed(0)
+    x = torch.randn(48, 4, 6, 6)
+    y = x.mean(dim=(2, 3))[:, :3].argmax(1)
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3),
+    )
+    return slrc.Workload(
+        model=model,
+        example_inputs=(x[:1],),
+        train_batches=DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True),
+        evaluate=lambda m: {"accuracy": (m(x).argmax(1) == y).float().mean().item()},
+    )
+"""
+
+
+@pytest.fixture(scope="session")
+def workload_source() -> str:
+    """The text of a workload file of a tiny convolutional network."""
+    return WORKLOAD_FILE

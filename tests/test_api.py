@@ -1,0 +1,327 @@
+"""The stages by hand and `compile`, end to end on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import slrc
+from slrc import api
+from slrc.backends import Artifact, Availability
+from slrc.backends.ort import OnnxRuntime
+from slrc.backends.tensorrt import TensorRT
+from slrc.errors import BackendError, ConfigError, OutputError, PlanError, SlrcError, WorkloadError
+from slrc.report import Report
+from slrc.verify import RunnerModule, outputs_of
+
+MakeWorkload = Callable[..., slrc.Workload]
+PATTERNS = {
+    "channel": {"sparsity": 0.5},
+    "block:4x1": {"sparsity": 0.75},
+    "columns:2": {"sparsity": 0.5},
+    "unstructured": {"sparsity": 0.9},
+    "2:4": {},
+}
+
+pytestmark = pytest.mark.usefixtures("quick_timing")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Outputs by pattern, made once each."""
+    return {"folder": tmp_path_factory.mktemp("compiled")}
+
+
+@pytest.fixture
+def compile_once(compiled: dict[str, Any], tiny_workload: MakeWorkload) -> Callable[[str], tuple[Report, Path]]:
+    def run(pattern: str) -> tuple[Report, Path]:
+        out = compiled["folder"] / pattern.replace(":", "-")
+        if pattern not in compiled:
+            compiled[pattern] = slrc.compile(
+                tiny_workload(name="tiny"),
+                out,
+                pattern=pattern,
+                epochs=2,
+                retrain_epochs=1,
+                threads=1,
+                **PATTERNS[pattern],
+            )
+        return compiled[pattern], out
+
+    return run
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_every_pattern_end_to_end(
+    compile_once: Callable[[str], tuple[Report, Path]], tiny_workload: MakeWorkload, pattern: str
+) -> None:
+    report, out = compile_once(pattern)
+    assert report.pattern == pattern
+    assert report.sparsity.asked == pytest.approx(PATTERNS[pattern].get("sparsity", 0.5))
+    assert report.sparsity.reached == pytest.approx(report.sparsity.asked, abs=0.1)
+    assert all(check.passed for check in report.checks)
+    assert [p.name for p in out.parent.glob("*.work")] == []
+
+    plan, masks = slrc.Plan.load(out / "plan.json"), slrc.Masks.load(out / "masks.safetensors")
+    masks.check(plan)
+    assert masks.sparsity(plan) >= report.sparsity.reached - 1e-6
+    assert report.params.compiled < report.params.dense
+
+    # The three things that were written compute the same: the program, its artifact, and what the report says of both.
+    program = torch.export.load(out / "model.pt2")
+    folder = out / "ort" / "compiled"
+    x = torch.randn(5, 4, 6, 6)
+    torch.testing.assert_close(OnnxRuntime().load(folder)(x)[0], program.module()(x), atol=1e-5, rtol=1e-4)
+    accuracy = report.accuracy
+    assert accuracy is not None
+    runner = RunnerModule(OnnxRuntime().load(folder), Artifact.read(folder), program.call_spec.out_spec)
+    assert tiny_workload().measure(runner) == (accuracy.metric, accuracy.final)
+    assert report.size_bytes.compiled == (folder / "model.onnx").stat().st_size
+
+
+def test_the_structure_of_each_pattern(compile_once: Callable[[str], tuple[Report, Path]]) -> None:
+    for pattern in ("channel", "columns:2"):
+        report, _ = compile_once(pattern)
+        assert report.macs.compiled < report.macs.dense
+    report, _ = compile_once("unstructured")
+    assert report.macs.compiled == report.macs.dense
+
+
+def test_the_report_has_the_documented_fields(compile_once: Callable[[str], tuple[Report, Path]]) -> None:
+    report, out = compile_once("channel")
+    data = json.loads((out / "report.json").read_text())
+    pair = {"dense", "compiled"}
+    assert data["schema_version"] == 1
+    assert (data["model"], data["pattern"]) == ("tiny", "channel")
+    assert data["sparsity"].keys() == {"asked", "reached"}
+    assert data["accuracy"].keys() == {"metric", "dense", "hard_pruned", "final"}
+    assert data["params"].keys() == data["macs"].keys() == data["size_bytes"].keys() == pair
+    (latency,) = data["latency"]
+    assert latency.keys() >= {
+        *("target", "threads", "batch", "dense_ms", "compiled_ms", "speedup", "speedup_spread"),
+    }
+    assert latency["dense_ms"].keys() == latency["compiled_ms"].keys() == {"p50", "p90"}
+    assert (latency["target"], latency["threads"], latency["batch"]) == ("ort", 1, 1)
+    assert len(latency["speedup_spread"]) == 2
+    assert len(data["checks"]) >= 4
+    for check in data["checks"]:
+        assert check.keys() == {"step", "max_abs_error", "max_rel_error", "tolerance", "passed"}
+    assert len(data["slr"]) == 4
+    assert data["environment"].keys() >= {"cpu", "versions"}
+    assert Report.load(out) == report
+
+
+def test_what_the_output_folder_holds(compile_once: Callable[[str], tuple[Report, Path]]) -> None:
+    _, out = compile_once("channel")
+    found = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+    assert found >= {
+        *("report.json", "report.html", "plan.json", "masks.safetensors", "model.pt2", "inputs.safetensors"),
+        *(f"ort/{side}/{name}" for side in ("dense", "compiled") for name in ("model.onnx", "manifest.json")),
+    }
+    assert not [f for f in found if f.endswith(".partial")]
+
+
+def test_a_report_of_another_version(compile_once: Callable[[str], tuple[Report, Path]], tmp_path: Path) -> None:
+    _, out = compile_once("channel")
+    text = (out / "report.json").read_text()
+    (tmp_path / "report.json").write_text(text.replace('"schema_version": 1', '"schema_version": 2', 1))
+    with pytest.raises(OutputError, match="field `schema_version`: Input should be 1"):
+        Report.load(tmp_path)
+
+
+def test_the_stages_by_hand_with_a_loop_of_ones_own(tiny_workload: MakeWorkload, tmp_path: Path) -> None:
+    workload = tiny_workload()
+    model, batches = workload.model, workload.train_batches
+    assert batches is not None
+    program = slrc.capture(workload)
+    plan = slrc.plan(program, "channel", 0.5)
+
+    slr = slrc.SLR(dict(model.named_parameters()), plan, slrc.SLRSettings(rho=0.5))
+    probe = next(iter(batches))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+
+    def f() -> float:
+        model.eval()
+        with torch.no_grad():
+            value = float(slrc.cross_entropy(model, probe))
+        model.train()
+        return value
+
+    slr.start(f)
+    for _ in range(4):
+        for batch in batches:
+            optimizer.zero_grad()
+            slrc.cross_entropy(model, batch).backward()
+            slr.add_penalty_gradient()
+            optimizer.step()
+        slr.update(f)
+    assert [x.k for x in slr.history] == [1, 2, 3, 4]
+
+    masks = slr.masks()
+    masks.apply_(dict(model.named_parameters()))
+    slim = slrc.structure(program.with_tensors(model.state_dict()), plan, masks)
+    assert slim.num_parameters < program.num_parameters
+    lowered = slrc.lower(slim, "ort", tmp_path / "out")
+    x = torch.randn(3, 4, 6, 6)
+    expected = outputs_of(model, (x,))
+    torch.testing.assert_close(OnnxRuntime().load(lowered.folder)(x), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_stages_by_hand_with_train(tiny_workload: MakeWorkload) -> None:
+    workload = tiny_workload()
+    program = slrc.capture(workload)
+    plan = slrc.plan(program, "columns:2", 0.5)
+    trained = slrc.train(workload, plan, epochs=1)
+    slim = slrc.structure(program, plan, trained)
+    x = torch.randn(3, 4, 6, 6)
+    torch.testing.assert_close(outputs_of(slim.module(), (x,)), outputs_of(workload.model, (x,)), atol=1e-5, rtol=1e-4)
+
+
+def test_an_edited_plan_is_followed(tiny_workload: MakeWorkload, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    slrc.plan(slrc.capture(tiny_workload()), "block:4x1", 0.5).save(path)
+    data = json.loads(path.read_text())
+    first, second = data["constraints"][:2]
+    first["keep"] = 3
+    second["pattern"], second["groups"], second["keep"] = "unstructured", 256, 16
+    path.write_text(json.dumps(data))
+    report = slrc.compile(tiny_workload(), tmp_path / "out", plan=path, epochs=1)
+    assert slrc.Plan.load(tmp_path / "out" / "plan.json").constraints == slrc.Plan.load(path).constraints
+    assert report.pattern == "block:4x1 + unstructured"
+    masks = slrc.Masks.load(tmp_path / "out" / "masks.safetensors").tensors
+    assert masks[first["members"][0]["tensor"]].sum() == 3 * 4
+    assert masks[second["members"][0]["tensor"]].sum() == 16
+    weights = sum(m.numel() for m in masks.values())
+    assert report.sparsity.reached == pytest.approx(1 - 28 / weights)
+
+
+def test_a_plan_of_another_model(tiny_workload: MakeWorkload, tmp_path: Path) -> None:
+    other = slrc.Workload(
+        nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)), (torch.zeros(1, 4, 6, 6),)
+    )
+    slrc.plan(slrc.capture(other), "unstructured").save(tmp_path / "plan.json")
+    with pytest.raises(PlanError, match="the model has no tensor"):
+        slrc.compile(tiny_workload(), tmp_path / "out", plan=tmp_path / "plan.json")
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_plan_edited_since_is_noticed_on_resume(tiny_workload: MakeWorkload, tmp_path: Path) -> None:
+    def fails(model: nn.Module) -> dict[str, float]:
+        nonlocal calls
+        calls += 1
+        return {"x": 1.0} if calls < 5 else {}
+
+    calls, path = 0, tmp_path / "plan.json"
+    plan = slrc.plan(slrc.capture(tiny_workload()), "unstructured", 0.5)
+    plan.save(path)
+    with pytest.raises(WorkloadError, match="`evaluate` must return"):
+        slrc.compile(tiny_workload(evaluate=fails), tmp_path / "out", plan=path, epochs=2)
+    first = plan.constraints[0].model_copy(update={"keep": 1})
+    plan.model_copy(update={"constraints": (first, *plan.constraints[1:])}).save(path)
+    with pytest.raises(OutputError, match=r"cannot resume .*`plan` was "):
+        slrc.compile(tiny_workload(), tmp_path / "out", plan=path, epochs=2, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"sparsity": 1.0}, ConfigError, "less than 1"),
+        ({"pattern": "blok"}, SlrcError, "unknown pattern"),
+        ({"target": "nope"}, BackendError, "unknown target `nope`"),
+        ({"skip": ["nope"]}, PlanError, "matches no layer"),
+        ({"pattern": "2:4", "sparsity": 0.75}, SlrcError, "prunes 50%"),
+        ({"epoch": 3}, ConfigError, "there is no such option"),
+        ({"config": slrc.CompileConfig(), "epochs": 3}, ConfigError, "not both"),
+    ],
+)
+def test_a_mistake_leaves_nothing_behind(
+    tiny_workload: MakeWorkload, tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        slrc.compile(tiny_workload(), tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [{"sparsity": 1.0}, {"sparsity": -0.1}, {"allocate": "layer"}])
+def test_plan_checks_its_options(tiny_workload: MakeWorkload, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="option `--"):
+        slrc.plan(slrc.capture(tiny_workload()), **options)
+
+
+def test_a_target_that_cannot_be_built_here_is_named_before_training(
+    tiny_workload: MakeWorkload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TensorRT, "available", lambda self: Availability("no GPU", "no GPU"))
+    monkeypatch.setattr(api, "load_workload", lambda spec: pytest.fail("loaded the model first"))
+    with pytest.raises(BackendError, match="target `tensorrt` cannot be built here: no GPU"):
+        slrc.compile("model.py", tmp_path / "out", target=("ort", "tensorrt"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_changed_since_cannot_be_resumed(tiny_workload: MakeWorkload, tmp_path: Path) -> None:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        value = slrc.cross_entropy(model, batch)
+        steps.append(model.training)
+        return value / 0 if sum(steps) > 6 else value
+
+    steps: list[bool] = []
+    with pytest.raises(SlrcError, match="epoch 2"):
+        slrc.compile(tiny_workload(loss=loss), tmp_path / "out", epochs=2)
+    other = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 3))
+    with pytest.raises(OutputError, match="the model is not the one that the run started with"):
+        slrc.compile(tiny_workload(model=other), tmp_path / "out", epochs=2, resume=True)
+
+
+def test_a_full_disk_at_the_end(tiny_workload: MakeWorkload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(slrc.Plan, "save", full)
+    with pytest.raises(OutputError, match=r"cannot write to .*No space left"):
+        slrc.compile(tiny_workload(), tmp_path / "out", epochs=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["out.work"]
+    monkeypatch.undo()
+    slrc.compile(tiny_workload(), tmp_path / "out", epochs=1, resume=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+class Outputs(nn.Module):
+    """Returns a dict; `evaluate` reads a key of it and asks for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.conv3 = nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.conv3(torch.relu(self.conv2(torch.relu(self.conv1(x))))).mean(dim=(2, 3))
+        return {"logits": self.head(x), "features": x}
+
+
+def test_a_model_that_returns_a_dict(tiny_workload: MakeWorkload, tiny_data: Any, tmp_path: Path) -> None:
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        model.eval()
+        x, y = (t.to(next(model.parameters()).device) for t in tiny_data.tensors)
+        return {"accuracy": (model(x)["logits"].argmax(1) == y).float().mean().item(), "size": 1.0}
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[0])["logits"], batch[1])
+
+    workload = tiny_workload(model=Outputs(), evaluate=evaluate, loss=loss)
+    report = slrc.compile(workload, tmp_path / "out", pattern="columns:2", epochs=1)
+    assert report.accuracy is not None
+    assert report.accuracy.metric == "accuracy"
+    assert report.accuracy.hard_pruned == report.accuracy.final
+
+
+def test_without_data_and_evaluate(tiny_workload: MakeWorkload, tmp_path: Path) -> None:
+    report = slrc.compile(tiny_workload(train_batches=None, evaluate=None), tmp_path / "out")
+    assert (report.accuracy, report.method, report.slr) == (None, "magnitude", ())
+    assert any("no training data" in note for note in report.notes)
+    assert any("no `evaluate`" in note for note in report.notes)

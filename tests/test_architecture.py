@@ -1,0 +1,107 @@
+"""The arrows of the design, read from the sources."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import slrc
+import slrc.backends
+import slrc.passes
+
+ROOT = Path(__file__).resolve().parents[1]
+DRIVER = (
+    "api",
+    "cli",
+    "compilation",
+    "pipeline",
+    "tables",
+    "training",
+    "methods",
+    "workspace",
+    "checkpoints",
+    "report",
+)
+
+
+def sources(*folders: str) -> list[Path]:
+    """Each source once: `slrc/passes` and `slrc/backends` are links to the folders at the root."""
+    files = [f for folder in folders for f in sorted((ROOT / folder).rglob("*.py"))]
+    return [f for f in files if not any(p.is_symlink() for p in (f, *f.parents))]
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Every module that a file imports, inside functions too, as an absolute name."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: a relative import"
+            assert node.module is not None
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def within(name: str, *packages: str) -> bool:
+    return any(name == p or name.startswith(f"{p}.") for p in packages)
+
+
+def test_there_is_something_to_check() -> None:
+    for folder, least in (("slrc", 20), ("passes", 6), ("backends", 6)):
+        assert len(sources(folder)) >= least
+    assert "slrc.program" in set(imports(ROOT / "passes" / "base.py"))
+
+
+@pytest.mark.parametrize(("folder", "other"), [("passes", "slrc.backends"), ("backends", "slrc.passes")])
+def test_passes_and_backends_never_import_each_other(folder: str, other: str) -> None:
+    found = {f"{f.relative_to(ROOT)}: {name}" for f in sources(folder) for name in imports(f) if within(name, other)}
+    assert not found
+
+
+@pytest.mark.parametrize("folder", ["passes", "backends"])
+def test_passes_and_backends_do_not_import_the_driver(folder: str) -> None:
+    driver = [f"slrc.{name}" for name in DRIVER]
+    found = {f"{f.relative_to(ROOT)}: {name}" for f in sources(folder) for name in imports(f) if within(name, *driver)}
+    assert not found
+
+
+@pytest.mark.parametrize("name", ["program", "plans", "patterns", "errors"])
+def test_the_core_imports_only_itself(name: str) -> None:
+    core = ("slrc.program", "slrc.plans", "slrc.patterns", "slrc.errors")
+    found = {n for n in imports(ROOT / "slrc" / f"{name}.py") if within(n, "slrc") and not within(n, *core)}
+    assert not found
+
+
+def test_nobody_imports_bare_passes_or_backends() -> None:
+    files = sources("slrc", "passes", "backends", "tests", "benchmarks", "examples")
+    found = {f"{f.relative_to(ROOT)}: {n}" for f in files for n in imports(f) if within(n, "passes", "backends")}
+    assert not found
+
+
+def test_heavy_packages_are_imported_late() -> None:
+    """Naming a backend, or asking for help, must not wait for a runtime or for torch."""
+    for file in [ROOT / "slrc" / "cli.py", ROOT / "slrc" / "__init__.py", ROOT / "slrc" / "errors.py"]:
+        top = ast.Module([n for n in ast.parse(file.read_text()).body if not isinstance(n, ast.If)], [])
+        names = {n for node in ast.walk(top) if isinstance(node, ast.Import) and node in top.body
+                 for n in (a.name for a in node.names)}  # fmt: skip
+        names |= {str(n.module) for n in top.body if isinstance(n, ast.ImportFrom)}
+        assert not [n for n in names if within(n, "torch", "onnx", "onnxruntime", "accelerate", "slrc.api")], file
+
+
+def test_the_tested_package_is_the_installed_one() -> None:
+    assert slrc.__version__ == version("slrc")
+    assert slrc.passes.__name__ == "slrc.passes"
+    assert slrc.backends.__name__ == "slrc.backends"
+    assert Path(slrc.passes.__file__ or "").parent.parent == Path(slrc.__file__).parent
+
+
+def test_the_public_names_exist() -> None:
+    assert sorted(slrc._HOME) == sorted(slrc.__all__)
+    for name in slrc.__all__:
+        assert getattr(slrc, name).__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'nope'"):
+        slrc.nope  # noqa: B018

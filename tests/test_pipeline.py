@@ -1,0 +1,106 @@
+"""Transforms in order, each checked against the masked module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from slrc.errors import VerificationError
+from slrc.passes.allocate_sparsity import allocate_sparsity
+from slrc.passes.base import PassResult, Transform
+from slrc.patterns import AnyPattern, Block, Channel, Columns
+from slrc.pipeline import DENSE, STRUCTURE, run_passes
+from slrc.plans import Masks, Plan
+from slrc.program import Program, capture
+from slrc.verify import Check, outputs_of
+
+
+@dataclass(frozen=True)
+class AddToBias(Transform):
+    """A wrong pass: it adds to a bias, or only says that it did."""
+
+    amount: float = 1.0
+    honest: bool = True
+    name: ClassVar[str] = "add-to-bias"
+
+    def __call__(self, program: Program, plan: Plan, masks: Masks) -> PassResult:
+        bias = program.tensors["3.bias"]
+        return PassResult(program.with_tensors({"3.bias": bias + self.amount}), self.honest)
+
+
+@pytest.fixture
+def program() -> Program:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1)
+    )
+    nn.init.normal_(model[2].running_mean)
+    nn.init.uniform_(model[2].running_var, 0.5, 2)
+    return capture(model, (torch.randn(2, 3, 6, 6),))
+
+
+def planned(program: Program, pattern: AnyPattern) -> tuple[Plan, Masks, list[torch.Tensor]]:
+    plan = allocate_sparsity(program, pattern, 0.5)
+    masks = Masks.project(plan, program.tensors)
+    masked = program.with_tensors(masks.apply(program.tensors))
+    return plan, masks, outputs_of(masked.module(), program.example_inputs)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "steps"),
+    [
+        (Channel(), ["apply-masks", "shrink-channels", "fold-batch-norm"]),
+        (Columns(2), ["apply-masks", "fold-batch-norm", "split-columns"]),
+        (Block(4, 1), ["apply-masks", "fold-batch-norm"]),
+    ],
+)
+def test_every_pass_that_modified_is_checked(program: Program, pattern: AnyPattern, steps: list[str]) -> None:
+    plan, masks, reference = planned(program, pattern)
+    checks: list[Check] = []
+    result = run_passes(STRUCTURE, program, plan, masks, reference, checks)
+    assert [check.step for check in checks] == [f"masked module = {step}" for step in steps]
+    assert all(check.passed and check.max_rel_error < 1e-5 for check in checks)
+    assert result.macs < program.macs or isinstance(pattern, Block)
+
+
+def test_the_dense_model_is_folded_too(program: Program) -> None:
+    plan, _, _ = planned(program, Channel())
+    checks: list[Check] = []
+    dense = outputs_of(program.module(), program.example_inputs)
+    result = run_passes(DENSE, program, plan, Masks(), dense, checks)
+    assert [check.step for check in checks] == ["masked module = fold-batch-norm"]
+    assert result.num_parameters == program.num_parameters - 16
+
+
+def test_a_wrong_pass_is_reported_by_name(program: Program) -> None:
+    plan, masks, reference = planned(program, Channel())
+    with pytest.raises(VerificationError, match="masked module = add-to-bias") as caught:
+        run_passes((*STRUCTURE[:1], AddToBias(), *STRUCTURE[1:]), program, plan, masks, reference)
+    assert "tolerance 1e-04" in caught.value.message
+
+
+def test_a_difference_within_the_tolerance_passes(program: Program) -> None:
+    plan, masks, reference = planned(program, Channel())
+    checks: list[Check] = []
+    run_passes((STRUCTURE[0], AddToBias(amount=1e-7)), program, plan, masks, reference, checks)
+    assert checks[-1].passed
+    assert 0 < checks[-1].max_rel_error < 1e-4
+
+
+def test_without_a_reference_nothing_is_checked(program: Program) -> None:
+    plan, masks, _ = planned(program, Channel())
+    checks: list[Check] = []
+    result = run_passes((AddToBias(),), program, plan, masks, None, checks)
+    assert checks == []
+    assert torch.equal(result.tensors["3.bias"], program.tensors["3.bias"] + 1)
+
+
+def test_a_pass_that_modified_nothing_is_not_checked(program: Program) -> None:
+    plan, masks, reference = planned(program, Channel())
+    checks: list[Check] = []
+    run_passes((AddToBias(amount=0, honest=False),), program, plan, masks, reference, checks)
+    assert checks == []

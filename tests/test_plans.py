@@ -1,0 +1,272 @@
+"""Plans and masks: as data on disk, and on tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from slrc.errors import OutputError, PlanError
+from slrc.patterns import NM, Block, Channel, Columns, Unstructured
+from slrc.plans import PLAN_SCHEMA_VERSION, Constraint, LeftOut, Masks, Plan, Slice
+
+
+def plan_of(*constraints: Constraint) -> Plan:
+    return Plan(sparsity_asked=0.5, sparsity=0.5, constraints=constraints)
+
+
+COUPLED = Constraint(
+    name="conv",
+    pattern=Channel(),
+    groups=4,
+    keep=3,
+    members=(
+        Slice(tensor="conv.weight"),
+        Slice(tensor="bias", index=(6, 0, 7, 1)),
+    ),
+    followers=(Slice(tensor="head.weight", dim=1, index=(0, 1, 4, 5, 2, 3, 6, 7)),),
+)
+"""Four units: one row each of `conv.weight`, one place each in `bias`, two columns each of `head.weight`."""
+
+
+@pytest.fixture
+def tensors() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return {
+        "conv.weight": torch.randn(4, 3, 2, 2),
+        "bias": torch.randn(8),
+        "head.weight": torch.randn(5, 8),
+        "w": torch.randn(8, 8),
+    }
+
+
+@pytest.fixture
+def plan() -> Plan:
+    return Plan(
+        sparsity_asked=0.5,
+        sparsity=0.49,
+        shortfall="because",
+        constraints=(
+            COUPLED,
+            Constraint(name="w", pattern=Block(4, 1), groups=16, keep=5, members=(Slice(tensor="w"),)),
+            Constraint(name="v", pattern=NM(2, 4), groups=4, keep=2, members=(Slice(tensor="v"),)),
+        ),
+        left_out=(LeftOut(name="head", reason="the final classifier"),),
+    )
+
+
+def test_json_round_trip(plan: Plan, tmp_path: Path) -> None:
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+
+
+def test_json_is_readable(plan: Plan, tmp_path: Path) -> None:
+    plan.save(tmp_path / "plan.json")
+    data = json.loads((tmp_path / "plan.json").read_text())
+    assert data["schema_version"] == PLAN_SCHEMA_VERSION
+    first = data["constraints"][0]
+    assert first["pattern"] == "channel"
+    assert first["members"] == [
+        {"tensor": "conv.weight", "dim": 0, "index": None},
+        {"tensor": "bias", "dim": 0, "index": "6:7,0:1,7:8,1:2"},
+    ]
+    assert first["followers"][0]["index"] == "0:2,4:6,2:4,6:8"
+
+
+@given(st.lists(st.integers(0, 40), min_size=1))
+def test_index_ranges_round_trip(index: list[int]) -> None:
+    where = Slice(tensor="w", index=tuple(index))
+    assert Slice.model_validate_json(where.model_dump_json()) == where
+
+
+Edit = Callable[[dict[str, Any]], Any]
+
+
+def constraint(**fields: Any) -> Edit:
+    return lambda data: data["constraints"][1].update(fields)
+
+
+def member(**fields: Any) -> Edit:
+    return lambda data: data["constraints"][0]["members"][1].update(fields)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda data: data.update(schema_version=2), "has schema version 2, expected 1"),
+        (lambda data: data.pop("schema_version"), "has schema version None"),
+        (lambda data: data.pop("sparsity"), "field `sparsity`: Field required"),
+        (lambda data: data.update(extra=1), "field `extra`: Extra inputs are not permitted"),
+        (constraint(pattern="blok:8x1"), "plan.json`: unknown pattern `blok:8x1`"),
+        (constraint(pattern=3), "plan.json`: unknown pattern `3`"),
+        (constraint(keep=0), "field `constraints.1.keep`: Input should be greater than or equal to 1"),
+        (constraint(members=[]), r"field `constraints.1.members`: .* at least 1 item"),
+        (member(index="5"), r"field `constraints.0.members.1.index`: .*expected ranges like `0:64,128:192`, got `5`"),
+        (member(index="a:b"), "expected ranges like"),
+        (member(index=""), "expected ranges like"),
+        (member(index="8:0"), "expected ranges like"),
+    ],
+)
+def test_a_broken_plan_is_refused(plan: Plan, tmp_path: Path, edit: Edit, message: str) -> None:
+    data = json.loads(plan.model_dump_json())
+    edit(data)
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(PlanError, match=message):
+        Plan.load(path)
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe", b"[]"])
+def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "plan.json"
+    path.write_bytes(content)
+    with pytest.raises(PlanError, match=r"plan\.json"):
+        Plan.load(path)
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="does not exist"):
+        Plan.load(tmp_path / "none.json")
+    with pytest.raises(PlanError, match="cannot be read"):
+        Plan.load(tmp_path)
+
+
+W = Constraint(name="w", pattern=Unstructured(), groups=64, keep=9, members=(Slice(tensor="w"),))
+
+
+def edited(of: Constraint, **fields: Any) -> Constraint:
+    return of.model_copy(update=fields)
+
+
+def elsewhere(**fields: Any) -> Constraint:
+    """`COUPLED` with another slice of its bias."""
+    return edited(COUPLED, members=(COUPLED.members[0], COUPLED.members[1].model_copy(update=fields)))
+
+
+@pytest.mark.parametrize(
+    ("constraints", "message"),
+    [
+        ([edited(W, members=(Slice(tensor="gone"),))], "the model has no tensor `gone`"),
+        ([edited(W, groups=63)], "constraint `w`: expected 64 groups, got 63"),
+        ([edited(W, keep=65)], "cannot keep 65 of 64 groups"),
+        ([edited(W, pattern=Block(3, 1))], "cannot apply block:3x1 to `w`: outputs must be a multiple of 3, got 4"),
+        ([edited(W, pattern=Block(8, 1), groups=8)], "cannot apply block:8x1 to `w`.*got 4"),
+        ([edited(W, pattern=NM(2, 4), groups=4, keep=3)], "2:4 keeps 2 of 4, got 3"),
+        ([edited(W, pattern=NM(2, 4), members=(Slice(tensor="bias"),))], "2:4 to `bias`: it has no input channels"),
+        ([edited(W, pattern=Columns(2), members=(Slice(tensor="bias"),))], "to `bias`: it has no input channels"),
+        ([W, W], "constraint `w` appears twice"),
+        ([edited(COUPLED, groups=3)], r"`conv.weight` of shape \(4, 3, 2, 2\) does not have its units"),
+        ([edited(COUPLED, keep=5)], "cannot keep 5 of 4 groups"),
+        ([elsewhere(index=(0, 1, 2))], r"`bias` of shape \(8,\) does not have its units"),
+        ([elsewhere(index=(0, 1, 2, 8))], r"`bias` of shape \(8,\) does not have its units"),
+        ([elsewhere(index=(0, 1, 2, 2))], r"`bias` of shape \(8,\) does not have its units"),
+        ([elsewhere(index=())], r"`bias` of shape \(8,\) does not have its units"),
+        ([elsewhere(dim=1)], r"`bias` of shape \(8,\) does not have its units"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(
+    tensors: dict[str, Tensor], constraints: list[Constraint], message: str
+) -> None:
+    with pytest.raises(PlanError, match=message):
+        plan_of(*constraints).check(tensors, {"w": 2})
+
+
+def test_a_plan_that_fits_passes(tensors: dict[str, Tensor]) -> None:
+    plan_of(COUPLED, W).check(tensors, {"w": 1})
+
+
+def test_a_coupled_group_is_gathered_unit_by_unit(tensors: dict[str, Tensor]) -> None:
+    seen = COUPLED.gather(tensors)
+    assert seen.shape == (4, 3 * 2 * 2 + 1)
+    assert torch.equal(seen[:, :12], tensors["conv.weight"].reshape(4, 12))
+    assert torch.equal(seen[:, 12], tensors["bias"][[6, 0, 7, 1]])
+    assert COUPLED.num_weights(tensors) == 52
+    assert COUPLED.kept_weights(tensors) == 39
+
+
+def test_pruning_a_unit_clears_members_and_followers_where_they_lie(tensors: dict[str, Tensor]) -> None:
+    tensors["conv.weight"][2] = 0
+    tensors["bias"][7] = 0
+    masks = Masks.project(plan_of(COUPLED), tensors)
+    assert masks.surviving_units(COUPLED).tolist() == [True, True, False, True]
+    assert masks.tensors["conv.weight"].flatten(1).all(dim=1).tolist() == [True, True, False, True]
+    assert (~masks.tensors["bias"]).nonzero().flatten().tolist() == [7]
+    assert (~masks.tensors["head.weight"]).any(dim=0).nonzero().flatten().tolist() == [2, 3]
+    assert masks.sparsity(plan_of(COUPLED)) == pytest.approx(1 / 4)
+
+
+def test_a_unit_wider_than_one_row_of_a_member() -> None:
+    pairs = Constraint(name="p", pattern=Channel(), groups=2, keep=1, members=(Slice(tensor="w", index=(0, 2, 1, 3)),))
+    weight = torch.tensor([[1.0], [3.0], [1.0], [0.0]])
+    masks = Masks.project(plan_of(pairs), {"w": weight})
+    assert masks.tensors["w"].flatten().tolist() == [False, True, False, True]
+
+
+def test_masks_of_several_constraints_on_one_tensor_meet(tensors: dict[str, Tensor]) -> None:
+    left = Constraint(name="a", pattern=Channel(), groups=4, keep=2, members=(Slice(tensor="w", index=(0, 1, 2, 3)),))
+    right = edited(left, name="b", keep=1, members=(Slice(tensor="w", index=(4, 5, 6, 7)),))
+    plan = plan_of(left, right)
+    masks = Masks.project(plan, tensors)
+    kept = masks.tensors["w"].all(dim=1)
+    assert [int(kept[:4].sum()), int(kept[4:].sum())] == [2, 1]
+    masks.check(plan)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(), Block(4, 1), Columns(2), NM(2, 4)])
+def test_projected_masks_pass_their_own_check(tensors: dict[str, Tensor], pattern: Any) -> None:
+    groups = pattern.group_view(tensors["w"]).shape[1]
+    plan = plan_of(edited(W, pattern=pattern, groups=groups, keep=groups // 2))
+    masks = Masks.project(plan, tensors)
+    masks.check(plan)
+    assert masks.sparsity(plan) == 0.5
+    everything = Masks({"w": torch.ones(8, 8, dtype=torch.bool)})
+    with pytest.raises(PlanError, match="does not obey"):
+        everything.check(plan)
+
+
+def test_check_wants_every_mask_and_counts_channels() -> None:
+    with pytest.raises(PlanError, match=r"no mask for `conv\.weight`"):
+        Masks({}).check(plan_of(COUPLED))
+    shapes = {"conv.weight": (4, 3, 2, 2), "bias": (8,)}
+    everything = Masks({n: torch.ones(s, dtype=torch.bool) for n, s in shapes.items()})
+    with pytest.raises(PlanError, match="keep more than 3 of 4 channels"):
+        everything.check(plan_of(COUPLED))
+
+
+def test_apply_copies_and_apply_in_place_prunes(tensors: dict[str, Tensor]) -> None:
+    plan = plan_of(W)
+    masks = Masks.project(plan, tensors)
+    before = tensors["w"].clone()
+    pruned = masks.apply(tensors)
+    assert torch.equal(tensors["w"], before)
+    assert torch.equal(pruned["w"], before * masks.tensors["w"])
+    assert int((pruned["w"] != 0).sum()) == 9
+    parameter = torch.nn.Parameter(before.clone())
+    masks.apply_({"w": parameter})
+    assert torch.equal(parameter, pruned["w"])
+
+
+def test_masks_round_trip_on_disk(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    masks = Masks.project(plan_of(COUPLED, W), tensors)
+    masks.save(tmp_path / "masks.safetensors")
+    loaded = Masks.load(tmp_path / "masks.safetensors").tensors
+    assert loaded.keys() == masks.tensors.keys() == {"conv.weight", "bias", "head.weight", "w"}
+    assert all(torch.equal(loaded[n], m) for n, m in masks.tensors.items())
+
+
+def test_broken_masks_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "masks.safetensors").write_bytes(b"nothing")
+    for path in (tmp_path / "masks.safetensors", tmp_path / "none.safetensors"):
+        with pytest.raises(OutputError, match="cannot be read"):
+            Masks.load(path)
+
+
+def test_no_constraints_have_no_sparsity() -> None:
+    assert Masks({}).sparsity(plan_of()) == 0.0

@@ -1,0 +1,141 @@
+"""The comparison that every step has to pass, and artifacts run as modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from slrc.backends import Artifact
+from slrc.errors import VerificationError
+from slrc.verify import METRIC_TOLERANCE, RunnerModule, compare, compare_metric, outputs_of
+
+NAN, INF = float("nan"), float("inf")
+
+
+def test_equal_outputs_pass() -> None:
+    check = compare("step", [torch.ones(3), torch.zeros(2)], [torch.ones(3), torch.zeros(2)], 1e-4)
+    assert check.passed
+    assert (check.step, check.max_abs_error, check.max_rel_error, check.tolerance) == ("step", 0.0, 0.0, 1e-4)
+
+
+def test_errors_are_relative_to_the_largest_value_of_each_output() -> None:
+    reference = [torch.tensor([100.0, 0.0]), torch.tensor([0.1, 0.0])]
+    outputs = [torch.tensor([100.0, 0.5]), torch.tensor([0.1, 0.004])]
+    check = compare("step", reference, outputs, 0.05)
+    assert check.max_abs_error == pytest.approx(0.5)
+    assert check.max_rel_error == pytest.approx(0.04)
+
+
+@pytest.mark.parametrize(
+    ("reference", "output"),
+    [
+        ([1.0, 2.0], [1.0, 2.1]),
+        ([0.0, 0.0], [0.0, 0.1]),
+        ([1.0, 2.0], [1.0, NAN]),
+        ([1.0, NAN], [1.0, 2.0]),
+        ([1.0, 2.0], [1.0, INF]),
+        ([1.0, INF], [1.0, -INF]),
+    ],
+)
+def test_different_outputs_fail(reference: list[float], output: list[float]) -> None:
+    with pytest.raises(VerificationError, match=r"check `fold` failed: the outputs differ by .*tolerance 1e-04"):
+        compare("fold", [torch.tensor(reference)], [torch.tensor(output)], 1e-4)
+
+
+@pytest.mark.parametrize("values", [[INF, 1.0], [-INF, 1.0], [NAN, 1.0], []])
+def test_the_same_unusual_values_pass(values: list[float]) -> None:
+    x = torch.tensor(values)
+    assert compare("step", [x], [x.clone()], 0.0).max_abs_error == 0.0
+
+
+@pytest.mark.parametrize("outputs", [[], [torch.ones(2)], [torch.ones(3), torch.ones(3)], [torch.ones(1, 3)]])
+def test_outputs_of_other_shapes_fail(outputs: list[Tensor]) -> None:
+    with pytest.raises(VerificationError, match=r"expected outputs of shapes \[\(3,\)\], got"):
+        compare("step", [torch.ones(3)], outputs, 1e-4)
+
+
+def test_integer_outputs_are_compared() -> None:
+    with pytest.raises(VerificationError):
+        compare("step", [torch.tensor([1, 2])], [torch.tensor([1, 3])], 1e-4)
+
+
+def test_a_metric_may_move_a_little() -> None:
+    assert compare_metric("accuracy", 0.9, 0.9 * (1 + METRIC_TOLERANCE / 2)).passed
+    assert compare_metric("accuracy", 0.0, 0.0).passed
+
+
+@pytest.mark.parametrize(("reference", "value"), [(0.9, 0.89), (0.9, 0.91), (0.0, 0.1), (0.9, NAN), (-5.0, -5.1)])
+def test_a_metric_that_moves_fails(reference: float, value: float) -> None:
+    with pytest.raises(VerificationError, match="check `accuracy` failed: the metric was"):
+        compare_metric("accuracy", reference, value)
+
+
+def test_outputs_of_runs_in_evaluation_mode_without_a_gradient() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop, self.scale = nn.Dropout(0.9), nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            return {"b": [self.drop(x) * self.scale], "a": x + 1, "note": "text"}
+
+    x = torch.ones(4)
+    first, second = outputs_of(Nested(), (x,))
+    assert torch.equal(first, x)
+    assert torch.equal(second, x + 1)
+    assert not first.requires_grad
+
+
+class Doubles:
+    """A runner that notes the batches that it was given."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        self.batches.append(len(inputs[0]))
+        return [inputs[0] * 2, inputs[-1] + 1]
+
+    def prepare(self, *inputs: Tensor) -> Callable[[], Any]:
+        return lambda: self(*inputs)
+
+
+def as_module(dynamic: bool, max_batch: int | None) -> tuple[RunnerModule, Doubles]:
+    runner = Doubles()
+    artifact = Artifact(
+        target="ort", model_file="m", dynamic_batch=dynamic, max_batch=max_batch, inputs=("x", "y"), outputs=("a", "b")
+    )
+    return RunnerModule(runner, artifact, pytree.tree_structure({"double": 0, "next": (0,)})), runner
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "max_batch", "batch", "expected"),
+    [
+        (True, None, 7, [7]),
+        (True, 4, 7, [4, 3]),
+        (True, 8, 7, [7]),
+        (False, 1, 3, [1, 1, 1]),
+        (False, 4, 7, [4, 4]),
+        (False, 4, 3, [4]),
+        (False, 4, 8, [4, 4]),
+    ],
+)
+def test_batches_are_run_in_pieces(dynamic: bool, max_batch: int | None, batch: int, expected: list[int]) -> None:
+    module, runner = as_module(dynamic, max_batch)
+    x, y = torch.randn(batch, 3), torch.randn(batch, 2)
+    result = module(x, y)
+    assert runner.batches == expected
+    assert torch.equal(result["double"], x * 2)
+    assert torch.equal(result["next"][0], y + 1)
+
+
+def test_an_evaluate_may_ask_the_module_what_it_asks_a_model() -> None:
+    module, _ = as_module(True, None)
+    module.eval()
+    assert next(module.parameters()).device == torch.device("cpu")
+    assert not module.training

@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 
 import numpy as np
 
-from slrc.errors import PatternError, PlanError
+from slrc.errors import ConfigError, PatternError, PlanError
 from slrc.passes.label_indices import ChannelGroup, label_indices
 from slrc.patterns import AnyPattern, Unstructured
 from slrc.plans import Constraint, LeftOut, Plan, Slice
@@ -45,6 +45,7 @@ def allocate_sparsity(
 
     Raises:
         PatternError: the pattern prescribes another sparsity.
+        ConfigError: the sparsity is outside [0, 1).
         PlanError: nothing can be constrained, or a `skip` matches nothing.
     """
     asked = _asked_sparsity(pattern, sparsity)
@@ -79,6 +80,8 @@ def allocate_sparsity(
 
 
 def _asked_sparsity(pattern: AnyPattern, sparsity: float | None) -> float:
+    if sparsity is not None and not 0 <= sparsity < 1:
+        raise ConfigError(f"sparsity must be in [0, 1), got {sparsity:g}", hint="the share of weights to prune: 0.75")
     fixed = pattern.fixed_sparsity
     if fixed is None:
         return 0.5 if sparsity is None else sparsity

@@ -7,6 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.utils import set_seed
 
 from slrc import training
@@ -15,6 +16,7 @@ from slrc.compilation import Compilation
 from slrc.config import CompileConfig, make_config
 from slrc.errors import BackendError, ConfigError, PlanError
 from slrc.passes.allocate_sparsity import Allocation, allocate_sparsity
+from slrc.passes.label_indices import label_indices
 from slrc.patterns import AnyPattern
 from slrc.pipeline import STRUCTURE, run_passes
 from slrc.plans import Masks, Plan
@@ -108,19 +110,27 @@ def compile(
     loaded_plan = Plan.load(config.plan) if config.plan else None
     spec = model if isinstance(model, str) else model.name
     identity = {"model": spec, **config.model_dump(mode="json"), "plan": _identify(config.plan, loaded_plan)}
-    workspace = Workspace(Path(out), identity, resume=resume, overwrite=overwrite)
+    processes = PartialState(cpu=training.ON_CPU)
+    with processes.main_process_first():
+        leads = processes.is_main_process
+        workspace = Workspace(Path(out), identity, resume=resume, overwrite=overwrite, leads=leads)
     try:
         set_seed(config.seed)
-        workload = load_workload(model) if isinstance(model, str) else model
-        run = Compilation(workload, config, targets, workspace, reporter or Quiet())
-        run.restore_dense()
+        with processes.main_process_first():  # the first one fills caches
+            workload = load_workload(model) if isinstance(model, str) else model
+            run = Compilation(workload, config, targets, workspace, reporter or Quiet())
+            run.restore_dense()
         program = capture(workload)
         chosen = checked_plan(program, loaded_plan) if loaded_plan else plan(program, **plan_options(config))
         trained = run.train(program, chosen)
+        if not leads:
+            processes.wait_for_everyone()
+            return Report.load(Path(out))
         slim = run.structure(program, chosen, trained)
         lowered = run.lower(program, slim)
         report = run.report(program, slim, chosen, trained, lowered)
         run.publish(report, chosen, trained, slim)
+        processes.wait_for_everyone()
     finally:
         workspace.close()
     return report
@@ -154,6 +164,28 @@ def checked_plan(program: Program, given: Plan) -> Plan:
     if not given.constraints:
         raise PlanError("the plan constrains nothing", hint="write one with `slrc inspect --plan-out plan.json`")
     given.check(program.tensors, {name: layer.groups for name, layer in program.layers.items()})
+    _check_groups(program, given)
     weights = [c.num_weights(program.tensors) for c in given]
     kept = sum(c.kept_weights(program.tensors) for c in given)
     return given.model_copy(update={"sparsity": 1.0 - kept / sum(weights)})
+
+
+def _check_groups(program: Program, given: Plan) -> None:
+    """Coupled groups must be the program's own, and their tensors under no other constraint."""
+    coupled = [c for c in given if c.pattern.coupled]
+    if not coupled:
+        return
+    known = {(g.units, g.members, g.followers) for g in label_indices(program).groups}
+    for c in coupled:
+        if (c.groups, c.members, c.followers) not in known:
+            raise PlanError(
+                f"constraint `{c.name}`: its tensors are not removable together in {program.name}",
+                hint="edit `keep` only, or write the plan anew with `slrc inspect --plan-out plan.json`",
+            )
+    governed = {s.tensor: c.name for c in coupled for s in c.members + c.followers}
+    for c in given:
+        if not c.pattern.coupled and (tensor := c.members[0].tensor) in governed:
+            raise PlanError(
+                f"`{tensor}` is constrained by {c.pattern} and lies in the channel group `{governed[tensor]}`",
+                hint="leave one of the two constraints out",
+            )

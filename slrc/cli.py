@@ -14,6 +14,8 @@ from slrc.errors import OutputError, SlrcError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from slrc.progress import Reporter
+
 app = typer.Typer(
     name="slrc",
     no_args_is_help=True,
@@ -82,7 +84,6 @@ def compile_command(
     """
     from slrc import api
     from slrc.config import make_config
-    from slrc.progress import Bars
     from slrc.tables import report_table
 
     given = {
@@ -101,11 +102,10 @@ def compile_command(
         "seed": seed,
     }
     made = make_config({k: v for k, v in given.items() if v is not None}, config)
-    report = api.compile(
-        model, out, config=made, resume=resume, overwrite=overwrite, reporter=Bars(_console(stderr=True))
-    )
-    _console().print(report_table(report))
-    _console().print(f"report: {out / 'report.html'}", soft_wrap=True)
+    report = api.compile(model, out, config=made, resume=resume, overwrite=overwrite, reporter=_reporter())
+    if _is_main_process():
+        _console().print(report_table(report))
+        _console().print(f"report: {out / 'report.html'}", soft_wrap=True)
 
 
 @app.command()
@@ -150,10 +150,9 @@ def bench(
 ) -> None:
     """Measure a compiled model again: compiled against dense, in turns, in one process."""
     from slrc.compilation import bench_output
-    from slrc.progress import Bars
     from slrc.tables import latency_table
 
-    result = bench_output(folder, threads, Bars(_console(stderr=True)))
+    result = bench_output(folder, threads, _reporter())
     if as_json:
         typer.echo(result.model_dump_json(indent=1))
     else:
@@ -230,6 +229,17 @@ def _fail(message: str, hint: str | None, code: int, debug: bool) -> None:
         traceback.print_exc()
     sys.stderr.write(f"error: {message}\n" + (f"\nhint: {hint}\n" if hint else ""))
     sys.exit(code)
+
+
+def _reporter() -> Reporter:
+    """Progress bars, from one process of a distributed run."""
+    from slrc.progress import Bars, Quiet
+
+    return Bars(_console(stderr=True)) if _is_main_process() else Quiet()
+
+
+def _is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _console(stderr: bool = False) -> Console:

@@ -32,6 +32,8 @@ from slrc.progress import Quiet, Reporter
 from slrc.workload import Workload, user_error
 
 RETRAIN = "retrain"
+ON_CPU = not torch.accelerator.is_available()
+"""Told so, `accelerate` takes several processes on a CPU for a distributed run; it does not by itself."""
 T = TypeVar("T")
 MIXED_PRECISION = {Precision.FP32: "no", Precision.BF16: "bf16", Precision.FP16: "fp16"}
 
@@ -51,7 +53,6 @@ class Trained:
     hard_pruned: float | None
     curve: tuple[EpochRecord, ...]
     history: tuple[Iteration, ...]
-    is_main_process: bool = True
 
 
 def _nothing() -> object:
@@ -132,6 +133,7 @@ class _Trainer:
         self.method_name = choose_method(config, workload)
         AcceleratorState._reset_state()  # else the first run's precision holds for the whole process
         self.accelerator = Accelerator(
+            cpu=ON_CPU,
             mixed_precision=MIXED_PRECISION[config.precision],
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
         )
@@ -168,7 +170,6 @@ class _Trainer:
             hard_pruned=[r.hard_pruned for r in self.curve if r.phase != RETRAIN][-1],
             curve=tuple(self.curve),
             history=tuple(self.method.history),
-            is_main_process=self.accelerator.is_main_process,
         )
 
     def _run_sparse_phase(self) -> None:
@@ -248,7 +249,7 @@ class _Trainer:
             )
         self.accelerator.free_memory()
         model, optimizer, scheduler = self.accelerator.prepare(self.model, optimizer, scheduler)
-        loader = self.accelerator.prepare(batches) if isinstance(batches, DataLoader) else batches
+        loader = self.accelerator.prepare(batches) if isinstance(batches, DataLoader) else self._shard(batches)
         first = 0
         if self.snapshot and self.folder and self.resume_from and self.snapshot.phase == phase.name:
             self.folder.restore(self.accelerator, self.resume_from)
@@ -381,7 +382,32 @@ class _Trainer:
         except TypeError:  # none, or a DataLoader over an iterable dataset
             self._seed("count", 0, batches)
             steps = sum(1 for _ in _read(batches))
-        return max(1, math.ceil(steps / self.accelerator.num_processes))
+        processes = self.accelerator.num_processes
+        even = math.ceil(steps / processes) if isinstance(batches, DataLoader) else steps // processes
+        return max(1, even)
+
+    def _shard(self, batches: Iterable[Any]) -> Iterable[Any]:
+        """Give each process of a distributed run every n-th batch; `accelerate` does so for a DataLoader only."""
+        if self.accelerator.num_processes == 1:
+            return batches
+        return _Shard(batches, self.accelerator.process_index, self.accelerator.num_processes)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """Every n-th batch of an iterable; an incomplete round at the end is left out, so that all have as many."""
+
+    batches: Iterable[Any]
+    index: int
+    processes: int
+
+    def __iter__(self) -> Iterator[Any]:
+        own = None
+        for i, batch in enumerate(self.batches):
+            if i % self.processes == self.index:
+                own = batch
+            if i % self.processes == self.processes - 1:
+                yield own
 
 
 def _describe(record: EpochRecord) -> str:

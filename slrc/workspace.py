@@ -30,18 +30,33 @@ class Workspace:
         run: what identifies the run: the model and the options, as JSON values.
         resume: go on with an unfinished run.
         overwrite: throw an unfinished run away.
+        leads: whether this process writes; in a distributed run one does, and the others come after it.
 
     Raises:
         OutputError: the folder holds something else, another run is at work in it, an unfinished run is in the way, or
             there is none to resume.
     """
 
-    def __init__(self, out: Path, run: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        out: Path,
+        run: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        leads: bool = True,
+    ) -> None:
         self.out = out.resolve()
+        self.work = self.out.with_name(f"{self.out.name}.work")
+        self.resumed = resume
+        self.leads = leads
+        self._lock: IO[str] | None = None
+        if leads:
+            self._open(out, run, resume, overwrite)
+
+    def _open(self, out: Path, run: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
         if self.out.exists() and not _is_ours(self.out):
             raise _foreign(out)
-        self.work = self.out.with_name(f"{self.out.name}.work")
-        self.resumed = False
         if self.work.is_dir() and any(self.work.iterdir()) and not (self.work / LOCK).exists():
             raise _foreign(self.work)
         try:
@@ -52,7 +67,7 @@ class Workspace:
         try:
             self._begin(out, run, resume, overwrite)
         except BaseException:
-            self._lock.close()
+            self._unlock()
             raise
 
     def _begin(self, out: Path, run: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
@@ -64,7 +79,6 @@ class Workspace:
             )
         if resume:
             self._check_same(known, run, out)
-            self.resumed = True
         else:
             self._clear()
             self.write_json(RUN, dict(run))
@@ -89,7 +103,7 @@ class Workspace:
     def keep_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Save tensors for a resumed run, or return those that the interrupted one saved."""
         path = self.work / f"{name}.safetensors"
-        if not path.exists():
+        if self.leads and not path.exists():
             aside = path.with_suffix(".partial")
             with self.writing():
                 save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, aside)
@@ -126,14 +140,18 @@ class Workspace:
             if old.exists() and not self.out.exists():
                 old.rename(self.out)
             raise disk_error(self.out, error) from error
-        self._lock.close()
+        self._unlock()
         shutil.rmtree(self.work, ignore_errors=True)
 
     def close(self) -> None:
         """Let go of the folder; what was done stays for `--resume`, and nothing stays where nothing was done."""
-        self._lock.close()
-        if self.work.exists() and not self.checkpoints.exists():
+        self._unlock()
+        if self.leads and self.work.exists() and not self.checkpoints.exists():
             shutil.rmtree(self.work, ignore_errors=True)
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
 
     def _take_lock(self) -> IO[str]:
         lock = (self.work / LOCK).open("w")

@@ -21,7 +21,7 @@ from slrc.patterns import Channel
 from slrc.plans import Plan
 from slrc.program import capture
 
-EXAMPLES = int(os.environ.get("SLRC_EXAMPLES", "45"))
+EXAMPLES = int(os.environ.get("SLRC_EXAMPLES", "30"))
 ACTIVATIONS = {
     "relu": torch.relu,
     "sigmoid": torch.sigmoid,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -17,12 +17,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration, send_to_device, set_seed
+from accelerate.utils import DataLoaderConfiguration, send_to_device
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torch.utils.data import DataLoader
 
+from slrc.batches import count_steps, read, seed_epoch, share_out, update_steps
 from slrc.checkpoints import CheckpointFolder, EpochRecord, Snapshot, misfit
 from slrc.config import CompileConfig, Precision
 from slrc.errors import SlrcError, TrainingError, WorkloadError
@@ -236,7 +236,7 @@ class _Trainer:
     def _run_phase(self, phase: _Phase) -> None:
         batches = self.workload.train_batches
         assert batches is not None
-        steps = self._count_steps(batches)
+        steps = count_steps(batches, self.accelerator.num_processes, self.config.seed)
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         # accelerate steps a schedule once for each process
         total = steps * phase.epochs * self.accelerator.num_processes
@@ -249,18 +249,18 @@ class _Trainer:
             )
         self.accelerator.free_memory()
         model, optimizer, scheduler = self.accelerator.prepare(self.model, optimizer, scheduler)
-        loader = self.accelerator.prepare(batches) if isinstance(batches, DataLoader) else self._shard(batches)
+        loader = share_out(batches, self.accelerator)
         first = 0
         if self.snapshot and self.folder and self.resume_from and self.snapshot.phase == phase.name:
             self.folder.restore(self.accelerator, self.resume_from)
             first = self.snapshot.epochs_done
-        due = _update_steps(steps, self.config.updates_per_epoch)
+        due = update_steps(steps, self.config.updates_per_epoch)
         for epoch in range(first, phase.epochs):
-            self._seed(phase.name, epoch, batches)
+            seed_epoch(batches, self.config.seed, phase.name, epoch)
             started, total, count = time.perf_counter(), 0.0, 0
             model.train()
             with self.reporter.task(f"{phase.name} epoch {epoch + 1}/{phase.epochs}", steps) as task:
-                for count, batch in enumerate(_read(loader), start=1):
+                for count, batch in enumerate(read(loader), start=1):
                     loss = self._step(phase, model, optimizer, scheduler, batch, epoch, count)
                     total += loss
                     if count in due:
@@ -356,8 +356,8 @@ class _Trainer:
         """Take the first batches once, from a seed of their own, so that a resumed run takes the same."""
         batches = self.workload.train_batches
         assert batches is not None
-        self._seed("probe", 0, batches)
-        for batch in _read(batches):
+        seed_epoch(batches, self.config.seed, "probe", 0)
+        for batch in read(batches):
             self.probe.append(send_to_device(batch, self.accelerator.device))
             if len(self.probe) == self.config.probe_batches:
                 break
@@ -365,49 +365,6 @@ class _Trainer:
             raise WorkloadError(
                 "`train_batches` yielded nothing", hint="check the data folder and the loader's batch size"
             )
-
-    def _seed(self, phase: str, epoch: int, batches: Any) -> None:
-        seed = (self.config.seed * 1_000_003 + epoch * 101 + sum(map(ord, phase))) % 2**31
-        set_seed(seed)
-        for source in (batches, getattr(batches, "sampler", None)):
-            generator = getattr(source, "generator", None)
-            if isinstance(generator, torch.Generator):
-                generator.manual_seed(seed)
-        if callable(getattr(batches, "set_epoch", None)):
-            batches.set_epoch(epoch)
-
-    def _count_steps(self, batches: Iterable[Any]) -> int:
-        try:
-            steps = len(batches)  # type: ignore[arg-type]
-        except TypeError:  # none, or a DataLoader over an iterable dataset
-            self._seed("count", 0, batches)
-            steps = sum(1 for _ in _read(batches))
-        processes = self.accelerator.num_processes
-        even = math.ceil(steps / processes) if isinstance(batches, DataLoader) else steps // processes
-        return max(1, even)
-
-    def _shard(self, batches: Iterable[Any]) -> Iterable[Any]:
-        """Give each process of a distributed run every n-th batch; `accelerate` does so for a DataLoader only."""
-        if self.accelerator.num_processes == 1:
-            return batches
-        return _Shard(batches, self.accelerator.process_index, self.accelerator.num_processes)
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """Every n-th batch of an iterable; an incomplete round at the end is left out, so that all have as many."""
-
-    batches: Iterable[Any]
-    index: int
-    processes: int
-
-    def __iter__(self) -> Iterator[Any]:
-        own = None
-        for i, batch in enumerate(self.batches):
-            if i % self.processes == self.index:
-                own = batch
-            if i % self.processes == self.processes - 1:
-                yield own
 
 
 def _describe(record: EpochRecord) -> str:
@@ -440,19 +397,3 @@ def _made(name: str, kind: type[T], make: Callable[[], T]) -> T:
     if not isinstance(made, kind):
         raise WorkloadError(f"`Workload.{name}` must return a {kind.__name__}, got {type(made).__name__}")
     return made
-
-
-def _read(batches: Iterable[Any]) -> Iterator[Any]:
-    """Yield batches; what the user's loader raises becomes an error that names the user's line."""
-    try:
-        yield from batches
-    except (SlrcError, GeneratorExit):
-        raise
-    except Exception as error:
-        raise user_error("reading `train_batches`", error) from error
-
-
-def _update_steps(steps: int, updates: int) -> set[int]:
-    """Return the steps of an epoch after which the method updates, evenly spread, the last one among them."""
-    updates = min(updates, steps)
-    return {round((i + 1) * steps / updates) for i in range(updates)}

@@ -47,7 +47,7 @@ class Workspace:
         leads: bool = True,
     ) -> None:
         self.out = out.resolve()
-        self.work = self.out.with_name(f"{self.out.name}.work")
+        self.work = self.out.parent / f"{self.out.name}.work"
         self.resumed = resume
         self.leads = leads
         self._lock: IO[str] | None = None

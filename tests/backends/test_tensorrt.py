@@ -118,7 +118,7 @@ def test_missing_tensorrt_is_reported_by_available(program, tmp_path):
 
 def test_missing_tensorrt_rtx_names_the_extra(monkeypatch):
     monkeypatch.setattr("slrc.backends.tensorrt.backend.find_spec", lambda name: None)
-    assert "pip install slrc[tensorrt-rtx]" in TensorRTRTX().available().why_not_emit
+    assert "pip install 'slrc[tensorrt-rtx]'" in TensorRTRTX().available().why_not_emit
 
 
 def test_a_folder_named_tensorrt_is_not_the_package(tmp_path, monkeypatch):

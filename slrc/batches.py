@@ -1,0 +1,81 @@
+"""Reading the user's training batches: seeded, counted, shared out, and with errors that name the user's line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+
+from slrc.errors import SlrcError
+from slrc.workload import user_error
+
+
+def read(batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield batches; what the user's loader raises becomes an error that names the user's line."""
+    try:
+        yield from batches
+    except (SlrcError, GeneratorExit):
+        raise
+    except Exception as error:
+        raise user_error("reading `train_batches`", error) from error
+
+
+def seed_epoch(batches: Any, seed: int, phase: str, epoch: int) -> None:
+    """Make an epoch a function of the run's seed, its phase and its number, so that a resumed run repeats it."""
+    mixed = (seed * 1_000_003 + epoch * 101 + sum(map(ord, phase))) % 2**31
+    set_seed(mixed)
+    for source in (batches, getattr(batches, "sampler", None)):
+        generator = getattr(source, "generator", None)
+        if isinstance(generator, torch.Generator):
+            generator.manual_seed(mixed)
+    if callable(getattr(batches, "set_epoch", None)):
+        batches.set_epoch(epoch)
+
+
+def count_steps(batches: Iterable[Any], processes: int, seed: int) -> int:
+    """Return the steps of an epoch in each process."""
+    try:
+        steps = len(batches)  # type: ignore[arg-type]
+    except TypeError:  # none, or a DataLoader over an iterable dataset
+        seed_epoch(batches, seed, "count", 0)
+        steps = sum(1 for _ in read(batches))
+    even = math.ceil(steps / processes) if isinstance(batches, DataLoader) else steps // processes
+    return max(1, even)
+
+
+def share_out(batches: Iterable[Any], accelerator: Accelerator) -> Iterable[Any]:
+    """Give each process its share of the batches; `accelerate` does so for a `DataLoader` only."""
+    if isinstance(batches, DataLoader):
+        return accelerator.prepare(batches)
+    if accelerator.num_processes == 1:
+        return batches
+    return _Shard(batches, accelerator.process_index, accelerator.num_processes)
+
+
+def update_steps(steps: int, updates: int) -> set[int]:
+    """Return the steps of an epoch after which the method updates, evenly spread, the last one among them."""
+    updates = min(updates, steps)
+    return {round((i + 1) * steps / updates) for i in range(updates)}
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """Every n-th batch of an iterable; an incomplete round at the end is left out, so that all have as many."""
+
+    batches: Iterable[Any]
+    index: int
+    processes: int
+
+    def __iter__(self) -> Iterator[Any]:
+        own = None
+        for i, batch in enumerate(self.batches):
+            if i % self.processes == self.index:
+                own = batch
+            if i % self.processes == self.processes - 1:
+                yield own

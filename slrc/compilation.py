@@ -215,7 +215,13 @@ class Compilation:
         return measured
 
     def _measure(self, slim: Program, pair: Lowered) -> Latency:
-        return time_pair(pair, flat_inputs(slim), self.config.threads, self.reporter)
+        latency = time_pair(pair, flat_inputs(slim), self.config.threads, self.reporter)
+        if latency.speedup < 1:
+            self.note(
+                f"on {pair.target} the compiled model is slower than the dense one ({latency.speedup:.2f}x): "
+                "its layers are too small for what the pattern costs; `--skip` the smallest or try `--pattern channel`"
+            )
+        return latency
 
 
 def time_pair(

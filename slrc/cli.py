@@ -25,25 +25,27 @@ app = typer.Typer(
     epilog="MODEL is a file with a function workload(), package.module:function, torchvision:NAME or timm:NAME.",
 )
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="what to compile; see below")]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="file.py, package.module:function, torchvision:NAME or timm:NAME")
+]
 PatternOption = Annotated[
     str | None,
-    typer.Option(help="unstructured, block:RxC, columns:R, channel or N:M  [default: channel]"),
+    typer.Option(help="unstructured, block:RxC, columns:R, channel or N:M (default: channel)"),
 ]
 SparsityOption = Annotated[
     float | None,
-    typer.Option(help="share of the constrained weights to prune, in [0, 1)  [default: 0.5]"),
+    typer.Option(help="share of the constrained weights to prune, in [0, 1) (default: 0.5)"),
 ]
 AllocateOption = Annotated[
-    str | None, typer.Option(help="uniform per layer, or global by magnitude  [default: uniform]")
+    str | None, typer.Option(help="uniform per layer, or global by magnitude (default: uniform)")
 ]
 SkipOption = Annotated[list[str] | None, typer.Option(metavar="NAME", help="layers to leave alone; globs; repeatable")]
-ThreadsOption = Annotated[int | None, typer.Option(help="threads of the runtime  [default: all cores]")]
+ThreadsOption = Annotated[int | None, typer.Option(help="threads of the runtime (default: all cores)")]
 ConfigOption = Annotated[Path | None, typer.Option(help="a TOML file with the same options; the command line wins")]
 PlanOption = Annotated[Path | None, typer.Option(help="a plan to use instead of --pattern and --sparsity")]
 KeepEndsOption = Annotated[
     bool | None,
-    typer.Option("--keep-ends/--prune-ends", help="leave the first layer and the classifier alone  [default: keep]"),
+    typer.Option("--keep-ends/--prune-ends", help="leave the first layer and the classifier alone (default: keep)"),
 ]
 INTERRUPTED = 130
 DEBUG_HELP = "show the whole trace of an error"
@@ -56,22 +58,22 @@ def compile_command(
     sparsity: SparsityOption = None,
     allocate: AllocateOption = None,
     method: Annotated[
-        str | None, typer.Option(help="slr, admm or magnitude  [default: slr, without data magnitude]")
+        str | None, typer.Option(help="slr, admm or magnitude (default: slr, without data magnitude)")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="epochs of sparse training  [default: 10]")] = None,
+    epochs: Annotated[int | None, typer.Option(help="epochs of sparse training (default: 10)")] = None,
     retrain_epochs: Annotated[
-        int | None, typer.Option(help="epochs of masked retraining afterwards  [default: 0]")
+        int | None, typer.Option(help="epochs of masked retraining afterwards (default: 0)")
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="training in fp32, bf16 or fp16  [default: fp32]")] = None,
+    precision: Annotated[str | None, typer.Option(help="training in fp32, bf16 or fp16 (default: fp32)")] = None,
     target: Annotated[
-        list[str] | None, typer.Option(help="ort, tensorrt-rtx[:sm86], tensorrt; repeatable  [default: ort]")
+        list[str] | None, typer.Option(help="ort, tensorrt-rtx:sm86, tensorrt; repeatable (default: ort)")
     ] = None,
     skip: SkipOption = None,
     keep_ends: KeepEndsOption = None,
     plan: PlanOption = None,
     config: ConfigOption = None,
     threads: ThreadsOption = None,
-    seed: Annotated[int | None, typer.Option(help="of every random choice  [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="of every random choice (default: 0)")] = None,
     out: Annotated[Path, typer.Option(help="the output folder")] = Path("build"),
     resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="throw an interrupted run away")] = False,
@@ -79,8 +81,7 @@ def compile_command(
 ) -> None:
     """Train MODEL under a sparsity pattern, prune it, emit it, prove it equal and measure it.
 
-    The output folder holds report.html, report.json, plan.json, the masks, the slim PyTorch program (model.pt2) and a
-    folder for each target.
+    The output folder holds the report (html and json), the plan, the masks, the slim PyTorch program and the targets.
     """
     from slrc import api
     from slrc.config import make_config

@@ -124,12 +124,21 @@ def _run_rules(program: Program) -> tuple[LabelTable, dict[str, str]]:
             try:
                 table.values[node] = RULES[op_name(node)](node, table)
             except (KeyError, NotImplementedError):
+                if not _has_labels(table, node):
+                    table.values[node] = _unlabelled(node)
+                    continue
                 unruled.setdefault(op_name(node), source_line(node))
                 for source in node.all_input_nodes:
                     if source in table.values:
                         table.pin_all(table.values[source], f"no rule for {op_name(node)}", node)
                 table.values[node] = _unlabelled(node)
     return table, unruled
+
+
+def _has_labels(table: LabelTable, node: Node) -> bool:
+    """Whether an operator sees anything that could be removed; masks and index tables are made of constants."""
+    operands = [table.values[source] for source in node.all_input_nodes if source in table.values]
+    return any(labels is not None for value in operands for one in _as_list(value) for labels in one.dims)
 
 
 def _item(table: LabelTable, node: Node) -> Value | list[Value]:

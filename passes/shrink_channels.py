@@ -138,10 +138,26 @@ def _resize_groups(node: Node, survivors: _Survivors, ins: Dims, outs: list[Dims
         node.update_arg(position, survivors.count(ins[1]))
 
 
+def _resize_group_norm(node: Node, survivors: _Survivors, ins: Dims, outs: list[Dims]) -> None:
+    groups = node.args[1]
+    assert isinstance(groups, int)
+    if ins[1] is not None:
+        node.update_arg(1, groups * survivors.count(ins[1]) // len(ins[1]))
+
+
+def _resize_attention(node: Node, survivors: _Survivors, ins: Dims, outs: list[Dims]) -> None:
+    """Without a scale of its own, attention takes it from the width of a head: write down what it was."""
+    width = ins[-1]
+    if width is not None and node.kwargs.get("scale") is None and len(node.args) < 7:
+        node.kwargs = {**node.kwargs, "scale": len(width) ** -0.5}
+
+
 _RESIZE: dict[str, Callable[[Node, _Survivors, Dims, list[Dims]], None]] = {
     **dict.fromkeys(["view", "reshape", "_unsafe_view", "expand"], _resize_view),
     "slice": _resize_slice,
     "squeeze": _resize_squeeze,
+    "group_norm": _resize_group_norm,
+    "scaled_dot_product_attention": _resize_attention,
     **dict.fromkeys(["split", "split_with_sizes"], _resize_split),
     **dict.fromkeys(sorted(CONVOLUTIONS), _resize_groups),
 }

@@ -5,6 +5,7 @@ pins what it touches.
 """
 
 from slrc.passes.index_rules import (
+    attention,
     contraction,
     convolution,
     elementwise,
@@ -21,6 +22,7 @@ RULES: dict[str, Rule] = {
     **normalization.RULES,
     **reduction.RULES,
     **shape.RULES,
+    **attention.RULES,
 }
 
 __all__ = ["RULES", "Dims", "LabelTable", "Rule", "Value"]

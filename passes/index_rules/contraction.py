@@ -36,9 +36,14 @@ def matmul(node: Node, table: LabelTable) -> Value:
         sides = [v.dims[d - (rank - len(v.dims))] for v in (left, right) if d >= rank - len(v.dims)]
         merged = sides[0]
         for other in sides[1:]:
-            merged = table.join(merged, other, node) if merged is not None or other is not None else None
+            merged = table.join_if_labelled(merged, other, node)
         batch_dims.append(merged)
-    return Value([*batch_dims, left.dims[-2], right.dims[-1]], left.vanishes and right.vanishes)
+    zero = (
+        (left.vanishes or left.dims[-2] is None)
+        and (right.vanishes or right.dims[-1] is None)
+        and (left.vanishes or right.vanishes or all(d is None for d in batch_dims))
+    )
+    return Value([*batch_dims, left.dims[-2], right.dims[-1]], zero)
 
 
 RULES: dict[str, Rule] = {"linear": linear, **dict.fromkeys(["matmul", "bmm", "mm"], matmul)}

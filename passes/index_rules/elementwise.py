@@ -129,7 +129,7 @@ def other_binary(node: Node, table: LabelTable) -> Value:
 RULES: dict[str, Rule] = {
     **dict.fromkeys(ZERO_TO_ZERO, zero_to_zero),
     **dict.fromkeys(ZERO_TO_OTHER, zero_to_other),
-    **dict.fromkeys(["hardtanh", "clamp"], clamp),
+    **dict.fromkeys(["hardtanh", "clamp", "clamp_min"], clamp),
     "prelu": prelu,
     **dict.fromkeys(["add", "sub", "maximum", "minimum"], add),
     "mul": multiply,

@@ -24,7 +24,7 @@ def batch_norm(node: Node, table: LabelTable) -> Value | list[Value]:
 
 
 def layer_norm(node: Node, table: LabelTable) -> Value:
-    """`layer_norm(x, shape, scale, shift)`: its statistics see every index, so the normalised ones stay."""
+    """`layer_norm(x, shape, scale, shift)`, `rms_norm(x, shape, scale)`: statistics see every index, so those stay."""
     x, shape = node.args[0], node.args[1]
     assert isinstance(x, Node)
     assert isinstance(shape, (list, tuple))
@@ -37,8 +37,45 @@ def layer_norm(node: Node, table: LabelTable) -> Value:
     return Value(dims, vanishes=False)
 
 
+def group_norm(node: Node, table: LabelTable) -> Value:
+    """`group_norm(x (n, c, …), groups, scale, shift)`: a group is normalised by itself, so whole groups go."""
+    x, groups = node.args[0], node.args[1]
+    assert isinstance(x, Node)
+    assert isinstance(groups, int)
+    dims = table.dims(x)
+    if dims[1] is None:
+        parameters = [a for a in node.args[2:4] if isinstance(a, Node)]
+        for parameter in parameters:
+            table.pin(table.dims(parameter)[0], "normalises fixed channels", node)
+        return Value(dims, vanishes=False)
+    table.join_rows(dims[1].reshape(groups, -1))
+    given = [a for a in node.args[2:4] if isinstance(a, Node)]
+    for parameter in given:
+        table.join(dims[1], table.dims(parameter)[0], node)
+    for spatial in dims[2:]:
+        table.pin(spatial, "normalised over by group_norm", node)
+    zero = len(given) == 2 and all(table.value(p).vanishes for p in given) and dims[0] is None
+    return Value([dims[0], dims[1], *[None] * (len(dims) - 2)], zero)
+
+
+def instance_norm(node: Node, table: LabelTable) -> Value:
+    """`instance_norm(x (n, c, …), scale, shift, …)`: every channel is normalised by itself."""
+    x = node.args[0]
+    assert isinstance(x, Node)
+    dims = table.dims(x)
+    given = [a for a in node.args[1:5] if isinstance(a, Node)]
+    for parameter in given:
+        table.join(dims[1], table.dims(parameter)[0], node)
+    for spatial in dims[2:]:
+        table.pin(spatial, "normalised over by instance_norm", node)
+    zero = all(table.value(p).vanishes for p in given) and table.value(x).vanishes and dims[0] is None
+    return Value([dims[0], dims[1], *[None] * (len(dims) - 2)], zero)
+
+
 RULES: dict[str, Rule] = {
+    "group_norm": group_norm,
+    "instance_norm": instance_norm,
     "batch_norm": batch_norm,
     "_native_batch_norm_legit_no_training": batch_norm,
-    "layer_norm": layer_norm,
+    **dict.fromkeys(["layer_norm", "rms_norm"], layer_norm),
 }

@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch.fx import Node
 
 from slrc.passes.index_rules.table import LabelTable, Rule, Value
-from slrc.program import argument
+from slrc.program import argument, op_name
+
+SUMS = frozenset({"sum", "linalg_vector_norm"})
 
 POOLING = [
     "max_pool1d",
@@ -46,17 +48,19 @@ def op_rank(node: Node) -> int | None:
 
 
 def reduction(node: Node, table: LabelTable) -> Value:
-    """`mean`, `sum` and the like over some dimensions."""
+    """`mean`, `sum` and the like over some dimensions: zeros at removed indices add nothing to a sum or a norm."""
     x = node.args[0]
     assert isinstance(x, Node)
-    value = table.value(x)
+    value, name = table.value(x), op_name(node)
     rank = len(value.dims)
-    asked = argument(node, 1, "dim")
+    asked = argument(node, 2 if name == "linalg_vector_norm" else 1, "dim")
     asked = list(range(rank)) if asked is None or asked == [] else asked
     over = {d % rank for d in ([asked] if isinstance(asked, int) else asked)}
-    keepdim = bool(argument(node, 2, "keepdim", False))
+    keepdim = bool(argument(node, 3 if name == "linalg_vector_norm" else 2, "keepdim", False))
+    adds_zeros = name in SUMS and value.vanishes
     for d in over:
-        table.pin(value.dims[d], f"summed over by {str(node.target).split('.')[1]}", node)
+        if not adds_zeros:
+            table.pin(value.dims[d], f"reduced over by {name}", node)
     kept = [None if d in over else value.dims[d] for d in range(rank) if keepdim or d not in over]
     return Value(kept, value.vanishes)
 
@@ -72,6 +76,6 @@ def softmax(node: Node, table: LabelTable) -> Value:
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(POOLING, pooling),
-    **dict.fromkeys(["mean", "sum", "amax", "amin"], reduction),
+    **dict.fromkeys(["mean", "sum", "amax", "amin", "linalg_vector_norm"], reduction),
     **dict.fromkeys(["softmax", "_softmax", "log_softmax", "_log_softmax"], softmax),
 }

@@ -9,13 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch.fx import Node
 
+from slrc.passes.index_rules.lookahead import feeds_attention, is_taken_apart
 from slrc.passes.index_rules.table import Dims, Labels, LabelTable, Rule, Value, is_one, shape_of
 from slrc.program import argument
 
 PRIME = 1_000_003
 """Stands for the symbolic batch when sizes are factored: no product of real sizes contains it."""
-SMALL = 4
-"""A new dimension no larger than this is taken for a list of parts (q, k, v), not for channels."""
 
 
 def reshape(node: Node, table: LabelTable) -> Value:
@@ -67,9 +66,13 @@ def _reshape_segment(
     labelled = [d for d in inputs if dims[d] is not None]
     if not labelled:
         return
-    sizes = [before[d] for d in inputs]
     outputs = [d for d in outputs if after[d] != 1] or outputs[:1]
-    if any(s % PRIME == 0 for s in sizes) or math.prod(sizes) != math.prod(after[d] for d in outputs):
+    with_batch = [d for d in outputs if after[d] % PRIME == 0]
+    # The batch, where it is in this run, counts as 1: what merges with it can carry no labels.
+    sizes = [before[d] // PRIME if before[d] % PRIME == 0 else before[d] for d in inputs]
+    shape = [after[d] // PRIME if d in with_batch else after[d] for d in outputs]
+    free = [k for k, d in enumerate(outputs) if d not in with_batch]
+    if not free or math.prod(sizes) != math.prod(shape):
         for d in labelled:
             table.pin(dims[d], "merged with the batch", node)
         return
@@ -78,18 +81,24 @@ def _reshape_segment(
     carried = dims[labelled[0]]
     assert carried is not None
     spread = carried.reshape([-1 if d == labelled[0] else 1 for d in inputs])
-    grid = np.broadcast_to(spread, sizes).reshape([after[d] for d in outputs])
-    axis = _carrying_axis(grid)
+    grid = np.broadcast_to(spread, sizes).reshape(shape)
+    axis = _carrying_axis(node, grid, outputs, free)
     result[outputs[axis]] = table.join_rows(np.moveaxis(grid, axis, 0).reshape(grid.shape[axis], -1))
 
 
-def _carrying_axis(grid: np.ndarray) -> int:
-    """Return the new dimension that takes the labels: the one along which they differ, else the first large one."""
-    varying = [k for k in range(grid.ndim) if grid.shape[k] > 1 and (grid != np.take(grid, [0], k)).any()]
+def _carrying_axis(node: Node, grid: NDArray[np.int64], outputs: list[int], free: list[int]) -> int:
+    """Return the new dimension that takes the labels; they are joined along the others.
+
+    It is the one along which they differ, if there is one only. Else never one that is later taken apart (the 3 of a
+    fused qkv, the 2 of a channel shuffle) if another will do; then the heads of an attention; then the largest.
+    """
+    varying = [k for k in free if grid.shape[k] > 1 and (grid != np.take(grid, [0], k)).any()]
     if len(varying) == 1:
         return varying[0]
-    large = [k for k in range(grid.ndim) if grid.shape[k] > SMALL]
-    return large[0] if large else int(np.argmax(grid.shape))
+    whole = [k for k in free if grid.shape[k] > 1 and not is_taken_apart(node, outputs[k])] or free
+    if len(whole) > 1 and feeds_attention(node):
+        return whole[0]
+    return max(whole, key=lambda k: grid.shape[k])
 
 
 def permute(node: Node, table: LabelTable) -> Value:
@@ -228,6 +237,92 @@ def select(node: Node, table: LabelTable) -> Value:
     return Value([labels for d, labels in enumerate(value.dims) if d != dim], value.vanishes)
 
 
+def unbind(node: Node, table: LabelTable) -> list[Value]:
+    """`unbind(x, dim)`: names every index, so that the dimension stays."""
+    x, outputs = node.args[0], node.meta["val"]
+    assert isinstance(x, Node)
+    value = table.value(x)
+    dim = int(argument(node, 1, "dim", 0)) % len(value.dims)
+    table.pin(value.dims[dim], "unbound", node)
+    rest = [labels for d, labels in enumerate(value.dims) if d != dim]
+    return [Value(rest, value.vanishes) for _ in outputs]
+
+
+def index(node: Node, table: LabelTable) -> Value:
+    """`x[i, …]` with index tensors on the first dimensions: those stay, the others pass through."""
+    x, indices = node.args[0], node.args[1]
+    assert isinstance(x, Node)
+    assert isinstance(indices, (list, tuple))
+    value = table.value(x)
+    if not all(isinstance(i, Node) for i in indices):
+        raise NotImplementedError
+    for labels in value.dims[: len(indices)]:
+        table.pin(labels, "indexed", node)
+    rest = value.dims[len(indices) :]
+    return Value([*[None] * (len(shape_of(node)) - len(rest)), *rest], value.vanishes)
+
+
+def roll(node: Node, table: LabelTable) -> Value:
+    """`roll(x, shifts, dims)`: rolled dimensions stay."""
+    x, dims = node.args[0], argument(node, 2, "dims", [])
+    assert isinstance(x, Node)
+    value = table.value(x)
+    rolled = {d % len(value.dims) for d in ([dims] if isinstance(dims, int) else dims or range(len(value.dims)))}
+    for d in rolled:
+        table.pin(value.dims[d], "rolled", node)
+    return Value([None if d in rolled else labels for d, labels in enumerate(value.dims)], value.vanishes)
+
+
+def repeat(node: Node, table: LabelTable) -> Value:
+    """`repeat(x, times)`: a repeated dimension holds its labels several times."""
+    x, times = node.args[0], node.args[1]
+    assert isinstance(x, Node)
+    assert isinstance(times, (list, tuple))
+    value = table.value(x)
+    lead = len(times) - len(value.dims)
+    dims: Dims = [None] * lead
+    for labels, count in zip(value.dims, times[lead:], strict=True):
+        if labels is not None and not isinstance(count, int):
+            raise NotImplementedError
+        dims.append(np.tile(labels, count) if labels is not None else None)
+    return Value(dims, value.vanishes)
+
+
+def pixel_shuffle(node: Node, table: LabelTable) -> Value:
+    """`pixel_shuffle(x (n, c·r², h, w), r) -> (n, c, h·r, w·r)`: the r² channels of a pixel go together."""
+    x, factor = node.args[0], node.args[1]
+    assert isinstance(x, Node)
+    assert isinstance(factor, int)
+    value = table.value(x)
+    *lead, channels, _, _ = value.dims
+    merged = table.join_rows(channels.reshape(-1, factor**2)) if channels is not None else None
+    return Value([*lead, merged, None, None], value.vanishes)
+
+
+def pixel_unshuffle(node: Node, table: LabelTable) -> Value:
+    """`pixel_unshuffle(x (n, c, h·r, w·r), r) -> (n, c·r², h, w)`: a channel becomes r² that go together."""
+    x, factor = node.args[0], node.args[1]
+    assert isinstance(x, Node)
+    assert isinstance(factor, int)
+    value = table.value(x)
+    *lead, channels, _, _ = value.dims
+    return Value([*lead, np.repeat(channels, factor**2) if channels is not None else None, None, None], value.vanishes)
+
+
+def glu(node: Node, table: LabelTable) -> Value:
+    """`glu(x, dim)`: the two halves of a dimension are multiplied, so they go together."""
+    x = node.args[0]
+    assert isinstance(x, Node)
+    value = table.value(x)
+    dim = int(argument(node, 1, "dim", -1)) % len(value.dims)
+    dims = list(value.dims)
+    labels = dims[dim]
+    if labels is not None:
+        half = len(labels) // 2
+        dims[dim] = table.join(labels[:half], labels[half:], node)
+    return Value(dims, value.vanishes)
+
+
 def pad(node: Node, table: LabelTable) -> Value:
     """`pad(x, amounts)`: padded dimensions stay, the others pass through."""
     x = node.args[0]
@@ -261,5 +356,12 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(["split", "split_with_sizes", "chunk"], split),
     "slice": slice_,
     "select": select,
+    "unbind": unbind,
+    "index": index,
+    "roll": roll,
+    "repeat": repeat,
+    "pixel_shuffle": pixel_shuffle,
+    "pixel_unshuffle": pixel_unshuffle,
+    "glu": glu,
     **dict.fromkeys(["pad", "constant_pad_nd"], pad),
 }

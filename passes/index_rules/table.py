@@ -83,6 +83,10 @@ class LabelTable:
         self.union.join(a, b)
         return a
 
+    def join_if_labelled(self, a: Labels, b: Labels, node: Node) -> Labels:
+        """Like `join`, for dimensions of which neither may have labels."""
+        return None if a is None and b is None else self.join(a, b, node)
+
     def contract(self, labels: Labels, operands: Sequence[Value], node: Node) -> None:
         """Let a dimension be summed over in a product: a removed index must add nothing, so one side must be zero."""
         if not any(operand.vanishes for operand in operands):
@@ -111,8 +115,7 @@ class LabelTable:
                     met.append(self.dims(operand)[k])
             merged = met[0] if met else None
             for labels in met[1:]:
-                if merged is not None or labels is not None:
-                    merged = self.join(merged, labels, node)
+                merged = self.join_if_labelled(merged, labels, node)
             result.append(merged)
         return result
 

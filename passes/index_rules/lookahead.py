@@ -1,0 +1,77 @@
+"""What becomes of a dimension further down: needed where a reshape must choose which new dimension takes the labels."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from slrc.passes.index_rules.table import shape_of
+from slrc.program import op_name
+
+TAKES_APART = frozenset({"unbind", "select", "split", "split_with_sizes", "chunk"})
+ATTENDS = frozenset({"scaled_dot_product_attention", "matmul", "bmm", "einsum", "softmax", "_softmax"})
+KEEPS_SHAPE = frozenset(
+    {
+        "clone",
+        "contiguous",
+        "alias",
+        "detach",
+        "_to_copy",
+        "dropout",
+        "mul",
+        "div",
+        "relu",
+        "elu",
+        "softmax",
+        "rms_norm",
+    }
+)
+FAR = 8
+"""Operators to follow: an attention's heads are split a few steps before its product."""
+
+
+def is_taken_apart(node: Node, dim: int, steps: int = FAR) -> bool:
+    """Return whether a dimension of a value is later unbound, selected from or split: it lists parts (q, k, v)."""
+    if steps == 0:
+        return False
+    for user in node.users:
+        name = op_name(user) if user.op == "call_function" else ""
+        if name in TAKES_APART:
+            position = 2 if name in ("split", "split_with_sizes", "chunk") else 1
+            asked = user.args[position] if len(user.args) > position else user.kwargs.get("dim", 0)
+            if isinstance(asked, int) and asked % len(shape_of(node)) == dim:
+                return True
+        elif (moved := _moved(user, name, dim, len(shape_of(node)))) is not None and is_taken_apart(
+            user, moved, steps - 1
+        ):
+            return True
+    return False
+
+
+def feeds_attention(node: Node, steps: int = FAR) -> bool:
+    """Return whether a value soon enters a product of two activations or a softmax."""
+    if steps == 0:
+        return False
+    for user in node.users:
+        name = op_name(user) if user.op == "call_function" else ""
+        if name in ATTENDS:
+            return True
+        follows = name in KEEPS_SHAPE | TAKES_APART | {"permute", "transpose", "unsqueeze", "getitem", "squeeze"}
+        if follows and feeds_attention(user, steps - 1):
+            return True
+    return False
+
+
+def _moved(user: Node, name: str, dim: int, rank: int) -> int | None:
+    """Return where a dimension goes in an operator that only moves dimensions, or `None`."""
+    if name in KEEPS_SHAPE:
+        return dim
+    if name == "permute":
+        order = [int(d) % rank for d in user.args[1]]  # type: ignore[union-attr, arg-type]
+        return order.index(dim)
+    if name == "transpose":
+        a, b = (int(d) % rank for d in user.args[1:3])  # type: ignore[arg-type]
+        return b if dim == a else a if dim == b else dim
+    if name == "unsqueeze":
+        at = int(user.args[1]) % (rank + 1)  # type: ignore[arg-type]
+        return dim + (at <= dim)
+    return None

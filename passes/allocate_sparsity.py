@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from enum import StrEnum
 from fnmatch import fnmatch
@@ -11,7 +12,7 @@ import numpy as np
 from slrc.errors import ConfigError, PatternError, PlanError
 from slrc.passes.label_indices import ChannelGroup, label_indices
 from slrc.patterns import AnyPattern, Unstructured
-from slrc.plans import Constraint, LeftOut, Plan, Slice
+from slrc.plans import Attention, Constraint, LeftOut, Plan, Slice
 from slrc.program import Layer, Program
 
 
@@ -32,6 +33,8 @@ def allocate_sparsity(
     allocation: Allocation = Allocation.UNIFORM,
     skip: Sequence[str] = (),
     keep_ends: bool = True,
+    round_to: int = 1,
+    attention: Attention = Attention.HEADS,
 ) -> Plan:
     """Return a plan that prunes `sparsity` of the constrained weights, to within one group.
 
@@ -42,6 +45,8 @@ def allocate_sparsity(
         allocation: how the share is spread over layers.
         skip: glob patterns of layer names to leave alone.
         keep_ends: leave the first layer and the final classifier alone.
+        round_to: kept widths of coupled groups are rounded up to a multiple of this: odd widths run slower.
+        attention: whether whole heads or the width of every head is pruned.
 
     Raises:
         PatternError: the pattern prescribes another sparsity.
@@ -51,7 +56,7 @@ def allocate_sparsity(
     asked = _asked_sparsity(pattern, sparsity)
     _check_skips(program, skip)
     if pattern.coupled:
-        candidates, left_out = _coupled_constraints(program, pattern, skip, keep_ends)
+        candidates, left_out = _coupled_constraints(program, pattern, skip, keep_ends, attention)
     else:
         candidates, left_out = _layer_constraints(program, pattern, skip, keep_ends)
     if not candidates:
@@ -68,12 +73,15 @@ def allocate_sparsity(
         keep = _global(program, candidates, weights, groups, asked)
     else:
         keep = _uniform(weights, groups, asked)
+    if pattern.coupled:
+        keep = _round_up(program, candidates, keep, round_to)
     constraints = tuple(c.model_copy(update={"keep": int(k)}) for c, k in zip(candidates, keep, strict=True))
     reached = 1.0 - float((weights * keep / groups).sum() / weights.sum())
     return Plan(
         sparsity_asked=asked,
         sparsity=reached,
-        shortfall=_explain(asked, reached, weights, groups, keep),
+        attention=attention,
+        shortfall=_explain(asked, reached, weights, groups, keep, round_to if pattern.coupled else 1),
         constraints=constraints,
         left_out=tuple(left_out),
     )
@@ -135,9 +143,9 @@ def _layer_constraints(
 
 
 def _coupled_constraints(
-    program: Program, pattern: AnyPattern, skip: Sequence[str], keep_ends: bool
+    program: Program, pattern: AnyPattern, skip: Sequence[str], keep_ends: bool, attention: Attention
 ) -> tuple[list[Constraint], list[LeftOut]]:
-    labels = label_indices(program)
+    labels = label_indices(program, attention)
     chosen, left_out = [], []
     for group in labels.groups:
         producers = _producers(program, group)
@@ -207,11 +215,29 @@ def _global(
     return groups - removed
 
 
-def _explain(asked: float, reached: float, weights: np.ndarray, groups: np.ndarray, keep: np.ndarray) -> str:
+def _round_up(program: Program, constraints: Sequence[Constraint], keep: np.ndarray, multiple: int) -> np.ndarray:
+    """Round the width that is kept, units times the indices of each, up to a multiple; never above the whole."""
+    rounded = []
+    for c, kept in zip(constraints, keep, strict=True):
+        first = c.members[0]
+        width = len(first.index) if first.index is not None else program.tensors[first.tensor].shape[first.dim]
+        step = multiple // math.gcd(multiple, width // c.groups)
+        rounded.append(min(c.groups, math.ceil(int(kept) / step) * step))
+    return np.array(rounded)
+
+
+def _explain(
+    asked: float, reached: float, weights: np.ndarray, groups: np.ndarray, keep: np.ndarray, multiple: int
+) -> str:
     one_group = float((weights / groups).max() / weights.sum())
     if abs(asked - reached) <= one_group + 1e-9:
         return ""
     at_limit = int((keep == 1).sum())
+    if multiple > 1 and reached < asked:
+        return (
+            f"asked {asked:.1%}, reached {reached:.1%}: kept widths are rounded up to multiples of {multiple} "
+            "(`--round-to 1` keeps them exact)"
+        )
     return (
         f"asked {asked:.1%}, reached {reached:.1%}: {at_limit} of {len(groups)} layers or groups are down to "
         "their last group"

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from slrc.passes.index_rules import RULES, Dims, LabelTable, Value
-from slrc.plans import Slice
+from slrc.plans import Attention, Slice
 from slrc.program import Program, op_name, source_line
 
 
@@ -80,9 +80,9 @@ class IndexLabels:
         return self.roots[labels[index.reshape(units, -1)[:, 0]]]
 
 
-def label_indices(program: Program) -> IndexLabels:
+def label_indices(program: Program, attention: Attention = Attention.HEADS) -> IndexLabels:
     """Analyse a program; near-linear in the number of operators and channels."""
-    table, unruled = _run_rules(program)
+    table, unruled = _run_rules(program, attention)
     roots = table.union.roots()
     reasons = _pinned_roots(table, roots)
     slots = _Slots.collect(program, table, roots, np.fromiter(reasons, dtype=np.int64, count=len(reasons)))
@@ -97,8 +97,8 @@ def label_indices(program: Program) -> IndexLabels:
     )
 
 
-def _run_rules(program: Program) -> tuple[LabelTable, dict[str, str]]:
-    table = LabelTable()
+def _run_rules(program: Program, attention: Attention) -> tuple[LabelTable, dict[str, str]]:
+    table = LabelTable(attention)
     unruled: dict[str, str] = {}
     labels_of: dict[int, Dims] = {}
     for node in program.graph_module.graph.nodes:

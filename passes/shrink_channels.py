@@ -49,7 +49,7 @@ class ShrinkChannels(Transform):
         present = [c for c in pruned.values() if _is_present(program, masks, c)]
         if not present:
             return PassResult(program, False)
-        labels = label_indices(program)
+        labels = label_indices(program, plan.attention)
         alive = np.ones(len(labels.roots), dtype=bool)
         for c in present:
             roots = labels.unit_roots(c.members[0], c.groups)

@@ -19,7 +19,7 @@ from slrc.passes.allocate_sparsity import Allocation, allocate_sparsity
 from slrc.passes.label_indices import label_indices
 from slrc.patterns import AnyPattern
 from slrc.pipeline import STRUCTURE, run_passes
-from slrc.plans import Masks, Plan
+from slrc.plans import Attention, Masks, Plan
 from slrc.program import Program
 from slrc.program import capture as capture_module
 from slrc.progress import Quiet, Reporter
@@ -42,12 +42,30 @@ def plan(
     allocate: str | Allocation = Allocation.UNIFORM,
     skip: Sequence[str] = (),
     keep_ends: bool = True,
+    round_to: int = 8,
+    attention: str | Attention = Attention.HEADS,
 ) -> Plan:
     """Return what to constrain in a program and how much of it to keep. See `allocate_sparsity`."""
-    given = {"pattern": pattern, "sparsity": sparsity, "allocate": allocate, "skip": skip, "keep_ends": keep_ends}
-    made = make_config(given)
+    made = make_config(
+        {
+            "pattern": pattern,
+            "sparsity": sparsity,
+            "allocate": allocate,
+            "skip": skip,
+            "keep_ends": keep_ends,
+            "round_to": round_to,
+            "attention": attention,
+        }
+    )
     return allocate_sparsity(
-        program, made.pattern, made.sparsity, allocation=made.allocate, skip=made.skip, keep_ends=made.keep_ends
+        program,
+        made.pattern,
+        made.sparsity,
+        allocation=made.allocate,
+        skip=made.skip,
+        keep_ends=made.keep_ends,
+        round_to=made.round_to,
+        attention=made.attention,
     )
 
 
@@ -151,7 +169,7 @@ def _identify(path: Path | None, plan: Plan | None) -> str | None:
 
 def plan_options(config: CompileConfig) -> Mapping[str, Any]:
     """Return the options of a configuration that `plan` takes."""
-    names = ("pattern", "sparsity", "allocate", "skip", "keep_ends")
+    names = ("pattern", "sparsity", "allocate", "skip", "keep_ends", "round_to", "attention")
     return {name: getattr(config, name) for name in names}
 
 
@@ -175,7 +193,7 @@ def _check_groups(program: Program, given: Plan) -> None:
     coupled = [c for c in given if c.pattern.coupled]
     if not coupled:
         return
-    known = {(g.units, g.members, g.followers) for g in label_indices(program).groups}
+    known = {(g.units, g.members, g.followers) for g in label_indices(program, given.attention).groups}
     for c in coupled:
         if (c.groups, c.members, c.followers) not in known:
             raise PlanError(

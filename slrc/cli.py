@@ -48,6 +48,12 @@ KeepEndsOption = Annotated[
     typer.Option("--keep-ends/--prune-ends", help="leave the first layer and the classifier alone (default: keep)"),
 ]
 INTERRUPTED = 130
+RoundToOption = Annotated[
+    int | None, typer.Option(help="channel: round kept widths up to a multiple of this (default: 8)")
+]
+AttentionOption = Annotated[
+    str | None, typer.Option(help="channel: prune whole heads, or the width of every head (default: heads)")
+]
 DEBUG_HELP = "show the whole trace of an error"
 
 
@@ -70,6 +76,8 @@ def compile_command(
     ] = None,
     skip: SkipOption = None,
     keep_ends: KeepEndsOption = None,
+    round_to: RoundToOption = None,
+    attention: AttentionOption = None,
     plan: PlanOption = None,
     config: ConfigOption = None,
     threads: ThreadsOption = None,
@@ -98,6 +106,8 @@ def compile_command(
         "target": tuple(target) if target else None,
         "skip": tuple(skip) if skip else None,
         "keep_ends": keep_ends,
+        "round_to": round_to,
+        "attention": attention,
         "plan": plan,
         "threads": threads,
         "seed": seed,
@@ -117,6 +127,8 @@ def inspect(
     allocate: AllocateOption = None,
     skip: SkipOption = None,
     keep_ends: KeepEndsOption = None,
+    round_to: RoundToOption = None,
+    attention: AttentionOption = None,
     plan_out: Annotated[Path | None, typer.Option(help="write the plan here, to edit and give to --plan")] = None,
     debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False,
 ) -> None:
@@ -127,12 +139,19 @@ def inspect(
     from slrc.tables import inspect_tables
     from slrc.workload import load_workload
 
-    given = {"pattern": pattern, "sparsity": sparsity, "allocate": allocate, "keep_ends": keep_ends}
+    given = {
+        "pattern": pattern,
+        "sparsity": sparsity,
+        "allocate": allocate,
+        "keep_ends": keep_ends,
+        "round_to": round_to,
+        "attention": attention,
+    }
     config = make_config({**{k: v for k, v in given.items() if v is not None}, "skip": tuple(skip or ())})
     workload = load_workload(model)
     program = api.capture(workload)
     plan = api.plan(program, **api.plan_options(config))
-    for table in inspect_tables(program, plan, label_indices(program)):
+    for table in inspect_tables(program, plan, label_indices(program, plan.attention)):
         _console().print(table)
     if plan_out is not None:
         try:

@@ -14,7 +14,7 @@ from slrc.errors import ConfigError, SlrcError
 from slrc.methods import ADMMSettings, MethodName, SLRSettings
 from slrc.passes.allocate_sparsity import Allocation
 from slrc.patterns import AnyPattern, Channel
-from slrc.plans import PatternField
+from slrc.plans import Attention, PatternField
 
 
 class Precision(StrEnum):
@@ -36,6 +36,8 @@ class CompileConfig(BaseModel):
     pattern: PatternField = Field(default_factory=Channel)
     sparsity: float | None = Field(default=None, ge=0, lt=1)
     allocate: Allocation = Allocation.UNIFORM
+    round_to: Annotated[int, Field(ge=1)] = 8
+    attention: Attention = Attention.HEADS
     method: MethodName | None = None
     epochs: Annotated[int, Field(ge=0)] = 10
     retrain_epochs: Annotated[int, Field(ge=0)] = 0

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,6 +94,15 @@ class Slice(_Data):
         moved[index] = moved[index] & spread
 
 
+class Attention(StrEnum):
+    """What is removed from an attention, where heads and their width are split from one dimension."""
+
+    HEADS = "heads"
+    """Whole heads."""
+    WIDTH = "width"
+    """The same places of every head."""
+
+
 class Constraint(_Data):
     """At most `keep` of `groups` survive in each row of the pattern's view of `members`.
 
@@ -154,6 +164,7 @@ class Plan(_Data):
     """Everything that is constrained in a program, and what was left alone."""
 
     schema_version: int = PLAN_SCHEMA_VERSION
+    attention: Attention = Attention.HEADS
     sparsity_asked: float
     sparsity: float
     shortfall: str = ""

@@ -11,8 +11,8 @@ from slrc.program import argument
 def scaled_dot_product_attention(node: Node, table: LabelTable) -> Value:
     """`sdpa(q (…, h, l, e), k (…, h, s, e), v (…, h, s, f), mask (…, h, l, s)) -> (…, h, l, f)`.
 
-    Heads go together. The width `e` of queries and keys goes together; removed places add nothing to their product. With
-    fewer key heads than query heads (grouped-query attention), query heads go with the key head that they share.
+    Heads go together. The width `e` of queries and keys goes together; removed places add nothing to their product.
+    With fewer key heads than query heads (grouped-query attention), query heads go with the key head that they share.
     """
     query, key, value = tensor_args(node)[:3]
     q, k, v = (table.value(a) for a in (query, key, value))

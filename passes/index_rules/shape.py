@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from slrc.passes.index_rules.lookahead import feeds_attention, is_taken_apart
 from slrc.passes.index_rules.table import Dims, Labels, LabelTable, Rule, Value, is_one, shape_of
+from slrc.plans import Attention
 from slrc.program import argument
 
 PRIME = 1_000_003
@@ -82,22 +83,25 @@ def _reshape_segment(
     assert carried is not None
     spread = carried.reshape([-1 if d == labelled[0] else 1 for d in inputs])
     grid = np.broadcast_to(spread, sizes).reshape(shape)
-    axis = _carrying_axis(node, grid, outputs, free)
+    axis = _carrying_axis(node, grid, outputs, free, table.attention)
     result[outputs[axis]] = table.join_rows(np.moveaxis(grid, axis, 0).reshape(grid.shape[axis], -1))
 
 
-def _carrying_axis(node: Node, grid: NDArray[np.int64], outputs: list[int], free: list[int]) -> int:
+def _carrying_axis(
+    node: Node, grid: NDArray[np.int64], outputs: list[int], free: list[int], attention: Attention
+) -> int:
     """Return the new dimension that takes the labels; they are joined along the others.
 
     It is the one along which they differ, if there is one only. Else never one that is later taken apart (the 3 of a
-    fused qkv, the 2 of a channel shuffle) if another will do; then the heads of an attention; then the largest.
+    fused qkv, the 2 of a channel shuffle) if another will do; then the heads of an attention, or their width, as the
+    user chose; then the largest.
     """
     varying = [k for k in free if grid.shape[k] > 1 and (grid != np.take(grid, [0], k)).any()]
     if len(varying) == 1:
         return varying[0]
     whole = [k for k in free if grid.shape[k] > 1 and not is_taken_apart(node, outputs[k])] or free
     if len(whole) > 1 and feeds_attention(node):
-        return whole[0]
+        return whole[0] if attention is Attention.HEADS else whole[-1]
     return max(whole, key=lambda k: grid.shape[k])
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from slrc.passes.index_rules.union_find import UnionFind
+from slrc.plans import Attention
 
 Labels = NDArray[np.int64] | None
 """The labels of one dimension, one for each index; `None` where nothing can be removed."""
@@ -46,6 +47,7 @@ class Pin:
 class LabelTable:
     """Labels of all values of a graph while rules run over it."""
 
+    attention: Attention = Attention.HEADS
     union: UnionFind = field(default_factory=UnionFind)
     values: dict[Node, Value | list[Value]] = field(default_factory=dict)
     tensors: dict[str, Dims] = field(default_factory=dict)

@@ -249,7 +249,8 @@ def test_a_step_slice_is_pinned(net: Any) -> None:
     [
         (lambda m, x: m.o(m.a(x).softmax(-1)), "normalised over by softmax"),
         (lambda m, x: m.o(nn.functional.layer_norm(m.a(x), (8,))), "normalised over by layer_norm"),
-        (lambda m, x: m.o(m.a(x)) + m.a(x).sum(-1, keepdim=True), "summed over by sum"),
+        (lambda m, x: m.o(m.a(x)) + m.a(x).mean(-1, keepdim=True), "reduced over by mean"),
+        (lambda m, x: m.o(m.a(x)) + m.a(x).sigmoid().sum(-1, keepdim=True), "reduced over by sum"),
         (lambda m, x: m.o(m.a(x)) + m.a(x)[..., 2:3], "a part with one index only"),
         (lambda m, x: m.o(m.a(x)) + m.a(x).select(-1, 2).unsqueeze(-1), "one index is selected"),
         (lambda m, x: m.o(nn.functional.pad(m.a(x), (1, -1))), "padded"),

@@ -145,8 +145,9 @@ def compile(
             processes.wait_for_everyone()
             return Report.load(Path(out))
         slim = run.structure(program, chosen, trained)
-        lowered = run.lower(program, slim)
-        report = run.report(program, slim, chosen, trained, lowered)
+        dense = run.baseline(program)
+        lowered = run.lower(dense, slim)
+        report = run.report(program, dense, slim, chosen, trained, lowered)
         run.publish(report, chosen, trained, slim)
         processes.wait_for_everyone()
     finally:

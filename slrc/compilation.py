@@ -108,10 +108,13 @@ class Compilation:
         masked = program.with_tensors(trained.tensors)
         return run_passes(STRUCTURE, masked, plan, trained.masks, reference, self.checks)
 
-    def lower(self, program: Program, slim: Program) -> list[Lowered]:
+    def baseline(self, program: Program) -> Program:
+        """Return the dense program with all that the compiled one gets besides sparsity."""
+        return run_passes(DENSE, program, _NOTHING, Masks())
+
+    def lower(self, dense: Program, slim: Program) -> list[Lowered]:
         """Emit both programs for every target."""
         result = self.workspace.new_result()
-        dense = run_passes(DENSE, program, _NOTHING, Masks())
         lowered = []
         for target in self.targets:
             backend = get_backend(target)
@@ -131,7 +134,13 @@ class Compilation:
         return lowered
 
     def report(
-        self, program: Program, slim: Program, plan: Plan, trained: Trained, lowered: Sequence[Lowered]
+        self,
+        program: Program,
+        dense: Program,
+        slim: Program,
+        plan: Plan,
+        trained: Trained,
+        lowered: Sequence[Lowered],
     ) -> Report:
         """Run what can run here: prove, evaluate and measure it."""
         metric = self.workload.measure(self.workload.model)
@@ -155,7 +164,6 @@ class Compilation:
                     not_run=why_not,
                 )
             )
-        dense = run_passes(DENSE, program, _NOTHING, Masks())
         return Report(
             model=self.workload.name,
             pattern=" + ".join(sorted({str(c.pattern) for c in plan})),

@@ -42,6 +42,7 @@ ZERO_TO_ZERO = [
     "contiguous",
     "detach",
     "_to_copy",
+    "type_as",
     "to",
     "lift_fresh_copy",
     "softsign",

@@ -189,6 +189,21 @@ def cat(node: Node, table: LabelTable) -> Value:
     return Value(result, all(v.vanishes for v in values))
 
 
+def stack(node: Node, table: LabelTable) -> Value:
+    """`stack(xs, dim)`: labels are joined; the new dimension has none."""
+    parts = node.args[0]
+    assert isinstance(parts, (list, tuple))
+    values = [table.value(p) for p in parts if isinstance(p, Node)]
+    dims: Dims = []
+    for met in zip(*(v.dims for v in values), strict=True):
+        merged = met[0]
+        for labels in met[1:]:
+            merged = table.join_if_labelled(merged, labels, node)
+        dims.append(merged)
+    dim = int(argument(node, 1, "dim", 0)) % (len(dims) + 1)
+    return Value([*dims[:dim], None, *dims[dim:]], all(v.vanishes for v in values))
+
+
 def split(node: Node, table: LabelTable) -> list[Value]:
     """`split(x, sizes, dim)` and `chunk`: each part takes its labels."""
     x, outputs = node.args[0], node.meta["val"]
@@ -357,6 +372,7 @@ RULES: dict[str, Rule] = {
     "squeeze": squeeze,
     "expand": expand,
     "cat": cat,
+    "stack": stack,
     **dict.fromkeys(["split", "split_with_sizes", "chunk"], split),
     "slice": slice_,
     "select": select,

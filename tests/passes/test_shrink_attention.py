@@ -121,6 +121,11 @@ OTHERS: dict[str, Case] = {
         {"a": nn.Conv2d(4, 6, 1), "o": nn.Conv2d(12, 3, 1)},
         IMAGE,
     ),
+    "stack": (
+        lambda m, x: m.o(torch.stack([m.a(x), m.b(x)], 1).mean(1)),
+        {"a": nn.Conv2d(4, 6, 1), "b": nn.Conv2d(4, 6, 1), "o": nn.Conv2d(6, 3, 1)},
+        IMAGE,
+    ),
     "roll of positions": (
         lambda m, x: m.o(torch.roll(m.a(x), (1, 2), (2, 3))),
         {"a": nn.Conv2d(4, 6, 1), "o": nn.Conv2d(6, 3, 1)},

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,11 +65,6 @@ class IndexLabels:
     tensors: Mapping[str, Dims]
     values: Mapping[str, list[Dims]]
     roots: NDArray[np.int64]
-
-    @cached_property
-    def group_by_name(self) -> Mapping[str, ChannelGroup]:
-        """Groups by name."""
-        return {g.name: g for g in self.groups}
 
     def unit_roots(self, where: Slice, units: int) -> NDArray[np.int64]:
         """Return the class of every unit of a group, given one of its slices."""

@@ -148,7 +148,7 @@ def _resize_group_norm(node: Node, survivors: _Survivors, ins: Dims, outs: list[
 def _resize_attention(node: Node, survivors: _Survivors, ins: Dims, outs: list[Dims]) -> None:
     """Without a scale of its own, attention takes it from the width of a head: write down what it was."""
     width = ins[-1]
-    if width is not None and node.kwargs.get("scale") is None and len(node.args) < 7:
+    if width is not None and node.kwargs.get("scale") is None:
         node.kwargs = {**node.kwargs, "scale": len(width) ** -0.5}
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from slrc.passes.index_rules.table import LabelTable, Rule, Value
+from slrc.passes.index_rules.table import Dims, LabelTable, Rule, Value
+from slrc.program import op_name
 
 
 def batch_norm(node: Node, table: LabelTable) -> Value | list[Value]:
@@ -12,15 +13,21 @@ def batch_norm(node: Node, table: LabelTable) -> Value | list[Value]:
     x = node.args[0]
     assert isinstance(x, Node)
     dims = table.dims(x)
-    given = [a for a in node.args[1:5] if isinstance(a, Node)]
-    for parameter in given:
-        table.join(dims[1], table.dims(parameter)[0], node)
+    given = _join_parameters(node, table, dims, first=1)
     affine = len(given) == 4 and all(table.value(p).vanishes for p in given[:2])
     result = Value(dims, vanishes=affine and all(d is None for d in (dims[0], *dims[2:])))
     outputs = node.meta["val"]
     if not isinstance(outputs, (tuple, list)):
         return result
     return [result, *(Value([None] * t.dim()) for t in outputs[1:])]
+
+
+def _join_parameters(node: Node, table: LabelTable, dims: Dims, first: int) -> list[Node]:
+    """Join scale, shift and statistics, the operands from `first` on, with their channel; return them."""
+    given = [a for a in node.args[first:5] if isinstance(a, Node)]
+    for parameter in given:
+        table.join(dims[1], table.dims(parameter)[0], node)
+    return given
 
 
 def layer_norm(node: Node, table: LabelTable) -> Value:
@@ -33,7 +40,7 @@ def layer_norm(node: Node, table: LabelTable) -> Value:
         for d, labels in enumerate(reversed(table.dims(parameter)), start=1):
             table.join(dims[-d], labels, node)
     for labels in dims[len(dims) - len(shape) :]:
-        table.pin(labels, "normalised over by layer_norm", node)
+        table.pin(labels, f"normalised over by {op_name(node)}", node)
     return Value(dims, vanishes=False)
 
 
@@ -43,15 +50,9 @@ def group_norm(node: Node, table: LabelTable) -> Value:
     assert isinstance(x, Node)
     assert isinstance(groups, int)
     dims = table.dims(x)
-    if dims[1] is None:
-        parameters = [a for a in node.args[2:4] if isinstance(a, Node)]
-        for parameter in parameters:
-            table.pin(table.dims(parameter)[0], "normalises fixed channels", node)
-        return Value(dims, vanishes=False)
-    table.join_rows(dims[1].reshape(groups, -1))
-    given = [a for a in node.args[2:4] if isinstance(a, Node)]
-    for parameter in given:
-        table.join(dims[1], table.dims(parameter)[0], node)
+    if dims[1] is not None:
+        table.join_rows(dims[1].reshape(groups, -1))
+    given = _join_parameters(node, table, dims, first=2)
     for spatial in dims[2:]:
         table.pin(spatial, "normalised over by group_norm", node)
     zero = len(given) == 2 and all(table.value(p).vanishes for p in given) and dims[0] is None
@@ -63,9 +64,7 @@ def instance_norm(node: Node, table: LabelTable) -> Value:
     x = node.args[0]
     assert isinstance(x, Node)
     dims = table.dims(x)
-    given = [a for a in node.args[1:5] if isinstance(a, Node)]
-    for parameter in given:
-        table.join(dims[1], table.dims(parameter)[0], node)
+    given = _join_parameters(node, table, dims, first=1)
     for spatial in dims[2:]:
         table.pin(spatial, "normalised over by instance_norm", node)
     zero = all(table.value(p).vanishes for p in given) and table.value(x).vanishes and dims[0] is None

@@ -341,9 +341,10 @@ RESNET18 = {
 def test_resnet18() -> None:
     labels = labels_of(torchvision.models.resnet18(), 3, 64, 64)
     assert {g.name: g.units for g in labels.groups} == RESNET18
-    trunk = [where.tensor for where in labels.group_by_name["layer2.0.conv2"].members if "conv" in where.tensor]
+    trunk_members = next(g.members for g in labels.groups if g.name == "layer2.0.conv2")
+    trunk = [where.tensor for where in trunk_members if "conv" in where.tensor]
     assert trunk == ["layer2.0.conv2.weight", "layer2.1.conv2.weight"]
-    assert "layer2.0.downsample.0.weight" in {w.tensor for w in labels.group_by_name["layer2.0.conv2"].members}
+    assert "layer2.0.downsample.0.weight" in {w.tensor for w in trunk_members}
     assert reasons(labels) == {"fc": "an output of the model"}
     assert labels.unruled == {}
 

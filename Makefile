@@ -14,7 +14,7 @@ demo: .venv/package
 	    --out build/digits --overwrite
 
 test: lint
-	$(BIN)/pytest -n $(JOBS)
+	$(BIN)/pytest -n $(JOBS) --dist worksteal
 
 lint: .venv/package
 	$(BIN)/ruff check .

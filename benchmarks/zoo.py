@@ -2,18 +2,21 @@
 
     python benchmarks/zoo.py                       # torchvision's classification and segmentation, 67 of timm
     python benchmarks/zoo.py torchvision:resnet18 timm:convnext_tiny --sparsity 0.5
+    python benchmarks/zoo.py timm:gmlp_s16_224@narrow   # with what layer norms normalise over
     python benchmarks/zoo.py --no-latency          # what can be told on a busy machine
 
 Weights are random: nothing is learned here, the question is whether the structure holds. Each model runs in a process
 of its own, so that a bad one ends nothing; rows are written as they come to `benchmarks/results/zoo.json`, and a second
-run goes on with what is missing. Where the package `torch-pruning` is installed it runs beside with its defaults. The
-whole list takes about two hours on two cores, half of that without latency.
+run goes on with what is missing. Where the package `torch-pruning` is installed it runs beside with its defaults; its
+result counts as correct if it equals the dense model with zeros where it pruned. The whole list takes about two hours
+on two cores, half of that without latency.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import importlib.util
 import json
 import subprocess
@@ -25,25 +28,40 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "zoo.json"
 TIMEOUT_S = 900
+TIMING_S = 2.0
 LEVELS = (0.3, 0.5, 0.7)
 TIMM = Path(__file__).with_name("zoo_timm.txt")
 """One model of each family of timm."""
+NARROW = "@narrow"
+"""Ends the name of a model that is planned with `--layer-norm narrow`."""
+NARROWED = (
+    *(f"torchvision:convnext_{size}" for size in ("tiny", "small", "base", "large")),
+    "torchvision:vit_b_16",
+    "torchvision:swin_t",
+    "timm:convnextv2_nano",
+    "timm:gmlp_s16_224",
+    "timm:mixer_s32_224",
+)
+EXACT = 1e-4
+"""The largest error relative to the largest output that counts as none."""
 
 
 def default_models() -> list[str]:
-    """Return all classification and segmentation models of torchvision and one of each family of timm."""
+    """Return torchvision's classification and segmentation models, one of each family of timm, and narrowed ones."""
     import torchvision
 
     modules = (torchvision.models, torchvision.models.segmentation)
     names = [n for module in modules for n in torchvision.models.list_models(module=module)]
-    return [f"torchvision:{n}" for n in names] + [f"timm:{n}" for n in TIMM.read_text().split()]
+    timm = [f"timm:{n}" for n in TIMM.read_text().split()]
+    return [*(f"torchvision:{n}" for n in names), *timm, *(n + NARROW for n in NARROWED)]
 
 
 def make(name: str) -> tuple[Any, tuple[Any, ...]]:
     """Return a model with random weights, scales and statistics, and an input for it."""
     import torch
 
-    source, _, model_name = name.partition(":")
+    torch.manual_seed(0)
+    source, _, model_name = name.removesuffix(NARROW).partition(":")
     if source == "timm":
         import timm
 
@@ -56,7 +74,6 @@ def make(name: str) -> tuple[Any, tuple[Any, ...]]:
         backbone = {"weights_backbone": None} if is_segmentation else {}
         model, size = torchvision.models.get_model(model_name, weights=None, **backbone), 224
         size = 299 if model_name == "inception_v3" else size
-    torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -73,13 +90,16 @@ def make(name: str) -> tuple[Any, tuple[Any, ...]]:
 def measure_model(name: str, levels: list[float], latency: bool) -> dict[str, Any]:
     """Return one row: the analysis, and for each level what was left and how exact it is."""
     from slrc.passes.label_indices import label_indices
+    from slrc.plans import LayerNorm
     from slrc.program import capture
+
+    layer_norm = LayerNorm.NARROW if name.endswith(NARROW) else LayerNorm.KEEP
 
     model, inputs = make(name)
     started = time.perf_counter()
     program = capture(model, inputs, name)
     captured = time.perf_counter()
-    labels = label_indices(program)
+    labels = label_indices(program, layer_norm=layer_norm)
     row: dict[str, Any] = {
         "capture_s": captured - started,
         "analysis_s": time.perf_counter() - captured,
@@ -89,23 +109,41 @@ def measure_model(name: str, levels: list[float], latency: bool) -> dict[str, An
         "parameters": program.num_parameters,
         "macs": program.macs,
         "dynamic_batch": program.batch_is_dynamic,
-        "levels": {str(level): measure_level(program, level, latency) for level in levels},
     }
+    dense = load_dense(program) if latency else None
+    row["levels"] = {str(level): measure_level(program, level, layer_norm, dense) for level in levels}
     return row
 
 
-def measure_level(program: Any, level: float, latency: bool) -> dict[str, Any]:
-    """Prune by magnitude in one shot; compare masked, slim and ONNX Runtime; time the latter."""
+def load_dense(program: Any) -> Any:
+    """Return the dense program in ONNX Runtime, on one thread."""
+    from slrc.pipeline import DENSE, run_passes
+    from slrc.plans import Masks, Plan
+
+    with tempfile.TemporaryDirectory() as folder:
+        nothing = Plan(sparsity_asked=0.0, sparsity=0.0, constraints=())
+        return load(run_passes(DENSE, program, nothing, Masks()), Path(folder))
+
+
+def load(program: Any, folder: Path) -> Any:
+    """Return a program in ONNX Runtime, on one thread."""
     import slrc
     from slrc.backends import get_backend, parse_target
+
+    return get_backend(parse_target("ort")).load(slrc.lower(program, "ort", folder).folder, threads=1)
+
+
+def measure_level(program: Any, level: float, layer_norm: Any, dense: Any) -> dict[str, Any]:
+    """Prune by magnitude in one shot; compare masked, slim and ONNX Runtime; time the latter and `dense` in turns."""
+    import slrc
     from slrc.compilation import flat_inputs
     from slrc.passes.apply_masks import ApplyMasks
-    from slrc.pipeline import DENSE, STRUCTURE, run_passes
+    from slrc.pipeline import STRUCTURE, run_passes
     from slrc.plans import Masks
-    from slrc.timing import measure
+    from slrc.timing import time_in_turns
     from slrc.verify import compare, outputs_of
 
-    plan = slrc.plan(program, "channel", level)
+    plan = slrc.plan(program, "channel", level, layer_norm=layer_norm)
     masks = Masks.project(plan, program.tensors)
     masked = ApplyMasks()(program, plan, masks).program
     slim = run_passes(STRUCTURE, masked, plan, masks)
@@ -118,17 +156,14 @@ def measure_level(program: Any, level: float, latency: bool) -> dict[str, Any]:
         "macs": slim.macs,
         "slim_error": compare("slim", reference, outputs, float("inf")).max_rel_error,
     }
-    backend, inputs = get_backend(parse_target("ort")), flat_inputs(slim)
+    inputs = flat_inputs(slim)
     with tempfile.TemporaryDirectory() as folder:
-        compiled = Path(slrc.lower(slim, "ort", Path(folder) / "compiled").folder)
-        runner = backend.load(compiled, threads=1)
+        runner = load(slim, Path(folder))
         result["ort_error"] = compare("ort", outputs, runner(*inputs), float("inf")).max_rel_error
-        if latency:
-            dense = run_passes(DENSE, program, plan, Masks())
-            slow = backend.load(slrc.lower(dense, "ort", Path(folder) / "dense").folder, threads=1)
-            timed = measure("ort", slow, runner, inputs, threads=1)
-            result["dense_ms"], result["compiled_ms"] = timed.dense_ms.p50, timed.compiled_ms.p50
-            result["speedup"] = timed.speedup
+        if dense is not None:
+            ms = time_in_turns([r.prepare(*inputs) for r in (dense, runner)], TIMING_S)
+            result["dense_ms"], result["compiled_ms"] = ms
+            result["speedup"] = ms[0] / ms[1]
     return result
 
 
@@ -137,7 +172,10 @@ def measure_torch_pruning(name: str) -> dict[str, Any]:
     import torch
     import torch_pruning as tp
 
+    from slrc.verify import compare, outputs_of
+
     model, inputs = make(name)
+    dense = copy.deepcopy(model)
     ends = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == 1000]
     started = time.perf_counter()
     pruner = tp.pruner.MagnitudePruner(
@@ -145,9 +183,39 @@ def measure_torch_pruning(name: str) -> dict[str, Any]:
     )
     pruner.step()
     seconds = time.perf_counter() - started
+    outputs = outputs_of(model, inputs)
+    row: dict[str, Any] = {"worked": True, "seconds": seconds, "parameters": sum(p.numel() for p in model.parameters())}
+    try:
+        reference = outputs_of(zeroed_where_pruned(dense, inputs, pruner.DG.pruning_history()), inputs)
+    except Exception as error:  # whatever its replay raises
+        return {**row, "correct": None, "why": f"{type(error).__name__}: {error}"}
+    if [t.shape for t in outputs] != [t.shape for t in reference]:
+        return {**row, "correct": False, "why": "it pruned the outputs"}
+    difference = compare("torch-pruning", reference, outputs, float("inf")).max_rel_error
+    return {**row, "correct": difference <= EXACT, "error": difference}
+
+
+def zeroed_where_pruned(dense: Any, inputs: tuple[Any, ...], history: list[Any]) -> Any:
+    """Fill the dense model with zeros in every element of its parameters that a pruning took away.
+
+    The pruning is made again on a twin whose parameters hold the places of their own elements: what is left of those is
+    what was kept, whatever it was that the pruner cut.
+    """
+    import torch
+    import torch_pruning as tp
+
+    twin = copy.deepcopy(dense)
+    graph = tp.DependencyGraph().build_dependency(twin, inputs)
+    for parameter in twin.parameters():
+        parameter.data = torch.arange(parameter.numel(), dtype=torch.float64).reshape(parameter.shape)
+    graph.load_pruning_history(history)
+    left = dict(twin.named_parameters())
     with torch.no_grad():
-        model(*inputs)
-    return {"worked": True, "seconds": seconds, "parameters": sum(p.numel() for p in model.parameters())}
+        for key, parameter in dense.named_parameters():
+            kept = torch.zeros(parameter.numel(), dtype=torch.bool)
+            kept[left[key].detach().long().flatten()] = True
+            parameter.mul_(kept.reshape(parameter.shape))
+    return dense
 
 
 def run_alone(name: str, job: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -174,6 +242,15 @@ def run_job(name: str, args: argparse.Namespace) -> dict[str, Any]:
         return {"failed": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
 
 
+def is_whole(row: dict[str, Any], args: argparse.Namespace) -> bool:
+    """Whether an earlier run left nothing of a row to do."""
+    levels = row.get("levels")
+    if levels is None:
+        return "failed" in row
+    timed = args.no_latency or all("speedup" in level for level in levels.values())
+    return timed and all(str(level) in levels for level in args.sparsity)
+
+
 def show(name: str, row: dict[str, Any]) -> str:
     """Return one line of the table, at the middle level."""
     if "failed" in row:
@@ -193,7 +270,7 @@ def show(name: str, row: dict[str, Any]) -> str:
 def main() -> None:
     """Run what is missing, print the table, write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", help="torchvision:NAME or timm:NAME; all by default")
+    parser.add_argument("models", nargs="*", help="torchvision:NAME or timm:NAME, perhaps with @narrow; all by default")
     parser.add_argument("--sparsity", type=float, nargs="+", default=list(LEVELS))
     parser.add_argument("--no-latency", action="store_true")
     parser.add_argument("--again", action="store_true", help="also models that have a row already")
@@ -212,10 +289,13 @@ def main() -> None:
     )
     print(f"{header[7]:>6} {header[8]:>7}")
     for name in args.models or default_models():
-        if name not in rows or args.again:
-            rows[name] = run_alone(name, "slrc", args)
-            if beside:
-                rows[name]["torch_pruning"] = run_alone(name, "torch-pruning", args)
+        old, row = {} if args.again else rows.get(name, {}), {}
+        if not is_whole(old, args):
+            row = run_alone(name, "slrc", args)
+        if beside and not name.endswith(NARROW) and "torch_pruning" not in old:
+            row["torch_pruning"] = run_alone(name, "torch-pruning", args)
+        if row:
+            rows[name] = old | row
             args.results.parent.mkdir(exist_ok=True)
             aside = args.results.with_suffix(".partial")
             aside.write_text(json.dumps(rows, indent=1) + "\n")
@@ -223,7 +303,7 @@ def main() -> None:
         print(show(name, rows[name]), flush=True)
     failed = sum("failed" in row for row in rows.values())
     exact = sum(
-        all(x["slim_error"] <= 1e-4 and x["ort_error"] <= 1e-4 for x in row["levels"].values())
+        all(x["slim_error"] <= EXACT and x["ort_error"] <= EXACT for x in row["levels"].values())
         for row in rows.values()
         if "levels" in row
     )

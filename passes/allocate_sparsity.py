@@ -10,9 +10,11 @@ from fnmatch import fnmatch
 import numpy as np
 
 from slrc.errors import ConfigError, PatternError, PlanError
-from slrc.passes.label_indices import ChannelGroup, label_indices
+from slrc.latency import LatencyForecast
+from slrc.passes.allocate_latency import LatencyGoal, keep_for_latency
+from slrc.passes.label_indices import ChannelGroup, IndexLabels, label_indices
 from slrc.patterns import AnyPattern, Unstructured
-from slrc.plans import Attention, Constraint, LeftOut, Plan, Slice
+from slrc.plans import Attention, Constraint, LayerNorm, LeftOut, Plan, Slice
 from slrc.program import Layer, Program
 
 
@@ -23,6 +25,8 @@ class Allocation(StrEnum):
     """The same share of every layer or group."""
     GLOBAL = "global"
     """Wherever the weights are smallest, by mean energy of a group."""
+    LATENCY = "latency"
+    """Channels only: the widths that meet a latency on the target at the least loss of energy."""
 
 
 def allocate_sparsity(
@@ -35,6 +39,8 @@ def allocate_sparsity(
     keep_ends: bool = True,
     round_to: int = 1,
     attention: Attention = Attention.HEADS,
+    layer_norm: LayerNorm = LayerNorm.KEEP,
+    goal: LatencyGoal | None = None,
 ) -> Plan:
     """Return a plan that prunes `sparsity` of the constrained weights, to within one group.
 
@@ -47,6 +53,8 @@ def allocate_sparsity(
         keep_ends: leave the first layer and the final classifier alone.
         round_to: kept widths of coupled groups are rounded up to a multiple of this: odd widths run slower.
         attention: whether whole heads or the width of every head is pruned.
+        layer_norm: whether what layer and RMS norms normalise over may be pruned.
+        goal: what `Allocation.LATENCY` needs; it decides instead of `sparsity`.
 
     Raises:
         PatternError: the pattern prescribes another sparsity.
@@ -55,8 +63,9 @@ def allocate_sparsity(
     """
     asked = _asked_sparsity(pattern, sparsity)
     _check_skips(program, skip)
-    if pattern.coupled:
-        candidates, left_out = _coupled_constraints(program, pattern, skip, keep_ends, attention)
+    labels = label_indices(program, attention, layer_norm) if pattern.coupled else None
+    if labels is not None:
+        candidates, left_out = _coupled_constraints(program, labels, pattern, skip, keep_ends)
     else:
         candidates, left_out = _layer_constraints(program, pattern, skip, keep_ends)
     if not candidates:
@@ -67,21 +76,28 @@ def allocate_sparsity(
         )
     weights = np.array([c.num_weights(program.tensors) for c in candidates], dtype=np.int64)
     groups = np.array([c.groups for c in candidates], dtype=np.int64)
-    if pattern.fixed_sparsity is not None:
+    forecast = None
+    if allocation is Allocation.LATENCY:
+        keep, forecast = _for_latency(program, labels, pattern, candidates, round_to, goal)
+    elif pattern.fixed_sparsity is not None:
         keep = np.array([c.keep for c in candidates])
     elif allocation is Allocation.GLOBAL:
         keep = _global(program, candidates, weights, groups, asked)
     else:
         keep = _uniform(weights, groups, asked)
-    if pattern.coupled:
+    if pattern.coupled and forecast is None:
         keep = _round_up(program, candidates, keep, round_to)
     constraints = tuple(c.model_copy(update={"keep": int(k)}) for c, k in zip(candidates, keep, strict=True))
     reached = 1.0 - float((weights * keep / groups).sum() / weights.sum())
     return Plan(
-        sparsity_asked=asked,
+        sparsity_asked=asked if forecast is None else reached,
         sparsity=reached,
+        latency=forecast,
         attention=attention,
-        shortfall=_explain(asked, reached, weights, groups, keep, round_to if pattern.coupled else 1),
+        layer_norm=layer_norm,
+        shortfall=""
+        if forecast
+        else _explain(asked, reached, weights, groups, keep, round_to if pattern.coupled else 1),
         constraints=constraints,
         left_out=tuple(left_out),
     )
@@ -143,9 +159,8 @@ def _layer_constraints(
 
 
 def _coupled_constraints(
-    program: Program, pattern: AnyPattern, skip: Sequence[str], keep_ends: bool, attention: Attention
+    program: Program, labels: IndexLabels, pattern: AnyPattern, skip: Sequence[str], keep_ends: bool
 ) -> tuple[list[Constraint], list[LeftOut]]:
-    labels = label_indices(program, attention)
     chosen, left_out = [], []
     for group in labels.groups:
         producers = _producers(program, group)
@@ -217,13 +232,33 @@ def _global(
 
 def _round_up(program: Program, constraints: Sequence[Constraint], keep: np.ndarray, multiple: int) -> np.ndarray:
     """Round the width that is kept, units times the indices of each, up to a multiple; never above the whole."""
-    rounded = []
-    for c, kept in zip(constraints, keep, strict=True):
-        first = c.members[0]
-        width = len(first.index) if first.index is not None else program.tensors[first.tensor].shape[first.dim]
-        step = multiple // math.gcd(multiple, width // c.groups)
-        rounded.append(min(c.groups, math.ceil(int(kept) / step) * step))
-    return np.array(rounded)
+    steps = [_step(program, c, multiple) for c in constraints]
+    rounded = [math.ceil(int(kept) / step) * step for kept, step in zip(keep, steps, strict=True)]
+    return np.minimum(rounded, [c.groups for c in constraints])
+
+
+def _step(program: Program, constraint: Constraint, multiple: int) -> int:
+    """Return the least number of units whose indices are a multiple of `multiple`."""
+    first = constraint.members[0]
+    width = len(first.index) if first.index is not None else program.tensors[first.tensor].shape[first.dim]
+    return multiple // math.gcd(multiple, width // constraint.groups)
+
+
+def _for_latency(
+    program: Program,
+    labels: IndexLabels | None,
+    pattern: AnyPattern,
+    constraints: Sequence[Constraint],
+    multiple: int,
+    goal: LatencyGoal | None,
+) -> tuple[np.ndarray, LatencyForecast]:
+    if goal is None or labels is None:
+        raise ConfigError(
+            f"allocation by latency chooses widths of `channel` groups, got pattern {pattern}",
+            hint="use `--pattern channel` with `--latency-budget`, or another `--allocate`",
+        )
+    steps = [_step(program, c, multiple) for c in constraints]
+    return keep_for_latency(program, labels, constraints, steps, goal)
 
 
 def _explain(

@@ -62,3 +62,11 @@ def call_before(before: Node, target: torch._ops.OpOverload, *args: Any) -> Node
         node = before.graph.call_function(target, args)
     node.meta = {k: v for k, v in before.meta.items() if k in ("stack_trace", "nn_module_stack")}
     return node
+
+
+def wrap_result(node: Node, target: torch._ops.OpOverload, *args: Any) -> None:
+    """Let everything that reads a node read `target(node, *args)` instead."""
+    with node.graph.inserting_after(node):
+        wrapped = node.graph.call_function(target, (node, *args))
+    wrapped.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
+    node.replace_all_uses_with(wrapped, delete_user_cb=lambda user: user is not wrapped)

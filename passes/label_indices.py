@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from slrc.passes.index_rules import RULES, Dims, LabelTable, Value
-from slrc.plans import Attention, Slice
+from slrc.plans import Attention, LayerNorm, Slice
 from slrc.program import Program, op_name, source_line
 
 
@@ -74,16 +74,18 @@ class IndexLabels:
         return self.roots[labels[index.reshape(units, -1)[:, 0]]]
 
 
-def label_indices(program: Program, attention: Attention = Attention.HEADS) -> IndexLabels:
+def label_indices(
+    program: Program, attention: Attention = Attention.HEADS, layer_norm: LayerNorm = LayerNorm.KEEP
+) -> IndexLabels:
     """Analyse a program; near-linear in the number of operators and channels."""
-    table, unruled = _run_rules(program, attention)
+    table, unruled = _run_rules(program, LabelTable(attention, layer_norm))
     roots = table.union.roots()
-    reasons = _pinned_roots(table, roots)
-    slots = _Slots.collect(program, table, roots, np.fromiter(reasons, dtype=np.int64, count=len(reasons)))
+    pin_of = _pins(table, roots)
+    slots = _Slots.collect(program, table, roots, free=pin_of < 0)
     groups = tuple(slots.groups())
     return IndexLabels(
         groups=groups,
-        pinned=tuple(_pinned_layers(program, table, roots, reasons)),
+        pinned=tuple(_pinned_layers(program, table, roots, pin_of)),
         unruled=unruled,
         tensors=table.tensors,
         values={n.name: [v.dims for v in _as_list(value)] for n, value in table.values.items()},
@@ -91,8 +93,7 @@ def label_indices(program: Program, attention: Attention = Attention.HEADS) -> I
     )
 
 
-def _run_rules(program: Program, attention: Attention) -> tuple[LabelTable, dict[str, str]]:
-    table = LabelTable(attention)
+def _run_rules(program: Program, table: LabelTable) -> tuple[LabelTable, dict[str, str]]:
     unruled: dict[str, str] = {}
     labels_of: dict[int, Dims] = {}
     for node in program.graph_module.graph.nodes:
@@ -154,13 +155,12 @@ def _as_list(value: Value | list[Value]) -> list[Value]:
     return value if isinstance(value, list) else [value]
 
 
-def _pinned_roots(table: LabelTable, roots: NDArray[np.int64]) -> dict[int, tuple[str, Node]]:
-    """Return for every pinned class the first reason."""
-    reasons: dict[int, tuple[str, Node]] = {}
-    for pin in table.pins:
-        for root in np.unique(roots[pin.labels]).tolist():
-            reasons.setdefault(root, (pin.reason, pin.node))
-    return reasons
+def _pins(table: LabelTable, roots: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return for every class the number of the first pin on it, or -1 where there is none."""
+    pin_of = np.full(len(roots), -1, dtype=np.int64)
+    for i, pin in reversed(list(enumerate(table.pins))):
+        pin_of[roots[pin.labels]] = i
+    return pin_of
 
 
 @dataclass
@@ -175,9 +175,7 @@ class _Slots:
     free: NDArray[np.bool_]
 
     @staticmethod
-    def collect(program: Program, table: LabelTable, roots: NDArray[np.int64], pinned: NDArray[np.int64]) -> _Slots:
-        free = np.ones(len(roots), dtype=bool)
-        free[pinned] = False
+    def collect(program: Program, table: LabelTable, roots: NDArray[np.int64], free: NDArray[np.bool_]) -> _Slots:
         slots = _Slots([], [], [], [], [roots[labels] for labels in table.parts], free)
         seen: set[int] = set()
         for name, dims in table.tensors.items():
@@ -262,7 +260,7 @@ def _unique_in_order(values: NDArray) -> NDArray:
 
 
 def _pinned_layers(
-    program: Program, table: LabelTable, roots: NDArray[np.int64], reasons: Mapping[int, tuple[str, Node]]
+    program: Program, table: LabelTable, roots: NDArray[np.int64], pin_of: NDArray[np.int64]
 ) -> list[PinnedChannels]:
     """Say for every layer whose outputs are pinned what pins them."""
     pinned = []
@@ -272,9 +270,8 @@ def _pinned_layers(
         if labels is None:
             pinned.append(PinnedChannels(layer.name, "it has one output only", ""))
             continue
-        for root in _unique_in_order(roots[labels]).tolist():
-            if root in reasons:
-                reason, node = reasons[root]
-                pinned.append(PinnedChannels(layer.name, reason, source_line(node)))
-                break
+        pins = pin_of[roots[labels]]
+        if len(found := np.flatnonzero(pins >= 0)):
+            pin = table.pins[pins[found[0]]]
+            pinned.append(PinnedChannels(layer.name, pin.reason, source_line(pin.node)))
     return pinned

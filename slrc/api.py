@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ from slrc.backends import LoweredProgram, Target, get_backend, parse_target
 from slrc.compilation import Compilation
 from slrc.config import CompileConfig, make_config
 from slrc.errors import BackendError, ConfigError, PlanError
+from slrc.latency_timing import LatencyMeter
+from slrc.passes.allocate_latency import LatencyGoal
 from slrc.passes.allocate_sparsity import Allocation, allocate_sparsity
 from slrc.passes.label_indices import label_indices
 from slrc.patterns import AnyPattern
 from slrc.pipeline import STRUCTURE, run_passes
-from slrc.plans import Attention, Masks, Plan
+from slrc.plans import Attention, LayerNorm, Masks, Plan
 from slrc.program import Program
 from slrc.program import capture as capture_module
 from slrc.progress import Quiet, Reporter
@@ -27,6 +29,12 @@ from slrc.report import Report
 from slrc.training import Trained
 from slrc.workload import Workload, load_workload
 from slrc.workspace import Workspace
+
+PROBED_SPARSITIES = (0.5, 0.75)
+"""Where the parts of a program are timed, besides dense."""
+LATENCY_CORRECTIONS = 3
+"""How often a plan for a latency is checked on the whole program and made again where it misses by more than this:"""
+LATENCY_MARGIN = 0.03
 
 
 def capture(workload: Workload) -> Program:
@@ -44,29 +52,34 @@ def plan(
     keep_ends: bool = True,
     round_to: int = 8,
     attention: str | Attention = Attention.HEADS,
+    layer_norm: str | LayerNorm = LayerNorm.KEEP,
+    latency_budget: float | None = None,
+    target: str | Sequence[str] = "ort",
+    threads: int | None = None,
+    cache: Path | None = None,
+    reporter: Reporter | None = None,
 ) -> Plan:
-    """Return what to constrain in a program and how much of it to keep. See `allocate_sparsity`."""
+    """Return what to constrain in a program and how much of it to keep. See `allocate_sparsity`.
+
+    With `allocate="latency"` the parts of the program are timed on the first target, with so many threads, and widths
+    are chosen to meet `latency_budget`, a share of the dense latency. What was timed once is kept in `cache`.
+    """
     made = make_config(
         {
             "pattern": pattern,
             "sparsity": sparsity,
             "allocate": allocate,
+            "latency_budget": latency_budget,
+            "target": target,
+            "threads": threads,
             "skip": skip,
             "keep_ends": keep_ends,
             "round_to": round_to,
             "attention": attention,
+            "layer_norm": layer_norm,
         }
     )
-    return allocate_sparsity(
-        program,
-        made.pattern,
-        made.sparsity,
-        allocation=made.allocate,
-        skip=made.skip,
-        keep_ends=made.keep_ends,
-        round_to=made.round_to,
-        attention=made.attention,
-    )
+    return plan_from(program, made, cache=cache, reporter=reporter)
 
 
 def train(workload: Workload, plan: Plan, *, checkpoints: Path | None = None, **options: Any) -> Trained:
@@ -139,7 +152,12 @@ def compile(
             run = Compilation(workload, config, targets, workspace, reporter or Quiet())
             run.restore_dense()
         program = capture(workload)
-        chosen = checked_plan(program, loaded_plan) if loaded_plan else plan(program, **plan_options(config))
+        with processes.main_process_first():  # a resumed run goes by the plan that it began with
+            chosen = workspace.keep_plan(
+                lambda: (
+                    checked_plan(program, loaded_plan) if loaded_plan else plan_from(program, config, reporter=reporter)
+                )
+            )
         trained = run.train(program, chosen)
         if not leads:
             processes.wait_for_everyone()
@@ -148,7 +166,7 @@ def compile(
         dense = run.baseline(program)
         lowered = run.lower(dense, slim)
         report = run.report(program, dense, slim, chosen, trained, lowered)
-        run.publish(report, chosen, trained, slim)
+        report = run.publish(report, chosen, trained, slim)
         processes.wait_for_everyone()
     finally:
         workspace.close()
@@ -168,10 +186,39 @@ def _identify(path: Path | None, plan: Plan | None) -> str | None:
     return f"{path} ({sha256(plan.model_dump_json().encode()).hexdigest()[:12]})" if plan else None
 
 
-def plan_options(config: CompileConfig) -> Mapping[str, Any]:
-    """Return the options of a configuration that `plan` takes."""
-    names = ("pattern", "sparsity", "allocate", "skip", "keep_ends", "round_to", "attention")
-    return {name: getattr(config, name) for name in names}
+def plan_from(
+    program: Program, config: CompileConfig, *, cache: Path | None = None, reporter: Reporter | None = None
+) -> Plan:
+    """Return the plan that a configuration asks for. See `plan`."""
+
+    def allocate(allocation: Allocation, sparsity: float | None, goal: LatencyGoal | None = None) -> Plan:
+        return allocate_sparsity(
+            program,
+            config.pattern,
+            sparsity,
+            allocation=allocation,
+            skip=config.skip,
+            keep_ends=config.keep_ends,
+            round_to=config.round_to,
+            attention=config.attention,
+            layer_norm=config.layer_norm,
+            goal=goal,
+        )
+
+    if config.latency_budget is None:
+        return allocate(config.allocate, config.sparsity)
+    target = parse_target(config.target[0])
+    meter = LatencyMeter(program, target, threads=config.threads, cache=cache, reporter=reporter)
+    table = meter.table([allocate(Allocation.UNIFORM, sparsity) for sparsity in PROBED_SPARSITIES])
+    made = allocate(Allocation.LATENCY, None, LatencyGoal(table, config.latency_budget))
+    for _ in range(LATENCY_CORRECTIONS):
+        assert made.latency is not None
+        share = meter.share(made)
+        if abs(share / config.latency_budget - 1) <= LATENCY_MARGIN:
+            return made.model_copy(update={"latency": made.latency.model_copy(update={"predicted": share})})
+        table = table.with_whole(made.latency.segments_ms, share)
+        made = allocate(Allocation.LATENCY, None, LatencyGoal(table, config.latency_budget))
+    return made
 
 
 def checked_plan(program: Program, given: Plan) -> Plan:
@@ -186,7 +233,10 @@ def checked_plan(program: Program, given: Plan) -> Plan:
     _check_groups(program, given)
     weights = [c.num_weights(program.tensors) for c in given]
     kept = sum(c.kept_weights(program.tensors) for c in given)
-    return given.model_copy(update={"sparsity": 1.0 - kept / sum(weights)})
+    sparsity = 1.0 - kept / sum(weights)
+    # A latency that was predicted for other widths says nothing.
+    latency = given.latency if abs(sparsity - given.sparsity) < 1e-9 else None
+    return given.model_copy(update={"sparsity": sparsity, "latency": latency})
 
 
 def _check_groups(program: Program, given: Plan) -> None:
@@ -194,7 +244,8 @@ def _check_groups(program: Program, given: Plan) -> None:
     coupled = [c for c in given if c.pattern.coupled]
     if not coupled:
         return
-    known = {(g.units, g.members, g.followers) for g in label_indices(program, given.attention).groups}
+    labels = label_indices(program, given.attention, given.layer_norm)
+    known = {(g.units, g.members, g.followers) for g in labels.groups}
     for c in coupled:
         if (c.groups, c.members, c.followers) not in known:
             raise PlanError(

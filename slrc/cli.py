@@ -37,10 +37,20 @@ SparsityOption = Annotated[
     typer.Option(help="share of the constrained weights to prune, in [0, 1) (default: 0.5)"),
 ]
 AllocateOption = Annotated[
-    str | None, typer.Option(help="uniform per layer, or global by magnitude (default: uniform)")
+    str | None,
+    typer.Option(help="uniform per layer, global by magnitude, or latency by what widths cost (default: uniform)"),
+]
+BudgetOption = Annotated[
+    float | None,
+    typer.Option(
+        help="for --allocate latency: the share of the dense latency to meet on the first target, such as 0.5"
+    ),
 ]
 SkipOption = Annotated[list[str] | None, typer.Option(metavar="NAME", help="layers to leave alone; globs; repeatable")]
 ThreadsOption = Annotated[int | None, typer.Option(help="threads of the runtime (default: all cores)")]
+TargetOption = Annotated[
+    list[str] | None, typer.Option(help="ort, tensorrt-rtx:sm86, tensorrt; repeatable (default: ort)")
+]
 ConfigOption = Annotated[Path | None, typer.Option(help="a TOML file with the same options; the command line wins")]
 PlanOption = Annotated[Path | None, typer.Option(help="a plan to use instead of --pattern and --sparsity")]
 KeepEndsOption = Annotated[
@@ -54,6 +64,10 @@ RoundToOption = Annotated[
 AttentionOption = Annotated[
     str | None, typer.Option(help="channel: prune whole heads, or the width of every head (default: heads)")
 ]
+LayerNormOption = Annotated[
+    str | None,
+    typer.Option(help="channel: keep what layer and RMS norms normalise over, or narrow it exactly (default: keep)"),
+]
 DEBUG_HELP = "show the whole trace of an error"
 
 
@@ -63,6 +77,7 @@ def compile_command(
     pattern: PatternOption = None,
     sparsity: SparsityOption = None,
     allocate: AllocateOption = None,
+    latency_budget: BudgetOption = None,
     method: Annotated[
         str | None, typer.Option(help="slr, admm or magnitude (default: slr, without data magnitude)")
     ] = None,
@@ -71,13 +86,12 @@ def compile_command(
         int | None, typer.Option(help="epochs of masked retraining afterwards (default: 0)")
     ] = None,
     precision: Annotated[str | None, typer.Option(help="training in fp32, bf16 or fp16 (default: fp32)")] = None,
-    target: Annotated[
-        list[str] | None, typer.Option(help="ort, tensorrt-rtx:sm86, tensorrt; repeatable (default: ort)")
-    ] = None,
+    target: TargetOption = None,
     skip: SkipOption = None,
     keep_ends: KeepEndsOption = None,
     round_to: RoundToOption = None,
     attention: AttentionOption = None,
+    layer_norm: LayerNormOption = None,
     plan: PlanOption = None,
     config: ConfigOption = None,
     threads: ThreadsOption = None,
@@ -99,6 +113,7 @@ def compile_command(
         "pattern": pattern,
         "sparsity": sparsity,
         "allocate": allocate,
+        "latency_budget": latency_budget,
         "method": method,
         "epochs": epochs,
         "retrain_epochs": retrain_epochs,
@@ -108,6 +123,7 @@ def compile_command(
         "keep_ends": keep_ends,
         "round_to": round_to,
         "attention": attention,
+        "layer_norm": layer_norm,
         "plan": plan,
         "threads": threads,
         "seed": seed,
@@ -125,10 +141,14 @@ def inspect(
     pattern: PatternOption = None,
     sparsity: SparsityOption = None,
     allocate: AllocateOption = None,
+    latency_budget: BudgetOption = None,
     skip: SkipOption = None,
     keep_ends: KeepEndsOption = None,
     round_to: RoundToOption = None,
     attention: AttentionOption = None,
+    layer_norm: LayerNormOption = None,
+    target: TargetOption = None,
+    threads: ThreadsOption = None,
     plan_out: Annotated[Path | None, typer.Option(help="write the plan here, to edit and give to --plan")] = None,
     debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False,
 ) -> None:
@@ -143,15 +163,19 @@ def inspect(
         "pattern": pattern,
         "sparsity": sparsity,
         "allocate": allocate,
+        "latency_budget": latency_budget,
         "keep_ends": keep_ends,
         "round_to": round_to,
         "attention": attention,
+        "layer_norm": layer_norm,
+        "target": tuple(target) if target else None,
+        "threads": threads,
     }
     config = make_config({**{k: v for k, v in given.items() if v is not None}, "skip": tuple(skip or ())})
     workload = load_workload(model)
     program = api.capture(workload)
-    plan = api.plan(program, **api.plan_options(config))
-    for table in inspect_tables(program, plan, label_indices(program, plan.attention)):
+    plan = api.plan_from(program, config, reporter=_reporter())
+    for table in inspect_tables(program, plan, label_indices(program, plan.attention, plan.layer_norm)):
         _console().print(table)
     if plan_out is not None:
         try:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -21,6 +21,7 @@ from slrc.backends import Artifact, LoweredProgram, Target, get_backend, parse_t
 from slrc.checkpoints import disk_error
 from slrc.config import CompileConfig
 from slrc.errors import BackendError, OutputError, WorkloadError
+from slrc.latency import LatencyForecast
 from slrc.pipeline import DENSE, STRUCTURE, run_passes
 from slrc.plans import Masks, Plan
 from slrc.program import Program
@@ -34,6 +35,9 @@ from slrc.workload import Workload
 from slrc.workspace import Workspace
 
 INPUTS = "inputs.safetensors"
+PROGRAM = "program"
+T = TypeVar("T")
+FORECAST_TOLERANCE = 0.15
 
 
 @dataclass
@@ -153,7 +157,7 @@ class Compilation:
             else:
                 measured = self._prove(slim, pair, metric)
                 final = measured or final
-                latency.append(self._measure(slim, pair))
+                latency.append(self._measure(slim, pair, plan.latency))
             size = Pair(dense=pair.dense.size_bytes, compiled=pair.compiled.size_bytes)
             results.append(
                 TargetResult(
@@ -193,19 +197,32 @@ class Compilation:
             environment=environment(),
         )
 
-    def publish(self, report: Report, plan: Plan, trained: Trained, slim: Program) -> None:
-        """Write what is left and put the result in its place."""
+    def publish(self, report: Report, plan: Plan, trained: Trained, slim: Program) -> Report:
+        """Write what is left, put the result in its place, and return the report as it was written."""
         folder = self.workspace.result
-        archive = io.BytesIO()
-        torch.export.save(slim.exported, archive)  # written to a full disk directly, torch would end the process
+        archive = self._unless_unstorable("model.pt2", lambda: _archive(slim))
+        stored = self._unless_unstorable(PROGRAM, slim.stored)
+        report = report.model_copy(update={"notes": tuple(self.notes)})
         with self.workspace.writing():
             plan.save(folder / "plan.json")
             trained.masks.save(folder / "masks.safetensors")
             save_file({f"input_{i}": x for i, x in enumerate(flat_inputs(slim))}, folder / INPUTS)
-            (folder / "model.pt2").write_bytes(archive.getvalue())
+            if archive is not None:
+                (folder / "model.pt2").write_bytes(archive)
+            if stored is not None:
+                stored.write(folder / PROGRAM)
             report.save(folder)
             write_page(report, folder / "report.html")
         self.workspace.publish()
+        return report
+
+    def _unless_unstorable(self, name: str, store: Callable[[], T]) -> T | None:
+        """Return what `store` makes of the program; a model that it cannot take is no reason to lose the rest."""
+        try:
+            return store()
+        except Exception as error:  # whatever torch raises for containers and operators of the user's own
+            self.note(f"`{name}` was not written: {str(error).partition(chr(10))[0]}")
+            return None
 
     def _prove(self, slim: Program, pair: Lowered, metric: tuple[str, float] | None) -> tuple[str, float] | None:
         backend = get_backend(pair.target)
@@ -222,8 +239,16 @@ class Compilation:
         self.checks.append(compare_metric(f"{metric[0]}: masked module = {pair.target}", metric[1], measured[1]))
         return measured
 
-    def _measure(self, slim: Program, pair: Lowered) -> Latency:
+    def _measure(self, slim: Program, pair: Lowered, forecast: LatencyForecast | None) -> Latency:
         latency = time_pair(pair, flat_inputs(slim), self.config.threads, self.reporter)
+        if forecast and (forecast.target, forecast.threads) == (str(pair.target), latency.threads):
+            predicted = forecast.predicted * latency.dense_ms.p50
+            latency = latency.model_copy(update={"predicted_ms": predicted})
+            if abs(latency.compiled_ms.p50 / predicted - 1) > FORECAST_TOLERANCE:
+                self.note(
+                    f"on {pair.target} the compiled model takes {latency.compiled_ms.p50:.3f} ms, "
+                    f"{predicted:.3f} ms were predicted: was the machine busy when the parts were timed?"
+                )
         if latency.speedup < 1:
             self.note(
                 f"on {pair.target} the compiled model is slower than the dense one ({latency.speedup:.2f}x): "
@@ -277,6 +302,13 @@ def bench_output(folder: Path, threads: int | None, reporter: Reporter) -> Bench
         )
         latency.append(time_pair(Lowered(target, dense, compiled), inputs, threads, reporter))
     return BenchResult(model=report.model, latency=tuple(latency), not_run=tuple(not_run), environment=environment())
+
+
+def _archive(program: Program) -> bytes:
+    """Return a program as `torch.export.save` writes it; to a full disk directly, torch would end the process."""
+    archive = io.BytesIO()
+    torch.export.save(program.exported, archive)
+    return archive.getvalue()
 
 
 def flat_inputs(program: Program) -> list[Tensor]:

@@ -8,13 +8,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from slrc.errors import ConfigError, SlrcError
 from slrc.methods import ADMMSettings, MethodName, SLRSettings
 from slrc.passes.allocate_sparsity import Allocation
 from slrc.patterns import AnyPattern, Channel
-from slrc.plans import Attention, PatternField
+from slrc.plans import Attention, LayerNorm, PatternField
 
 
 class Precision(StrEnum):
@@ -25,7 +25,16 @@ class Precision(StrEnum):
     FP16 = "fp16"
 
 
-_NUMBERS = ("sparsity", "epochs", "retrain_epochs", "updates_per_epoch", "probe_batches", "threads", "seed")
+_NUMBERS = (
+    "sparsity",
+    "latency_budget",
+    "epochs",
+    "retrain_epochs",
+    "updates_per_epoch",
+    "probe_batches",
+    "threads",
+    "seed",
+)
 
 
 class CompileConfig(BaseModel):
@@ -36,8 +45,10 @@ class CompileConfig(BaseModel):
     pattern: PatternField = Field(default_factory=Channel)
     sparsity: float | None = Field(default=None, ge=0, lt=1)
     allocate: Allocation = Allocation.UNIFORM
+    latency_budget: float | None = Field(default=None, gt=0, lt=1)
     round_to: Annotated[int, Field(ge=1)] = 8
     attention: Attention = Attention.HEADS
+    layer_norm: LayerNorm = LayerNorm.KEEP
     method: MethodName | None = None
     epochs: Annotated[int, Field(ge=0)] = 10
     retrain_epochs: Annotated[int, Field(ge=0)] = 0
@@ -66,6 +77,28 @@ class CompileConfig(BaseModel):
         if len(set(value)) < len(value):
             raise ValueError("a target is given twice")
         return value
+
+    @model_validator(mode="after")
+    def _budget_goes_with_latency(self) -> CompileConfig:
+        if self.allocate is Allocation.LATENCY:
+            if self.latency_budget is None:
+                raise ConfigError(
+                    "`--allocate latency` needs `--latency-budget`",
+                    hint="the share of the dense latency to meet, for example `--latency-budget 0.5`",
+                )
+            if self.sparsity is not None:
+                raise ConfigError(
+                    "`--sparsity` and `--latency-budget` exclude each other",
+                    hint="with `--allocate latency` the budget decides how much is pruned",
+                )
+            if not self.pattern.coupled:
+                raise ConfigError(
+                    f"`--allocate latency` chooses widths of channels, got `--pattern {self.pattern}`",
+                    hint="use `--pattern channel`",
+                )
+        elif self.latency_budget is not None:
+            raise ConfigError("`--latency-budget` needs `--allocate latency`", hint="add it, or leave the budget out")
+        return self
 
     @field_validator(*_NUMBERS, mode="before")
     @classmethod

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from slrc.errors import OutputError, PatternError, PlanError
+from slrc.latency import LatencyForecast
 from slrc.patterns import AnyPattern, Channel, energies, obeys, parse_pattern, project
 
 PLAN_SCHEMA_VERSION = 1
@@ -103,6 +104,15 @@ class Attention(StrEnum):
     """The same places of every head."""
 
 
+class LayerNorm(StrEnum):
+    """What becomes of the dimension that a layer norm or RMS norm normalises over."""
+
+    KEEP = "keep"
+    """It stays."""
+    NARROW = "narrow"
+    """It is prunable: the norm keeps the statistics of its full width."""
+
+
 class Constraint(_Data):
     """At most `keep` of `groups` survive in each row of the pattern's view of `members`.
 
@@ -165,8 +175,10 @@ class Plan(_Data):
 
     schema_version: int = PLAN_SCHEMA_VERSION
     attention: Attention = Attention.HEADS
+    layer_norm: LayerNorm = LayerNorm.KEEP
     sparsity_asked: float
     sparsity: float
+    latency: LatencyForecast | None = None
     shortfall: str = ""
     constraints: tuple[Constraint, ...]
     left_out: tuple[LeftOut, ...] = ()
@@ -278,15 +290,26 @@ class Masks:
         total = sum(v.numel() for v in views)
         return 1.0 - sum(int(v.sum()) for v in views) / total if total else 0.0
 
-    def check(self, plan: Plan) -> None:
+    def check(self, plan: Plan, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Make sure that every mask obeys its constraint.
 
+        Args:
+            plan: the constraints.
+            tensors: what the masks are for, where that is at hand: each mask must have its tensor's shape.
+
         Raises:
-            PlanError: a mask is missing, keeps part of a group, or keeps too many.
+            PlanError: a mask is missing, has another shape, keeps part of a group, or keeps too many.
         """
+        for name, mask in self.tensors.items():
+            if tensors is not None and name in tensors and mask.shape != tensors[name].shape:
+                raise PlanError(
+                    f"the mask of `{name}` has shape {tuple(mask.shape)}, expected {tuple(tensors[name].shape)}",
+                    hint="the masks belong to another model, or to one that was shrunk since",
+                )
         for c in plan:
             if missing := [s.tensor for s in c.members if s.tensor not in self.tensors]:
                 raise PlanError(f"constraint `{c.name}`: no mask for `{missing[0]}`")
+            _check_mask_shapes(c, self.tensors)
             if not isinstance(c.pattern, Channel) and not obeys(c.pattern, c.gather(self.tensors), c.keep):
                 raise PlanError(f"the mask of `{c.name}` does not obey {c.pattern} with {c.keep} of {c.groups} kept")
             if isinstance(c.pattern, Channel) and int(self.surviving_units(c).sum()) > c.keep:
@@ -311,6 +334,19 @@ class Masks:
             return Masks(load_file(path))
         except (OSError, SafetensorError) as error:
             raise OutputError(f"masks `{path}` cannot be read: {error}") from None
+
+
+def _check_mask_shapes(c: Constraint, masks: Mapping[str, Tensor]) -> None:
+    """Make sure that masks have the groups that a constraint speaks of."""
+    for s in c.members + c.followers:
+        if s.tensor in masks:
+            _check_slice(c, s, masks)
+    if not c.pattern.coupled:
+        mask = masks[c.members[0].tensor]
+        shape = tuple(mask.shape)
+        if c.pattern.why_not(shape) or (groups := c.pattern.group_view(mask).shape[1]) != c.groups:
+            seen = c.pattern.why_not(shape) or f"expected {c.groups} groups, got {groups}"
+            raise PlanError(f"the mask of `{c.name}` of shape {shape} does not fit {c.pattern}: {seen}")
 
 
 def _check_slice(c: Constraint, s: Slice, tensors: Mapping[str, Tensor]) -> None:

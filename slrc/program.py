@@ -22,12 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from slrc.errors import CaptureError
+from slrc.errors import CaptureError, OutputError, SlrcError
+from slrc.program_file import StoredProgram
 
 aten = torch.ops.aten
 
@@ -140,9 +142,60 @@ class Program:
         """Multiply-accumulates of one sample: convolutions, linear layers, matrix products and attention."""
         return sum(node_macs(node) for node in self.nodes) // self.batch
 
-    def module(self) -> nn.Module:
-        """Return a fresh module that runs the graph; it shares no tensor with the program."""
-        return copy.deepcopy(self.graph_module)
+    def module(self, trainable: bool = False) -> nn.Module:
+        """Return a fresh module that runs the graph; it shares no tensor with the program.
+
+        With `trainable`, gradients flow to every floating-point parameter. The graph is that of evaluation whatever
+        the module's mode: batch norm keeps its statistics, and there is no dropout. `with_tensors` takes what was
+        learnt back: `program.with_tensors(module.state_dict())`.
+        """
+        module = copy.deepcopy(self.graph_module)
+        for parameter in module.parameters():
+            parameter.requires_grad_(trainable and parameter.is_floating_point())
+        return module
+
+    def save(self, folder: str | Path) -> None:
+        """Write the program as JSON and safetensors, to be read by `load` without the user's code.
+
+        Raises:
+            OutputError: the folder cannot be written, or the graph holds an operator of the user's own, or takes or
+                gives containers other than tuples, lists and dicts.
+        """
+        stored = self.stored()
+        try:
+            stored.write(Path(folder))
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"cannot write to `{folder}`: {error}") from error
+
+    @staticmethod
+    def load(folder: str | Path) -> Program:
+        """Read a program that `save` wrote, or a compile as `program` in its output; the file's text is never run.
+
+        Raises:
+            OutputError: a file is missing, damaged or of another version, asks for an operator that is not one of
+                ATen, or does not fit together.
+        """
+        stored = StoredProgram.read(Path(folder))
+        try:
+            inputs = stored.example_inputs()
+            program = Program(_export(stored.module(), inputs), inputs, stored.graph.name)
+            stored.check(program.graph_module)
+        except SlrcError as error:
+            raise OutputError(f"program `{folder}` cannot be rebuilt: {error.message}", error.hint) from error
+        except Exception as error:  # whatever torch makes of a damaged file
+            reason = str(error).partition("\n")[0]
+            raise OutputError(f"program `{folder}` cannot be rebuilt: {type(error).__name__}: {reason}") from error
+        return program
+
+    def stored(self) -> StoredProgram:
+        """Return the program as data, ready to be written.
+
+        Raises:
+            OutputError: see `save`.
+        """
+        out_spec = self.exported.call_spec.out_spec
+        assert out_spec is not None
+        return StoredProgram.of(self.graph_module, self.example_inputs, out_spec, self.name)
 
     def rewrite(self, edit: Callable[[GraphModule], bool]) -> tuple[Program, bool]:
         """Return the program after `edit`, and whether it changed anything.
@@ -241,14 +294,19 @@ def concrete(size: int | torch.SymInt) -> int:
     return int(expr.subs(dict.fromkeys(expr.free_symbols, 1)))
 
 
-def node_macs(node: Node) -> int:
-    """Return the multiply-accumulates of one operator, a symbolic batch counted as 1."""
-    name, value = op_name(node), node.meta.get("val")
-    if not isinstance(value, Tensor):
+def node_shape(node: Node) -> list[int]:
+    """Return the sizes of a single-tensor value, a symbolic batch counted as 1."""
+    return [concrete(s) for s in node.meta["val"].shape]
+
+
+def node_macs(node: Node, shape_of: Callable[[Node], list[int]] = node_shape) -> int:
+    """Return the multiply-accumulates of one operator; `shape_of` says how large its value and operands are."""
+    name = op_name(node)
+    if not isinstance(node.meta.get("val"), Tensor):
         return 0
-    out = math.prod(concrete(s) for s in value.shape)
+    out = math.prod(shape_of(node))
     operands = [a for a in node.args[:2] if isinstance(a, Node) and isinstance(a.meta.get("val"), Tensor)]
-    shape = [[concrete(s) for s in a.meta["val"].shape] for a in operands]
+    shape = [shape_of(a) for a in operands]
     if name in TRANSPOSED or (name == "convolution" and node.args[6]):
         return math.prod(shape[0]) * math.prod(shape[1][1:])
     if name in CONVOLUTIONS or name == "linear":

@@ -133,6 +133,9 @@ def _add_latency(table: Table, latency: Sequence[Latency]) -> None:
             spread,
         )
         table.add_row("  p90", f"{x.dense_ms.p90:.3f} ms", f"{x.compiled_ms.p90:.3f} ms", "")
+        if x.predicted_ms is not None:
+            off = f"measured {x.compiled_ms.p50 / x.predicted_ms - 1:+.1%}"
+            table.add_row("  predicted", "", f"{x.predicted_ms:.3f} ms", off)
 
 
 def _table(title: str, *columns: str) -> Table:

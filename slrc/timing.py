@@ -49,7 +49,8 @@ class Latency(BaseModel):
     """Dense against compiled on one target.
 
     `speedup` is the ratio of the medians; `speedup_spread` the least and greatest ratio over blocks of alternating
-    runs.
+    runs. `predicted_ms` is what the plan expected of the compiled model, given the dense one's median; `None` where the
+    plan was not made for a latency.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,6 +63,7 @@ class Latency(BaseModel):
     speedup: float
     speedup_spread: tuple[float, float]
     runs: int
+    predicted_ms: float | None = None
 
 
 def measure(
@@ -101,6 +103,14 @@ def measure(
     )
 
 
+def time_in_turns(calls: Sequence[Callable[[], Any]], budget_s: float) -> list[float]:
+    """Return the milliseconds of each call: the lower quartile of runs in turns, which other work disturbs least."""
+    pace = sum(_warm_up(call, budget_s / 4 / len(calls)) for call in calls)
+    rounds = min(max(int(budget_s / pace), 8), 2000)
+    times = [[_time_ms(call) for call in calls] for _ in range(rounds)]
+    return [statistics.quantiles(one, n=4)[0] for one in zip(*times, strict=True)]
+
+
 def environment() -> dict[str, Any]:
     """Return what a figure depends on: processor, instruction sets, cores, versions."""
     model, flags = _cpu()
@@ -116,10 +126,10 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _warm_up(call: Callable[[], Any]) -> float:
+def _warm_up(call: Callable[[], Any], least_s: float = WARM_UP_S) -> float:
     """Run for a while; return the seconds of a run."""
     started, runs = time.perf_counter(), 0
-    while runs < 3 or time.perf_counter() - started < WARM_UP_S:
+    while runs < 3 or time.perf_counter() - started < least_s:
         call()
         runs += 1
     return (time.perf_counter() - started) / runs

@@ -157,7 +157,7 @@ class _Trainer:
             self._run_sparse_phase()
             self.masks = self.method.masks()
         parameters = _parameters(self.model)
-        self.masks.check(self.plan)
+        self.masks.check(self.plan, parameters)
         if self.config.retrain_epochs:
             self.masks.apply_(parameters)
             self._run_phase(self._retrain_phase())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from slrc.checkpoints import DISK_ERRORS, disk_error
 from slrc.errors import OutputError
+from slrc.plans import Plan
 
 REPORT = "report.json"
 RUN = "run.json"
@@ -112,6 +113,16 @@ class Workspace:
             return load_file(path)
         except (OSError, SafetensorError) as error:
             raise OutputError(f"`{path}` cannot be read: {error}", hint="`--overwrite` starts anew") from error
+
+    def keep_plan(self, make: Callable[[], Plan]) -> Plan:
+        """Make the plan and save it for a resumed run, or return the one that the interrupted run went by."""
+        path = self.work / "plan.json"
+        if self.leads and not path.exists():
+            plan, aside = make(), path.with_suffix(".partial")
+            with self.writing():
+                plan.save(aside)
+                aside.rename(path)
+        return Plan.load(path)
 
     @contextmanager
     def writing(self) -> Iterator[None]:

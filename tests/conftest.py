@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
+from torch.export import exported_program
 from torch.utils.data import DataLoader, TensorDataset
 
 import slrc
@@ -19,6 +22,17 @@ from slrc import timing
 def _one_thread() -> None:
     torch.set_num_threads(1)
     gc.freeze()  # accelerate collects garbage before each phase: what was imported need not be searched every time
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _operators_listed_once() -> Iterator[None]:
+    """Torch looks through all of its operators at every export, for a third of what exporting a tiny model takes."""
+    list_operators = getattr(exported_program, "_collect_all_valid_cia_ops", None)
+    if list_operators is None:
+        yield
+        return
+    with mock.patch.object(exported_program, "_collect_all_valid_cia_ops", cache(list_operators)):
+        yield
 
 
 @pytest.fixture

@@ -282,7 +282,7 @@ def test_a_full_disk_at_the_end(tiny_workload: MakeWorkload, tmp_path: Path, mon
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(slrc.Plan, "save", full)
+    monkeypatch.setattr(slrc.Masks, "save", full)
     with pytest.raises(OutputError, match=r"cannot write to .*No space left"):
         slrc.compile(tiny_workload(), tmp_path / "out", epochs=1)
     assert [p.name for p in tmp_path.iterdir()] == ["out.work"]

@@ -25,6 +25,7 @@ DRIVER = (
     "workspace",
     "checkpoints",
     "report",
+    "latency_timing",
 )
 
 
@@ -69,9 +70,10 @@ def test_passes_and_backends_do_not_import_the_driver(folder: str) -> None:
     assert not found
 
 
-@pytest.mark.parametrize("name", ["program", "plans", "patterns", "errors"])
+@pytest.mark.parametrize("name", ["program", "program_file", "graph_values", "plans", "patterns", "latency", "errors"])
 def test_the_core_imports_only_itself(name: str) -> None:
-    core = ("slrc.program", "slrc.plans", "slrc.patterns", "slrc.errors")
+    names = ("program", "program_file", "graph_values", "plans", "patterns", "latency", "errors")
+    core = tuple(f"slrc.{n}" for n in names)
     found = {n for n in imports(ROOT / "slrc" / f"{name}.py") if within(n, "slrc") and not within(n, *core)}
     assert not found
 

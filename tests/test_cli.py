@@ -7,12 +7,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
 import slrc
-from slrc import cli
+from slrc import cli, latency_timing
 
 pytestmark = pytest.mark.usefixtures("quick_timing")
 
@@ -90,12 +90,44 @@ def test_long_paths_are_printed_whole(run: Run, compiled: Path, tmp_path: Path) 
 def test_options_reach_the_compile(run: Run, model: Path) -> None:
     Path("slrc.toml").write_text("sparsity = 0.75\nepochs = 9\nretrain-epochs = 1\n[slr]\nrho = 0.2\n")
     arguments = ["--config", "slrc.toml", "--epochs", 1, "--method", "slr", "--precision", "bf16", "--seed", 3]
-    result = run("compile", model, *arguments, "--skip", 0, "--prune-ends", "--threads", 1, "--allocate", "global")
+    result = run(
+        "compile",
+        model,
+        *arguments,
+        "--skip",
+        0,
+        "--prune-ends",
+        "--threads",
+        1,
+        "--allocate",
+        "global",
+        "--layer-norm",
+        "narrow",
+    )
     assert result.code == 0, result.err
     config = json.loads(Path("build/report.json").read_text())["config"]
     assert (config["sparsity"], config["epochs"], config["retrain_epochs"], config["seed"]) == (0.75, 1, 1, 3)
     assert (config["precision"], config["allocate"], config["skip"]) == ("bf16", "global", ["0"])
     assert (config["keep_ends"], config["threads"], config["slr"]["rho"]) == (False, 1, 0.2)
+    assert config["layer_norm"] == json.loads(Path("build/plan.json").read_text())["layer_norm"] == "narrow"
+
+
+def test_a_compile_for_a_latency_shows_what_was_predicted(
+    run: Run, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def made_up(clock: Any, jobs: Any, budget_s: float) -> tuple[float, ...]:
+        return tuple(float(sum(t.numel() for t in make().tensors.values())) for _, make, _ in jobs)
+
+    monkeypatch.setattr(latency_timing._Clock, "times", made_up)  # nothing is timed: any machine gives this plan
+    wanted = ["--allocate", "latency", "--latency-budget", 0.8, "--threads", 1, "--round-to", 1, "--prune-ends"]
+    result = run("compile", model, *wanted, "--epochs", 1)
+    assert result.code == 0, result.err
+    assert "  predicted" in result.out
+    (latency,) = json.loads(Path("build/report.json").read_text())["latency"]
+    forecast = json.loads(Path("build/plan.json").read_text())["latency"]
+    assert latency["predicted_ms"] == pytest.approx(forecast["predicted"] * latency["dense_ms"]["p50"])
+    assert forecast["budget"] == 0.8
+    assert forecast["predicted"] == pytest.approx(0.8, abs=0.15)
 
 
 def test_init_writes_a_workload_that_can_be_inspected(run: Run, tmp_path: Path) -> None:

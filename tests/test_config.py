@@ -12,6 +12,7 @@ from slrc.errors import ConfigError, PatternError
 from slrc.methods import MethodName
 from slrc.passes.allocate_sparsity import Allocation
 from slrc.patterns import NM, Block, Channel
+from slrc.plans import Attention, LayerNorm
 
 
 @pytest.fixture
@@ -38,6 +39,8 @@ def test_every_option_from_a_file(toml: Any) -> None:
 pattern = "block:8x1"
 sparsity = 0.75
 allocate = "global"
+attention = "width"
+layer-norm = "narrow"
 method = "admm"
 epochs = 3
 retrain-epochs = 2
@@ -64,6 +67,7 @@ rho = 0.3
     assert config.pattern == Block(8, 1)
     assert (config.sparsity, config.allocate, config.method) == (0.75, Allocation.GLOBAL, MethodName.ADMM)
     assert (config.epochs, config.retrain_epochs, config.updates_per_epoch, config.probe_batches) == (3, 2, 5, 1)
+    assert (config.attention, config.layer_norm) == (Attention.WIDTH, LayerNorm.NARROW)
     assert config.precision is Precision.BF16
     assert (config.target, config.skip) == (("ort", "tensorrt-rtx:sm86"), ("head", "blocks.*"))
     assert (config.keep_ends, config.threads, config.seed, config.plan) == (False, 2, 7, Path("plan.json"))
@@ -101,8 +105,18 @@ def test_underscores_will_do_in_a_file(toml: Any) -> None:
         ({"seed": -1}, "option `--seed`: .*got -1"),
         ({"seed": 2**32}, "option `--seed`: .*less than 4294967296"),
         ({"precision": "fp8"}, "option `--precision`: input should be 'fp32', 'bf16' or 'fp16', got 'fp8'"),
+        ({"layer_norm": "off"}, "option `--layer-norm`: input should be 'keep' or 'narrow', got 'off'"),
         ({"method": "sgd"}, "option `--method`: input should be 'slr', 'admm' or 'magnitude', got 'sgd'"),
-        ({"allocate": "layer"}, "option `--allocate`: input should be 'uniform' or 'global', got 'layer'"),
+        ({"allocate": "layer"}, "option `--allocate`: input should be 'uniform', 'global' or 'latency', got 'layer'"),
+        ({"allocate": "latency"}, "`--allocate latency` needs `--latency-budget`"),
+        ({"latency_budget": 0.5}, "`--latency-budget` needs `--allocate latency`"),
+        ({"allocate": "latency", "latency_budget": 1.0}, "option `--latency-budget`: .*less than 1, got 1.0"),
+        ({"allocate": "latency", "latency_budget": True}, "option `--latency-budget`: input should be a number"),
+        (
+            {"allocate": "latency", "latency_budget": 0.5, "sparsity": 0.5},
+            "`--sparsity` and `--latency-budget` exclude",
+        ),
+        ({"allocate": "latency", "latency_budget": 0.5, "pattern": "block:8x1"}, "got `--pattern block:8x1`"),
         ({"target": ()}, "option `--target`: at least one target is needed"),
         ({"target": ("ort", "ort")}, "option `--target`: a target is given twice"),
         ({"pattern": 3}, "option `--pattern`: a pattern is a text such as 'channel' or 'block:8x1', got 3"),

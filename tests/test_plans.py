@@ -15,7 +15,7 @@ from torch import Tensor
 
 from slrc.errors import OutputError, PlanError
 from slrc.patterns import NM, Block, Channel, Columns, Unstructured
-from slrc.plans import PLAN_SCHEMA_VERSION, Constraint, LeftOut, Masks, Plan, Slice
+from slrc.plans import PLAN_SCHEMA_VERSION, Constraint, LayerNorm, LeftOut, Masks, Plan, Slice
 
 
 def plan_of(*constraints: Constraint) -> Plan:
@@ -65,6 +65,16 @@ def plan() -> Plan:
 def test_json_round_trip(plan: Plan, tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
+
+
+def test_an_older_plan_keeps_what_norms_see(plan: Plan, tmp_path: Path) -> None:
+    data = plan.model_dump(mode="json")
+    del data["layer_norm"]
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    assert Plan.load(tmp_path / "plan.json").layer_norm is LayerNorm.KEEP
+    narrow = plan.model_copy(update={"layer_norm": LayerNorm.NARROW})
+    narrow.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == narrow
 
 
 def test_json_is_readable(plan: Plan, tmp_path: Path) -> None:
@@ -238,6 +248,35 @@ def test_check_wants_every_mask_and_counts_channels() -> None:
     everything = Masks({n: torch.ones(s, dtype=torch.bool) for n, s in shapes.items()})
     with pytest.raises(PlanError, match="keep more than 3 of 4 channels"):
         everything.check(plan_of(COUPLED))
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 2, 2), (4,), (4, 3, 4), (4, 3, 1, 1), (4, 3, 2, 2, 1)])
+def test_check_compares_shapes_with_the_tensors(tensors: dict[str, Tensor], shape: tuple[int, ...]) -> None:
+    masks = Masks({**Masks.project(plan_of(COUPLED), tensors).tensors})
+    masks.check(plan_of(COUPLED), tensors)
+    other = Masks({**masks.tensors, "conv.weight": torch.zeros(shape, dtype=torch.bool)})
+    with pytest.raises(PlanError, match=r"the mask of `conv\.weight` has shape \(.*\), expected \(4, 3, 2, 2\)"):
+        other.check(plan_of(COUPLED), tensors)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "name", "shape", "message"),
+    [
+        (COUPLED, "conv.weight", (3, 3, 2, 2), r"`conv\.weight` of shape \(3, 3, 2, 2\) does not have its units"),
+        (COUPLED, "bias", (6,), r"`bias` of shape \(6,\) does not have its units"),
+        (COUPLED, "head.weight", (5,), r"`head\.weight` of shape \(5,\) does not have its units"),
+        (W, "w", (8, 7), "the mask of `w` of shape .* does not fit unstructured: expected 64 groups, got 56"),
+        (edited(W, pattern=Block(4, 1), groups=16), "w", (6, 8), "fit block:4x1: outputs must be a multiple of 4"),
+        (edited(W, pattern=NM(2, 4), groups=4, keep=2), "w", (8,), "fit 2:4: it has no input channels"),
+    ],
+)
+def test_check_tells_a_mask_of_another_shape_without_the_tensors(
+    tensors: dict[str, Tensor], constraint: Constraint, name: str, shape: tuple[int, ...], message: str
+) -> None:
+    masks = Masks.project(plan_of(constraint), tensors)
+    masks.check(plan_of(constraint))
+    with pytest.raises(PlanError, match=message):
+        Masks({**masks.tensors, name: torch.zeros(shape, dtype=torch.bool)}).check(plan_of(constraint))
 
 
 def test_apply_copies_and_apply_in_place_prunes(tensors: dict[str, Tensor]) -> None:

@@ -85,6 +85,31 @@ def test_module_shares_nothing_with_the_program(program: Program) -> None:
     assert all(bool(program.tensors[name].any()) for name in program.parameter_names if "1.bias" not in name)
 
 
+def test_a_module_can_be_trained_and_taken_back(program: Program) -> None:
+    assert not any(p.requires_grad for p in program.module().parameters())
+    module = program.module(trainable=True)
+    assert {name for name, p in module.named_parameters() if p.requires_grad} == program.parameter_names
+    x = torch.randn(16, 3, 8, 8)
+    y = (x.mean((1, 2, 3)) > 0).long()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
+    losses = []
+    for _ in range(10):
+        loss = F.cross_entropy(module.train()(x), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < 0.9 * losses[0]
+    for trained in (program.with_tensors(module.state_dict()), capture(module, program.example_inputs)):
+        assert all(torch.equal(trained.tensors[n], t) for n, t in module.state_dict().items())
+        assert not torch.equal(trained.tensors["conv.weight"], program.tensors["conv.weight"])
+        # Statistics of batch norm are those of the capture, in training mode too.
+        assert torch.equal(trained.tensors["stem.1.running_mean"], program.tensors["stem.1.running_mean"])
+        assert torch.equal(trained.module()(x), module(x))
+        assert not any(p.requires_grad for p in trained.module().parameters())
+        assert trained.layers.keys() == program.layers.keys()
+
+
 def test_with_tensors_changes_a_copy(program: Program) -> None:
     before = program.tensors["conv.weight"].clone()
     changed = program.with_tensors({"conv.weight": torch.zeros(6, 8, 3, 3), "stem.1.running_mean": torch.ones(8)})

@@ -106,6 +106,14 @@ def make_report(**changes) -> Report:
     return Report(**fields | changes)
 
 
+def test_a_predicted_latency_stands_beside_the_measured_one() -> None:
+    latency = make_report().latency[0].model_copy(update={"predicted_ms": 1.0})
+    page = render_page(make_report(latency=(latency,)))
+    assert "predicted" in page
+    assert "measured −20.0%" in page
+    assert "predicted" not in render_page(make_report())
+
+
 @cache
 def whole_page() -> str:
     return render_page(make_report())

@@ -6,11 +6,15 @@ pins what it touches.
 
 from slrc.passes.index_rules import (
     attention,
+    constants,
     contraction,
     convolution,
     elementwise,
     normalization,
+    recurrent,
     reduction,
+    resampling,
+    selection,
     shape,
 )
 from slrc.passes.index_rules.table import Dims, LabelTable, Rule, Value
@@ -22,6 +26,10 @@ RULES: dict[str, Rule] = {
     **normalization.RULES,
     **reduction.RULES,
     **shape.RULES,
+    **selection.RULES,
+    **resampling.RULES,
+    **constants.RULES,
+    **recurrent.RULES,
     **attention.RULES,
 }
 

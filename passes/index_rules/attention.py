@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from slrc.passes.index_rules.contraction import consume_parameters
 from slrc.passes.index_rules.table import Dims, Labels, LabelTable, Rule, Value, is_one, shape_of, tensor_args
 from slrc.program import argument
 
@@ -51,29 +52,44 @@ def _join_mask(node: Node, table: LabelTable, mask: Node, against: Dims) -> None
 def einsum(node: Node, table: LabelTable) -> Value:
     """`einsum("bhid,bhjd->bhij", a, b)`: a letter is one dimension; letters that do not come out are summed over."""
     equation, operands = node.args[0], node.args[1]
-    if not isinstance(equation, str) or "." in equation or not isinstance(operands, (list, tuple)):
-        raise NotImplementedError
-    left, _, out = equation.replace(" ", "").partition("->")
-    terms = left.split(",")
-    values = [table.value(a) for a in operands if isinstance(a, Node)]
-    if not out or len(terms) != len(values) or any(len(set(t)) != len(t) for t in terms):
-        raise NotImplementedError
+    assert isinstance(equation, str)
+    assert isinstance(operands, (list, tuple))
+    nodes = [a for a in operands if isinstance(a, Node)]
+    terms, out = einsum_terms(equation, [len(shape_of(n)) for n in nodes])
+    if any(len(set(t)) != len(t) for t in terms):
+        raise NotImplementedError  # a diagonal
     labels: dict[str, Labels] = {}
+    zero = True
     for letter in sorted(set("".join(terms))):
-        met = [v.dims[t.index(letter)] for t, v in zip(terms, values, strict=True) if letter in t]
-        merged = met[0]
-        for other in met[1:]:
-            merged = table.join_if_labelled(merged, other, node)
+        holders = [(n, t.index(letter)) for t, n in zip(terms, nodes, strict=True) if letter in t]
+        holders = [(n, d) for n, d in holders if not is_one(shape_of(n)[d])]
+        merged = table.dims(holders[0][0])[holders[0][1]] if holders else None
+        for n, d in holders[1:]:
+            merged = table.join_if_labelled(merged, table.dims(n)[d], node)
         labels[letter] = merged
         if letter not in out:
-            holders = [v for t, v in zip(terms, values, strict=True) if letter in t]
-            table.contract(merged, holders, node)
-    zero = all(
-        any(v.vanishes for t, v in zip(terms, values, strict=True) if letter in t)
-        for letter in out
-        if labels[letter] is not None
-    )
+            table.contract(merged, [table.value(n) for n, _ in holders], node)
+            consume_parameters(table, holders)
+        elif merged is not None:
+            zero = zero and any(table.value(n).vanishes for n, _ in holders)
     return Value([labels[letter] for letter in out], zero)
+
+
+def einsum_terms(equation: str, ranks: list[int]) -> tuple[list[str], str]:
+    """Return the letters of every operand and of the result, with letters of their own for what `...` stands for.
+
+    `"...i,ij"` with ranks 3 and 2 gives `["01i", "ij"]` and `"01j"`.
+    """
+    left, arrow, out = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    hidden = [rank - len(term.replace("...", "")) for term, rank in zip(terms, ranks, strict=True)]
+    most = max([n for n, term in zip(hidden, terms, strict=True) if "..." in term], default=0)
+    letters = "".join(str(k) for k in range(most))
+    if not arrow:
+        once = sorted(c for c in set(left) - set(",.") if left.count(c) == 1)
+        out = "..." + "".join(once)
+    terms = [term.replace("...", letters[most - n :]) for term, n in zip(terms, hidden, strict=True)]
+    return terms, out.replace("...", letters)
 
 
 RULES: dict[str, Rule] = {"scaled_dot_product_attention": scaled_dot_product_attention, "einsum": einsum}

@@ -1,10 +1,13 @@
-"""Linear layers and matrix products: the summed dimension joins, the others pass through."""
+"""Linear layers, matrix products and running sums: the summed dimension joins, the others pass through."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch.fx import Node
 
-from slrc.passes.index_rules.table import LabelTable, Rule, Value, tensor_args
+from slrc.passes.index_rules.table import Dims, LabelTable, Rule, Value, covers, is_one, shape_of, tensor_args
+from slrc.program import argument, op_name
 
 
 def linear(node: Node, table: LabelTable) -> Value:
@@ -23,27 +26,78 @@ def linear(node: Node, table: LabelTable) -> Value:
 
 
 def matmul(node: Node, table: LabelTable) -> Value:
-    """`a (…, m, k) @ b (…, k, n)`."""
+    """`a (…, m, k) @ b (…, k, n)`, where either may be a vector."""
     a, b = tensor_args(node)[:2]
+    return _product(node, table, a, b)
+
+
+def add_matmul(node: Node, table: LabelTable) -> Value:
+    """`addmm(x, a, b)`, `baddbmm(x, a, b)`: `x + a @ b`."""
+    x, a, b = tensor_args(node)[:3]
+    product, added, shape = _product(node, table, a, b), table.value(x), shape_of(x)
+    dims = list(product.dims)
+    for k in range(1, len(added.dims) + 1):
+        if not is_one(shape[-k]):
+            dims[-k] = table.join_if_labelled(dims[-k], added.dims[-k], node)
+    return Value(dims, product.vanishes and added.vanishes and covers(added, dims))
+
+
+def running_sum(node: Node, table: LabelTable) -> Value:
+    """`cumsum(x, dim)`: zeros at removed indices add nothing to the others, but are zeros no longer."""
+    x, dim = node.args[0], argument(node, 1, "dim")
+    assert isinstance(x, Node)
+    value = table.value(x)
+    table.contract(value.dims[dim], [value], node)
+    return Value(value.dims, value.vanishes and value.dims[dim] is None)
+
+
+def _product(node: Node, table: LabelTable, a: Node, b: Node) -> Value:
     left, right = table.value(a), table.value(b)
-    if len(left.dims) < 2 or len(right.dims) < 2:
-        raise NotImplementedError
-    inner = table.join(left.dims[-1], right.dims[-2], node)
+    inner = table.join_if_labelled(left.dims[-1], right.dims[-2:][0], node)
     table.contract(inner, [left, right], node)
-    batch_dims = []
-    rank = max(len(left.dims), len(right.dims))
-    for d in range(rank - 2):
-        sides = [v.dims[d - (rank - len(v.dims))] for v in (left, right) if d >= rank - len(v.dims)]
-        merged = sides[0]
+    consume_parameters(table, [(a, -1), (b, -2 if len(shape_of(b)) > 1 else -1)])
+    rows, columns = left.dims[-2:-1], right.dims[-1:] if len(right.dims) > 1 else []
+    batch: Dims = []
+    zero = all(side.vanishes or all(d is None for d in own) for side, own in ((left, rows), (right, columns)))
+    for k in range(max(len(left.dims), len(right.dims)), 2, -1):
+        sides = [n for n in (a, b) if len(shape_of(n)) >= k and not is_one(shape_of(n)[-k])]
+        merged = table.dims(sides[0])[-k] if sides else None
         for other in sides[1:]:
-            merged = table.join_if_labelled(merged, other, node)
-        batch_dims.append(merged)
-    zero = (
-        (left.vanishes or left.dims[-2] is None)
-        and (right.vanishes or right.dims[-1] is None)
-        and (left.vanishes or right.vanishes or all(d is None for d in batch_dims))
-    )
-    return Value([*batch_dims, left.dims[-2], right.dims[-1]], zero)
+            merged = table.join_if_labelled(merged, table.dims(other)[-k], node)
+        zero = zero and (merged is None or any(table.value(n).vanishes for n in sides))
+        batch.append(merged)
+    return Value([*batch, *rows, *columns], zero)
 
 
-RULES: dict[str, Rule] = {"linear": linear, **dict.fromkeys(["matmul", "bmm", "mm"], matmul)}
+def consume_parameters(table: LabelTable, summed: Sequence[tuple[Node, int]]) -> None:
+    """Say which dimensions of weights are summed over, unless the product is one of weights only."""
+    found = [parameter_dim(node, dim) for node, dim in summed]
+    if None in found:
+        for parameter in found:
+            if parameter is not None:
+                table.consume(*parameter)
+
+
+def parameter_dim(node: Node, dim: int) -> tuple[Node, int] | None:
+    """Return the parameter that a value is, perhaps transposed, and which of its dimensions stands at `dim`."""
+    dim %= len(shape_of(node))
+    while node.op == "call_function" and op_name(node) in ("t", "transpose", "permute"):
+        rank, source = len(shape_of(node)), node.args[0]
+        assert isinstance(source, Node)
+        if op_name(node) == "permute":
+            order = node.args[1]
+            assert isinstance(order, (list, tuple))
+            dim = int(order[dim]) % rank  # type: ignore[arg-type]
+        else:
+            one, other = (0, 1) if op_name(node) == "t" else (int(d) % rank for d in node.args[1:3])  # type: ignore[arg-type]
+            dim = {one: other, other: one}.get(dim, dim)
+        node = source
+    return (node, dim) if node.op == "get_attr" else None
+
+
+RULES: dict[str, Rule] = {
+    "linear": linear,
+    **dict.fromkeys(["matmul", "bmm", "mm", "mv", "dot"], matmul),
+    **dict.fromkeys(["addmm", "baddbmm"], add_matmul),
+    "cumsum": running_sum,
+}

@@ -35,19 +35,31 @@ def convolution(node: Node, table: LabelTable) -> Value:
 
 
 def transposed_convolution(node: Node, table: LabelTable) -> Value:
-    """`conv_transpose(x (n, c, …), w (c, o, …), b (o))`, ungrouped."""
+    """`conv_transpose(x (n, c, …), w (c, o/g, …), b (o))`, ungrouped, grouped or depthwise."""
     x, weight = node.args[0], node.args[1]
     assert isinstance(x, Node)
     assert isinstance(weight, Node)
-    x_dims, w_dims = table.dims(x), table.dims(weight)
-    if conv_groups(node) != 1 or len(x_dims) != len(w_dims):
-        raise NotImplementedError
+    x_dims, w_dims, groups = table.dims(x), table.dims(weight), conv_groups(node)
+    if len(x_dims) != len(w_dims):
+        raise NotImplementedError  # an input without a batch
     for kernel in w_dims[2:]:
         table.pin(kernel, "kernel position", node)
     inner = table.join(x_dims[1], w_dims[0], node)
+    out = w_dims[1]
+    if 1 < groups == shape_of(weight)[0]:
+        table.pin(out, "an output of every input channel", node)
+        multiple = shape_of(weight)[1]
+        return _result(
+            node, table, table.value(x), table.value(weight), np.repeat(inner, multiple) if inner is not None else None
+        )
+    if groups > 1:
+        if inner is not None:
+            table.join_rows(inner.reshape(groups, -1).T)
+        # One output in each group would have no label: it stays.
+        out = np.tile(out, groups) if out is not None else None
     table.contract(inner, [table.value(x), table.value(weight)], node)
     table.consume(weight, 0)
-    return _result(node, table, table.value(x), table.value(weight), w_dims[1])
+    return _result(node, table, table.value(x), table.value(weight), out)
 
 
 def _result(node: Node, table: LabelTable, x: Value, weight: Value, out: np.ndarray | None) -> Value:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch.fx import Node
 
 from slrc.passes.index_rules.table import shape_of
-from slrc.program import op_name
+from slrc.program import argument, op_name
 
 TAKES_APART = frozenset({"unbind", "select", "split", "split_with_sizes", "chunk"})
+NORMALISES = frozenset({"softmax", "_softmax", "log_softmax", "_log_softmax"})
 ATTENDS = frozenset({"scaled_dot_product_attention", "matmul", "bmm", "einsum", "softmax", "_softmax"})
 KEEPS_SHAPE = frozenset(
     {
@@ -30,21 +31,28 @@ FAR = 8
 
 
 def is_taken_apart(node: Node, dim: int, steps: int = FAR) -> bool:
-    """Return whether a dimension of a value is later unbound, selected from or split: it lists parts (q, k, v)."""
+    """Return whether a dimension of a value is later unbound, selected from or split: it lists parts (q, k, v).
+
+    Or normalised over by a softmax: it lists weights that add up to one.
+    """
     if steps == 0:
         return False
     for user in node.users:
         name = op_name(user) if user.op == "call_function" else ""
-        if name in TAKES_APART:
-            position = 2 if name in ("split", "split_with_sizes", "chunk") else 1
-            asked = user.args[position] if len(user.args) > position else user.kwargs.get("dim", 0)
-            if isinstance(asked, int) and asked % len(shape_of(node)) == dim:
-                return True
-        elif (moved := _moved(user, name, dim, len(shape_of(node)))) is not None and is_taken_apart(
-            user, moved, steps - 1
-        ):
+        if name in TAKES_APART | NORMALISES and _asked_dim(user, name) == dim:
+            return True
+        moved = _moved(user, name, dim, len(shape_of(node)))
+        if moved is not None and is_taken_apart(user, moved, steps - 1):
             return True
     return False
+
+
+def _asked_dim(node: Node, name: str) -> int | None:
+    """Return the dimension of its operand that an operator names."""
+    x = node.args[0]
+    assert isinstance(x, Node)
+    asked = argument(node, 2 if name in ("split", "split_with_sizes", "chunk") else 1, "dim", 0)
+    return asked % len(shape_of(x)) if isinstance(asked, int) else None
 
 
 def feeds_attention(node: Node, steps: int = FAR) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch.fx import Node
 
 from slrc.passes.index_rules.table import Dims, LabelTable, Rule, Value
-from slrc.program import op_name
+from slrc.plans import LayerNorm
+from slrc.program import argument, op_name
 
 
 def batch_norm(node: Node, table: LabelTable) -> Value | list[Value]:
@@ -31,17 +32,40 @@ def _join_parameters(node: Node, table: LabelTable, dims: Dims, first: int) -> l
 
 
 def layer_norm(node: Node, table: LabelTable) -> Value:
-    """`layer_norm(x, shape, scale, shift)`, `rms_norm(x, shape, scale)`: statistics see every index, so those stay."""
+    """`layer_norm(x, shape, scale, shift)`, `rms_norm(x, shape, scale)`: statistics see every index, so those stay.
+
+    Unless `LayerNorm.NARROW` is chosen: zeros at removed indices of the last dimension are known to the statistics by
+    their number alone.
+    """
     x, shape = node.args[0], node.args[1]
     assert isinstance(x, Node)
     assert isinstance(shape, (list, tuple))
-    dims = table.dims(x)
-    for parameter in [a for a in node.args[2:4] if isinstance(a, Node)]:
+    value = table.value(x)
+    dims = value.dims
+    scale = argument(node, 2, "weight")
+    shift = argument(node, 3, "bias") if op_name(node) == "layer_norm" else None
+    for parameter in [a for a in (scale, shift) if a is not None]:
         for d, labels in enumerate(reversed(table.dims(parameter)), start=1):
             table.join(dims[-d], labels, node)
+    if table.layer_norm is LayerNorm.NARROW and len(shape) == 1 and value.vanishes:
+        return Value(dims, _stays_zero(node, table, scale, shift))
+    where = " where removed indices are not zero" if table.layer_norm is LayerNorm.NARROW and len(shape) == 1 else ""
     for labels in dims[len(dims) - len(shape) :]:
-        table.pin(labels, f"normalised over by {op_name(node)}", node)
+        table.pin(labels, f"normalised over by {op_name(node)}{where}", node)
     return Value(dims, vanishes=False)
+
+
+def _stays_zero(node: Node, table: LabelTable, scale: Node | None, shift: Node | None) -> bool:
+    """Whether zeros that are normalised stay zero.
+
+    A layer norm subtracts the mean from them, which only a zero in the scale undoes; it adds the shift, which is zero
+    at removed places of the last dimension, not at those of the others.
+    """
+    x = node.args[0]
+    assert isinstance(x, Node)
+    if shift is not None and (any(d is not None for d in table.dims(x)[:-1]) or not table.value(shift).vanishes):
+        return False
+    return op_name(node) == "rms_norm" or (scale is not None and table.value(scale).vanishes)
 
 
 def group_norm(node: Node, table: LabelTable) -> Value:

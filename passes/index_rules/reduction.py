@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from slrc.passes.index_rules.table import LabelTable, Rule, Value
+from slrc.passes.index_rules.table import LabelTable, Rule, Value, shape_of
 from slrc.program import argument, op_name
 
-SUMS = frozenset({"sum", "linalg_vector_norm"})
+KNOWS_ZEROS = frozenset({"sum", "linalg_vector_norm", "mean", "amax", "amin"})
+"""Reductions to which zeros add nothing, or whose result over more zeros follows from that over the rest."""
 
 POOLING = [
     "max_pool1d",
@@ -48,21 +49,28 @@ def op_rank(node: Node) -> int | None:
 
 
 def reduction(node: Node, table: LabelTable) -> Value:
-    """`mean`, `sum` and the like over some dimensions: zeros at removed indices add nothing to a sum or a norm."""
+    """`mean`, `sum` and the like over some dimensions: removed indices may go where they hold zeros."""
     x = node.args[0]
     assert isinstance(x, Node)
     value, name = table.value(x), op_name(node)
-    rank = len(value.dims)
-    asked = argument(node, 2 if name == "linalg_vector_norm" else 1, "dim")
-    asked = list(range(rank)) if asked is None or asked == [] else asked
-    over = {d % rank for d in ([asked] if isinstance(asked, int) else asked)}
+    rank, over = len(value.dims), reduced_dims(node)
     keepdim = bool(argument(node, 3 if name == "linalg_vector_norm" else 2, "keepdim", False))
-    adds_zeros = name in SUMS and value.vanishes
+    least = name == "linalg_vector_norm" and argument(node, 1, "ord", 2) < 0
     for d in over:
-        if not adds_zeros:
+        if least or name not in KNOWS_ZEROS or not value.vanishes:
             table.pin(value.dims[d], f"reduced over by {name}", node)
     kept = [None if d in over else value.dims[d] for d in range(rank) if keepdim or d not in over]
     return Value(kept, value.vanishes)
+
+
+def reduced_dims(node: Node) -> list[int]:
+    """Return the dimensions that a reduction runs over."""
+    x = node.args[0]
+    assert isinstance(x, Node)
+    rank = len(shape_of(x))
+    asked = argument(node, 2 if op_name(node) == "linalg_vector_norm" else 1, "dim")
+    asked = range(rank) if asked is None or asked == [] else [asked] if isinstance(asked, int) else asked
+    return sorted({d % rank for d in asked})
 
 
 def softmax(node: Node, table: LabelTable) -> Value:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch.fx import Node
 
 from slrc.passes.index_rules.lookahead import feeds_attention, is_taken_apart
-from slrc.passes.index_rules.table import Dims, Labels, LabelTable, Rule, Value, is_one, shape_of
+from slrc.passes.index_rules.table import Dims, LabelTable, Rule, Value, is_one, shape_of, tensor_args
 from slrc.plans import Attention
 from slrc.program import argument
 
@@ -83,26 +83,30 @@ def _reshape_segment(
     assert carried is not None
     spread = carried.reshape([-1 if d == labelled[0] else 1 for d in inputs])
     grid = np.broadcast_to(spread, sizes).reshape(shape)
-    axis = _carrying_axis(node, grid, outputs, free, table.attention)
+    axis = _carrying_axis(node, table, grid, outputs, free)
     result[outputs[axis]] = table.join_rows(np.moveaxis(grid, axis, 0).reshape(grid.shape[axis], -1))
 
 
-def _carrying_axis(
-    node: Node, grid: NDArray[np.int64], outputs: list[int], free: list[int], attention: Attention
-) -> int:
+def _carrying_axis(node: Node, table: LabelTable, grid: NDArray[np.int64], outputs: list[int], free: list[int]) -> int:
     """Return the new dimension that takes the labels; they are joined along the others.
 
     It is the one along which they differ, if there is one only. Else never one that is later taken apart (the 3 of a
     fused qkv, the 2 of a channel shuffle) if another will do; then the heads of an attention, or their width, as the
     user chose; then the largest.
     """
-    varying = [k for k in free if grid.shape[k] > 1 and (grid != np.take(grid, [0], k)).any()]
+    varying = _varying(grid, free)
+    if len(varying) > 1:
+        varying = _varying(table.union.roots()[grid], free)
     if len(varying) == 1:
         return varying[0]
     whole = [k for k in free if grid.shape[k] > 1 and not is_taken_apart(node, outputs[k])] or free
     if len(whole) > 1 and feeds_attention(node):
-        return whole[0] if attention is Attention.HEADS else whole[-1]
+        return whole[0] if table.attention is Attention.HEADS else whole[-1]
     return max(whole, key=lambda k: grid.shape[k])
+
+
+def _varying(grid: NDArray[np.int64], axes: list[int]) -> list[int]:
+    return [k for k in axes if grid.shape[k] > 1 and (grid != np.take(grid, [0], k)).any()]
 
 
 def permute(node: Node, table: LabelTable) -> Value:
@@ -122,6 +126,12 @@ def transpose(node: Node, table: LabelTable) -> Value:
     dims = list(value.dims)
     dims[a], dims[b] = dims[b], dims[a]  # type: ignore[index]
     return Value(dims, value.vanishes)
+
+
+def matrix_transpose(node: Node, table: LabelTable) -> Value:
+    """`t(x)`."""
+    value = table.value(tensor_args(node)[0])
+    return Value(value.dims[::-1], value.vanishes)
 
 
 def unsqueeze(node: Node, table: LabelTable) -> Value:
@@ -204,83 +214,6 @@ def stack(node: Node, table: LabelTable) -> Value:
     return Value([*dims[:dim], None, *dims[dim:]], all(v.vanishes for v in values))
 
 
-def split(node: Node, table: LabelTable) -> list[Value]:
-    """`split(x, sizes, dim)` and `chunk`: each part takes its labels."""
-    x, outputs = node.args[0], node.meta["val"]
-    assert isinstance(x, Node)
-    value = table.value(x)
-    dim = int(argument(node, 2, "dim", 0)) % len(value.dims)
-    parts, start = [], 0
-    for part in outputs:
-        labels = value.dims[dim]
-        stop = start + part.shape[dim] if labels is not None else start
-        dims = list(value.dims)
-        dims[dim] = _part(labels[start:stop], node, table) if labels is not None else None
-        parts.append(Value(dims, value.vanishes))
-        start = stop
-    return parts
-
-
-def slice_(node: Node, table: LabelTable) -> Value:
-    """`slice(x, dim, start, end, step)`."""
-    x = node.args[0]
-    assert isinstance(x, Node)
-    value = table.value(x)
-    dim = int(argument(node, 1, "dim", 0)) % len(value.dims)
-    bounds = [argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1)]
-    dims = list(value.dims)
-    labels = dims[dim]
-    if labels is not None:
-        if bounds[2] != 1 or any(isinstance(b, Node) for b in bounds):
-            raise NotImplementedError
-        dims[dim] = _part(labels[bounds[0] : bounds[1]], node, table)
-    return Value(dims, value.vanishes)
-
-
-def _part(labels: NDArray[np.int64], node: Node, table: LabelTable) -> Labels:
-    """Return the labels of a part of a dimension; a part of one index would vanish with it, so that it stays."""
-    if len(labels) > 1:
-        table.parts.append(labels)
-        return labels
-    table.pin(labels, "a part with one index only", node)
-    return None
-
-
-def select(node: Node, table: LabelTable) -> Value:
-    """`select(x, dim, index)`: names an index, so that the dimension stays."""
-    x = node.args[0]
-    assert isinstance(x, Node)
-    value = table.value(x)
-    dim = int(argument(node, 1, "dim", 0)) % len(value.dims)
-    table.pin(value.dims[dim], "one index is selected", node)
-    return Value([labels for d, labels in enumerate(value.dims) if d != dim], value.vanishes)
-
-
-def unbind(node: Node, table: LabelTable) -> list[Value]:
-    """`unbind(x, dim)`: names every index, so that the dimension stays."""
-    x, outputs = node.args[0], node.meta["val"]
-    assert isinstance(x, Node)
-    value = table.value(x)
-    dim = int(argument(node, 1, "dim", 0)) % len(value.dims)
-    table.pin(value.dims[dim], "unbound", node)
-    rest = [labels for d, labels in enumerate(value.dims) if d != dim]
-    return [Value(rest, value.vanishes) for _ in outputs]
-
-
-def index(node: Node, table: LabelTable) -> Value:
-    """`x[i, …]` with index tensors on the first dimensions: those stay, the others pass through."""
-    x, indices = node.args[0], node.args[1]
-    assert isinstance(x, Node)
-    assert isinstance(indices, (list, tuple))
-    value = table.value(x)
-    if not all(isinstance(i, Node) for i in indices):
-        raise NotImplementedError
-    for labels in value.dims[: len(indices)]:
-        table.pin(labels, "indexed", node)
-    rest = value.dims[len(indices) :]
-    return Value([*[None] * (len(shape_of(node)) - len(rest)), *rest], value.vanishes)
-
-
 def roll(node: Node, table: LabelTable) -> Value:
     """`roll(x, shifts, dims)`: rolled dimensions stay."""
     x, dims = node.args[0], argument(node, 2, "dims", [])
@@ -293,39 +226,45 @@ def roll(node: Node, table: LabelTable) -> Value:
 
 
 def repeat(node: Node, table: LabelTable) -> Value:
-    """`repeat(x, times)`: a repeated dimension holds its labels several times."""
+    """`repeat(x, times)`, `tile(x, times)`: a repeated dimension holds its labels several times."""
     x, times = node.args[0], node.args[1]
     assert isinstance(x, Node)
     assert isinstance(times, (list, tuple))
     value = table.value(x)
-    lead = len(times) - len(value.dims)
+    counts = [*[1] * (len(value.dims) - len(times)), *times]
+    lead = len(counts) - len(value.dims)
     dims: Dims = [None] * lead
-    for labels, count in zip(value.dims, times[lead:], strict=True):
+    for labels, count in zip(value.dims, counts[lead:], strict=True):
         if labels is not None and not isinstance(count, int):
             raise NotImplementedError
         dims.append(np.tile(labels, count) if labels is not None else None)
     return Value(dims, value.vanishes)
 
 
-def pixel_shuffle(node: Node, table: LabelTable) -> Value:
-    """`pixel_shuffle(x (n, c·r², h, w), r) -> (n, c, h·r, w·r)`: the r² channels of a pixel go together."""
-    x, factor = node.args[0], node.args[1]
+def repeat_interleave(node: Node, table: LabelTable) -> Value:
+    """`repeat_interleave(x, count, dim)`: every index stands `count` times, one after another."""
+    x, count, dim = node.args[0], argument(node, 1, "repeats"), argument(node, 2, "dim")
     assert isinstance(x, Node)
-    assert isinstance(factor, int)
     value = table.value(x)
-    *lead, channels, _, _ = value.dims
-    merged = table.join_rows(channels.reshape(-1, factor**2)) if channels is not None else None
-    return Value([*lead, merged, None, None], value.vanishes)
+    if not isinstance(count, int) or not isinstance(dim, int) or argument(node, 3, "output_size") is not None:
+        raise NotImplementedError
+    dims = list(value.dims)
+    labels = dims[dim]
+    dims[dim] = np.repeat(labels, count) if labels is not None else None
+    return Value(dims, value.vanishes)
 
 
-def pixel_unshuffle(node: Node, table: LabelTable) -> Value:
-    """`pixel_unshuffle(x (n, c, h·r, w·r), r) -> (n, c·r², h, w)`: a channel becomes r² that go together."""
-    x, factor = node.args[0], node.args[1]
+def flip(node: Node, table: LabelTable) -> Value:
+    """`flip(x, dims)`: labels are reversed."""
+    x, flipped = node.args[0], node.args[1]
     assert isinstance(x, Node)
-    assert isinstance(factor, int)
+    assert isinstance(flipped, (list, tuple))
     value = table.value(x)
-    *lead, channels, _, _ = value.dims
-    return Value([*lead, np.repeat(channels, factor**2) if channels is not None else None, None, None], value.vanishes)
+    dims = list(value.dims)
+    for d in flipped:
+        labels = dims[int(d)]  # type: ignore[arg-type]
+        dims[int(d)] = labels[::-1] if labels is not None else None  # type: ignore[arg-type]
+    return Value(dims, value.vanishes)
 
 
 def glu(node: Node, table: LabelTable) -> Value:
@@ -338,7 +277,8 @@ def glu(node: Node, table: LabelTable) -> Value:
     labels = dims[dim]
     if labels is not None:
         half = len(labels) // 2
-        dims[dim] = table.join(labels[:half], labels[half:], node)
+        joined = table.join(labels[:half], labels[half:], node)
+        dims[dim] = table.at_least_two(joined, node)
     return Value(dims, value.vanishes)
 
 
@@ -368,20 +308,16 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(["view", "reshape", "_unsafe_view", "flatten", "unflatten"], reshape),
     "permute": permute,
     **dict.fromkeys(["transpose", "swapaxes"], transpose),
+    "t": matrix_transpose,
     "unsqueeze": unsqueeze,
     "squeeze": squeeze,
     "expand": expand,
     "cat": cat,
     "stack": stack,
-    **dict.fromkeys(["split", "split_with_sizes", "chunk"], split),
-    "slice": slice_,
-    "select": select,
-    "unbind": unbind,
-    "index": index,
     "roll": roll,
-    "repeat": repeat,
-    "pixel_shuffle": pixel_shuffle,
-    "pixel_unshuffle": pixel_unshuffle,
+    "flip": flip,
+    **dict.fromkeys(["repeat", "tile"], repeat),
+    "repeat_interleave": repeat_interleave,
     "glu": glu,
     **dict.fromkeys(["pad", "constant_pad_nd"], pad),
 }

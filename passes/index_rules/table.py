@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from slrc.passes.index_rules.union_find import UnionFind
-from slrc.plans import Attention
+from slrc.plans import Attention, LayerNorm
 
 Labels = NDArray[np.int64] | None
 """The labels of one dimension, one for each index; `None` where nothing can be removed."""
@@ -48,6 +48,7 @@ class LabelTable:
     """Labels of all values of a graph while rules run over it."""
 
     attention: Attention = Attention.HEADS
+    layer_norm: LayerNorm = LayerNorm.KEEP
     union: UnionFind = field(default_factory=UnionFind)
     values: dict[Node, Value | list[Value]] = field(default_factory=dict)
     tensors: dict[str, Dims] = field(default_factory=dict)
@@ -69,6 +70,13 @@ class LabelTable:
         """Let nothing be removed at these labels."""
         if labels is not None and labels.size:
             self.pins.append(Pin(labels.reshape(-1), reason, node))
+
+    def at_least_two(self, labels: Labels, node: Node) -> Labels:
+        """Return the labels of a dimension; one of a single index would vanish with it, so that it stays."""
+        if labels is None or len(labels) > 1:
+            return labels
+        self.pin(labels, "a part with one index only", node)
+        return None
 
     def pin_all(self, value: Value | list[Value], reason: str, node: Node) -> None:
         """Pin every dimension of a value."""

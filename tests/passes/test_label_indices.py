@@ -221,17 +221,57 @@ class Unruled(nn.Module):
         self.b = nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.cumsum(self.a(x), dim=1)
+        y = torch.cumprod(self.a(x), dim=1)
         return self.b(y)
 
 
 def test_an_operator_without_a_rule_pins_with_its_source_line() -> None:
     labels = labels_of(Unruled(), 3)
     pinned = {p.layer: p for p in labels.pinned}
-    assert pinned["a"].reason == "no rule for cumsum"
+    assert pinned["a"].reason == "no rule for cumprod"
     assert "test_label_indices.py" in pinned["a"].source
-    assert pinned["a"].source.endswith("y = torch.cumsum(self.a(x), dim=1)")
-    assert [*labels.unruled] == ["cumsum"]
+    assert pinned["a"].source.endswith("y = torch.cumprod(self.a(x), dim=1)")
+    assert [*labels.unruled] == ["cumprod"]
+
+
+class Unknown(nn.Module):
+    """Operators without a rule that return tuples, take lists, and make tensors of what could be removed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 4)
+        self.b = nn.Linear(3, 4)
+        self.c = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.a(x)
+        left, right = torch.meshgrid(y[0], self.b(x)[0], indexing="ij")
+        return self.c(left * right), torch.frexp(y).mantissa, torch.kron(y, y), torch.linalg.qr(y).Q
+
+
+def test_operators_without_a_rule_pin_and_never_fail() -> None:
+    labels = labels_of(Unknown(), 3)
+    assert groups(labels) == {}
+    assert {"meshgrid", "frexp", "kron", "linalg_qr"} <= set(labels.unruled)
+
+
+def test_a_weight_that_is_multiplied_goes_with_what_it_reads_and_is_scored_by_what_it_makes(net: Any) -> None:
+    layers = {"a": nn.Linear(3, 4, bias=False), "w": nn.Parameter(torch.ones(4, 5)), "o": nn.Linear(5, 2)}
+    for run in (
+        lambda m, x: m.o(m.a(x) @ m.w),
+        lambda m, x: m.o(torch.einsum("ni,io->no", m.a(x), m.w)),
+        lambda m, x: m.o((m.w.t() @ m.a(x).t()).t()),
+    ):
+        assert groups(labels_of(net(run, **layers), 3)) == {
+            "a": (4, ["a.weight[0]"], ["w[0]"]),
+            "w": (5, ["w[1]"], ["o.weight[1]"]),
+        }
+
+
+def test_a_product_of_weights_has_units_of_its_own(net: Any) -> None:
+    layers = {"u": nn.Parameter(torch.ones(6, 4)), "v": nn.Parameter(torch.ones(4, 3))}
+    labels = labels_of(net(lambda m, x: nn.functional.linear(x, m.u @ m.v), **layers), 3)
+    assert {units for units, *_ in groups(labels).values()} == {4}
 
 
 def test_an_unused_parameter_is_no_group(net: Any) -> None:
@@ -249,7 +289,7 @@ def test_a_step_slice_is_pinned(net: Any) -> None:
     [
         (lambda m, x: m.o(m.a(x).softmax(-1)), "normalised over by softmax"),
         (lambda m, x: m.o(nn.functional.layer_norm(m.a(x), (8,))), "normalised over by layer_norm"),
-        (lambda m, x: m.o(m.a(x)) + m.a(x).mean(-1, keepdim=True), "reduced over by mean"),
+        (lambda m, x: m.o(m.a(x)) + m.a(x).sigmoid().mean(-1, keepdim=True), "reduced over by mean"),
         (lambda m, x: m.o(m.a(x)) + m.a(x).sigmoid().sum(-1, keepdim=True), "reduced over by sum"),
         (lambda m, x: m.o(m.a(x)) + m.a(x)[..., 2:3], "a part with one index only"),
         (lambda m, x: m.o(m.a(x)) + m.a(x).select(-1, 2).unsqueeze(-1), "one index is selected"),

@@ -71,6 +71,16 @@ def both(m: Any, x: Tensor) -> Tensor:
     return m.o(torch.cat([y, y], 1))
 
 
+def one_channel_gate(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    return m.o(y * torch.sigmoid(m.g(y)))
+
+
+def written_widths(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x).view(2, 8, 16).reshape(2, 128)
+    return m.o(F.relu(m.b(y)).view(2, 6, 1, 1).expand(2, 6, 4, 4))
+
+
 def used_twice(m: Any, x: Tensor) -> Tensor:
     y = torch.relu(m.a(x))
     return m.b(y) * m.o(y)
@@ -133,6 +143,16 @@ CASES: dict[str, Case] = {
     "a pooled half": (pooled_half, {"a": conv(4, 8), "o": conv(8, 3)}, IMAGE),
     "gated linear unit": (glu, {"a": nn.Linear(4, 12), "o": nn.Linear(6, 3)}, TOKENS),
     "used twice": (used_twice, {"a": conv(4, 8), "b": conv(8, 3), "o": conv(8, 3)}, IMAGE),
+    "one-channel convolution": (
+        one_channel_gate,
+        {"a": conv(4, 8), "g": conv(8, 1, kernel_size=3, padding=1), "o": conv(8, 3)},
+        IMAGE,
+    ),
+    "reshape that hard-codes its widths": (
+        written_widths,
+        {"a": conv(4, 8), "b": nn.Linear(128, 6), "o": conv(6, 3)},
+        IMAGE,
+    ),
     "squeeze and excitation": (
         gate,
         {"a": conv(4, 8), "down": conv(8, 4), "up": conv(4, 8), "o": conv(8, 3)},
@@ -194,6 +214,24 @@ def test_slim_equals_masked(name: str, net: Any, randomized: Any, slim_equals_ma
     slim_equals_masked(model, program, plan)
     last = tuple(c.model_copy(update={"keep": 1}) for c in plan)
     slim_equals_masked(model, program, plan.model_copy(update={"constraints": last}))
+
+
+def test_dict_output(net: Any, randomized: Any, slim_equals_masked: Any) -> None:
+    """Its outputs are pinned, what lies before them is not; its keys stay."""
+
+    def run(m: Any, x: Tensor) -> dict[str, Any]:
+        y = F.relu(m.a(x))
+        return {"logits": m.o(y), "more": {"features": m.f(y), "both": [m.o(y), x]}}
+
+    case: Any = (run, {"a": conv(4, 8), "f": conv(8, 6), "o": conv(8, 3)}, IMAGE)
+    model, program = captured(case, net, randomized)
+    plan = allocate_sparsity(program, Channel(), 0.5, keep_ends=False)
+    assert [(c.name, c.groups) for c in plan] == [("a", 8)]
+    slim = slim_equals_masked(model, program, plan)
+    out = slim.module()(*program.example_inputs)
+    assert list(out) == ["logits", "more"]
+    assert list(out["more"]) == ["features", "both"]
+    assert out["more"]["features"].shape == (2, 6, 4, 4)
 
 
 def chain(net: Any, randomized: Any, keep: int = 5) -> tuple[nn.Module, Program, Plan, Masks]:

@@ -31,6 +31,16 @@ def test_roots_are_those_of_the_naive_union_find(joins: Joins) -> None:
     assert union.roots().tolist() == naive_roots(SIZE, joins)
 
 
+@given(st.lists(st.lists(st.tuples(st.integers(0, SIZE - 1), st.integers(0, SIZE - 1)), max_size=8), max_size=8))
+def test_roots_on_the_way_change_nothing(joins: Joins) -> None:
+    union = UnionFind()
+    union.new(SIZE)
+    for k, pairs in enumerate(joins):
+        ends = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+        union.join(ends[:, 0], ends[:, 1])
+        assert union.roots().tolist() == naive_roots(SIZE, joins[: k + 1])
+
+
 def test_labels_are_consecutive_and_apart_until_joined() -> None:
     union = UnionFind()
     assert union.new(2).tolist() == [0, 1]

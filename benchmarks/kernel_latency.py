@@ -1,0 +1,238 @@
+"""Block-sparse kernels against ONNX Runtime's dense convolution, layer by layer, on one thread.
+
+    taskset -c 1 python benchmarks/kernel_latency.py
+    SLRC_KERNEL_ISA=avx2 taskset -c 1 python benchmarks/kernel_latency.py --blocks 8 --sparsities 0.75
+
+For each layer of a ResNet, each sparsity and each block `M×1`: a model of that layer alone, dense and packed, in turns
+(A B B A). Runs during which the thread lost its core are left out, and `disturbed` is their share. Prints a table (the
+ratio of medians; GFLOP/s on the surviving weights, and as a share of the greatest rate of multiply-adds that a loop of
+nothing else reaches) and writes `benchmarks/results/kernel_latency.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import functools
+import json
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from onnx import TensorProto, helper, numpy_helper
+
+from slrc.kernels.build import build
+from slrc.timing import environment
+
+RESULTS = Path(__file__).parent / "results" / "kernel_latency.json"
+WARM_UP_S = 0.1
+LEAST_RUNS = 10
+PATIENCE = 20
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A square convolution."""
+
+    inputs: int
+    outputs: int
+    kernel: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.kernel}x{self.kernel} {self.inputs}->{self.outputs}@{self.size}"
+
+
+SHAPES = (
+    Shape(64, 64, 3, 56),
+    Shape(128, 128, 3, 28),
+    Shape(256, 256, 3, 14),
+    Shape(512, 512, 3, 7),
+    Shape(64, 256, 1, 56),
+    Shape(512, 128, 1, 28),
+    Shape(1024, 256, 1, 14),
+    Shape(512, 2048, 1, 7),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    layer: str
+    sparsity: float
+    block: int
+    dense_ms: float
+    packed_ms: float
+    speedup: float
+    gflops: float
+    share_of_peak: float
+    disturbed: float
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.75, 0.9])
+    parser.add_argument("--layers", default="", help="only layers whose name contains this")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=0.4, help="for each pair of models")
+    parser.add_argument("--library", type=Path, help="a library already built")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+
+    library = args.library or build()
+    kernels = ctypes.CDLL(str(library))
+    kernels.slrc_peak_gflops.restype = ctypes.c_double
+    kernels.slrc_instruction_set.restype = ctypes.c_char_p
+    peak = kernels.slrc_peak_gflops(ctypes.c_double(0.3))
+    name = kernels.slrc_instruction_set().decode()
+    print(f"{name}, peak {peak:.0f} GFLOP/s")
+    titles = ("dense ms", "packed ms", "speedup", "GFLOP/s", "peak", "disturbed")
+    print(f"{'layer':20} {'sparsity':>8} {'block':>6} " + " ".join(f"{title:>9}" for title in titles))
+    rows = []
+    for shape in SHAPES:
+        if args.layers not in str(shape):
+            continue
+        for sparsity in args.sparsities:
+            for block in args.blocks:
+                row = measure(shape, sparsity, block, args.batch, args.seconds, library, peak)
+                rows.append(row)
+                print(
+                    f"{row.layer:20} {sparsity:8.2f} {block:4}x1 {row.dense_ms:9.3f} {row.packed_ms:9.3f}"
+                    f" {row.speedup:8.2f}x {row.gflops:9.1f} {row.share_of_peak:9.0%} {row.disturbed:9.0%}",
+                    flush=True,
+                )
+    args.out.parent.mkdir(exist_ok=True)
+    result = {
+        "instruction_set": name,
+        "peak_gflops": peak,
+        "batch": args.batch,
+        "threads": 1,
+        "rows": [asdict(r) for r in rows],
+    }
+    args.out.write_text(json.dumps(result | {"environment": environment()}, indent=1) + "\n")
+
+
+def measure(shape: Shape, sparsity: float, block: int, batch: int, seconds: float, library: Path, peak: float) -> Row:
+    """Time one layer, dense and packed, in turns; check that they agree."""
+    random = np.random.default_rng(0)
+    weight = random.standard_normal((shape.outputs, shape.inputs, shape.kernel, shape.kernel)).astype(np.float32)
+    columns = shape.inputs * shape.kernel**2
+    kept = round(columns * (1 - sparsity))
+    mask = np.argsort(random.random((shape.outputs // block, columns)), axis=1) < kept
+    weight *= mask.repeat(block, axis=0).reshape(weight.shape) / np.float32(np.sqrt(kept))
+    x = random.standard_normal((batch, shape.inputs, shape.size, shape.size)).astype(np.float32)
+    dense, packed = (
+        prepare(m, x, library) for m in (dense_model(shape, weight), packed_model(shape, weight, mask, block))
+    )
+    for call, _ in (dense, packed):
+        call()
+    difference = np.abs(dense[1].numpy() - packed[1].numpy()).max()
+    assert difference < 1e-3, f"{shape}: dense and packed differ by {difference}"
+    slow, fast, disturbed = in_turns(dense[0], packed[0], seconds)
+    gflops = 2e-9 * mask.sum() * block * batch * shape.size**2 / fast
+    return Row(str(shape), sparsity, block, slow * 1e3, fast * 1e3, slow / fast, gflops, gflops / peak, disturbed)
+
+
+def in_turns(a: Callable[[], Any], b: Callable[[], Any], seconds: float) -> tuple[float, float, float]:
+    """Return the median seconds of two calls, run A B B A, and the share of runs that were thrown away.
+
+    A run during which the thread lost its core is thrown away: on a busy machine nearly every run that is long against
+    the scheduler's time slice is interrupted and nearly no short one, so turns alone would flatter the shorter call.
+    """
+    for call in (a, b):
+        until = time.perf_counter() + WARM_UP_S
+        while time.perf_counter() < until:
+            call()
+    times: tuple[list[float], list[float]] = ([], [])
+    runs, started = 0, time.perf_counter()
+    while (passed := time.perf_counter() - started) < seconds or min(map(len, times)) < LEAST_RUNS:
+        if passed > PATIENCE * seconds:
+            raise SystemExit(f"error: the core is too busy: {sum(map(len, times))} of {runs} runs were undisturbed")
+        for which in (0, 1, 1, 0):
+            call, switches, begin = (a, b)[which], _switches(), time.perf_counter()
+            call()
+            took = time.perf_counter() - begin
+            runs += 1
+            if _switches() == switches:
+                times[which].append(took)
+    return statistics.median(times[0]), statistics.median(times[1]), 1 - sum(map(len, times)) / runs
+
+
+def _switches() -> int:
+    """How often this thread has lost its core."""
+    usage = resource.getrusage(resource.RUSAGE_THREAD)
+    return usage.ru_nivcsw + usage.ru_nvcsw
+
+
+def prepare(model: Any, x: np.ndarray, library: Path) -> tuple[Callable[[], None], Any]:
+    """Load a model; return a call that runs it on `x`, and the value that it writes."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.register_custom_ops_library(str(library))
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    y = ort.OrtValue.ortvalue_from_numpy(session.run(None, {"x": x})[0])
+    binding = session.io_binding()
+    binding.bind_ortvalue_input("x", ort.OrtValue.ortvalue_from_numpy(x))
+    binding.bind_ortvalue_output("y", y)
+
+    return functools.partial(session.run_with_iobinding, binding), y
+
+
+def dense_model(shape: Shape, weight: np.ndarray) -> Any:
+    """`Conv`."""
+    pad = shape.kernel // 2
+    node = helper.make_node("Conv", ["x", "w"], ["y"], kernel_shape=[shape.kernel] * 2, pads=[pad] * 4)
+    return model_of(node, {"w": weight}, shape)
+
+
+def packed_model(shape: Shape, weight: np.ndarray, mask: np.ndarray, block: int) -> Any:
+    """`BlockSparseConv`; `mask` is (block rows, columns)."""
+    pad = shape.kernel // 2
+    blocks = weight.reshape(-1, block, mask.shape[1]).transpose(0, 2, 1)
+    packed = {
+        "values": np.ascontiguousarray(blocks[mask]),
+        "columns": np.nonzero(mask)[1].astype(np.int32),
+        "row_pointers": np.concatenate([[0], np.cumsum(mask.sum(axis=1))]).astype(np.int32),
+    }
+    node = helper.make_node(
+        "BlockSparseConv",
+        ["x", *packed],
+        ["y"],
+        domain="ai.slrc",
+        kernel_shape=[shape.kernel] * 2,
+        strides=[1, 1],
+        pads=[pad] * 4,
+        dilations=[1, 1],
+        group=1,
+        block=block,
+        out_channels=shape.outputs,
+        activation="none",
+    )
+    return model_of(node, packed, shape)
+
+
+def model_of(node: Any, tensors: dict[str, np.ndarray], shape: Shape) -> Any:
+    """Return a model of one node from `x` to `y`."""
+    sizes = ["n", shape.inputs, shape.size, shape.size]
+    graph = helper.make_graph(
+        [node],
+        "layer",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, sizes)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", shape.outputs, shape.size, shape.size])],
+        [numpy_helper.from_array(a, n) for n, a in tensors.items()],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.slrc", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+if __name__ == "__main__":
+    main()

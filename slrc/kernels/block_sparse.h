@@ -1,0 +1,133 @@
+// Convolution and matrix multiplication with block-sparse weights, float32, NCHW.
+//
+// A weight is seen as a matrix (out channels, columns), a column being one (input channel, kernel row, kernel column)
+// of the output's group. Blocks of `block` consecutive out channels x 1 column survive or vanish as one. Packed:
+//   values        (surviving blocks, block)  the rows of a block stand together
+//   columns       (surviving blocks)         which column, flattened (c, kh, kw), c within the group
+//   row_pointers  (block rows + 1)           block row r holds the surviving blocks row_pointers[r] ... [r + 1] - 1
+// Block rows: for each group, its out channels / block, rounded up; the rows that stand out over the last are ignored.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define SLRC_EXPORT __attribute__((visibility("default")))
+
+#if defined(__cplusplus)
+extern "C" {
+#endif
+
+typedef struct SlrcBlocks {
+  const float* values;
+  int64_t value_count;
+  const int32_t* columns;
+  int64_t column_count;
+  const int32_t* row_pointers;
+  int64_t row_pointer_count;
+  const float* bias;  // null, or one for each out channel
+  int64_t bias_count;
+  int64_t block;  // 4, 8 or 16
+  int64_t out_channels;
+  const char* activation;  // "none", "relu", "relu6", "silu", "gelu" (with erf) or "hardswish"
+} SlrcBlocks;
+
+typedef struct SlrcWindow {
+  int64_t kernel[2];
+  int64_t strides[2];
+  int64_t pads[4];  // top, left, bottom, right
+  int64_t dilations[2];
+  int64_t group;
+} SlrcWindow;
+
+// y = activation(conv(x) + bias + residual). x is (n, c, h, w), y and residual (null if there is none) as y_shape.
+// Returns 0, or 1 with the reason in error.
+SLRC_EXPORT int slrc_block_sparse_conv(const SlrcBlocks* blocks, const SlrcWindow* window, const float* x,
+                                       const int64_t x_shape[4], const float* residual, float* y,
+                                       const int64_t y_shape[4], char* error, size_t error_size);
+
+// y = activation(x weight^T + bias + residual). x is (rows, inputs), y and residual (rows, out channels).
+SLRC_EXPORT int slrc_block_sparse_gemm(const SlrcBlocks* blocks, const float* x, int64_t rows, int64_t inputs,
+                                       const float* residual, float* y, char* error, size_t error_size);
+
+// The instruction set in use: "avx512", "avx2", "neon" or "portable".
+SLRC_EXPORT const char* slrc_instruction_set(void);
+
+// The greatest rate of float32 multiply-adds that this core reaches, in GFLOP/s, measured for about `seconds`.
+SLRC_EXPORT double slrc_peak_gflops(double seconds);
+
+#if defined(__cplusplus)
+}  // extern "C"
+
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "tile.h"
+
+namespace slrc {
+
+// The caller's mistake; crosses no C boundary.
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Runs task(data, i) for every i < count, on as many threads as it likes.
+struct Parallel {
+  void (*run)(void* context, size_t count, void (*task)(void* data, size_t i), void* data);
+  void* context;
+};
+extern const Parallel kSerial;
+
+// Returns the loops of the best instruction set, or of the one that the environment names in SLRC_KERNEL_ISA.
+const TileLoops& Loops();
+
+// A packed weight, checked and copied.
+class Weight {
+ public:
+  Weight(const SlrcBlocks& blocks, int64_t group);
+
+  int64_t block, out_channels, group;
+  int64_t rows_per_group;  // block rows
+  int64_t largest_column = -1;
+  Activation activation;
+  std::vector<float> values;
+  std::vector<int32_t> columns;
+  std::vector<int32_t> row_pointers;
+  std::vector<float> bias;  // zeros if there is none; padded to whole blocks
+};
+
+struct Layout;  // where a convolution finds each column in planes of one size
+
+class Conv {
+ public:
+  Conv(const SlrcBlocks& blocks, const SlrcWindow& window);
+  ~Conv();
+  // Returns the shape of y.
+  void OutputShape(const int64_t x_shape[4], int64_t y_shape[4]) const;
+  void Run(const float* x, const int64_t x_shape[4], const float* residual, float* y, const Parallel& parallel) const;
+
+ private:
+  std::shared_ptr<const Layout> FindLayout(const int64_t x_shape[4]) const;
+
+  Weight weight_;
+  SlrcWindow window_;
+  mutable std::mutex mutex_;
+  mutable std::vector<std::shared_ptr<const Layout>> layouts_;  // of the latest sizes
+};
+
+class Gemm {
+ public:
+  explicit Gemm(const SlrcBlocks& blocks);
+  int64_t out_channels() const { return weight_.out_channels; }
+  void Run(const float* x, int64_t rows, int64_t inputs, const float* residual, float* y,
+           const Parallel& parallel) const;
+
+ private:
+  Weight weight_;
+  std::vector<int32_t> offsets_;  // of the columns in a transposed tile of x
+};
+
+}  // namespace slrc
+#endif

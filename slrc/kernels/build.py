@@ -1,0 +1,162 @@
+"""Compile the block-sparse kernels to one shared library for a processor family, cached by content.
+
+The library holds the loops of every instruction set of its family and chooses at run time, so it depends on the
+family alone, not on the machine that it was compiled on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from slrc.errors import BackendError
+
+SOURCES = Path(__file__).parent
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi")
+TILE_SETS = {
+    "x86_64": {
+        "Avx512": ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"),
+        "Avx2": ("-mavx2", "-mfma"),
+        "Portable": (),
+    },
+    "aarch64": {"Neon": ("-DSLRC_TILE_NEON",), "Portable": ()},
+}
+OLDEST_GLIBC = "2.28"
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C++ compiler for one processor family: its command and what it says its version is."""
+
+    command: tuple[str, ...]
+    version: str
+
+
+def build(target: str | None = None, cache: Path | None = None) -> Path:
+    """Return the library for `target`, compiled now unless the cache has it.
+
+    Args:
+        target: a processor family or a triple that begins with one, such as `aarch64-linux-gnu`; this machine's own
+            if `None`.
+        cache: the folder to keep libraries in; `$SLRC_CACHE` or `~/.cache/slrc` if `None`.
+
+    Raises:
+        BackendError: there are no kernels or no compiler for the target, or the compiler fails.
+    """
+    family = _family(target)
+    compiler = find_compiler(family)
+    path = (cache or _cache()) / f"libslrc_kernels_{family}_{_key(family, compiler)}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / path.name
+            compile_library(compiler, family, Path(folder), made)
+            made.replace(path)
+    return path
+
+
+def find_compiler(family: str) -> Compiler:
+    """Return `$CXX`, an installed GCC or Clang, or the `ziglang` package: the first that compiles for `family`.
+
+    Raises:
+        BackendError: there is none.
+    """
+    for command in _candidates(family):
+        made_for = family if "-target" in command else _ask(command, "-dumpmachine")
+        version = _ask(command, "--version")
+        if made_for is not None and version is not None and _normal(made_for) == family:
+            return Compiler(command, version)
+    raise BackendError(
+        f"no C++ compiler for {family}: tried {', '.join(shlex.join(c) for c in _candidates(family))}",
+        hint="set CXX, install g++ or clang++, or `pip install ziglang`, which compiles for every target",
+    )
+
+
+def compile_library(
+    compiler: Compiler, family: str, folder: Path, library: Path, extra: Sequence[str] = (), main: Path | None = None
+) -> None:
+    """Compile and link every source; `main` is the source of a program to make in place of a shared library."""
+    left_out = {"tile"} if main is None else {"tile", "ort_ops"}
+    units: list[tuple[str, Path, tuple[str, ...]]] = [(f.stem, f, ()) for f in _sources() if f.stem not in left_out]
+    for name, flags in TILE_SETS[family].items():
+        defines = (f"-DSLRC_TILE_SET=k{name}", f'-DSLRC_TILE_NAME="{name.lower()}"')
+        units.append((f"tile_{name}", SOURCES / "tile.cpp", (*flags, *defines)))
+    if main is not None:
+        units.append((main.stem, main, (f"-I{SOURCES}",)))
+    objects = [folder / f"{name}.o" for name, _, _ in units]
+
+    def compile_unit(unit: tuple[str, Path, tuple[str, ...]], made: Path) -> None:
+        _run(compiler, *FLAGS, *extra, *unit[2], "-c", str(unit[1]), "-o", str(made))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_unit, units, objects))
+    shared = (f"-Wl,--version-script={SOURCES / 'exports.map'}", "-shared") if main is None else ()
+    own_runtime = ("-static-libstdc++", "-static-libgcc") if "ziglang" not in compiler.command else ()
+    _run(compiler, *extra, *shared, *own_runtime, *map(str, objects), "-o", str(library))
+
+
+def _family(target: str | None) -> str:
+    if target is None and sys.platform != "linux":
+        raise BackendError(f"the block-sparse kernels are for Linux, this is {sys.platform}")
+    family = _normal(target or platform.machine())
+    if family not in TILE_SETS:
+        raise BackendError(f"no block-sparse kernels for {family}: expected {' or '.join(TILE_SETS)}")
+    return family
+
+
+def _normal(triple: str) -> str:
+    family = triple.strip().split("-")[0].lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(family, family)
+
+
+def _candidates(family: str) -> Iterator[tuple[str, ...]]:
+    if given := os.environ.get("CXX"):
+        yield tuple(shlex.split(given))
+    yield from ((name,) for name in ("g++", "clang++", f"{family}-linux-gnu-g++"))
+    if importlib.util.find_spec("ziglang"):
+        yield (sys.executable, "-m", "ziglang", "c++", "-target", f"{family}-linux-gnu.{OLDEST_GLIBC}")
+
+
+def _ask(command: Sequence[str], question: str) -> str | None:
+    if not shutil.which(command[0]):
+        return None
+    done = subprocess.run([*command, question], capture_output=True, text=True, check=False)
+    return done.stdout if done.returncode == 0 else None
+
+
+def _sources() -> list[Path]:
+    return sorted(SOURCES.glob("*.cpp"))
+
+
+def _key(family: str, compiler: Compiler) -> str:
+    parts = [*compiler.command, compiler.version, *FLAGS, repr(TILE_SETS[family])]
+    files = [*_sources(), *sorted(SOURCES.glob("*.h")), SOURCES / "exports.map", Path(__file__)]
+    digest = hashlib.sha256("\0".join(parts).encode())
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("SLRC_CACHE") or Path.home() / ".cache" / "slrc")
+
+
+def _run(compiler: Compiler, *arguments: str) -> None:
+    done = subprocess.run([*compiler.command, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = "\n".join(done.stderr.strip().splitlines()[-20:])
+        raise BackendError(
+            f"the compiler failed on the block-sparse kernels: {shlex.join(compiler.command)}\n{said}",
+            hint="another compiler can be named in CXX",
+        )

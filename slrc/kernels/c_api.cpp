@@ -1,0 +1,74 @@
+// The plain C functions of block_sparse.h.
+#include <stdio.h>
+
+#include <chrono>
+#include <new>
+
+#include "block_sparse.h"
+
+namespace slrc {
+
+const Parallel kSerial = {[](void*, size_t count, void (*task)(void*, size_t), void* data) {
+                            for (size_t i = 0; i < count; ++i) task(data, i);
+                          },
+                          nullptr};
+
+namespace {
+
+template <class Body>
+int Guarded(char* error, size_t error_size, const Body& body) {
+  try {
+    body();
+    return 0;
+  } catch (const std::exception& e) {
+    if (error && error_size) snprintf(error, error_size, "%s", e.what());
+    return 1;
+  }
+}
+
+}  // namespace
+}  // namespace slrc
+
+extern "C" {
+
+int slrc_block_sparse_conv(const SlrcBlocks* blocks, const SlrcWindow* window, const float* x, const int64_t x_shape[4],
+                           const float* residual, float* y, const int64_t y_shape[4], char* error, size_t error_size) {
+  return slrc::Guarded(error, error_size, [&] {
+    const slrc::Conv conv(*blocks, *window);
+    int64_t expected[4];
+    conv.OutputShape(x_shape, expected);
+    for (int d = 0; d < 4; ++d)
+      if (y_shape[d] != expected[d])
+        throw slrc::Error("dimension " + std::to_string(d) + " of y must be " + std::to_string(expected[d]) + ", got " +
+                          std::to_string(y_shape[d]));
+    conv.Run(x, x_shape, residual, y, slrc::kSerial);
+  });
+}
+
+int slrc_block_sparse_gemm(const SlrcBlocks* blocks, const float* x, int64_t rows, int64_t inputs,
+                           const float* residual, float* y, char* error, size_t error_size) {
+  return slrc::Guarded(error, error_size,
+                       [&] { slrc::Gemm(*blocks).Run(x, rows, inputs, residual, y, slrc::kSerial); });
+}
+
+const char* slrc_instruction_set(void) {
+  try {
+    return slrc::Loops().name;
+  } catch (const slrc::Error&) {
+    return "none";
+  }
+}
+
+double slrc_peak_gflops(double seconds) {
+  using Clock = std::chrono::steady_clock;
+  double best = 0;
+  const auto end = Clock::now() + std::chrono::duration<double>(seconds);
+  do {
+    const auto begin = Clock::now();
+    const double operations = slrc::Loops().spin(100000);
+    best = std::max(best, operations / std::chrono::duration<double>(Clock::now() - begin).count() / 1e9);
+  } while (Clock::now() < end);
+  return best;
+}
+
+}  // extern "C"

@@ -1,0 +1,305 @@
+// The ONNX Runtime operators `ai.slrc::BlockSparseConv` and `ai.slrc::BlockSparseGemm`.
+//
+// Inputs: x, values, columns, row_pointers, bias (optional), residual (optional); packed as block_sparse.h says. All
+// but x and residual must be constant. Attributes of both: block, out_channels (integers), activation (text); of the
+// convolution also kernel_shape, strides, pads, dilations (lists) and group. All are required.
+// Conv: x (n, c, h, w) -> (n, out_channels, h', w'). Gemm: x (..., k) -> (..., out_channels).
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+#include <new>
+
+#include "block_sparse.h"
+#include "ort_abi.h"
+
+namespace slrc {
+namespace {
+
+enum Input { kX, kValues, kColumns, kRowPointers, kBias, kResidual, kInputs };
+
+// Set by RegisterCustomOps before any kernel exists.
+const Ort* ort;
+
+void Check(OrtStatus* status, const char* attribute = nullptr) {
+  if (!status) return;
+  std::string message = ort->GetErrorMessage(status);
+  ort->ReleaseStatus(status);
+  if (attribute) message = std::string("attribute `") + attribute + "`: " + message;
+  throw Error(message);
+}
+
+// Turns what `body` throws into a status: no exception may reach the runtime.
+template <class Body>
+OrtStatus* Guarded(const char* op, const Body& body) {
+  try {
+    body();
+    return nullptr;
+  } catch (const Error& e) {
+    return ort->CreateStatus(kOrtInvalidArgument, (std::string(op) + ": " + e.what()).c_str());
+  } catch (const std::bad_alloc&) {
+    return ort->CreateStatus(kOrtFail, "ai.slrc: out of memory");
+  } catch (...) {
+    return ort->CreateStatus(kOrtFail, "ai.slrc: unexpected error");
+  }
+}
+
+struct Tensor {
+  const void* data = nullptr;
+  int type = 0;
+  std::vector<int64_t> shape;
+  int64_t count = 0;
+
+  template <class T>
+  const T* As(OrtElement expected, const char* name) const {
+    if (type != expected) throw Error(std::string(name) + " has the wrong element type");
+    return static_cast<const T*>(data);
+  }
+};
+
+Tensor View(const OrtValue* value) {
+  Tensor tensor;
+  OrtShapeInfo* info;
+  Check(ort->GetTensorTypeAndShape(value, &info));
+  const std::unique_ptr<OrtShapeInfo, void (*)(OrtShapeInfo*)> owner(info, ort->ReleaseTensorTypeAndShapeInfo);
+  size_t rank;
+  Check(ort->GetTensorElementType(info, &tensor.type));
+  Check(ort->GetDimensionsCount(info, &rank));
+  tensor.shape.resize(rank);
+  Check(ort->GetDimensions(info, tensor.shape.data(), rank));
+  tensor.count = 1;
+  for (int64_t dim : tensor.shape) tensor.count *= dim;
+  void* data;
+  Check(ort->GetTensorMutableData(const_cast<OrtValue*>(value), &data));
+  tensor.data = data;
+  return tensor;
+}
+
+// What a node says when its kernel is made.
+class Node {
+ public:
+  explicit Node(const OrtKernelInfo* info) : info_(info) {
+    ReadInput(kValues, "values", &values_);
+    ReadInput(kColumns, "columns", &columns_);
+    ReadInput(kRowPointers, "row_pointers", &row_pointers_);
+    size_t inputs;
+    Check(ort->KernelInfo_GetInputCount(info, &inputs));
+    if (inputs > kBias) has_bias_ = ReadConstant(kBias, &bias_);
+    activation_ = Text("activation");
+  }
+
+  SlrcBlocks Blocks() const {
+    SlrcBlocks blocks = {};
+    blocks.values = values_.As<float>(kOrtFloat, "values");
+    blocks.value_count = values_.count;
+    blocks.columns = columns_.As<int32_t>(kOrtInt32, "columns");
+    blocks.column_count = columns_.count;
+    blocks.row_pointers = row_pointers_.As<int32_t>(kOrtInt32, "row_pointers");
+    blocks.row_pointer_count = row_pointers_.count;
+    if (has_bias_) {
+      blocks.bias = bias_.As<float>(kOrtFloat, "bias");
+      blocks.bias_count = bias_.count;
+    }
+    blocks.block = Integer("block");
+    blocks.out_channels = Integer("out_channels");
+    blocks.activation = activation_.c_str();
+    return blocks;
+  }
+
+  SlrcWindow Window() const {
+    SlrcWindow window;
+    Integers("kernel_shape", window.kernel, 2);
+    Integers("strides", window.strides, 2);
+    Integers("pads", window.pads, 4);
+    Integers("dilations", window.dilations, 2);
+    window.group = Integer("group");
+    return window;
+  }
+
+ private:
+  bool ReadConstant(size_t index, Tensor* tensor) const {
+    int is_constant = 0;
+    const OrtValue* value = nullptr;
+    Check(ort->KernelInfoGetConstantInput_tensor(info_, index, &is_constant, &value));
+    if (is_constant && value) *tensor = View(value);
+    return is_constant && value;
+  }
+
+  void ReadInput(size_t index, const char* name, Tensor* tensor) const {
+    if (!ReadConstant(index, tensor)) throw Error(std::string(name) + " must be a constant initializer");
+  }
+
+  int64_t Integer(const char* name) const {
+    int64_t value;
+    Check(ort->KernelInfoGetAttribute_int64(info_, name, &value), name);
+    return value;
+  }
+
+  void Integers(const char* name, int64_t* values, size_t expected) const {
+    size_t count = 0;
+    Check(ort->KernelInfoGetAttributeArray_int64(info_, name, nullptr, &count), name);
+    if (count != expected)
+      throw Error(std::string(name) + " must have " + std::to_string(expected) + " values, got " +
+                  std::to_string(count));
+    Check(ort->KernelInfoGetAttributeArray_int64(info_, name, values, &count), name);
+  }
+
+  std::string Text(const char* name) const {
+    size_t size = 0;
+    Check(ort->KernelInfoGetAttribute_string(info_, name, nullptr, &size), name);
+    std::string text(size, '\0');
+    Check(ort->KernelInfoGetAttribute_string(info_, name, &text[0], &size), name);
+    return text.c_str();  // up to the terminator, which `size` counts
+  }
+
+  const OrtKernelInfo* info_;
+  Tensor values_, columns_, row_pointers_, bias_;
+  bool has_bias_ = false;
+  std::string activation_;
+};
+
+// What a node gets when it runs.
+class Call {
+ public:
+  Call(OrtKernelContext* context, bool has_bias) : context_(context) {
+    Check(ort->KernelContext_GetInputCount(context, &inputs_));
+    if (!has_bias && Find(kBias)) throw Error("bias must be a constant initializer");
+    x = View(Find(kX));
+  }
+
+  // Returns the residual, checked to be of y's shape, or null.
+  const float* Residual(const std::vector<int64_t>& y_shape) const {
+    const OrtValue* value = Find(kResidual);
+    if (!value) return nullptr;
+    const Tensor residual = View(value);
+    if (residual.shape != y_shape) throw Error("residual must have the output's shape");
+    return residual.As<float>(kOrtFloat, "residual");
+  }
+
+  float* Output(const std::vector<int64_t>& shape) const {
+    OrtValue* value;
+    void* data;
+    Check(ort->KernelContext_GetOutput(context_, 0, shape.data(), shape.size(), &value));
+    Check(ort->GetTensorMutableData(value, &data));
+    return static_cast<float*>(data);
+  }
+
+  Parallel Threads() const {
+    auto run = [](void* context, size_t count, void (*task)(void*, size_t), void* data) {
+      Check(ort->KernelContext_ParallelFor(static_cast<OrtKernelContext*>(context), task, count, 0, data));
+    };
+    return {run, context_};
+  }
+
+  Tensor x;
+
+ private:
+  const OrtValue* Find(size_t index) const {
+    const OrtValue* value = nullptr;
+    if (index < inputs_) Check(ort->KernelContext_GetInput(context_, index, &value));
+    return value;
+  }
+
+  OrtKernelContext* context_;
+  size_t inputs_;
+};
+
+struct ConvKernel {
+  static constexpr const char* kName = "BlockSparseConv";
+  explicit ConvKernel(const Node& node) : blocks(node.Blocks()), conv(blocks, node.Window()) {}
+
+  void Compute(OrtKernelContext* context) const {
+    const Call call(context, blocks.bias);
+    if (call.x.shape.size() != 4) throw Error("x must have 4 dimensions");
+    std::vector<int64_t> y_shape(4);
+    conv.OutputShape(call.x.shape.data(), y_shape.data());
+    const float* residual = call.Residual(y_shape);
+    float* y = call.Output(y_shape);
+    const float* x = call.x.As<float>(kOrtFloat, "x");
+    if (call.x.shape[0]) conv.Run(x, call.x.shape.data(), residual, y, call.Threads());
+  }
+
+  SlrcBlocks blocks;  // only whether it has a bias is asked after the constructor
+  Conv conv;
+};
+
+struct GemmKernel {
+  static constexpr const char* kName = "BlockSparseGemm";
+  explicit GemmKernel(const Node& node) : blocks(node.Blocks()), gemm(blocks) {}
+
+  void Compute(OrtKernelContext* context) const {
+    const Call call(context, blocks.bias);
+    if (call.x.shape.empty()) throw Error("x must have at least 1 dimension");
+    std::vector<int64_t> y_shape = call.x.shape;
+    const int64_t inputs = y_shape.back();
+    y_shape.back() = gemm.out_channels();
+    const float* residual = call.Residual(y_shape);
+    float* y = call.Output(y_shape);
+    const float* x = call.x.As<float>(kOrtFloat, "x");
+    int64_t rows = 1;
+    for (size_t d = 0; d + 1 < y_shape.size(); ++d) rows *= y_shape[d];
+    if (rows) gemm.Run(x, rows, inputs, residual, y, call.Threads());
+  }
+
+  SlrcBlocks blocks;  // as above
+  Gemm gemm;
+};
+
+template <class Kernel>
+OrtCustomOp MakeOp() {
+  OrtCustomOp op = {};
+  op.version = kOrtVersion;
+  op.GetName = [](const OrtCustomOp*) { return Kernel::kName; };
+  op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
+  op.GetInputTypeCount = [](const OrtCustomOp*) -> size_t { return kInputs; };
+  op.GetInputType = [](const OrtCustomOp*, size_t i) -> int {
+    return i == kColumns || i == kRowPointers ? kOrtInt32 : kOrtFloat;
+  };
+  op.GetInputCharacteristic = [](const OrtCustomOp*, size_t i) -> int {
+    return i < kBias ? kOrtRequired : kOrtOptional;
+  };
+  op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
+  op.GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
+  op.GetOutputType = [](const OrtCustomOp*, size_t) -> int { return kOrtFloat; };
+  op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) -> int { return kOrtRequired; };
+  op.CreateKernelV2 = [](const OrtCustomOp*, const OrtApi*, const OrtKernelInfo* info, void** kernel) {
+    return Guarded(Kernel::kName, [&] { *kernel = new Kernel(Node(info)); });
+  };
+  op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
+    return Guarded(Kernel::kName, [&] { static_cast<const Kernel*>(kernel)->Compute(context); });
+  };
+  op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  return op;
+}
+
+OrtCustomOpDomain* MakeDomain() {
+  static const OrtCustomOp conv = MakeOp<ConvKernel>(), gemm = MakeOp<GemmKernel>();
+  OrtCustomOpDomain* domain;
+  Check(ort->CreateCustomOpDomain("ai.slrc", &domain));
+  Check(ort->CustomOpDomain_Add(domain, &conv));
+  Check(ort->CustomOpDomain_Add(domain, &gemm));
+  return domain;
+}
+
+}  // namespace
+}  // namespace slrc
+
+extern "C" SLRC_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
+  using namespace slrc;
+  const char* version = base->GetVersionString();
+  const char* dot = strchr(version, '.');
+  const bool old = atoi(version) == 1 && dot && atoi(dot + 1) < static_cast<int>(kOrtVersion);
+  const OrtApi* api = old ? nullptr : base->GetApi(kOrtVersion);
+  if (!api) {
+    const std::string message =
+        "the kernels of ai.slrc need ONNX Runtime 1." + std::to_string(kOrtVersion) + " or newer, this is " + version;
+    return OldestCreateStatus(base->GetApi(1))(kOrtFail, message.c_str());
+  }
+  static const Ort entries(api);
+  ort = &entries;
+  return Guarded("ai.slrc", [&] {
+    Loops();                                                // an instruction set that cannot be had is said now
+    static OrtCustomOpDomain* const domain = MakeDomain();  // sessions keep a pointer to it: it stays
+    Check(ort->AddCustomOpDomain(options, domain));
+  });
+}

@@ -1,0 +1,203 @@
+// Random layers, sound and broken, through the C entry points: a sound one must equal the plain sums below, a broken
+// one must be refused or do no harm. Every array is allocated to its exact size, for the address sanitizer to guard.
+//
+//   fuzz FIRST COUNT    runs the cases FIRST ... FIRST + COUNT - 1; prints the worst difference
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "block_sparse.h"
+
+namespace {
+
+struct Random {
+  std::mt19937_64 engine;
+  int64_t Int(int64_t low, int64_t high) { return low + static_cast<int64_t>(engine() % (high - low + 1)); }
+  bool Chance(int percent) { return Int(1, 100) <= percent; }
+  float Float() { return static_cast<float>(Int(-1000, 1000)) / 500.0f; }
+  int64_t Odd() {  // a value that code may not expect
+    const int64_t odd[] = {0, -1, 1, 3, 1 << 15, (1 << 15) + 1, INT32_MAX, INT32_MIN, INT64_MAX, INT64_MIN};
+    return odd[Int(0, 9)];
+  }
+  std::unique_ptr<float[]> Floats(int64_t count) {
+    std::unique_ptr<float[]> made(new float[count]);
+    std::generate_n(made.get(), count, [&] { return Float(); });
+    return made;
+  }
+};
+
+const char* const kActivations[] = {"none", "relu", "relu6", "silu", "gelu", "hardswish", "what", nullptr};
+
+double Activate(double v, int64_t activation) {
+  switch (activation) {
+    case 1:
+      return std::max(v, 0.0);
+    case 2:
+      return std::min(std::max(v, 0.0), 6.0);
+    case 3:
+      return v / (1 + std::exp(-v));
+    case 4:
+      return v * 0.5 * (1 + std::erf(v / std::sqrt(2.0)));
+    case 5:
+      return v * std::min(std::max(v / 6 + 0.5, 0.0), 1.0);
+    default:
+      return v;
+  }
+}
+
+struct Packed {
+  Packed(Random& random, int64_t block_size, int64_t block_rows, int64_t width) : block(block_size) {
+    const int percent = static_cast<int>(random.Int(0, 3)) * 33;
+    std::vector<int32_t> found;
+    pointers.reset(new int32_t[block_rows + 1]);
+    pointers[0] = 0;
+    for (int64_t r = 0; r < block_rows; ++r) {
+      for (int64_t c = 0; c < width; ++c)
+        if (random.Chance(percent)) found.push_back(static_cast<int32_t>(c));
+      pointers[r + 1] = static_cast<int32_t>(found.size());
+    }
+    count = static_cast<int64_t>(found.size());
+    columns.reset(new int32_t[count]);
+    std::copy(found.begin(), found.end(), columns.get());
+    values = random.Floats(count * block);
+  }
+
+  int64_t block, count;
+  std::unique_ptr<int32_t[]> columns, pointers;
+  std::unique_ptr<float[]> values;
+};
+
+struct Case {
+  explicit Case(uint64_t seed) {
+    random.engine.seed(seed);
+    gemm = random.Chance(25);
+    const bool pointwise = gemm || random.Chance(30);  // read in place: drawn apart, chance alone would hardly make one
+    window.group = gemm ? 1 : random.Int(1, 3);
+    for (int a = 0; a < 2; ++a) {
+      window.kernel[a] = pointwise ? 1 : random.Int(1, 4);
+      window.strides[a] = pointwise ? 1 : random.Int(1, 3);
+      window.dilations[a] = pointwise ? 1 : random.Int(1, 3);
+      window.pads[a] = pointwise ? 0 : random.Int(0, 3);
+      window.pads[a + 2] = pointwise ? 0 : random.Int(0, 3);
+      const int64_t span = (window.kernel[a] - 1) * window.dilations[a] + 1;
+      const int64_t least = std::max<int64_t>(1, span - window.pads[a] - window.pads[a + 2]);
+      x_shape[2 + a] = gemm ? 1 : random.Int(least, least + (random.Chance(30) ? 30 : 5));
+      y_shape[2 + a] = (x_shape[2 + a] + window.pads[a] + window.pads[a + 2] - span) / window.strides[a] + 1;
+    }
+    x_shape[0] = y_shape[0] = gemm ? random.Int(1, random.Chance(30) ? 150 : 5) : random.Int(1, 2);
+    x_shape[1] = window.group * random.Int(1, 9);
+    y_shape[1] = window.group * random.Int(1, 40);
+    block = int64_t{4} << random.Int(0, 2);
+    width = x_shape[1] / window.group * window.kernel[0] * window.kernel[1];
+    rows_per_group = (y_shape[1] / window.group + block - 1) / block;
+    packed.reset(new Packed(random, block, rows_per_group * window.group, width));
+    x = random.Floats(Size(x_shape));
+    if (random.Chance(50)) bias = random.Floats(y_shape[1]);
+    if (random.Chance(40)) residual = random.Floats(Size(y_shape));
+    activation = random.Int(0, 5);
+    y.reset(new float[Size(y_shape)]);
+    blocks = {packed->values.get(), packed->count * block,   packed->columns.get(),
+              packed->count,        packed->pointers.get(),  rows_per_group * window.group + 1,
+              bias.get(),           bias ? y_shape[1] : 0,   block,
+              y_shape[1],           kActivations[activation]};
+  }
+
+  static int64_t Size(const int64_t shape[4]) { return shape[0] * shape[1] * shape[2] * shape[3]; }
+
+  // Changes one thing, or some; never a count to more than there is, which no caller of a C function may do.
+  void Break() {
+    int64_t* const fields[] = {&blocks.block,     &blocks.out_channels, &window.group,       window.kernel,
+                               window.kernel + 1, window.strides,       window.strides + 1,  window.pads,
+                               window.pads + 3,   window.dilations,     window.dilations + 1};
+    for (int64_t left = random.Int(1, 2); left > 0; --left) switch (random.Int(0, 4)) {
+        case 0:  // (the size of a matrix's y follows from out_channels, so that one stays)
+          *fields[gemm ? 0 : random.Int(0, 10)] = random.Chance(70) ? random.Odd() : random.Int(-2, 20);
+          break;
+        case 1:
+          if (packed->count) packed->columns[random.Int(0, packed->count - 1)] = static_cast<int32_t>(random.Odd());
+          break;
+        case 2:
+          packed->pointers[random.Int(0, blocks.row_pointer_count - 1)] = static_cast<int32_t>(random.Odd());
+          break;
+        case 3: {
+          int64_t* const counts[] = {&blocks.value_count, &blocks.column_count, &blocks.bias_count};
+          int64_t& count = *counts[random.Int(0, 2)];
+          count = random.Int(-1, count);
+          break;
+        }
+        default:
+          blocks.activation = kActivations[random.Int(0, 7)];
+      }
+  }
+
+  int Run(char* error, size_t size) {
+    return gemm ? slrc_block_sparse_gemm(&blocks, x.get(), x_shape[0], x_shape[1], residual.get(), y.get(), error, size)
+                : slrc_block_sparse_conv(&blocks, &window, x.get(), x_shape, residual.get(), y.get(), y_shape, error,
+                                         size);
+  }
+
+  // The greatest difference from sums taken one by one.
+  double Difference() const {
+    double worst = 0;
+    int64_t at = 0;
+    for (int64_t n = 0; n < y_shape[0]; ++n)
+      for (int64_t m = 0; m < y_shape[1]; ++m)
+        for (int64_t i = 0; i < y_shape[2]; ++i)
+          for (int64_t j = 0; j < y_shape[3]; ++j, ++at) {
+            const double difference = std::fabs(Expected(n, m, i, j, at) - y[at]);
+            worst = difference <= worst ? worst : difference;  // a NaN counts as worse
+          }
+    return worst;
+  }
+
+  double Expected(int64_t n, int64_t m, int64_t i, int64_t j, int64_t at) const {
+    const int64_t per_group = y_shape[1] / window.group, group = m / per_group;
+    const int64_t row = group * rows_per_group + m % per_group / block, lane = m % per_group % block;
+    double sum = (bias ? bias[m] : 0.0) + (residual ? residual[at] : 0.0);
+    for (int32_t t = packed->pointers[row]; t < packed->pointers[row + 1]; ++t) {
+      const int64_t taps = window.kernel[0] * window.kernel[1], column = packed->columns[t], tap = column % taps;
+      const int64_t h = i * window.strides[0] + tap / window.kernel[1] * window.dilations[0] - window.pads[0];
+      const int64_t w = j * window.strides[1] + tap % window.kernel[1] * window.dilations[1] - window.pads[1];
+      const int64_t c = group * (x_shape[1] / window.group) + column / taps;
+      if (h >= 0 && h < x_shape[2] && w >= 0 && w < x_shape[3])
+        sum += static_cast<double>(packed->values[t * block + lane]) *
+               x[((n * x_shape[1] + c) * x_shape[2] + h) * x_shape[3] + w];
+    }
+    return Activate(sum, activation);
+  }
+
+  Random random;
+  bool gemm;
+  int64_t x_shape[4], y_shape[4], block, width, rows_per_group, activation;
+  SlrcWindow window;
+  SlrcBlocks blocks;
+  std::unique_ptr<Packed> packed;
+  std::unique_ptr<float[]> x, bias, residual, y;
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const uint64_t first = argc > 1 ? strtoull(argv[1], nullptr, 10) : 0,
+                 count = argc > 2 ? strtoull(argv[2], nullptr, 10) : 1000;
+  double worst = 0;
+  long refused = 0;
+  for (uint64_t seed = first; seed < first + count; ++seed) {
+    char error[256] = "";
+    Case sound(seed);
+    if (sound.Run(error, sizeof error)) return printf("case %llu refused: %s\n", (unsigned long long)seed, error), 1;
+    const double difference = sound.Difference();
+    if (!(difference < 1e-3)) return printf("case %llu differs by %g\n", (unsigned long long)seed, difference), 1;
+    worst = std::max(worst, difference);
+    Case broken(seed);
+    broken.Break();
+    refused += broken.Run(error, sizeof error);
+  }
+  printf("%s: worst difference %g, %ld of %llu broken cases refused\n", slrc_instruction_set(), worst, refused,
+         (unsigned long long)count);
+  return 0;
+}

@@ -1,0 +1,224 @@
+"""Random block-sparse layers, their packed form, the C entry points, and torch as the reference."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": functional.relu,
+    "relu6": functional.relu6,
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "hardswish": functional.hardswish,
+}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A block-sparse matrix: see `slrc/kernels/block_sparse.h`."""
+
+    values: NDArray[np.float32]
+    columns: NDArray[np.int32]
+    row_pointers: NDArray[np.int32]
+
+
+def pack(weight: NDArray[np.float32], block: int, groups: int = 1) -> Packed:
+    """Pack a weight `(out, in, kh, kw)` or `(out, in)` whose zero blocks are to be left out."""
+    per_group, columns = weight.shape[0] // groups, int(np.prod(weight.shape[1:]))
+    rows = -(-per_group // block)
+    padded = np.zeros((groups, rows * block, columns), np.float32)
+    padded[:, :per_group] = weight.reshape(groups, per_group, columns)
+    blocks = padded.reshape(groups * rows, block, columns).transpose(0, 2, 1)
+    kept = blocks.any(axis=2)
+    pointers = np.concatenate([[0], np.cumsum(kept.sum(axis=1))]).astype(np.int32)
+    return Packed(np.ascontiguousarray(blocks[kept]), np.nonzero(kept)[1].astype(np.int32), pointers)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One random layer with its input. `weight` is `(out, in/groups, kh, kw)`, or `(out, in)` of a matrix."""
+
+    block: int
+    weight: NDArray[np.float32]
+    x: NDArray[np.float32]
+    bias: NDArray[np.float32] | None = None
+    residual: NDArray[np.float32] | None = None
+    activation: str = "none"
+    strides: tuple[int, int] = (1, 1)
+    pads: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilations: tuple[int, int] = (1, 1)
+    groups: int = 1
+    packed: Packed = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "packed", pack(self.weight, self.block, self.groups))
+
+    def expected(self) -> NDArray[np.float32]:
+        """Return what torch computes, in double precision, rounded."""
+        x, weight = torch.from_numpy(self.x).double(), torch.from_numpy(self.weight).double()
+        bias = None if self.bias is None else torch.from_numpy(self.bias).double()
+        if weight.dim() == 2:
+            y = functional.linear(x, weight, bias)
+        else:
+            top, left, bottom, right = self.pads
+            padded = functional.pad(x, (left, right, top, bottom))
+            y = functional.conv2d(padded, weight, bias, self.strides, 0, self.dilations, self.groups)
+        if self.residual is not None:
+            y = y + torch.from_numpy(self.residual).double()
+        return ACTIVATIONS[self.activation](y).float().numpy()
+
+
+def sparse_weight(
+    random: np.random.Generator, shape: tuple[int, ...], block: int, sparsity: float, groups: int = 1
+) -> NDArray[np.float32]:
+    """Return a weight scaled for unit outputs, of which about `sparsity` of the blocks are zero."""
+    per_group, columns = shape[0] // groups, int(np.prod(shape[1:]))
+    keep = random.random((groups, -(-per_group // block), columns)) >= sparsity
+    mask = keep.repeat(block, axis=1)[:, :per_group].reshape(shape)
+    scale = 1 / np.sqrt(max(1.0, columns * (1 - sparsity)))
+    return (random.standard_normal(shape) * mask * scale).astype(np.float32)
+
+
+def _pick(random: np.random.Generator, *choices: Any) -> Any:
+    return choices[random.integers(len(choices))]
+
+
+def random_conv(random: np.random.Generator) -> Layer:
+    """Any window that fits; planes from one pixel to a few thousand; empty rows and empty layers among them."""
+    pointwise = random.random() < 0.2  # read in place
+    groups = _pick(random, 1, 1, 1, 2, 3)
+    block = _pick(random, 4, 8, 16)
+    outputs = groups * (
+        block * int(random.integers(1, 4)) - (int(random.integers(block)) if random.random() < 0.3 else 0)
+    )
+    inputs = groups * int(random.integers(1, 12))
+    kernel = (
+        (int(random.integers(1, 6)), int(random.integers(1, 6))) if not pointwise and random.random() < 0.8 else (1, 1)
+    )
+    strides = (
+        (int(random.integers(1, 4)), int(random.integers(1, 4))) if not pointwise and random.random() < 0.5 else (1, 1)
+    )
+    dilations = (int(random.integers(1, 4)), int(random.integers(1, 4))) if random.random() < 0.3 else (1, 1)
+    pads = tuple(int(p) for p in random.integers(0, 4, 4)) if not pointwise and random.random() < 0.8 else (0, 0, 0, 0)
+    size = [int(random.integers(1, _pick(random, 5, 20, 70))) for _ in range(2)]
+    for axis in range(2):
+        size[axis] = max(size[axis], (kernel[axis] - 1) * dilations[axis] + 1 - pads[axis] - pads[axis + 2], 1)
+    batch = int(random.integers(1, 4))
+    out_size = [
+        (size[a] + pads[a] + pads[a + 2] - (kernel[a] - 1) * dilations[a] - 1) // strides[a] + 1 for a in range(2)
+    ]
+    sparsity = _pick(random, 0.0, 0.5, 0.75, 0.9, 0.97, 1.0)
+    weight = sparse_weight(random, (outputs, inputs // groups, *kernel), block, sparsity, groups)
+    return Layer(
+        block=block,
+        weight=weight,
+        x=random.standard_normal((batch, inputs, *size)).astype(np.float32),
+        bias=random.standard_normal(outputs).astype(np.float32) if random.random() < 0.5 else None,
+        residual=random.standard_normal((batch, outputs, *out_size)).astype(np.float32)
+        if random.random() < 0.3
+        else None,
+        activation=_pick(random, *ACTIVATIONS),
+        strides=strides,
+        pads=pads,  # type: ignore[arg-type]
+        dilations=dilations,
+        groups=groups,
+    )
+
+
+def random_gemm(random: np.random.Generator) -> Layer:
+    """From one token to some hundred, inputs and outputs of any size."""
+    block = _pick(random, 4, 8, 16)
+    outputs = int(random.integers(1, 70))
+    inputs, tokens = int(random.integers(1, 200)), int(random.integers(1, _pick(random, 2, 6, 40, 250)))
+    return Layer(
+        block=block,
+        weight=sparse_weight(random, (outputs, inputs), block, _pick(random, 0.0, 0.5, 0.75, 0.9, 1.0)),
+        x=random.standard_normal((tokens, inputs)).astype(np.float32),
+        bias=random.standard_normal(outputs).astype(np.float32) if random.random() < 0.5 else None,
+        residual=random.standard_normal((tokens, outputs)).astype(np.float32) if random.random() < 0.3 else None,
+        activation=_pick(random, *ACTIVATIONS),
+    )
+
+
+class _Blocks(ctypes.Structure):
+    _fields_ = (
+        ("values", ctypes.c_void_p),
+        ("value_count", ctypes.c_int64),
+        ("columns", ctypes.c_void_p),
+        ("column_count", ctypes.c_int64),
+        ("row_pointers", ctypes.c_void_p),
+        ("row_pointer_count", ctypes.c_int64),
+        ("bias", ctypes.c_void_p),
+        ("bias_count", ctypes.c_int64),
+        ("block", ctypes.c_int64),
+        ("out_channels", ctypes.c_int64),
+        ("activation", ctypes.c_char_p),
+    )
+
+
+class _Window(ctypes.Structure):
+    _fields_ = (
+        ("kernel", ctypes.c_int64 * 2),
+        ("strides", ctypes.c_int64 * 2),
+        ("pads", ctypes.c_int64 * 4),
+        ("dilations", ctypes.c_int64 * 2),
+        ("group", ctypes.c_int64),
+    )
+
+
+class Kernels:
+    """The C functions of a built library."""
+
+    def __init__(self, path: Path) -> None:
+        self.library = ctypes.CDLL(str(path))
+        self.library.slrc_instruction_set.restype = ctypes.c_char_p
+        self.library.slrc_peak_gflops.restype = ctypes.c_double
+        self.library.slrc_peak_gflops.argtypes = [ctypes.c_double]
+
+    @property
+    def instruction_set(self) -> str:
+        """The set that the library chose when it was first asked."""
+        return self.library.slrc_instruction_set().decode()
+
+    def run(self, layer: Layer) -> NDArray[np.float32]:
+        """Compute a layer; the result stands between two guard zones, which are checked."""
+        packed, error = layer.packed, ctypes.create_string_buffer(512)
+        blocks = _Blocks(
+            packed.values.ctypes.data, packed.values.size, packed.columns.ctypes.data, packed.columns.size,
+            packed.row_pointers.ctypes.data, packed.row_pointers.size,
+            None if layer.bias is None else layer.bias.ctypes.data, 0 if layer.bias is None else layer.bias.size,
+            layer.block, layer.weight.shape[0], layer.activation.encode(),
+        )  # fmt: skip
+        shape = layer.expected().shape
+        guard, size = 64, int(np.prod(shape))
+        held = np.full(size + 2 * guard, np.float32(7.5))
+        y = held[guard : guard + size]
+        y[:] = np.nan
+        residual = None if layer.residual is None else ctypes.c_void_p(layer.residual.ctypes.data)
+        pointers = (ctypes.c_void_p(layer.x.ctypes.data), residual, ctypes.c_void_p(y.ctypes.data))
+        if layer.weight.ndim == 2:
+            tokens, inputs = (ctypes.c_int64(d) for d in layer.x.shape)
+            failed = self.library.slrc_block_sparse_gemm(
+                ctypes.byref(blocks), pointers[0], tokens, inputs, pointers[1], pointers[2], error, ctypes.c_size_t(512)
+            )
+        else:
+            window = _Window(layer.weight.shape[2:], layer.strides, layer.pads, layer.dilations, layer.groups)
+            shapes = [(ctypes.c_int64 * 4)(*s) for s in (layer.x.shape, shape)]
+            failed = self.library.slrc_block_sparse_conv(
+                ctypes.byref(blocks), ctypes.byref(window), pointers[0], shapes[0], pointers[1], pointers[2], shapes[1],
+                error, ctypes.c_size_t(512),
+            )  # fmt: skip
+        if failed:
+            raise ValueError(error.value.decode())
+        assert (held[:guard] == 7.5).all()
+        assert (held[guard + size :] == 7.5).all()
+        return y.reshape(shape)

@@ -1,0 +1,70 @@
+"""ONNX models of one or more block-sparse nodes, and of their dense twins."""
+
+from __future__ import annotations
+
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from kernel_layers import Layer
+from onnx import TensorProto, helper, numpy_helper
+
+
+def layer_parts(layer: Layer, name: str = "") -> tuple[Any, list[Any], list[Any], Any]:
+    """Return the node, its graph inputs, its initializers and its graph output; every name begins with `name`."""
+    packed = layer.packed
+    tensors = {
+        "values": packed.values,
+        "columns": packed.columns,
+        "row_pointers": packed.row_pointers,
+    }
+    if layer.bias is not None:
+        tensors["bias"] = layer.bias
+    inputs = {"x": layer.x} | ({} if layer.residual is None else {"residual": layer.residual})
+    order = ["x", "values", "columns", "row_pointers", "bias", "residual"]
+    names = [name + n if n in tensors or n in inputs else "" for n in order]
+    while not names[-1]:
+        names.pop()
+    attributes: dict[str, Any] = {
+        "block": layer.block,
+        "out_channels": layer.weight.shape[0],
+        "activation": layer.activation,
+    }
+    if layer.weight.ndim == 4:
+        attributes |= {
+            "kernel_shape": layer.weight.shape[2:],
+            "strides": layer.strides,
+            "pads": layer.pads,
+            "dilations": layer.dilations,
+            "group": layer.groups,
+        }
+    op = "BlockSparseConv" if layer.weight.ndim == 4 else "BlockSparseGemm"
+    node = helper.make_node(op, names, [name + "y"], domain="ai.slrc", **attributes)
+    values = [helper.make_tensor_value_info(name + n, TensorProto.FLOAT, a.shape) for n, a in inputs.items()]
+    initializers = [numpy_helper.from_array(a, name + n) for n, a in tensors.items()]
+    return node, values, initializers, helper.make_tensor_value_info(name + "y", TensorProto.FLOAT, None)
+
+
+def make_model(parts: list[tuple[Any, list[Any], list[Any], Any]]) -> onnx.ModelProto:
+    """Return a model of independent nodes."""
+    nodes, inputs, initializers, outputs = zip(*parts, strict=True)
+    graph = helper.make_graph(nodes, "layers", [*chain(*inputs)], outputs, [*chain(*initializers)])
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.slrc", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+def session(model: onnx.ModelProto, library: Path, threads: int = 1) -> ort.InferenceSession:
+    """Load a model with the kernels."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(library))
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def feed(layer: Layer, name: str = "") -> dict[str, np.ndarray]:
+    """Return a layer's run-time inputs."""
+    return {name + "x": layer.x} | ({} if layer.residual is None else {name + "residual": layer.residual})

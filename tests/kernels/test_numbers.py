@@ -1,0 +1,158 @@
+"""The kernels against torch, on random layers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from kernel_layers import ACTIVATIONS, Kernels, Layer, random_conv, random_gemm, sparse_weight
+from kernel_models import feed, layer_parts, make_model, session
+
+CASES = int(os.environ.get("SLRC_KERNEL_CASES", "240"))
+TOLERANCE = 2e-5
+
+
+def random_layer(seed: int) -> Layer:
+    random = np.random.default_rng(seed)
+    return random_conv(random) if seed % 3 else random_gemm(random)
+
+
+def check_all(library: Path, cases: int) -> str:
+    """Compare `cases` layers through the C entry points; return the instruction set that ran."""
+    kernels = Kernels(library)
+    for seed in range(cases):
+        layer = random_layer(seed)
+        error = np.abs(kernels.run(layer) - layer.expected()).max(initial=0)
+        assert error < TOLERANCE, f"seed {seed}: {error}"
+    return kernels.instruction_set
+
+
+@pytest.mark.parametrize("name", ["portable", "avx2", "avx512", "neon"])
+def test_each_instruction_set_agrees_with_torch(library: Path, name: str) -> None:
+    # The set is chosen once in a process, so each has a process of its own.
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from pathlib import Path\n"
+        f"from test_numbers import Kernels, check_all\nlibrary = Path({str(library)!r})\n"
+        f"print(Kernels(library).instruction_set if Kernels(library).instruction_set == 'none'"
+        f" else check_all(library, {CASES}))"
+    )
+    environment = {**os.environ, "SLRC_KERNEL_ISA": name}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    if done.stdout.strip() == "none":
+        pytest.skip(f"this processor has no {name}")
+    assert done.stdout.strip() == name
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_onnxruntime_runs_them(library: Path, threads: int) -> None:
+    layers = {f"n{seed}_": random_layer(seed) for seed in range(100)}
+    model = make_model([layer_parts(layer, name) for name, layer in layers.items()])
+    running = session(model, library, threads)
+    feeds = {key: x for name, layer in layers.items() for key, x in feed(layer, name).items()}
+    for _ in range(2):  # the second run finds its layouts and scratch memory
+        for layer, y in zip(layers.values(), running.run(None, feeds), strict=True):
+            np.testing.assert_allclose(y, layer.expected(), atol=TOLERANCE)
+
+
+def big_layer(activation: str = "silu") -> Layer:
+    random = np.random.default_rng(3)
+    return Layer(
+        block=8,
+        weight=sparse_weight(random, (128, 96, 3, 3), 8, 0.75),
+        x=random.standard_normal((2, 96, 40, 40)).astype(np.float32),
+        bias=random.standard_normal(128).astype(np.float32),
+        residual=random.standard_normal((2, 128, 40, 40)).astype(np.float32),
+        activation=activation,
+        pads=(1, 1, 1, 1),
+    )
+
+
+def test_threads_give_the_same_bits(library: Path) -> None:
+    layer = big_layer()
+    model = make_model([layer_parts(layer)])
+    one, four = (session(model, library, threads).run(None, feed(layer))[0] for threads in (1, 4))
+    np.testing.assert_array_equal(one, four)
+    np.testing.assert_allclose(one, layer.expected(), atol=TOLERANCE)
+
+
+def test_many_runs_at_once_in_one_session(library: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    layer = big_layer()
+    running = session(make_model([layer_parts(layer)]), library, 2)
+    expected = layer.expected()
+    with ThreadPoolExecutor(4) as pool:
+        for y in pool.map(lambda _: running.run(None, feed(layer))[0], range(12)):
+            np.testing.assert_allclose(y, expected, atol=TOLERANCE)
+
+
+def test_one_session_takes_many_sizes(library: Path) -> None:
+    random = np.random.default_rng(5)
+    weight = sparse_weight(random, (16, 6, 3, 3), 8, 0.5)
+    running = None
+    for size in [9, 4, 17, 9, 30, 8, 7, 6, 5, 11, 12, 9]:
+        x = random.standard_normal((1, 6, size, size + 1)).astype(np.float32)
+        layer = Layer(block=8, weight=weight, x=x, pads=(1, 1, 1, 1))
+        if running is None:
+            node, inputs, tensors, output = layer_parts(layer)
+            for dim in inputs[0].type.tensor_type.shape.dim:
+                dim.dim_param = "any"
+            running = session(make_model([(node, inputs, tensors, output)]), library)
+        np.testing.assert_allclose(running.run(None, {"x": x})[0], layer.expected(), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("shape", [(40,), (1, 40), (2, 5, 40), (3, 2, 50, 40)])
+def test_gemm_takes_any_leading_dimensions(library: Path, shape: tuple[int, ...]) -> None:
+    random = np.random.default_rng(1)
+    layer = Layer(
+        block=4,
+        weight=sparse_weight(random, (22, 40), 4, 0.5),
+        x=random.standard_normal(shape).astype(np.float32),
+        activation="gelu",
+    )
+    y = session(make_model([layer_parts(layer)]), library).run(None, feed(layer))[0]
+    assert y.shape == (*shape[:-1], 22)
+    np.testing.assert_allclose(y, layer.expected(), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_over_their_whole_range(library: Path, activation: str) -> None:
+    values = np.concatenate([np.linspace(-100, 100, 4001), np.linspace(-6, 6, 4001), [0.0, -0.0]]).astype(np.float32)
+    layer = Layer(block=4, weight=np.eye(4, 1, dtype=np.float32), x=values.reshape(-1, 1), activation=activation)
+    y = session(make_model([layer_parts(layer)]), library).run(None, feed(layer))[0]
+    np.testing.assert_allclose(y, layer.expected(), rtol=1e-5, atol=1e-6)
+
+
+def test_nan_is_kept(library: Path) -> None:
+    for activation in ACTIVATIONS:
+        x = np.full((20, 3), np.nan, np.float32)
+        layer = Layer(block=8, weight=np.ones((8, 3), np.float32), x=x, activation=activation)
+        y = session(make_model([layer_parts(layer)]), library).run(None, feed(layer))[0]
+        assert np.isnan(y).all(), activation
+
+
+def test_an_empty_batch_is_empty(library: Path) -> None:
+    random = np.random.default_rng(0)
+    conv = sparse_weight(random, (8, 3, 3, 3), 8, 0.5)
+    gemm = sparse_weight(random, (8, 3), 8, 0.5)
+    for weight, shape, expected in ((conv, (0, 3, 5, 5), (0, 8, 3, 3)), (gemm, (0, 3), (0, 8))):
+        layer = Layer(block=8, weight=weight, x=np.zeros(shape, np.float32))
+        assert session(make_model([layer_parts(layer)]), library).run(None, feed(layer))[0].shape == expected
+
+
+def test_an_unknown_instruction_set_is_refused(library: Path) -> None:
+    code = f"import onnxruntime as o; o.SessionOptions().register_custom_ops_library({str(library)!r})"
+    environment = {**os.environ, "SLRC_KERNEL_ISA": "sse9"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "SLRC_KERNEL_ISA" in done.stderr
+
+
+def test_the_runtime_is_new_enough_here() -> None:
+    assert tuple(int(n) for n in ort.__version__.split(".")[:2]) >= (1, 17)

@@ -238,10 +238,10 @@ def _round_up(program: Program, constraints: Sequence[Constraint], keep: np.ndar
 
 
 def _step(program: Program, constraint: Constraint, multiple: int) -> int:
-    """Return the least number of units whose indices are a multiple of `multiple`."""
-    first = constraint.members[0]
-    width = len(first.index) if first.index is not None else program.tensors[first.tensor].shape[first.dim]
-    return multiple // math.gcd(multiple, width // constraint.groups)
+    """Return the least number of units whose indices are a multiple of `multiple` in every layer that makes them."""
+    layers = [s for s in constraint.members if s.tensor in program.layers] or list(constraint.members)
+    widths = [len(s.index) if s.index is not None else program.tensors[s.tensor].shape[s.dim] for s in layers]
+    return multiple // math.gcd(multiple, *(width // constraint.groups for width in widths))
 
 
 def _for_latency(

@@ -134,8 +134,10 @@ class Program:
 
     @cached_property
     def num_parameters(self) -> int:
-        """Number of parameters; tied ones count once."""
-        return sum(p.numel() for p in self.graph_module.parameters())
+        """Number of parameters; tied ones count once, those that inference does not use (auxiliary heads) never."""
+        used = [n.target for n in self.graph_module.graph.nodes if n.op == "get_attr" and n.users]
+        unique = {id(t): t for name in used if name in self.parameter_names for t in [self.tensors[str(name)]]}
+        return sum(t.numel() for t in unique.values())
 
     @cached_property
     def macs(self) -> int:

@@ -372,3 +372,16 @@ def test_a_model_that_cannot_be_copied_is_refused() -> None:
     model(torch.randn(2, 4))
     with pytest.raises(CaptureError, match="cannot be copied"):
         capture(model, (torch.randn(2, 4),))
+
+
+def test_parameters_that_inference_does_not_use_are_not_counted() -> None:
+    class WithAuxiliaryHead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.auxiliary = nn.Linear(4, 4), nn.Linear(4, 100)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.body(x)
+            return (y, self.auxiliary(y)) if self.training else y
+
+    assert capture(WithAuxiliaryHead(), (torch.randn(1, 4),)).num_parameters == 20

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from slrc.errors import PatternError, PlanError
 from slrc.passes.allocate_sparsity import Allocation, allocate_sparsity
@@ -192,3 +192,22 @@ def test_a_group_of_one_unit_is_left_out(net: Any) -> None:
     plan = allocate_sparsity(capture(model, (torch.randn(1, 3, 2, 2),)), Channel(), 0.5, keep_ends=False)
     assert kept(plan) == {"a": (1, 2)}
     assert left_out(plan)["g"] == "it has one channel only"
+
+
+def test_widths_are_rounded_by_the_layers_of_a_group_not_by_its_small_parameters() -> None:
+    class Gated(nn.Module):
+        """Four heads of 4, each with a learned scalar."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.qkv, self.out = nn.Parameter(torch.ones(4)), nn.Linear(8, 48), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).view(2, 5, 3, 4, 4).permute(2, 0, 3, 1, 4).unbind(0)
+            a = nn.functional.scaled_dot_product_attention(q, k, v) * self.gate.view(1, 4, 1, 1)
+            return self.out(a.transpose(1, 2).reshape(2, 5, 16))
+
+    torch.manual_seed(0)
+    program = capture(Gated(), (torch.randn(2, 5, 8),), "gated")
+    plan = allocate_sparsity(program, Channel(), 0.5, round_to=8, keep_ends=False)
+    assert {(c.keep, c.groups) for c in plan if "gate" in {s.tensor for s in c.members}} == {(2, 4)}

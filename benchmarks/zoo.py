@@ -295,7 +295,8 @@ def main() -> None:
         if beside and not name.endswith(NARROW) and "torch_pruning" not in old:
             row["torch_pruning"] = run_alone(name, "torch-pruning", args)
         if row:
-            rows[name] = old | row
+            levels = old.get("levels", {}) | row.get("levels", {})
+            rows[name] = old | row | ({"levels": levels} if levels else {})
             args.results.parent.mkdir(exist_ok=True)
             aside = args.results.with_suffix(".partial")
             aside.write_text(json.dumps(rows, indent=1) + "\n")

@@ -62,6 +62,8 @@ class Artifact(BaseModel):
     """The largest batch that the artifact takes; its only one where the batch is not dynamic; `None` for any."""
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    kernels: str | None = None
+    """The library of kernels that makes packed layers fast; the model runs without it too."""
     properties: Mapping[str, str] = {}
     """What else the backend wants to record: the opset, the builder's version, compute capabilities."""
 
@@ -108,8 +110,12 @@ class Backend(ABC):
     summary: ClassVar[str]
 
     @abstractmethod
-    def available(self) -> Availability:
-        """Say whether this machine can emit and run, and why not. Imports nothing heavy."""
+    def available(self, target: Target | None = None) -> Availability:
+        """Say whether this machine can emit and run for `target`, or at all, and why not. Imports nothing heavy."""
+
+    def why_not_packed(self, target: Target) -> str:
+        """Return why layers with packed blocks cannot run fast on the target; empty if they can."""
+        return f"{self.name} has no kernels for packed blocks"
 
     @abstractmethod
     def check_target(self, target: Target) -> None:
@@ -136,8 +142,8 @@ class Backend(ABC):
         """Return how far the artifact's outputs may lie from the program's, as a share of the largest value."""
 
     @abstractmethod
-    def load(self, folder: Path, *, threads: int | None = None) -> Runner:
-        """Load an artifact to run it.
+    def load(self, folder: Path, *, threads: int | None = None, stock: bool = False) -> Runner:
+        """Load an artifact to run it; with `stock`, as a runtime does that has no kernels of slrc.
 
         Raises:
             BackendError: the artifact cannot run here.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from slrc.backends.packed_onnx import attach_functions, translation_table
 from slrc.errors import BackendError
 from slrc.program import Program
 
@@ -19,8 +20,8 @@ EXTERNAL_DATA_BYTES = 1 << 30
 """Above this the weights go to a file of their own: a protobuf holds 2 GiB at most."""
 
 
-def export_onnx(program: Program, path: Path) -> None:
-    """Write `program` as a checked ONNX model with named inputs and outputs.
+def export_onnx(program: Program, path: Path) -> bool:
+    """Write `program` as a checked ONNX model with named inputs and outputs; return whether it has packed layers.
 
     Raises:
         BackendError: an operator has no ONNX form; the message names it.
@@ -32,7 +33,12 @@ def export_onnx(program: Program, path: Path) -> None:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             exported = torch.onnx.export(
-                program.exported, dynamo=True, opset_version=OPSET, optimize=True, verbose=False
+                program.exported,
+                dynamo=True,
+                opset_version=OPSET,
+                optimize=True,
+                verbose=False,
+                custom_translation_table=translation_table(),
             )
     except Exception as error:
         reason = str(error.__cause__ or error).strip().splitlines()
@@ -41,8 +47,10 @@ def export_onnx(program: Program, path: Path) -> None:
             hint="an operator of the model has no ONNX form in this version of torch; `--debug` shows which",
         ) from error
     assert exported is not None
+    is_packed = attach_functions(exported.model)
     exported.save(path, external_data=_bytes(program) > EXTERNAL_DATA_BYTES)
     onnx.checker.check_model(str(path))
+    return is_packed
 
 
 def _bytes(program: Program) -> int:

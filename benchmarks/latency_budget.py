@@ -20,7 +20,6 @@ from typing import Any
 from zoo import load, load_dense, make
 
 import slrc
-from slrc.compilation import flat_inputs
 from slrc.latency_timing import cache_folder
 from slrc.pipeline import STRUCTURE, run_passes
 from slrc.plans import Masks
@@ -39,7 +38,7 @@ def measure_budget(program: Program, dense: Any, budget: float, cache: Path) -> 
     planned = time.perf_counter() - started
     assert plan.latency is not None
     slim = run_passes(STRUCTURE, program, plan, Masks.project(plan, program.tensors))
-    inputs = flat_inputs(slim)
+    inputs = slim.flat_inputs()
     with tempfile.TemporaryDirectory() as folder:
         timed = measure("ort", dense, load(slim, Path(folder)), inputs, threads=1)
     measured = timed.compiled_ms.p50 / timed.dense_ms.p50

@@ -136,7 +136,6 @@ def load(program: Any, folder: Path) -> Any:
 def measure_level(program: Any, level: float, layer_norm: Any, dense: Any) -> dict[str, Any]:
     """Prune by magnitude in one shot; compare masked, slim and ONNX Runtime; time the latter and `dense` in turns."""
     import slrc
-    from slrc.compilation import flat_inputs
     from slrc.passes.apply_masks import ApplyMasks
     from slrc.pipeline import STRUCTURE, run_passes
     from slrc.plans import Masks
@@ -156,7 +155,7 @@ def measure_level(program: Any, level: float, layer_norm: Any, dense: Any) -> di
         "macs": slim.macs,
         "slim_error": compare("slim", reference, outputs, float("inf")).max_rel_error,
     }
-    inputs = flat_inputs(slim)
+    inputs = slim.flat_inputs()
     with tempfile.TemporaryDirectory() as folder:
         runner = load(slim, Path(folder))
         result["ort_error"] = compare("ort", outputs, runner(*inputs), float("inf")).max_rel_error

@@ -1,52 +1,57 @@
-"""Turn a `columns:R` mask into R smaller dense layers, for any runtime."""
+"""Turn a layer whose row groups keep input channels of their own into smaller dense layers, for any runtime."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from slrc.forms import FormKind, Forms, kept_channels
 from slrc.passes.base import PassResult, Transform
 from slrc.passes.graph_edits import call_before, get_tensor, insert_tensor, layer_bias, sibling
-from slrc.patterns import Columns
-from slrc.plans import Constraint, Masks, Plan
+from slrc.plans import Masks, Plan
 from slrc.program import Program, layer_weight, op_name
 
 aten = torch.ops.aten
+GROUPS_POSITION = 6
 
 
 @dataclass(frozen=True)
 class SplitColumns(Transform):
-    """Split a layer whose row groups keep input channels of their own.
+    """Split each layer whose form is `split:R` or `grouped:R`: its R row groups keep input channels of their own.
 
-    1. `conv(x, w (o, c, kh, kw), b)` with `columns:R` becomes `cat_r conv(index_select(x, 1, i_r), w_r, b_r)`, where
-       row group `r` keeps the `l` channels `i_r` and `w_r` is `(o/R, l, kh, kw)`; `linear` likewise on its last
-       dimension.
-    2. Row groups that keep the same channels stay one layer.
+    1. `split:R`: `conv(x, w (o, c, kh, kw), b)` becomes `cat_r conv(index_select(x, 1, i_r), w_r, b_r)`, where row
+       group `r` keeps the `l` channels `i_r` and `w_r` is `(o/R, l, kh, kw)`; `linear` likewise on its last
+       dimension. Row groups that keep the same channels stay one layer.
+    2. `grouped:R`, convolutions whose row groups keep as many channels each: one gather of `i_0 … i_R` and one
+       convolution with R groups, its weight `(o, l, kh, kw)`.
     3. A layer that keeps all its channels, or whose bias is computed, is left alone.
 
-        x ─▶ conv        x ─▶ gather i₀ ─▶ conv w₀ ─┐
+        x ─▶ conv        x ─▶ gather i₀ ─▶ conv w₀ ─┐          x ─▶ gather i₀ i₁ ─▶ conv, 2 groups
                            └▶ gather i₁ ─▶ conv w₁ ─┴▶ cat
     """
 
+    forms: Forms = field(default_factory=dict)
     name: ClassVar[str] = "split-columns"
 
     def __call__(self, program: Program, plan: Plan, masks: Masks) -> PassResult:
         """Return the program with its column-pruned layers split."""
-        columns = {c.members[0].tensor: c for c in plan if isinstance(c.pattern, Columns) and c.keep < c.groups}
-        return PassResult(*program.rewrite(lambda module: _split_all(module, columns, masks)))
+        return PassResult(*program.rewrite(self._split_all))
 
-
-def _split_all(module: GraphModule, columns: dict[str, Constraint], masks: Masks) -> bool:
-    layers = [n for n in module.graph.nodes if layer_weight(n) in columns and _has_plain_bias(n)]
-    for layer in layers:
-        weight = str(layer_weight(layer))
-        pattern = columns[weight].pattern
-        _split(module, layer, weight, pattern.group_view(masks.tensors[weight])[..., 0])
-    return bool(layers)
+    def _split_all(self, module: GraphModule) -> bool:
+        split = {FormKind.SPLIT: _split, FormKind.GROUPED: _group}
+        modified = False
+        for layer in list(module.graph.nodes):
+            form = self.forms.get(layer_weight(layer) or "")
+            if form is not None and form.kind in split and _has_plain_bias(layer):
+                kept = kept_channels(get_tensor(module, str(layer_weight(layer))), form.size)
+                if not bool(kept.all()):
+                    split[form.kind](module, layer, kept)
+                    modified = True
+        return modified
 
 
 def _has_plain_bias(layer: Node) -> bool:
@@ -54,27 +59,50 @@ def _has_plain_bias(layer: Node) -> bool:
     return bias is None or bias.op == "get_attr"
 
 
-def _split(module: GraphModule, layer: Node, name: str, kept: Tensor) -> None:
+def _split(module: GraphModule, layer: Node, kept: Tensor) -> None:
     """`kept` is `(R, in)`: the input channels of each row group."""
-    weight = get_tensor(module, name)
-    bias_name = None if (bias_node := layer_bias(layer)) is None else str(bias_node.target)
+    name, bias = str(layer_weight(layer)), layer_bias(layer)
     channel_dim = -1 if op_name(layer) == "linear" else 1
     if bool((kept == kept[:1]).all()):
         kept = kept[:1]
-    rows = weight.shape[0] // len(kept)
     parts = []
-    for r, channels in enumerate(kept):
-        index = channels.nonzero().flatten()
-        own = weight[r * rows : (r + 1) * rows].index_select(1, index)
-        index_node = insert_tensor(module, layer, sibling(name, f"index_{r}"), index)
-        weight_node = insert_tensor(module, layer, sibling(name, f"weight_{r}"), nn.Parameter(own, requires_grad=False))
-        bias_part: Node | None = None
-        if bias_name is not None:
+    for r, weight in enumerate(get_tensor(module, name).chunk(len(kept))):
+        index = kept[r].nonzero().flatten()
+        weight_node = _insert(module, layer, sibling(name, f"weight_{r}"), weight.index_select(1, index))
+        bias_node: Node | None = None
+        if bias is not None:
             # Tied weights may have a bias each: its parts go by the bias's own name.
-            own_bias = get_tensor(module, bias_name)[r * rows : (r + 1) * rows].clone()
-            bias_part = insert_tensor(module, layer, f"{bias_name}_{r}", nn.Parameter(own_bias, requires_grad=False))
-        gathered = call_before(layer, aten.index_select.default, layer.args[0], channel_dim, index_node)
+            own_bias = get_tensor(module, str(bias.target)).chunk(len(kept))[r].clone()
+            bias_node = _insert(module, layer, f"{bias.target}_{r}", own_bias)
+        gathered = _gather(module, layer, sibling(name, f"index_{r}"), channel_dim, index)
         assert isinstance(layer.target, torch._ops.OpOverload)
-        parts.append(call_before(layer, layer.target, gathered, weight_node, bias_part, *layer.args[3:]))
+        parts.append(call_before(layer, layer.target, gathered, weight_node, bias_node, *layer.args[3:]))
     whole = parts[0] if len(parts) == 1 else call_before(layer, aten.cat.default, parts, channel_dim)
     layer.replace_all_uses_with(whole)
+
+
+def _group(module: GraphModule, layer: Node, kept: Tensor) -> None:
+    """As `_split`, where every row group keeps as many channels."""
+    name = str(layer_weight(layer))
+    weights = get_tensor(module, name).chunk(len(kept))
+    indices = [channels.nonzero().flatten() for channels in kept]
+    weight = torch.cat([w.index_select(1, index) for w, index in zip(weights, indices, strict=True)])
+    weight_node = _insert(module, layer, sibling(name, "grouped_weight"), weight)
+    gathered = _gather(module, layer, sibling(name, "index"), 1, torch.cat(indices))
+    assert isinstance(layer.target, torch._ops.OpOverload)
+    window = [*layer.args[3:], *_WINDOW[len(layer.args) - 3 :]] if len(layer.args) > 3 else list(_WINDOW)
+    window[GROUPS_POSITION - 3] = len(kept)
+    grouped = call_before(layer, layer.target, gathered, weight_node, layer_bias(layer), *window)
+    layer.replace_all_uses_with(grouped)
+
+
+_WINDOW = (1, 0, 1, 1)
+"""Stride, padding, dilation and groups of a convolution that names none."""
+
+
+def _insert(module: GraphModule, before: Node, name: str, tensor: Tensor) -> Node:
+    return insert_tensor(module, before, name, nn.Parameter(tensor, requires_grad=False))
+
+
+def _gather(module: GraphModule, layer: Node, name: str, dim: int, index: Tensor) -> Node:
+    return call_before(layer, aten.index_select.default, layer.args[0], dim, insert_tensor(module, layer, name, index))

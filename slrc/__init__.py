@@ -13,7 +13,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slrc.api import capture, compile, lower, plan, structure, train
+    from slrc.api import capture, compile, form, lower, plan, structure, train
     from slrc.config import CompileConfig
     from slrc.errors import SlrcError
     from slrc.methods import ADMM, SLR, ADMMSettings, Magnitude, SLRSettings
@@ -28,6 +28,7 @@ __version__ = version("slrc")
 _HOME = {
     "capture": "api",
     "compile": "api",
+    "form": "api",
     "lower": "api",
     "plan": "api",
     "structure": "api",
@@ -65,6 +66,7 @@ __all__ = [
     "capture",
     "compile",
     "cross_entropy",
+    "form",
     "lower",
     "plan",
     "structure",

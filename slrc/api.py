@@ -15,6 +15,7 @@ from slrc.backends import LoweredProgram, Target, get_backend, parse_target
 from slrc.compilation import Compilation
 from slrc.config import CompileConfig, make_config
 from slrc.errors import BackendError, ConfigError, PlanError
+from slrc.form_choice import apply_forms, choose_forms
 from slrc.latency_timing import LatencyMeter
 from slrc.passes.allocate_latency import LatencyGoal
 from slrc.passes.allocate_sparsity import Allocation, allocate_sparsity
@@ -91,10 +92,15 @@ def train(workload: Workload, plan: Plan, *, checkpoints: Path | None = None, **
 
 
 def structure(program: Program, plan: Plan, trained: Trained | Masks) -> Program:
-    """Turn masks into structure: removed channels, split layers; what has no structure yet stays masked."""
+    """Turn masks into structure that is the same for every target: removed channels. Other zeros stay in weights."""
     if isinstance(trained, Masks):
         return run_passes(STRUCTURE, program, plan, trained)
     return run_passes(STRUCTURE, program.with_tensors(trained.tensors), plan, trained.masks)
+
+
+def form(program: Program, target: str = "ort", *, threads: int | None = None) -> Program:
+    """Give every layer of a structured program the form that is the fastest on a target. See `choose_forms`."""
+    return apply_forms(program, choose_forms(program, parse_target(target), threads=threads).forms)
 
 
 def lower(program: Program, target: str, out: str | Path) -> LoweredProgram:
@@ -176,7 +182,7 @@ def compile(
 def _emittable(text: str) -> Target:
     """Return a target that can be emitted here: better said now than after training."""
     target = parse_target(text)
-    if reason := get_backend(target).available().why_not_emit:
+    if reason := get_backend(target).available(target).why_not_emit:
         raise BackendError(f"target `{target}` cannot be built here: {reason}", hint="see `slrc targets`")
     return target
 

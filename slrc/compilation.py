@@ -15,12 +15,13 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from slrc.backends import Artifact, LoweredProgram, Target, get_backend, parse_target
 from slrc.checkpoints import disk_error
 from slrc.config import CompileConfig
 from slrc.errors import BackendError, OutputError, WorkloadError
+from slrc.form_choice import apply_forms, choose_forms
+from slrc.forms import FormChoice
 from slrc.latency import LatencyForecast
 from slrc.pipeline import DENSE, STRUCTURE, run_passes
 from slrc.plans import Masks, Plan
@@ -47,6 +48,9 @@ class Lowered:
     target: Target
     dense: LoweredProgram
     compiled: LoweredProgram
+    program: Program
+    """What `compiled` was lowered from: its layers are in the forms of `choice`."""
+    choice: FormChoice
 
 
 @dataclass
@@ -122,11 +126,15 @@ class Compilation:
         lowered = []
         for target in self.targets:
             backend = get_backend(target)
-            reasons = [backend.available().why_not_emit, *backend.check(slim)]
+            reasons = [backend.available(target).why_not_emit, *backend.check(slim)]
             if reason := next(filter(None, reasons), None):
                 raise BackendError(f"target `{target}` cannot be built here: {reason}")
+            choice = choose_forms(slim, target, threads=self.config.threads, reporter=self.reporter)
+            if choice.lost:
+                self.note(f"on {target} no layer was packed: {choice.lost}")
+            formed = self._form(slim, choice)
             pair = []
-            for name, one in (("dense", dense), ("compiled", slim)):
+            for name, one in (("dense", dense), ("compiled", formed)):
                 folder = result / target.folder / name
                 folder.mkdir(parents=True)
                 self.reporter.note(f"emitting {target} ({name})")
@@ -134,8 +142,17 @@ class Compilation:
                     pair.append(LoweredProgram(backend.lower(one, target, folder), folder, target))
                 except OSError as error:
                     raise disk_error(folder, error) from error
-            lowered.append(Lowered(target, *pair))
+            lowered.append(Lowered(target, pair[0], pair[1], formed, choice))
         return lowered
+
+    def _form(self, slim: Program, choice: FormChoice) -> Program:
+        """Return the program with its layers in the chosen forms, checked against the slim one."""
+        if not choice.forms:
+            return slim
+        formed = apply_forms(slim, choice.forms)
+        reference, outputs = (outputs_of(p.module(), p.example_inputs) for p in (slim, formed))
+        self.checks.append(compare(f"slim program = forms for {choice.target}", reference, outputs, TOLERANCE_FP32))
+        return formed
 
     def report(
         self,
@@ -151,7 +168,7 @@ class Compilation:
         final = None if metric is None else self.workload.measure(slim.module())
         latency, results = [], []
         for pair in lowered:
-            why_not = get_backend(pair.target).available().why_not_run
+            why_not = get_backend(pair.target).available(pair.target).why_not_run
             if why_not:
                 self.note(f"{pair.target} was not run here: {why_not}")
             else:
@@ -166,6 +183,7 @@ class Compilation:
                     size_bytes=size,
                     precision=pair.compiled.artifact.precision,
                     not_run=why_not,
+                    forms=pair.choice,
                 )
             )
         return Report(
@@ -175,7 +193,7 @@ class Compilation:
             sparsity=Sparsity(asked=plan.sparsity_asked, reached=plan.sparsity),
             accuracy=_accuracy(metric, trained, final),
             params=Pair(dense=dense.num_parameters, compiled=_surviving(slim, trained.masks)),
-            macs=Pair(dense=dense.macs, compiled=slim.macs),
+            macs=Pair(dense=dense.macs, compiled=lowered[0].program.macs),
             size_bytes=results[0].size_bytes,
             latency=tuple(latency),
             checks=tuple(self.checks),
@@ -206,7 +224,7 @@ class Compilation:
         with self.workspace.writing():
             plan.save(folder / "plan.json")
             trained.masks.save(folder / "masks.safetensors")
-            save_file({f"input_{i}": x for i, x in enumerate(flat_inputs(slim))}, folder / INPUTS)
+            save_file({f"input_{i}": x for i, x in enumerate(slim.flat_inputs())}, folder / INPUTS)
             if archive is not None:
                 (folder / "model.pt2").write_bytes(archive)
             if stored is not None:
@@ -228,8 +246,12 @@ class Compilation:
         backend = get_backend(pair.target)
         runner = backend.load(pair.compiled.folder, threads=self.config.threads)
         tolerance = backend.tolerance(pair.compiled.artifact)
+        if pair.compiled.artifact.kernels is not None:
+            stock = backend.load(pair.compiled.folder, threads=self.config.threads, stock=True)(*slim.flat_inputs())
+            outputs = runner(*slim.flat_inputs())
+            self.checks.append(compare(f"{pair.target} without kernels = with kernels", stock, outputs, tolerance))
         reference = outputs_of(slim.module(), slim.example_inputs)
-        self.checks.append(compare(f"slim program = {pair.target}", reference, runner(*flat_inputs(slim)), tolerance))
+        self.checks.append(compare(f"slim program = {pair.target}", reference, runner(*slim.flat_inputs()), tolerance))
         if metric is None:
             return None
         out_spec = slim.exported.call_spec.out_spec
@@ -240,7 +262,7 @@ class Compilation:
         return measured
 
     def _measure(self, slim: Program, pair: Lowered, forecast: LatencyForecast | None) -> Latency:
-        latency = time_pair(pair, flat_inputs(slim), self.config.threads, self.reporter)
+        latency = time_pair(pair.dense, pair.compiled, slim.flat_inputs(), self.config.threads, self.reporter)
         if forecast and (forecast.target, forecast.threads) == (str(pair.target), latency.threads):
             predicted = forecast.predicted * latency.dense_ms.p50
             latency = latency.model_copy(update={"predicted_ms": predicted})
@@ -258,13 +280,17 @@ class Compilation:
 
 
 def time_pair(
-    pair: Lowered, inputs: Sequence[Tensor], threads: int | None, reporter: Reporter | None = None
+    dense: LoweredProgram,
+    compiled: LoweredProgram,
+    inputs: Sequence[Tensor],
+    threads: int | None,
+    reporter: Reporter | None = None,
 ) -> Latency:
     """Load both artifacts of a target and time them in turns."""
-    backend = get_backend(pair.target)
+    backend = get_backend(compiled.target)
     count = threads or len(os.sched_getaffinity(0))
-    dense, compiled = (backend.load(p.folder, threads=count) for p in (pair.dense, pair.compiled))
-    return measure(str(pair.target), dense, compiled, inputs, count, reporter)
+    runners = [backend.load(p.folder, threads=count) for p in (dense, compiled)]
+    return measure(str(compiled.target), runners[0], runners[1], inputs, count, reporter)
 
 
 class BenchResult(BaseModel):
@@ -293,14 +319,14 @@ def bench_output(folder: Path, threads: int | None, reporter: Reporter) -> Bench
     latency, not_run = [], []
     for result in report.targets:
         target = parse_target(result.target)
-        if why_not := get_backend(target).available().why_not_run:
+        if why_not := get_backend(target).available(target).why_not_run:
             not_run.append(f"{target}: {why_not}")
             continue
         dense, compiled = (
             LoweredProgram(Artifact.read(path), path, target)
             for path in (folder / result.folder / "dense", folder / result.folder / "compiled")
         )
-        latency.append(time_pair(Lowered(target, dense, compiled), inputs, threads, reporter))
+        latency.append(time_pair(dense, compiled, inputs, threads, reporter))
     return BenchResult(model=report.model, latency=tuple(latency), not_run=tuple(not_run), environment=environment())
 
 
@@ -309,11 +335,6 @@ def _archive(program: Program) -> bytes:
     archive = io.BytesIO()
     torch.export.save(program.exported, archive)
     return archive.getvalue()
-
-
-def flat_inputs(program: Program) -> list[Tensor]:
-    """Return the example inputs as a flat list of tensors."""
-    return [x.contiguous() for x in pytree.tree_leaves(program.example_inputs) if isinstance(x, Tensor)]
 
 
 _NOTHING = Plan(sparsity_asked=0.0, sparsity=0.0, constraints=())

@@ -12,7 +12,6 @@ from typing import Any
 
 from slrc.backends import Runner, Target, get_backend
 from slrc.checkpoints import disk_error
-from slrc.compilation import flat_inputs
 from slrc.errors import BackendError, PlanError
 from slrc.latency import LatencyTable, SegmentLatency, WholeLatency
 from slrc.passes.cut_segments import cut_segments
@@ -49,14 +48,14 @@ class LatencyMeter:
         cache: Path | None = None,
         reporter: Reporter | None = None,
     ) -> None:
-        if why_not := get_backend(target).available().why_not_run:
+        if why_not := get_backend(target).available(target).why_not_run:
             raise BackendError(
                 f"`--allocate latency` measures on the target, and {target} cannot run here: {why_not}",
                 hint="give a target that runs here, or another `--allocate`",
             )
         self._program, self._target, self._reporter = program, target, reporter or Quiet()
         self._threads = threads or len(os.sched_getaffinity(0))
-        self._clock = _Clock(target, self._threads, cache or cache_folder())
+        self._clock = Clock(target, self._threads, cache or cache_folder())
         self._dense = run_passes(DENSE, program, _NOTHING, Masks())
 
     def table(self, plans: Sequence[Plan]) -> LatencyTable:
@@ -76,7 +75,7 @@ class LatencyMeter:
                 segments.append(SegmentLatency(name=name, macs=tuple(v.macs for v in versions), ms=ms))
                 task.advance(name)
         sums = [sum(one) for one in zip(*(s.ms for s in segments), strict=True)]
-        whole = self._clock.times([_whole(p) for p in programs], WHOLE_BUDGET_S)
+        whole = self._clock.times([whole_job(p) for p in programs], WHOLE_BUDGET_S)
         return LatencyTable(
             target=str(self._target),
             threads=self._threads,
@@ -87,7 +86,7 @@ class LatencyMeter:
 
     def share(self, plan: Plan) -> float:
         """Return the latency with a plan's widths as a share of the dense one, measured in turns."""
-        dense, slim = self._clock.times([_whole(self._dense), _whole(self._slim(plan))], WHOLE_BUDGET_S)
+        dense, slim = self._clock.times([whole_job(self._dense), whole_job(self._slim(plan))], WHOLE_BUDGET_S)
         return slim / dense
 
     def _slim(self, plan: Plan) -> Program:
@@ -103,17 +102,18 @@ Job = tuple[str, Callable[[], Program], Sequence[Any]]
 """What to time: a name for its content, how to make it, and its inputs."""
 
 
-def _whole(program: Program) -> Job:
+def whole_job(program: Program) -> Job:
+    """Return the job of a whole network; two that differ in values only are the same."""
     shapes = [tuple(t.shape) for t in program.tensors.values()]
     digest = sha256(f"{program.graph_module.graph}{shapes}".encode()).hexdigest()[:24]
-    return digest, lambda: program, flat_inputs(program)
+    return digest, lambda: program, program.flat_inputs()
 
 
-class _Clock:
-    """Times programs on one target, and remembers what each took."""
+class Clock:
+    """Times programs on one target, and remembers in `cache` what each took."""
 
     def __init__(self, target: Target, threads: int, cache: Path) -> None:
-        self._target, self._threads = target, threads
+        self.target, self._threads = target, threads
         found = environment()
         runtimes = {n: v for n, v in found["versions"].items() if n.startswith(("onnxruntime", "tensorrt"))}
         self.machine: Mapping[str, Any] = {k: found[k] for k in ("cpu", "instruction_sets", "gpu")} | runtimes
@@ -133,9 +133,9 @@ class _Clock:
         return ms
 
     def _prepare(self, program: Program, inputs: Sequence[Any]) -> Callable[[], Any]:
-        backend = get_backend(self._target)
+        backend = get_backend(self.target)
         with tempfile.TemporaryDirectory() as folder:
-            backend.lower(program, self._target, Path(folder))
+            backend.lower(program, self.target, Path(folder))
             runner: Runner = backend.load(Path(folder), threads=self._threads)
         return runner.prepare(*inputs)
 

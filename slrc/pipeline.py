@@ -6,20 +6,27 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from slrc.forms import Forms
 from slrc.passes.apply_masks import ApplyMasks
 from slrc.passes.base import Transform
 from slrc.passes.fold_batch_norm import FoldBatchNorm
+from slrc.passes.pack_blocks import PackBlocks
 from slrc.passes.shrink_channels import ShrinkChannels
 from slrc.passes.split_columns import SplitColumns
 from slrc.plans import Masks, Plan
 from slrc.program import Program
 from slrc.verify import TOLERANCE_FP32, Check, compare, outputs_of
 
-STRUCTURE: tuple[Transform, ...] = (ApplyMasks(), ShrinkChannels(), FoldBatchNorm(), SplitColumns())
-"""From masks to structure. What a pattern has no structure for stays masked."""
+STRUCTURE: tuple[Transform, ...] = (ApplyMasks(), ShrinkChannels(), FoldBatchNorm())
+"""From masks to structure, the same for every target. What is left of the masks are zeros in weights."""
 
 DENSE: tuple[Transform, ...] = (FoldBatchNorm(),)
 """What the dense model gets too, so that only sparsity is measured."""
+
+
+def form_passes(forms: Forms) -> tuple[Transform, ...]:
+    """Return the transforms that give each layer its form on a target, after `STRUCTURE`."""
+    return (SplitColumns(forms), PackBlocks(forms))
 
 
 def run_passes(

@@ -35,6 +35,9 @@ aten = torch.ops.aten
 
 CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution"})
 TRANSPOSED = frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
+WEIGHTED = CONVOLUTIONS | TRANSPOSED | {"linear"}
+PACKED = frozenset({"block_sparse_conv", "block_sparse_gemm"})
+"""Operators of slrc: see `slrc.packed_ops`."""
 MATMULS = frozenset({"matmul", "bmm", "mm"})
 
 
@@ -143,6 +146,10 @@ class Program:
     def macs(self) -> int:
         """Multiply-accumulates of one sample: convolutions, linear layers, matrix products and attention."""
         return sum(node_macs(node) for node in self.nodes) // self.batch
+
+    def flat_inputs(self) -> list[Tensor]:
+        """Return the example inputs as a flat list of tensors."""
+        return [x.contiguous() for x in pytree.tree_leaves(self.example_inputs) if isinstance(x, Tensor)]
 
     def module(self, trainable: bool = False) -> nn.Module:
         """Return a fresh module that runs the graph; it shares no tensor with the program.
@@ -261,7 +268,7 @@ def op_name(node: Node) -> str:
 
 def layer_weight(node: Node) -> str | None:
     """Return the name of the weight if `node` is a convolution or linear layer with a parameter as its weight."""
-    if op_name(node) not in CONVOLUTIONS | TRANSPOSED | {"linear"} or len(node.args) < 2:
+    if op_name(node) not in WEIGHTED or len(node.args) < 2:
         return None
     weight = node.args[1]
     if isinstance(weight, Node) and weight.op == "get_attr":
@@ -315,6 +322,9 @@ def node_macs(node: Node, shape_of: Callable[[Node], list[int]] = node_shape) ->
         return out * math.prod(shape[1][1:])
     if name in MATMULS:
         return out * shape[0][-1]
+    if name in PACKED:
+        values, outputs = operands[1].meta["val"].numel(), shape_of(node)[1 if name == "block_sparse_conv" else -1]
+        return out // outputs * int(values)
     if name == "addmm":
         return out * shape[1][-1]
     if name == "scaled_dot_product_attention":
@@ -412,7 +422,7 @@ def _downstream_of_inputs(nodes: Iterator[Node], inputs: set[Node]) -> set[Node]
         if any(a in fresh for a in node.all_input_nodes) and not isinstance(node.meta.get("val"), torch.SymInt):
             if layer_weight(node) is not None:
                 layers.add(node)
-            else:
+            elif op_name(node) not in WEIGHTED:  # whose weight may be computed
                 fresh.add(node)
     return layers
 
@@ -424,7 +434,7 @@ def _upstream_of_output(module: GraphModule) -> set[Node]:
         if node.op == "output" or any(user in late for user in node.users):
             if node.op == "call_function" and layer_weight(node) is not None:
                 layers.add(node)
-            else:
+            elif op_name(node) not in WEIGHTED:
                 late.add(node)
     return layers
 

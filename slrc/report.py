@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from slrc.checkpoints import EpochRecord
 from slrc.errors import OutputError
+from slrc.forms import FormChoice
 from slrc.methods import Iteration
 from slrc.timing import Latency
 from slrc.verify import Check
@@ -59,13 +60,14 @@ class LayerSparsity(_Data):
 
 
 class TargetResult(_Data):
-    """What was emitted for a target; `not_run` says why it was not run here."""
+    """What was emitted for a target; `not_run` says why it was not run here, `forms` how each layer is run."""
 
     target: str
     folder: str
     size_bytes: Pair[int]
     precision: str
     not_run: str = ""
+    forms: FormChoice | None = None
 
 
 class Report(_Data):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
@@ -9,36 +11,56 @@ from typing import ClassVar
 from slrc.backends.base import Artifact, Availability, Backend, Runner, Target
 from slrc.backends.onnx_export import OPSET, export_onnx
 from slrc.errors import BackendError
+from slrc.kernels.build import TILE_SETS, build, family_of, find_compiler
 from slrc.program import Program
 
 MODEL_FILE = "model.onnx"
+KERNELS_FILE = "libslrc_kernels_{family}.so"
 
 
 class OnnxRuntime(Backend):
-    """ONNX, run by ONNX Runtime on the CPU."""
+    """ONNX, run by ONNX Runtime on the CPU; packed layers by kernels of slrc, in a library beside the model."""
 
     name: ClassVar[str] = "ort"
-    summary: ClassVar[str] = "ONNX Runtime on the CPU"
+    summary: ClassVar[str] = "ONNX Runtime on the CPU; `ort:aarch64` or `ort:x86_64` for another processor"
 
-    def available(self) -> Availability:
-        """ONNX Runtime comes with slrc; it may have been removed."""
+    def available(self, target: Target | None = None) -> Availability:
+        """ONNX Runtime comes with slrc, but may have been removed; a target may name another processor."""
         missing = "" if find_spec("onnxruntime") else "the package `onnxruntime` is not installed"
+        here = platform.machine()
+        if target is not None and target.options and family_of(here) != target.options[0]:
+            missing = f"it is for {target.options[0]}, and this machine is {here}"
         return Availability("", missing)
 
     def check_target(self, target: Target) -> None:
-        """There are no options yet."""
-        if target.options:
-            raise BackendError(f"target `{target}`: `ort` takes no options", hint="use `--target ort`")
+        """The one option is a processor family."""
+        if len(target.options) > 1 or any(option not in TILE_SETS for option in target.options):
+            raise BackendError(
+                f"target `{target}`: `ort` takes a processor, {' or '.join(TILE_SETS)}",
+                hint="use `--target ort` for this machine, or for example `--target ort:aarch64`",
+            )
 
     def check(self, program: Program) -> list[str]:
         """Every program that `torch.onnx` can export will do: the exporter says what it cannot take."""
         return []
 
+    def why_not_packed(self, target: Target) -> str:
+        """Kernels need a compiler for the target's processor."""
+        try:
+            find_compiler(_family(target))
+        except BackendError as error:
+            return f"{error.message} ({error.hint})" if error.hint else error.message
+        return ""
+
     def lower(self, program: Program, target: Target, out: Path) -> Artifact:
-        """Write `model.onnx` and its manifest."""
+        """Write `model.onnx`, the library of kernels if it has packed layers, and the manifest."""
         import onnx
 
-        export_onnx(program, out / MODEL_FILE)
+        is_packed = export_onnx(program, out / MODEL_FILE)
+        kernels = None
+        if is_packed:
+            kernels = KERNELS_FILE.format(family=_family(target))
+            shutil.copy(build(_family(target)), out / kernels)
         model = onnx.load(out / MODEL_FILE, load_external_data=False)
         artifact = Artifact(
             target=str(target),
@@ -47,6 +69,7 @@ class OnnxRuntime(Backend):
             max_batch=None if program.batch_is_dynamic else program.batch,
             inputs=tuple(i.name for i in model.graph.input),
             outputs=tuple(o.name for o in model.graph.output),
+            kernels=kernels,
             properties={"opset": str(OPSET)},
         )
         artifact.write(out)
@@ -56,8 +79,14 @@ class OnnxRuntime(Backend):
         """Return 1e-4: float32 throughout, summed in another order."""
         return 1e-4
 
-    def load(self, folder: Path, *, threads: int | None = None) -> Runner:
-        """Open an inference session on the CPU."""
+    def load(self, folder: Path, *, threads: int | None = None, stock: bool = False) -> Runner:
+        """Open an inference session on the CPU, with the artifact's kernels unless `stock`."""
         from slrc.backends.ort.run import OnnxRuntimeRunner
 
-        return OnnxRuntimeRunner(folder / Artifact.read(folder).model_file, threads)
+        artifact = Artifact.read(folder)
+        kernels = None if stock or artifact.kernels is None else folder / artifact.kernels
+        return OnnxRuntimeRunner(folder / artifact.model_file, threads, kernels)
+
+
+def _family(target: Target) -> str:
+    return target.options[0] if target.options else family_of(platform.machine())

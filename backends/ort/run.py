@@ -14,15 +14,20 @@ from slrc.errors import BackendError
 
 
 class OnnxRuntimeRunner:
-    """A session on the CPU; `threads` is the size of its pool, `None` for the runtime's choice."""
+    """A session on the CPU.
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
+    `threads` is the size of its pool, `None` for the runtime's choice; `kernels` a library of operators.
+    """
+
+    def __init__(self, path: Path, threads: int | None = None, kernels: Path | None = None) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
             options.inter_op_num_threads = 1
         try:
+            if kernels is not None:
+                options.register_custom_ops_library(str(kernels))
             self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors share no base class
             raise BackendError(f"ONNX Runtime cannot load `{path}`: {str(error).splitlines()[0]}") from error

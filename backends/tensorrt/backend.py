@@ -49,7 +49,7 @@ class _TensorRTBackend(Backend):
     install: ClassVar[str]
     names_gpus: ClassVar[bool]
 
-    def available(self) -> Availability:
+    def available(self, target: Target | None = None) -> Availability:
         """Emitting needs the package and, unless GPUs are named, one; running needs both."""
         if not self._is_installed():
             missing = f"the package `{self.name}` is not installed: {self.install}"
@@ -126,8 +126,8 @@ class _TensorRTBackend(Backend):
         """Return 1e-4 in float32, which is not narrowed to TF32, and 1e-2 in float16."""
         return TOLERANCES[artifact.precision]
 
-    def load(self, folder: Path, *, threads: int | None = None) -> Runner:
-        """Load the engine onto the current GPU; `threads` means nothing there."""
+    def load(self, folder: Path, *, threads: int | None = None, stock: bool = False) -> Runner:
+        """Load the engine onto the current GPU; `threads` and `stock` mean nothing there."""
         artifact = Artifact.read(folder)
         if reason := self.available().why_not_run:
             raise BackendError(

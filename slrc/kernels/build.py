@@ -75,7 +75,7 @@ def find_compiler(family: str) -> Compiler:
     for command in _candidates(family):
         made_for = family if "-target" in command else _ask(command, "-dumpmachine")
         version = _ask(command, "--version")
-        if made_for is not None and version is not None and _normal(made_for) == family:
+        if made_for is not None and version is not None and family_of(made_for) == family:
             return Compiler(command, version)
     raise BackendError(
         f"no C++ compiler for {family}: tried {', '.join(shlex.join(c) for c in _candidates(family))}",
@@ -109,13 +109,14 @@ def compile_library(
 def _family(target: str | None) -> str:
     if target is None and sys.platform != "linux":
         raise BackendError(f"the block-sparse kernels are for Linux, this is {sys.platform}")
-    family = _normal(target or platform.machine())
+    family = family_of(target or platform.machine())
     if family not in TILE_SETS:
         raise BackendError(f"no block-sparse kernels for {family}: expected {' or '.join(TILE_SETS)}")
     return family
 
 
-def _normal(triple: str) -> str:
+def family_of(triple: str) -> str:
+    """Return the processor family that a machine's name or a triple begins with, such as `x86_64` or `aarch64`."""
     family = triple.strip().split("-")[0].lower()
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(family, family)
 

@@ -17,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, Phase, assume, given, note, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture import providers
 from torch import Tensor, nn
 
 from slrc.passes.allocate_sparsity import Allocation, allocate_sparsity
@@ -320,6 +321,14 @@ def _steps(draw: st.DrawFn, at: int, shapes: list[Shape]) -> tuple[Step, list[Sh
             both = draw(st.booleans())
             return Step(op, (at,), (width, both)), [(shape[0], width * (2 if both else 1))]
     return Step(op, (at,)), [shape]
+
+
+@pytest.fixture(autouse=True)
+def same_graphs_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hypothesis also draws constants that it reads in the modules loaded so far: those depend on earlier tests."""
+    if hasattr(providers, "_get_local_constants"):
+        monkeypatch.setattr(providers, "_get_local_constants", providers.Constants)
+        monkeypatch.setattr(providers, "CONSTANTS_CACHE", type(providers.CONSTANTS_CACHE)(1024))
 
 
 @pytest.mark.parametrize("shard", range(SHARDS))

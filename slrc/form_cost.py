@@ -1,0 +1,51 @@
+"""What a form costs where it cannot be timed: a share of the dense layer's time that grows with the work it keeps.
+
+`share = fixed + slope · density`, fitted by `benchmarks/sparse_latency.py --fit` to layers timed on x86-64 and written
+down here. It decides for processors that a model is cross-compiled for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from slrc.forms import DENSE, Form, FormKind, block_density, kept_channels
+
+FITTED: dict[tuple[FormKind, str], tuple[float, float]] = {
+    (FormKind.PACKED, "1x1"): (0.05, 1.2),
+    (FormKind.PACKED, "window"): (0.05, 1.3),
+    (FormKind.PACKED, "linear"): (0.05, 1.4),
+    (FormKind.SPLIT, "1x1"): (0.25, 1.0),
+    (FormKind.SPLIT, "window"): (0.10, 1.0),
+    (FormKind.SPLIT, "linear"): (0.25, 1.0),
+    (FormKind.GROUPED, "1x1"): (0.25, 1.0),
+    (FormKind.GROUPED, "window"): (0.10, 1.0),
+}
+"""`(fixed, slope)` by the form and the kind of layer."""
+
+
+def layer_kind(weight: Tensor) -> str:
+    """Return `linear`, `1x1` or `window` for a weight `(out, in, *kernel)`."""
+    if weight.dim() == 2:
+        return "linear"
+    return "1x1" if weight[0, 0].numel() == 1 else "window"
+
+
+def density_of(weight: Tensor, form: Form, groups: int = 1) -> float:
+    """Return the share of a dense layer's multiply-accumulates that a form does."""
+    if form.kind is FormKind.PACKED:
+        return block_density(weight, form.size, groups)
+    return 1.0 if form == DENSE else float(kept_channels(weight, form.size).float().mean())
+
+
+def cheapest_form(weight: Tensor, candidates: Sequence[Form], groups: int = 1) -> Form:
+    """Return the form that is expected to be the fastest."""
+
+    def share(form: Form) -> float:
+        if form == DENSE:
+            return 1.0
+        fixed, slope = FITTED[form.kind, layer_kind(weight)]
+        return fixed + slope * density_of(weight, form, groups)
+
+    return min(candidates, key=share)

@@ -1,0 +1,209 @@
+"""Forms: how a layer with structured zeros is executed.
+
+A form is chosen for each layer and target. Which forms a layer can take follows from the zeros of its weight alone, so
+a choice is data: a form by the name of the layer's weight.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from slrc.errors import PlanError
+
+BLOCK_ROWS = (4, 8, 16)
+"""What the packed-block kernels take."""
+MOST_PARTS = 8
+LEAST_ZEROS = 0.2
+"""The share of blocks or channels that must be zero for a form to be worth a trial."""
+ALIKE = 1.02
+"""Forms whose work differs by less count as the same work."""
+
+
+class FormKind(StrEnum):
+    """What a layer becomes."""
+
+    DENSE = "dense"
+    """The layer as it is, zeros and all."""
+    SPLIT = "split"
+    """A gather and a smaller layer for each row group, then a concatenation."""
+    GROUPED = "grouped"
+    """One gather, then one grouped convolution."""
+    PACKED = "packed"
+    """One node with packed blocks, for the kernels of slrc."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """`dense`, `split:R` and `grouped:R` with R row groups, `packed:M` with blocks of M outputs × 1 column."""
+
+    kind: FormKind
+    size: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.size}" if self.size else str(self.kind)
+
+
+DENSE = Form(FormKind.DENSE)
+Forms = Mapping[str, Form]
+"""The form of each layer, by the name of its weight; a layer that is not named stays dense."""
+
+
+def parse_form(text: str) -> Form:
+    """Return the form that `text` names.
+
+    Raises:
+        PlanError: it names none.
+    """
+    match = re.fullmatch(r"dense|(split|grouped|packed):([1-9]\d*)", text.strip())
+    if match is None:
+        raise PlanError(f"unknown form `{text}`: expected dense, split:R, grouped:R or packed:M")
+    return Form(FormKind(match[1]), int(match[2])) if match[1] else DENSE
+
+
+def candidate_forms(weight: Tensor, op: str, groups: int = 1) -> list[Form]:
+    """Return the forms that a layer's zeros allow, `dense` first.
+
+    Args:
+        weight: `(out, in/groups, *kernel)`.
+        op: the ATen operator's bare name, such as `conv2d`.
+        groups: of the convolution.
+    """
+    forms = [DENSE]
+    if op not in ("conv1d", "conv2d", "conv3d", "linear") or weight.shape[0] < 2:
+        return forms
+    if groups == 1 and (parts := _row_groups(weight)):
+        forms.append(Form(FormKind.SPLIT, parts))
+        kept = kept_channels(weight, parts).sum(dim=1)
+        if op != "linear" and parts > 1 and bool((kept == kept[0]).all()):
+            forms.append(Form(FormKind.GROUPED, parts))
+    if op in ("conv2d", "linear") and weight.shape[1] * groups > groups:
+        density = {rows: block_density(weight, rows, groups) for rows in BLOCK_ROWS}
+        least = min(density.values())
+        if least <= 1 - LEAST_ZEROS:
+            forms += [Form(FormKind.PACKED, rows) for rows, d in density.items() if d <= least * ALIKE]
+    return forms
+
+
+def portable_forms(layers: Iterable[tuple[str, str, int]], tensors: Mapping[str, Tensor]) -> Forms:
+    """Return forms that every runtime executes: layers are split wherever their zeros allow it.
+
+    `layers` are the names of weights, their operators and their groups.
+    """
+    chosen: dict[str, Form] = {}
+    for weight, op, groups in layers:
+        split = [f for f in candidate_forms(tensors[weight], op, groups) if f.kind is FormKind.SPLIT]
+        chosen |= {weight: split[0]} if split else {}
+    return chosen
+
+
+def _row_groups(weight: Tensor) -> int:
+    """Return the least number of row groups whose kept channels are about the least work; 0 if that saves nothing."""
+    work = {
+        parts: float(kept_channels(weight, parts).float().mean())
+        for parts in range(1, MOST_PARTS + 1)
+        if weight.shape[0] % parts == 0
+    }
+    least = min(work.values())
+    return next(p for p, w in work.items() if w <= least * ALIKE) if 0 < least <= 1 - LEAST_ZEROS else 0
+
+
+def kept_channels(weight: Tensor, parts: int) -> Tensor:
+    """Return which input channels each of `parts` row groups keeps, `(parts, in)`."""
+    rows = weight.detach().reshape(parts, weight.shape[0] // parts, weight.shape[1], -1)
+    return (rows != 0).any(dim=3).any(dim=1)
+
+
+def block_density(weight: Tensor, rows: int, groups: int = 1) -> float:
+    """Return the share of blocks of `rows` outputs × 1 column that are not zero."""
+    return float(_blocks(weight, rows, groups).any(dim=2).float().mean())
+
+
+def _blocks(weight: Tensor, rows: int, groups: int) -> Tensor:
+    """Return `(block rows, columns, rows)`; the last block row of a convolution group is filled up with zeros."""
+    per_group = weight.shape[0] // groups
+    columns = weight[0].numel()
+    missing = -per_group % rows
+    split = torch.nn.functional.pad(weight.detach().reshape(groups, per_group, columns), (0, 0, 0, missing))
+    return split.reshape(-1, rows, columns).transpose(1, 2)
+
+
+class LayerChoice(BaseModel):
+    """The form of one layer, the share of the dense work that it does, and what each form that was timed took."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weight: str
+    form: str
+    density: float
+    ms: Mapping[str, float] = {}
+
+    @property
+    def chosen(self) -> Form:
+        """The form, parsed."""
+        return parse_form(self.form)
+
+
+class FormChoice(BaseModel):
+    """The forms of a program's layers on one target, and why.
+
+    `taken` names which of the networks in `whole_ms` it is; `lost` says why no layer could be packed, where some had
+    the zeros for it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    target: str
+    threads: int
+    taken: str = ""
+    lost: str = ""
+    whole_ms: Mapping[str, float] = {}
+    layers: tuple[LayerChoice, ...] = ()
+
+    @property
+    def forms(self) -> Forms:
+        """The form of each layer that does not stay dense."""
+        return {x.weight: x.chosen for x in self.layers if x.chosen != DENSE}
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A block-sparse weight.
+
+    `values` is `(surviving blocks, M)`: the rows of a block side by side. `columns` is `(surviving blocks,)`: which
+    column of the GEMM view, rising in each block row. Block row `r` holds the blocks `row_pointers[r]` to
+    `row_pointers[r + 1] - 1`.
+    """
+
+    values: Tensor
+    columns: Tensor
+    row_pointers: Tensor
+
+    @staticmethod
+    def of(weight: Tensor, rows: int, groups: int = 1) -> PackedWeight:
+        """Pack the blocks of a weight `(out, in/groups, *kernel)` that are not zero."""
+        blocks = _blocks(weight, rows, groups)
+        kept = blocks.any(dim=2)
+        pointers = torch.cat([torch.zeros(1, dtype=torch.int64), kept.sum(dim=1).cumsum(0)])
+        return PackedWeight(
+            values=blocks[kept].contiguous(),
+            columns=kept.nonzero()[:, 1].to(torch.int32),
+            row_pointers=pointers.to(torch.int32),
+        )
+
+
+def unpack(values: Tensor, columns: Tensor, row_pointers: Tensor, shape: tuple[int, ...], groups: int = 1) -> Tensor:
+    """Return the dense weight of `shape`, `(out, in/groups, *kernel)`, of packed blocks."""
+    rows, width = values.shape[1], torch.Size(shape[1:]).numel()
+    block_rows = len(row_pointers) - 1
+    owner = torch.repeat_interleave(torch.arange(block_rows), (row_pointers[1:] - row_pointers[:-1]).long())
+    blocks = values.new_zeros(block_rows, width, rows)
+    blocks[owner, columns.long()] = values
+    per_group = shape[0] // groups
+    return blocks.transpose(1, 2).reshape(groups, -1, width)[:, :per_group].reshape(shape)

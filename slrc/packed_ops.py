@@ -1,0 +1,106 @@
+"""`slrc::block_sparse_conv` and `slrc::block_sparse_gemm`: layers with packed blocks, as operators of a program.
+
+Here they mean what they compute, in PyTorch's own operators; a backend replaces them with its kernels. The packed
+form is that of `slrc.forms.PackedWeight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from slrc.forms import unpack
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": functional.relu,
+    "relu6": functional.relu6,
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "hardswish": functional.hardswish,
+}
+"""What the kernels apply last."""
+
+
+@torch.library.custom_op("slrc::block_sparse_conv", mutates_args=())
+def block_sparse_conv(
+    x: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    row_pointers: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_channels: int,
+    kernel_shape: Sequence[int],
+    strides: Sequence[int],
+    pads: Sequence[int],
+    dilations: Sequence[int],
+    group: int,
+    activation: str,
+) -> Tensor:
+    """`activation(conv2d(x, weight) + bias + residual)`; `x` is `(n, in, h, w)`, `pads` two sizes."""
+    shape = (out_channels, x.shape[1] // group, *kernel_shape)
+    weight = unpack(values, columns, row_pointers, shape, group)
+    y = functional.conv2d(x, weight, bias, list(strides), list(pads), list(dilations), group)
+    return _finish(y, residual, activation)
+
+
+@block_sparse_conv.register_fake
+def _(
+    x: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    row_pointers: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_channels: int,
+    kernel_shape: Sequence[int],
+    strides: Sequence[int],
+    pads: Sequence[int],
+    dilations: Sequence[int],
+    group: int,
+    activation: str,
+) -> Tensor:
+    sizes = [
+        (size + 2 * pad - (kernel - 1) * dilation - 1) // stride + 1
+        for size, kernel, stride, pad, dilation in zip(x.shape[2:], kernel_shape, strides, pads, dilations, strict=True)
+    ]
+    return x.new_empty(x.shape[0], out_channels, *sizes)
+
+
+@torch.library.custom_op("slrc::block_sparse_gemm", mutates_args=())
+def block_sparse_gemm(
+    x: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    row_pointers: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_channels: int,
+    activation: str,
+) -> Tensor:
+    """`activation(linear(x, weight) + bias + residual)`; `x` is `(..., in)`."""
+    weight = unpack(values, columns, row_pointers, (out_channels, x.shape[-1]))
+    return _finish(functional.linear(x, weight, bias), residual, activation)
+
+
+@block_sparse_gemm.register_fake
+def _(
+    x: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    row_pointers: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_channels: int,
+    activation: str,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_channels)
+
+
+def _finish(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    result = ACTIVATIONS[activation](y if residual is None else y + residual)
+    return result.clone() if result is y else result

@@ -67,7 +67,7 @@ _CONV = """
     outputs = Reshape (outputs_, scalar)
     groups = Reshape (groups_, scalar)
     kernel = Constant <value_ints: ints = @kernel_shape> ()
-    channels = Shape <start = 1, end = 2> (x)
+    channels = Constant <value_int: int = @in_channels> ()
     inputs = Div (channels, groups)
     tail = Concat <axis = 0> (inputs, kernel)
     {weight}
@@ -79,7 +79,8 @@ _GEMM = """
     outputs_ = Constant <value_int: int = @out_channels> ()
     groups = Constant <value_ints = [1]> ()
     outputs = Reshape (outputs_, groups)
-    tail = Shape <start = -1> (x)
+    inputs = Constant <value_int: int = @in_channels> ()
+    tail = Reshape (inputs, groups)
     {weight}
     turned = Transpose <perm = [1, 0]> (weight)
     unbiased = MatMul (x, turned)
@@ -98,8 +99,8 @@ _ACTIVATIONS = {
     "hardswish": "y = HardSwish (sum)",
 }
 _ATTRIBUTES = {
-    CONV: "block, out_channels, activation, kernel_shape, strides, pads, dilations, group",
-    GEMM: "block, out_channels, activation",
+    CONV: "block, in_channels, out_channels, activation, kernel_shape, strides, pads, dilations, group",
+    GEMM: "block, in_channels, out_channels, activation",
 }
 
 
@@ -129,6 +130,7 @@ def _translate_conv(
     return _op(CONV)(
         *_given(x, values, columns, row_pointers, bias, residual),
         block=int(values.shape[1]),
+        in_channels=int(x.shape[1]),
         out_channels=out_channels,
         activation=activation,
         kernel_shape=list(kernel_shape),
@@ -152,6 +154,7 @@ def _translate_gemm(
     return _op(GEMM)(
         *_given(x, values, columns, row_pointers, bias, residual),
         block=int(values.shape[1]),
+        in_channels=int(x.shape[-1]),
         out_channels=out_channels,
         activation=activation,
     )

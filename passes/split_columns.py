@@ -16,7 +16,6 @@ from slrc.plans import Masks, Plan
 from slrc.program import Program, layer_weight, op_name
 
 aten = torch.ops.aten
-GROUPS_POSITION = 6
 
 
 @dataclass(frozen=True)
@@ -90,14 +89,11 @@ def _group(module: GraphModule, layer: Node, kept: Tensor) -> None:
     weight_node = _insert(module, layer, sibling(name, "grouped_weight"), weight)
     gathered = _gather(module, layer, sibling(name, "index"), 1, torch.cat(indices))
     assert isinstance(layer.target, torch._ops.OpOverload)
-    window = [*layer.args[3:], *_WINDOW[len(layer.args) - 3 :]] if len(layer.args) > 3 else list(_WINDOW)
-    window[GROUPS_POSITION - 3] = len(kept)
+    defaults = [a.default_value for a in layer.target._schema.arguments]
+    window = [*layer.args[3:], *defaults[max(len(layer.args), 3) :]]
+    window[-1] = len(kept)
     grouped = call_before(layer, layer.target, gathered, weight_node, layer_bias(layer), *window)
     layer.replace_all_uses_with(grouped)
-
-
-_WINDOW = (1, 0, 1, 1)
-"""Stride, padding, dilation and groups of a convolution that names none."""
 
 
 def _insert(module: GraphModule, before: Node, name: str, tensor: Tensor) -> Node:

@@ -20,6 +20,8 @@ from slrc.errors import PlanError
 BLOCK_ROWS = (4, 8, 16)
 """What the packed-block kernels take."""
 MOST_PARTS = 8
+LEAST_PART_ROWS = 16
+"""A layer is not split into more than two parts of fewer outputs: each would cost more than it saves."""
 LEAST_ZEROS = 0.2
 """The share of blocks or channels that must be zero for a form to be worth a trial."""
 ALIKE = 1.02
@@ -108,7 +110,7 @@ def _row_groups(weight: Tensor) -> int:
     work = {
         parts: float(kept_channels(weight, parts).float().mean())
         for parts in range(1, MOST_PARTS + 1)
-        if weight.shape[0] % parts == 0
+        if weight.shape[0] % parts == 0 and (parts <= 2 or weight.shape[0] // parts >= LEAST_PART_ROWS)
     }
     least = min(work.values())
     return next(p for p, w in work.items() if w <= least * ALIKE) if 0 < least <= 1 - LEAST_ZEROS else 0
@@ -121,8 +123,12 @@ def kept_channels(weight: Tensor, parts: int) -> Tensor:
 
 
 def block_density(weight: Tensor, rows: int, groups: int = 1) -> float:
-    """Return the share of blocks of `rows` outputs × 1 column that are not zero."""
-    return float(_blocks(weight, rows, groups).any(dim=2).float().mean())
+    """Return the share of the dense work that blocks of `rows` outputs × 1 column leave.
+
+    Above 1 where outputs do not fill the blocks.
+    """
+    kept = int(_blocks(weight, rows, groups).any(dim=2).sum())
+    return kept * rows / weight.numel()
 
 
 def _blocks(weight: Tensor, rows: int, groups: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,10 @@ def report_table(report: Report) -> Table:
         )
     _add_latency(table, report.latency)
     for target in report.targets:
+        if target.forms is not None and target.forms.layers:
+            kinds = Counter(x.chosen.kind for x in target.forms.layers)
+            counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+            table.add_row(f"layers, {target.target}", "", counts, target.forms.taken)
         if target.not_run:
             table.add_row(f"latency, {target.target}", "not run here", "", target.not_run)
     return table

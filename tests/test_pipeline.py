@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from slrc.errors import VerificationError
+from slrc.forms import candidate_forms
 from slrc.passes.allocate_sparsity import allocate_sparsity
 from slrc.passes.base import PassResult, Transform
 from slrc.patterns import AnyPattern, Block, Channel, Columns
-from slrc.pipeline import DENSE, STRUCTURE, run_passes
+from slrc.pipeline import DENSE, STRUCTURE, form_passes, run_passes
 from slrc.plans import Masks, Plan
 from slrc.program import Program, capture
 from slrc.verify import Check, outputs_of
@@ -54,7 +55,7 @@ def planned(program: Program, pattern: AnyPattern) -> tuple[Plan, Masks, list[to
     ("pattern", "steps"),
     [
         (Channel(), ["apply-masks", "shrink-channels", "fold-batch-norm"]),
-        (Columns(2), ["apply-masks", "fold-batch-norm", "split-columns"]),
+        (Columns(2), ["apply-masks", "fold-batch-norm"]),
         (Block(4, 1), ["apply-masks", "fold-batch-norm"]),
     ],
 )
@@ -64,7 +65,22 @@ def test_every_pass_that_modified_is_checked(program: Program, pattern: AnyPatte
     result = run_passes(STRUCTURE, program, plan, masks, reference, checks)
     assert [check.step for check in checks] == [f"masked module = {step}" for step in steps]
     assert all(check.passed and check.max_rel_error < 1e-5 for check in checks)
-    assert result.macs < program.macs or isinstance(pattern, Block)
+    assert result.macs < program.macs or not isinstance(pattern, Channel)
+
+
+@pytest.mark.parametrize("kind", ["split", "grouped", "packed"])
+def test_forms_follow_structure(program: Program, kind: str) -> None:
+    plan, masks, reference = planned(program, Columns(2))
+    slim = run_passes(STRUCTURE, program, plan, masks)
+    candidates = {w: candidate_forms(slim.tensors[w], layer.op) for w, layer in slim.layers.items()}
+    forms = {w: f for w, found in candidates.items() for f in found if f.kind == kind and f.size < 8}
+    assert list(forms) == ["1.weight", "3.weight"]
+    checks: list[Check] = []
+    result = run_passes(form_passes(forms), slim, plan, masks, reference, checks)
+    assert [check.step for check in checks] == [
+        "masked module = " + ("pack-blocks" if kind == "packed" else "split-columns")
+    ]
+    assert result.macs < program.macs
 
 
 def test_the_dense_model_is_folded_too(program: Program) -> None:

@@ -142,7 +142,7 @@ def test_a_manifest_of_another_version(own_copy: Path) -> None:
 
 def test_targets() -> None:
     assert parse_target(" ort ").folder == "ort"
-    with pytest.raises(BackendError, match="`ort` takes no options"):
+    with pytest.raises(BackendError, match="`ort` takes a processor"):
         parse_target("ort:fp16")
     with pytest.raises(BackendError, match="unknown target `onnx`: expected one of ort, "):
         parse_target("onnx")

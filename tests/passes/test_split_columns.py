@@ -9,33 +9,36 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from slrc.forms import Form, FormKind, Forms
 from slrc.passes.allocate_sparsity import allocate_sparsity
 from slrc.passes.apply_masks import ApplyMasks
 from slrc.passes.split_columns import SplitColumns
-from slrc.patterns import Block, Columns
+from slrc.patterns import Columns
 from slrc.plans import Masks, Plan
 from slrc.program import Program, capture, op_name
 from slrc.verify import compare, outputs_of
 
 F = nn.functional
-TWO = Columns(2)
 IMAGE, TOKENS, FLAT = (6, 5, 5), (5, 6), (6,)
 Case = tuple[Callable[[Any, Tensor], Tensor], dict[str, Any], tuple[int, ...]]
 
 
-def planned(case: Case, net: Any, randomized: Any, pattern: Any = TWO) -> tuple[nn.Module, Program, Plan, Masks]:
+def planned(case: Case, net: Any, randomized: Any, groups: int = 2) -> tuple[nn.Module, Program, Plan, Masks]:
     run, layers, shape = case
     model = randomized(net(run, **layers))
     torch.manual_seed(0)
     program = capture(model, (torch.randn(2, *shape, dtype=torch.float64),))
-    plan = allocate_sparsity(program, pattern, 0.5, keep_ends=False)
+    plan = allocate_sparsity(program, Columns(groups), 0.5, keep_ends=False)
     return model, program, plan, Masks.project(plan, program.tensors)
 
 
-def split(program: Program, plan: Plan, masks: Masks) -> tuple[Program, bool]:
+def split(
+    program: Program, plan: Plan, masks: Masks, groups: int = 2, kind: FormKind = FormKind.SPLIT
+) -> tuple[Program, bool]:
     masked = ApplyMasks()(program, plan, masks).program
-    result, modified = SplitColumns()(masked, plan, masks)
-    assert not SplitColumns()(result, plan, masks).modified
+    forms: Forms = dict.fromkeys(program.layers, Form(kind, groups))
+    result, modified = SplitColumns(forms)(masked, plan, masks)
+    assert not SplitColumns(forms)(result, plan, masks).modified
     return result, modified
 
 
@@ -71,13 +74,24 @@ CASES: dict[str, Case] = {
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("groups", [1, 2])
 def test_it_rewrites(name: str, groups: int, net: Any, randomized: Any, masked_outputs: Any) -> None:
-    model, program, plan, masks = planned(CASES[name], net, randomized, Columns(groups))
-    result, modified = split(program, plan, masks)
+    model, program, plan, masks = planned(CASES[name], net, randomized, groups)
+    result, modified = split(program, plan, masks, groups)
     assert modified
     assert result.batch_is_dynamic
     assert result.macs == sum(layer.macs for layer in program.layers.values()) // 2
     reference = masked_outputs(model, program, masks)
     compare("masked = split", reference, outputs_of(result.module(), program.example_inputs), 1e-10)
+
+
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if isinstance(case[1]["a"], nn.Conv1d | nn.Conv2d)])
+def test_it_groups(name: str, net: Any, randomized: Any, masked_outputs: Any) -> None:
+    model, program, plan, masks = planned(CASES[name], net, randomized)
+    result, modified = split(program, plan, masks, kind=FormKind.GROUPED)
+    assert modified
+    assert result.macs == sum(layer.macs for layer in program.layers.values()) // 2
+    assert "cat" not in {op_name(n) for n in result.nodes}
+    reference = masked_outputs(model, program, masks)
+    compare("masked = grouped", reference, outputs_of(result.module(), program.example_inputs), 1e-10)
 
 
 def masks_of(rows: list[list[int]]) -> Masks:
@@ -109,9 +123,7 @@ def test_row_groups_with_the_same_channels_stay_one_layer(net: Any, randomized: 
 def test_a_layer_that_keeps_everything_is_left_alone(net: Any, randomized: Any) -> None:
     _, program, plan, _ = planned(CASES["1x1"], net, randomized)
     whole = plan.model_copy(update={"constraints": (plan.constraints[0].model_copy(update={"keep": 6}),)})
-    result, modified = SplitColumns()(program, whole, Masks.project(whole, program.tensors))
-    assert not modified
-    assert result is program
+    assert not split(program, whole, Masks.project(whole, program.tensors))[1]
 
 
 def test_a_computed_bias_is_left_alone(net: Any, randomized: Any) -> None:
@@ -120,6 +132,7 @@ def test_a_computed_bias_is_left_alone(net: Any, randomized: Any) -> None:
     assert not split(program, plan, masks)[1]
 
 
-def test_other_patterns_are_left_alone(net: Any, randomized: Any) -> None:
-    _, program, plan, masks = planned(CASES["1x1"], net, randomized, Block(2, 1))
-    assert not split(program, plan, masks)[1]
+def test_other_forms_are_left_alone(net: Any, randomized: Any) -> None:
+    _, program, plan, masks = planned(CASES["1x1"], net, randomized)
+    assert not split(program, plan, masks, kind=FormKind.PACKED)[1]
+    assert not SplitColumns()(program, plan, masks).modified

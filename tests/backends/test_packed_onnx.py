@@ -1,0 +1,159 @@
+"""Packed layers in ONNX: with the kernels and in a stock runtime they compute what the program does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor, nn
+
+import slrc
+from slrc.backends import parse_target
+from slrc.backends.ort import OnnxRuntime
+from slrc.backends.packed_onnx import CONV, GEMM, function_of
+from slrc.errors import BackendError
+from slrc.form_choice import apply_forms
+from slrc.forms import Form, FormKind
+from slrc.kernels import build as kernels
+from slrc.packed_ops import ACTIVATIONS
+from slrc.program import Program, capture
+from slrc.verify import compare, outputs_of
+
+TOLERANCE = 1e-5
+
+
+class Net(nn.Module):
+    """Every activation, with and without a residual; convolutions and matrices; grouped, strided, dilated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.convs = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1, bias=k % 2 == 0) for k in range(12))
+        self.grouped = nn.Conv2d(16, 24, 3, stride=2, dilation=2, padding=(2, 1), groups=2)
+        self.uneven = nn.Conv2d(24, 20, (1, 3))
+        self.tokens = nn.ModuleList(nn.Linear(20, 20, bias=k % 2 == 0) for k in range(12))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.stem(x)
+        for k, conv in enumerate(self.convs):
+            act = list(ACTIVATIONS.values())[k // 2]
+            x = act(conv(x) + x) if k % 2 else act(conv(x))
+        y = self.uneven(self.grouped(x))
+        z = y.flatten(2).transpose(1, 2)
+        for k, linear in enumerate(self.tokens):
+            act = list(ACTIVATIONS.values())[k // 2]
+            z = act(linear(z) + z) if k % 2 else act(linear(z))
+        return y, z
+
+
+def sparse(model: nn.Module, rows: int = 4) -> nn.Module:
+    """Zero three blocks of four, all of some rows, and all of one layer."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() > 1 and "stem" not in name:
+                mask = torch.rand(p.shape[0] // rows, p[0].numel(), generator=generator) < 0.25
+                mask[-1] &= "convs.3" not in name
+                mask &= "convs.5" not in name
+                p.mul_(mask.repeat_interleave(rows, dim=0).reshape(p.shape)).mul_(2.0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    torch.manual_seed(0)
+    masked = capture(sparse(Net()).eval(), (torch.randn(2, 3, 12, 11),))
+    forms = {w: Form(FormKind.PACKED, 4 if k % 2 else 8) for k, w in enumerate(masked.layers) if w != "stem.weight"}
+    return apply_forms(masked, forms)
+
+
+@pytest.fixture(scope="module")
+def artifact(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packed")
+    try:
+        return slrc.lower(program, "ort", folder).folder
+    except BackendError as error:
+        if "no C++ compiler" in error.message:
+            pytest.skip(error.message)
+        raise
+
+
+@pytest.mark.parametrize("stock", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_it_computes_what_the_program_does(program: Program, artifact: Path, stock: bool, batch: int) -> None:
+    x = torch.randn(batch, 3, 12, 11, generator=torch.Generator().manual_seed(1))
+    runner = OnnxRuntime().load(artifact, threads=1, stock=stock)
+    compare("program = ort", outputs_of(program.module(), (x,)), runner(x), TOLERANCE)
+
+
+def test_the_kernels_run_and_a_stock_runtime_sees_dense_layers(artifact: Path, tmp_path: Path) -> None:
+    for stock in (False, True):
+        options = ort.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        options.log_severity_level = 3
+        if not stock:
+            options.register_custom_ops_library(str(next(artifact.glob("*.so"))))
+        ort.InferenceSession(str(artifact / "model.onnx"), options, providers=["CPUExecutionProvider"])
+        nodes = onnx.load(tmp_path / "optimized.onnx").graph.node
+        assert sum(n.domain == "ai.slrc" for n in nodes) == (0 if stock else 26)
+        assert not {n.op_type for n in nodes} & {"ScatterND", "CumSum", "ScatterElements"}
+
+
+def test_the_file_is_as_small_as_its_weights(program: Program, artifact: Path, tmp_path: Path) -> None:
+    model = onnx.load(artifact / "model.onnx")
+    assert {n.op_type for n in model.graph.node if n.domain == "ai.slrc"} == {CONV, GEMM}
+    assert {f.domain for f in model.functions} == {"ai.slrc"}
+    stored = sum(np.prod(i.dims) * 4 for i in model.graph.initializer)
+    kept = sum(t.numel() * t.element_size() for t in program.tensors.values())
+    assert stored == pytest.approx(kept, rel=0.05)
+
+
+def test_the_manifest_names_the_kernels(artifact: Path) -> None:
+    manifest = slrc.backends.Artifact.read(artifact)
+    assert manifest.kernels is not None
+    assert (artifact / manifest.kernels).stat().st_size > 10_000
+
+
+def test_kernels_that_are_gone_are_reported(artifact: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes((artifact / "model.onnx").read_bytes())
+    (tmp_path / "manifest.json").write_text((artifact / "manifest.json").read_text())
+    with pytest.raises(BackendError, match="cannot load"):
+        OnnxRuntime().load(tmp_path)
+    assert OnnxRuntime().load(tmp_path, stock=True)(torch.randn(1, 3, 12, 11))
+
+
+@pytest.mark.parametrize("op_type", [CONV, GEMM])
+def test_every_function_is_valid_onnx(op_type: str) -> None:
+    context = onnx.checker.C.CheckerContext()
+    context.ir_version, context.opset_imports = 10, {"": 21}
+    for activation in ACTIVATIONS:
+        for bias, residual in ((False, False), (True, True)):
+            function = function_of(op_type, activation, bias, residual)
+            assert (function.domain, function.name) == ("ai.slrc", op_type)
+            assert function.overload.startswith(activation)
+            onnx.checker.check_function(function, context)
+
+
+def test_a_target_for_another_processor() -> None:
+    backend = OnnxRuntime()
+    target = parse_target("ort:aarch64")
+    assert target.folder == "ort-aarch64"
+    assert "it is for aarch64" in backend.available(target).why_not_run or kernels.family_of("arm64") == "aarch64"
+    with pytest.raises(BackendError, match="`ort` takes a processor, x86_64 or aarch64"):
+        parse_target("ort:riscv64")
+
+
+def test_no_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_candidates", lambda family: iter([("no-such-compiler",)]))
+    reason = OnnxRuntime().why_not_packed(parse_target("ort"))
+    assert "no C++ compiler for" in reason
+    assert "pip install ziglang" in reason
+
+
+def test_other_runtimes_have_no_kernels() -> None:
+    backend = slrc.backends.get_backend(parse_target("tensorrt-rtx"))
+    assert "no kernels for packed blocks" in backend.why_not_packed(parse_target("tensorrt-rtx"))

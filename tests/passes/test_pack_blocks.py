@@ -1,0 +1,146 @@
+"""Layers with zero blocks as one packed operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from slrc.forms import Form, FormKind, Forms
+from slrc.passes.allocate_sparsity import allocate_sparsity
+from slrc.passes.apply_masks import ApplyMasks
+from slrc.passes.pack_blocks import PackBlocks
+from slrc.patterns import Block
+from slrc.plans import Masks, Plan
+from slrc.program import Program, capture, op_name
+from slrc.verify import compare, outputs_of
+
+F = nn.functional
+IMAGE, TOKENS, FLAT = (6, 9, 9), (5, 6), (6,)
+Case = tuple[Callable[[Any, Tensor], Tensor], dict[str, Any], tuple[int, ...]]
+
+
+def only(layer: nn.Module, shape: tuple[int, ...] = IMAGE) -> Case:
+    return lambda m, x: m.a(x), {"a": layer}, shape
+
+
+def conv(out: int = 12, **options: Any) -> nn.Conv2d:
+    return nn.Conv2d(6, out, 3, padding=1, **options)
+
+
+def tied() -> dict[str, Any]:
+    a, b = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+    b.weight = a.weight
+    return {"first": nn.Conv2d(6, 8, 1), "a": a, "b": b}
+
+
+CASES: dict[str, Case] = {
+    "3x3": only(nn.Conv2d(6, 12, 3, stride=2, padding=1, dilation=2)),
+    "uneven": only(nn.Conv2d(6, 8, (3, 1), stride=(1, 2), padding=(0, 2))),
+    "no bias": only(conv(bias=False)),
+    "groups": only(conv(16, groups=2)),
+    "1x1": only(nn.Conv2d(6, 4, 1)),
+    "linear": only(nn.Linear(6, 4), FLAT),
+    "linear on tokens": only(nn.Linear(6, 4, bias=False), TOKENS),
+    "module called twice": (
+        lambda m, x: m.a(torch.relu(m.a(m.first(x)))),
+        {"first": nn.Conv2d(6, 8, 1), "a": nn.Conv2d(8, 8, 1)},
+        IMAGE,
+    ),
+    "tied weights, a bias each": (lambda m, x: m.b(torch.relu(m.a(m.first(x)))), tied(), IMAGE),
+    "weight read elsewhere": (lambda m, x: m.a(x) + m.a.weight.sum(), {"a": nn.Conv2d(6, 4, 1)}, IMAGE),
+    "input used twice": (lambda m, x: m.a(x) * m.b(x), {"a": nn.Conv2d(6, 4, 1), "b": nn.Conv2d(6, 4, 1)}, IMAGE),
+    "residual that comes later": (
+        lambda m, x: torch.relu(m.a(x) + m.b(x.tanh())),
+        {"a": nn.Conv2d(6, 8, 1), "b": nn.Conv2d(6, 8, 1)},
+        IMAGE,
+    ),
+    "added to itself": (lambda m, x: (lambda y: y + y)(m.a(x)), {"a": nn.Conv2d(6, 8, 1)}, IMAGE),
+    "added to a broadcast": (lambda m, x: m.a(x) + x.mean((1, 2, 3), keepdim=True), {"a": nn.Conv2d(6, 8, 1)}, IMAGE),
+    "read before its activation": (lambda m, x: (lambda y: y.relu() * y)(m.a(x)), {"a": nn.Conv2d(6, 8, 1)}, IMAGE),
+}
+
+
+def packed(case: Case, net: Any, randomized: Any, rows: int = 4) -> tuple[nn.Module, Program, Masks, Program, bool]:
+    run, layers, shape = case
+    model = randomized(net(run, **layers))
+    torch.manual_seed(0)
+    program = capture(model, (torch.randn(2, *shape, dtype=torch.float64),))
+    plan = allocate_sparsity(program, Block(rows, 1), 0.5, keep_ends=False)
+    masks = Masks.project(plan, program.tensors)
+    masked = ApplyMasks()(program, plan, masks).program
+    forms: Forms = {c.members[0].tensor: Form(FormKind.PACKED, rows) for c in plan}
+    result, modified = PackBlocks(forms)(masked, plan, masks)
+    assert not PackBlocks(forms)(result, plan, masks).modified
+    return model, program, masks, result, modified
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_rewrites(name: str, net: Any, randomized: Any, masked_outputs: Any) -> None:
+    model, program, masks, result, modified = packed(CASES[name], net, randomized)
+    assert modified
+    assert result.batch_is_dynamic
+    assert not {op_name(n) for n in result.nodes} & {"conv2d", "linear"} or "first" in CASES[name][1]
+    assert result.macs < program.macs
+    reference = masked_outputs(model, program, masks)
+    compare("masked = packed", reference, outputs_of(result.module(), program.example_inputs), 1e-10)
+
+
+ACTIVATIONS = {
+    "relu": nn.ReLU(),
+    "relu6": nn.ReLU6(),
+    "silu": nn.SiLU(),
+    "gelu": nn.GELU(),
+    "hardswish": nn.Hardswish(),
+    "clamp": lambda y: y.clamp(min=0),
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("residual", [False, True])
+def test_what_follows_goes_into_the_operator(
+    activation: str, residual: bool, net: Any, randomized: Any, masked_outputs: Any
+) -> None:
+    act = ACTIVATIONS[activation]
+    case: Case = (lambda m, x: act(x + m.a(x)) if residual else act(m.a(x)), {"a": nn.Conv2d(8, 8, 1)}, (8, 5, 5))
+    model, program, masks, result, _ = packed(case, net, randomized)
+    assert [op_name(n) for n in result.nodes if not op_name(n).startswith("sym_")] == ["block_sparse_conv"]
+    reference = masked_outputs(model, program, masks)
+    compare("masked = packed", reference, outputs_of(result.module(), program.example_inputs), 1e-10)
+
+
+def test_other_activations_stay(net: Any, randomized: Any) -> None:
+    for act in (lambda y: F.gelu(y, approximate="tanh"), torch.tanh, lambda y: y.clamp(0, 1), lambda y: y - 1.0):
+        case: Case = (lambda m, x, act=act: act(m.a(x)), {"a": nn.Conv2d(6, 8, 1)}, IMAGE)  # type: ignore[misc]
+        result = packed(case, net, randomized)[3]
+        assert len([n for n in result.nodes if not op_name(n).startswith("sym_")]) == 2
+
+
+def test_a_layer_that_lost_everything(net: Any, randomized: Any) -> None:
+    _, program, _, _, _ = packed(CASES["3x3"], net, randomized)
+    emptied = program.with_tensors({"a.weight": torch.zeros_like(program.tensors["a.weight"])})
+    plan = Plan(sparsity_asked=0, sparsity=0, constraints=())
+    result = PackBlocks({"a.weight": Form(FormKind.PACKED, 4)})(emptied, plan, Masks()).program
+    compare(
+        "masked = packed",
+        outputs_of(emptied.module(), program.example_inputs),
+        outputs_of(result.module(), program.example_inputs),
+        1e-12,
+    )
+    assert result.tensors["a.values"].shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (lambda m, x: F.conv2d(x, m.a.weight, m.a.bias * 2), {"a": nn.Conv2d(6, 4, 1)}, IMAGE),
+        only(nn.Conv2d(6, 8, 2, padding="same")),
+        only(nn.Conv1d(6, 8, 3), (6, 9)),
+    ],
+    ids=["computed bias", "padding of unlike sides", "one dimension"],
+)
+def test_what_is_left_alone(case: Case, net: Any, randomized: Any) -> None:
+    assert not packed(case, net, randomized)[4]

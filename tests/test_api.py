@@ -86,11 +86,15 @@ def test_every_pattern_end_to_end(
 
 
 def test_the_structure_of_each_pattern(compile_once: Callable[[str], tuple[Report, Path]]) -> None:
-    for pattern in ("channel", "columns:2"):
-        report, _ = compile_once(pattern)
-        assert report.macs.compiled < report.macs.dense
-    report, _ = compile_once("unstructured")
-    assert report.macs.compiled == report.macs.dense
+    report, _ = compile_once("channel")
+    assert report.macs.compiled < report.macs.dense
+    report, _ = compile_once("columns:2")  # layers this small may be the fastest as they are
+    (target,) = report.targets
+    assert target.forms is not None
+    assert {x.form for x in target.forms.layers} <= {"dense", "split:2", "grouped:2", "packed:4", "packed:8"}
+    assert all("dense" in x.ms and len(x.ms) > 1 for x in target.forms.layers)
+    report, _ = compile_once("unstructured")  # of so few weights, whole blocks may be left by chance
+    assert report.macs.compiled <= report.macs.dense
 
 
 def test_the_report_has_the_documented_fields(compile_once: Callable[[str], tuple[Report, Path]]) -> None:
@@ -257,7 +261,7 @@ def test_plan_checks_its_options(tiny_workload: MakeWorkload, options: dict[str,
 def test_a_target_that_cannot_be_built_here_is_named_before_training(
     tiny_workload: MakeWorkload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(TensorRT, "available", lambda self: Availability("no GPU", "no GPU"))
+    monkeypatch.setattr(TensorRT, "available", lambda self, target=None: Availability("no GPU", "no GPU"))
     monkeypatch.setattr(api, "load_workload", lambda spec: pytest.fail("loaded the model first"))
     with pytest.raises(BackendError, match="target `tensorrt` cannot be built here: no GPU"):
         slrc.compile("model.py", tmp_path / "out", target=("ort", "tensorrt"))

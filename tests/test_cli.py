@@ -118,7 +118,7 @@ def test_a_compile_for_a_latency_shows_what_was_predicted(
     def made_up(clock: Any, jobs: Any, budget_s: float) -> tuple[float, ...]:
         return tuple(float(sum(t.numel() for t in make().tensors.values())) for _, make, _ in jobs)
 
-    monkeypatch.setattr(latency_timing._Clock, "times", made_up)  # nothing is timed: any machine gives this plan
+    monkeypatch.setattr(latency_timing.Clock, "times", made_up)  # nothing is timed: any machine gives this plan
     wanted = ["--allocate", "latency", "--latency-budget", 0.8, "--threads", 1, "--round-to", 1, "--prune-ends"]
     result = run("compile", model, *wanted, "--epochs", 1)
     assert result.code == 0, result.err
@@ -221,7 +221,7 @@ def assert_mistake(result: Result, message: str, hint: str) -> None:
         (["--sparsity", "-0.1"], "option `--sparsity`: input should be greater than or equal to 0", "--sparsity 0.75"),
         (["--sparsity", "nan"], "option `--sparsity`: ", "--sparsity 0.75"),
         (["--target", "onnx"], "unknown target `onnx`", "slrc targets"),
-        (["--target", "ort:fp16"], "`ort` takes no options", "--target ort"),
+        (["--target", "ort:fp16"], "`ort` takes a processor", "--target ort"),
         (["--skip", "layer9"], "`--skip layer9` matches no layer", "layers are named like"),
         (["--config", "none.toml"], "configuration file `none.toml` does not exist", "--config"),
         (["--plan", "none.json"], "plan `none.json` does not exist", "--plan"),

@@ -67,7 +67,9 @@ def test_every_part_and_the_whole_are_timed_once(
 def test_a_target_that_cannot_run_here_is_refused(
     program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(OnnxRuntime, "available", lambda self: slrc.backends.Availability("", "it is not installed"))
+    monkeypatch.setattr(
+        OnnxRuntime, "available", lambda self, target=None: slrc.backends.Availability("", "it is not installed")
+    )
     with pytest.raises(BackendError, match="cannot run here: it is not installed"):
         meter(program, tmp_path)
 
@@ -88,7 +90,7 @@ def test_a_plan_for_a_latency_is_checked_on_the_whole(
         return tuple(float(size) for size in sizes)
 
     asked: list[int] = []
-    monkeypatch.setattr(latency_timing._Clock, "times", made_up)
+    monkeypatch.setattr(latency_timing.Clock, "times", made_up)
     plan = slrc.plan(
         program, "channel", allocate="latency", latency_budget=0.6, cache=tmp_path, round_to=1, keep_ends=False
     )

@@ -15,6 +15,8 @@ from slrc.kernels.build import TILE_SETS, build, family_of, find_compiler
 from slrc.program import Program
 
 MODEL_FILE = "model.onnx"
+STOCK = "stock"
+"""The target's option for a runtime that is to load no library."""
 KERNELS_FILE = "libslrc_kernels_{family}.so"
 
 
@@ -22,22 +24,23 @@ class OnnxRuntime(Backend):
     """ONNX, run by ONNX Runtime on the CPU; packed layers by kernels of slrc, in a library beside the model."""
 
     name: ClassVar[str] = "ort"
-    summary: ClassVar[str] = "ONNX Runtime on the CPU; `ort:aarch64` or `ort:x86_64` for another processor"
+    summary: ClassVar[str] = "ONNX Runtime on the CPU; ort:aarch64 for another processor, ort:stock without kernels"
 
     def available(self, target: Target | None = None) -> Availability:
         """ONNX Runtime comes with slrc, but may have been removed; a target may name another processor."""
         missing = "" if find_spec("onnxruntime") else "the package `onnxruntime` is not installed"
         here = platform.machine()
-        if target is not None and target.options and family_of(here) != target.options[0]:
-            missing = f"it is for {target.options[0]}, and this machine is {here}"
+        if target is not None and family_of(here) != _family(target):
+            missing = f"it is for {_family(target)}, and this machine is {here}"
         return Availability("", missing)
 
     def check_target(self, target: Target) -> None:
-        """The one option is a processor family."""
-        if len(target.options) > 1 or any(option not in TILE_SETS for option in target.options):
+        """Options are one processor family, and `stock` to do without kernels of slrc."""
+        families = [option for option in target.options if option != STOCK]
+        if len(families) > 1 or any(option not in TILE_SETS for option in families):
             raise BackendError(
-                f"target `{target}`: `ort` takes a processor, {' or '.join(TILE_SETS)}",
-                hint="use `--target ort` for this machine, or for example `--target ort:aarch64`",
+                f"target `{target}`: `ort` takes a processor, {' or '.join(TILE_SETS)}, and `{STOCK}`",
+                hint="use `--target ort` for this machine, `--target ort:aarch64`, or `--target ort:stock`",
             )
 
     def check(self, program: Program) -> list[str]:
@@ -45,7 +48,9 @@ class OnnxRuntime(Backend):
         return []
 
     def why_not_packed(self, target: Target) -> str:
-        """Kernels need a compiler for the target's processor."""
+        """Kernels need a compiler for the target's processor, and a runtime that may load them."""
+        if STOCK in target.options:
+            return "the target is a stock runtime"
         try:
             find_compiler(_family(target))
         except BackendError as error:
@@ -89,4 +94,4 @@ class OnnxRuntime(Backend):
 
 
 def _family(target: Target) -> str:
-    return target.options[0] if target.options else family_of(platform.machine())
+    return next((option for option in target.options if option != STOCK), family_of(platform.machine()))

@@ -143,8 +143,15 @@ def test_a_target_for_another_processor() -> None:
     target = parse_target("ort:aarch64")
     assert target.folder == "ort-aarch64"
     assert "it is for aarch64" in backend.available(target).why_not_run or kernels.family_of("arm64") == "aarch64"
-    with pytest.raises(BackendError, match="`ort` takes a processor, x86_64 or aarch64"):
+    with pytest.raises(BackendError, match="`ort` takes a processor, x86_64 or aarch64, and `stock`"):
         parse_target("ort:riscv64")
+
+
+def test_a_stock_runtime_loads_no_kernels() -> None:
+    target = parse_target("ort:stock")
+    assert OnnxRuntime().available(target).why_not_run == ""
+    assert "stock" in OnnxRuntime().why_not_packed(target)
+    assert parse_target("ort:aarch64+stock").options == ("aarch64", "stock")
 
 
 def test_no_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,6 @@
 //
 // An image is cut into bands of output rows whose input fits the second-level cache; the task that computes a band
 // first copies its rows into the thread's scratch memory. A 1x1 convolution of stride 1 reads its input as it is.
-#include <string.h>
-
 #include <algorithm>
 #include <limits>
 
@@ -26,16 +24,6 @@ int64_t Product(int64_t a, int64_t b) {
   int64_t product;
   if (__builtin_mul_overflow(a, b, &product)) throw Error("the shapes are too large");
   return product;
-}
-
-// Rows are short: a call of memcpy for each would cost more than the copy. The last four may be copied twice.
-inline void CopyFloats(const float* from, int64_t count, float* to) {
-  if (count < 4) {
-    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
-    return;
-  }
-  for (int64_t i = 0; i + 4 < count; i += 4) memcpy(to + i, from + i, 4 * sizeof(float));
-  memcpy(to + count - 4, from + count - 4, 4 * sizeof(float));
 }
 
 // One dimension of the window.
@@ -100,38 +88,36 @@ void CheckWindow(const SlrcWindow& window) {
     throw Error("kernel_shape, strides (up to 64), dilations and group must be positive, pads not negative, none huge");
 }
 
-// The outputs of a band on a plane with seams: flat pixel p is row p / pitch, column p % pitch.
-struct SeamedOutput {
-  static constexpr bool kPlain = false;
-  float* y;  // the band's first row in the group's first channel
+// The channels of a group in y, from a band's first pixel on.
+struct ConvOutput {
+  static constexpr bool kHasRows = true;
+  float* y;
   const float* residual;
-  int64_t channel_stride, width, pitch;
+  int64_t plane;
+  const Run* runs;
 
-  // Calls copy(where in y, where in the tile, how many) for each run of pixels that are outputs.
-  template <class Copy>
-  void ForRuns(const Piece& piece, const Copy& copy) const {
-    int64_t row = piece.start / pitch, column = piece.start % pitch;
-    for (int64_t p = 0; p < piece.pixels; p += pitch - column, column = 0, ++row)
-      if (column < width) copy(row * width + column, p, std::min(width - column, piece.pixels - p));
-  }
+  int64_t channel_stride() const { return plane; }
 
   void Gather(int64_t channel, int rows, const Piece& piece, float* tile) const {
-    ForRuns(piece, [&](int64_t at, int64_t p, int64_t count) {
+    for (int r = 0; r < piece.runs; ++r) {
+      const Run& run = runs[piece.first_run + r];
       for (int i = 0; i < rows; ++i)
-        CopyFloats(residual + (channel + i) * channel_stride + at, count, tile + i * kMaxTilePixels + p);
-    });
+        CopyFloats(residual + (channel + i) * plane + run.y, run.count, tile + i * kMaxTilePixels + run.tile);
+    }
   }
 
   void Scatter(int64_t channel, int rows, const Piece& piece, const float* tile) const {
-    ForRuns(piece, [&](int64_t at, int64_t p, int64_t count) {
+    for (int r = 0; r < piece.runs; ++r) {
+      const Run& run = runs[piece.first_run + r];
       for (int i = 0; i < rows; ++i)
-        CopyFloats(tile + i * kMaxTilePixels + p, count, y + (channel + i) * channel_stride + at);
-    });
+        CopyFloats(tile + i * kMaxTilePixels + run.tile, run.count, y + (channel + i) * plane + run.y);
+    }
   }
 };
 
 }  // namespace
 
+// How a group's input is laid out for the tiles.
 struct Layout {
   Layout(const Weight& weight, const SlrcWindow& window, const int64_t x_shape[4])
       : channels(x_shape[1]), rows(window, 0, x_shape[2]), columns(window, 1, x_shape[3]) {
@@ -147,45 +133,98 @@ struct Layout {
     in_place = taps == 1 && rows.out == rows.in && columns.out == columns.in && rows.pad + columns.pad == 0 &&
                (pixels >= Loops().lanes || pixels <= 2);
     if (in_place) {
-      band = pixels;
-      pitch = 1;
-      plane = pixels;
+      starts = {0, pixels};
+      pitch = plane = pixels;
+      cuts.emplace_back(pixels, Pieces(weight));
+      cuts.back().second.Add(0, 0, pixels, true);
     } else {
-      pitch = columns.pitch;
-      const int64_t row_floats = Product(Product(per_group, phases.size()), pitch);
-      const int64_t fitting = std::max<int64_t>(1, kBandFloats / std::max<int64_t>(1, row_floats) - rows.reach);
-      band = CeilDiv(rows.out, CeilDiv(rows.out, fitting));
-      plane = Product(band + rows.reach, pitch);
+      CutRows(weight);
     }
-    bands = CeilDiv(in_place ? pixels : rows.out, band);
-    SetOffsets(weight, taps);
-  }
-
-  void SetOffsets(const Weight& weight, int64_t taps) {
     if (Product(Product(per_group, phases.size()), plane) > std::numeric_limits<int32_t>::max() / 2)
       throw Error("an input plane is too large");
+    const int64_t channel = static_cast<int64_t>(phases.size()) * plane;
+    SetOffsets(weight, channel, plane, pitch);
+    copies.reset(new Copies(per_group, channel));
+    if (!AddCopies(weight)) copies.reset();
+  }
+
+  // Bands of output rows on a zero-padded plane.
+  void CutRows(const Weight& weight) {
+    pitch = columns.pitch;
+    const int64_t row_floats = Product(Product(per_group, phases.size()), pitch);
+    const int64_t fitting = std::max<int64_t>(1, kBandFloats / std::max<int64_t>(1, row_floats) - rows.reach);
+    const int64_t band = CeilDiv(rows.out, CeilDiv(rows.out, fitting));
+    plane = Product(band + rows.reach, pitch);
+    for (int64_t start = 0; start < rows.out; start += band) starts.push_back(start);
+    starts.push_back(rows.out);
+    if (plane > std::numeric_limits<int32_t>::max() / 2) throw Error("an input plane is too large");
+    for (int64_t k = 0; k < bands(); ++k)
+      if (!Find(length(k))) {
+        cuts.emplace_back(length(k), Pieces(weight));
+        cuts.back().second.AddPlane(length(k), columns.out, pitch, weight.StepsPerRow());
+      }
+  }
+
+  // Where a tile finds each column, with channels, phases and rows so far apart.
+  void SetOffsets(const Weight& weight, int64_t channel, int64_t phase_floats, int64_t row_floats) {
+    const int64_t taps = rows.kernel * columns.kernel;
     std::vector<int32_t> of_tap(taps);
     for (int64_t tap = 0; tap < taps; ++tap) {
       const int64_t kh = tap / columns.kernel, kw = tap % columns.kernel;
       int64_t phase = 0;
       while (phases[phase].row != rows.Phase(kh) || phases[phase].column != columns.Phase(kw)) ++phase;
-      of_tap[tap] = static_cast<int32_t>(phase * plane + rows.Shift(kh) * pitch + columns.Shift(kw));
+      of_tap[tap] = static_cast<int32_t>(phase * phase_floats + rows.Shift(kh) * row_floats + columns.Shift(kw));
     }
-    const int32_t channel = static_cast<int32_t>(phases.size() * plane);
-    offsets.reserve(weight.columns.size());
-    for (int32_t column : weight.columns) offsets.push_back(column / taps * channel + of_tap[column % taps]);
+    offsets.clear();
+    for (int32_t column : weight.columns)
+      offsets.push_back(column / static_cast<int32_t>(taps) * static_cast<int32_t>(channel) + of_tap[column % taps]);
   }
 
-  int64_t Floats() const {  // a tile may read up to a vector past the last pixel
-    return per_group * static_cast<int64_t>(phases.size()) * plane + columns.lead + kMaxLanes;
+  // Decides whether what a tile reads is copied side by side first; see Copies.
+  bool AddCopies(const Weight& weight) {
+    const int64_t tile = cuts[0].second.most * Loops().lanes, phase_count = static_cast<int64_t>(phases.size());
+    // Rows of the kernel each for itself, or, where the plane's rows are short, all in one run.
+    const int64_t row = CeilDiv(tile + columns.reach, 4) * 4, run = tile + rows.reach * pitch + columns.reach;
+    const bool apart = (rows.reach + 1) * row < run;
+    const int64_t of_phase = apart ? (rows.reach + 1) * row : CeilDiv(run, 4) * 4;
+    const double vectors = static_cast<double>(phase_count * of_phase * per_group) / Loops().lanes;
+    const double tile_rows = weight.block >= 8 && Loops().max_vectors[1] ? 8 : 4;
+    const double steps = static_cast<double>(weight.columns.size()) / weight.group * (weight.block / tile_rows);
+    const double density = weight.StepsPerRow() / static_cast<double>(per_group * rows.kernel * columns.kernel);
+    if (!Copies::Pays(per_group, density, steps, vectors)) return false;
+    for (int64_t phase = 0; phase < phase_count; ++phase)
+      for (int64_t r = 0; r < (apart ? rows.reach + 1 : 1); ++r)
+        copies->Add(phase * plane + r * pitch, phase * of_phase + r * row, (apart ? row : of_phase) - tile);
+    copies->per_channel = phase_count * of_phase;
+    SetOffsets(weight, copies->per_channel, of_phase, apart ? row : pitch);
+    return true;
+  }
+
+  int64_t bands() const { return static_cast<int64_t>(starts.size()) - 1; }
+  int64_t length(int64_t band) const { return starts[band + 1] - starts[band]; }
+  const Pieces* Find(int64_t length) const {
+    for (const auto& cut : cuts)
+      if (cut.first == length) return &cut.second;
+    return nullptr;
+  }
+
+  int64_t MostPieces() const {
+    size_t most = 0;
+    for (const auto& cut : cuts) most = std::max(most, cut.second.list.size());
+    return static_cast<int64_t>(most);
+  }
+
+  int64_t Floats() const {  // a tile, and a copy for one, may read past the last pixel
+    return per_group * static_cast<int64_t>(phases.size()) * plane + columns.lead + kMaxTilePixels + kMaxLanes;
   }
 
   // Copies the input rows of a band, its group's channels, phase by phase.
   void Fill(const float* x, int64_t first_out, float* to) const {
+    const int64_t height = plane / pitch;
     for (int64_t c = 0; c < per_group; ++c, x += rows.in * columns.in)
       for (const Phase& phase : phases) {
         const int64_t begin = columns.First(phase.column), end = std::max(begin, columns.End(phase.column));
-        for (int64_t q = 0; q < band + rows.reach; ++q, to += pitch) {
+        for (int64_t q = 0; q < height; ++q, to += pitch) {
           const int64_t row = (first_out + q) * rows.stride + phase.row - rows.pad;
           if (row < 0 || row >= rows.in) {
             std::fill_n(to, pitch, 0.0f);
@@ -200,16 +239,18 @@ struct Layout {
           std::fill_n(to + end, pitch - end, 0.0f);
         }
       }
-    std::fill_n(to, columns.lead + kMaxLanes, 0.0f);
+    std::fill_n(to, columns.lead + kMaxTilePixels + kMaxLanes, 0.0f);
   }
 
   int64_t channels, per_group;
   Axis rows, columns;
   std::vector<Phase> phases;
   bool in_place;
-  int64_t band, bands;  // output rows, or pixels if in place
-  int64_t pitch, plane;
+  std::vector<int64_t> starts;  // of the bands, and their end: output rows, or pixels if in place
+  int64_t pitch, plane;         // how far rows and phases are apart
   std::vector<int32_t> offsets;
+  std::vector<std::pair<int64_t, Pieces>> cuts;  // by the length of a band
+  std::unique_ptr<Copies> copies;                // null if tiles read their input where it is
 };
 
 Conv::Conv(const SlrcBlocks& blocks, const SlrcWindow& window) : weight_(blocks, window.group), window_(window) {
@@ -243,28 +284,27 @@ void Conv::Run(const float* x, const int64_t x_shape[4], const float* residual, 
   const int64_t in_plane = l.rows.in * l.columns.in, out_plane = l.rows.out * l.columns.out;
   const uint64_t owner = NewOwner();
   auto task = [&](int64_t index, int64_t first, int64_t last) {
-    const int64_t band = index % l.bands, image = index / l.bands, group = image % groups;
+    const int64_t band = index % l.bands(), image = index / l.bands(), group = image % groups;
     const float* from = x + image * l.per_group * in_plane;
-    const int64_t offset = image * channels * out_plane, row = band * l.band;
-    const float* added = residual ? residual + offset : nullptr;
-    if (l.in_place) {
-      const Panel panel{from + row, l.offsets.data(), std::min(l.band, out_plane - row), l.band};
-      RunPanel(weight_, group, first, last, panel,
-               PlainOutput{y + offset + row, added ? added + row : nullptr, out_plane});
-      return;
+    const int64_t at = image * channels * out_plane + l.starts[band] * (l.in_place ? 1 : l.columns.out);
+    if (!l.in_place) {
+      bool fresh;
+      float* plane = Scratch::OfThisThread().Get(l.Floats(), owner, index, &fresh);
+      if (fresh) l.Fill(from, l.starts[band], plane);
+      from = plane;
     }
-    bool fresh;
-    float* plane = Scratch::OfThisThread().Get(l.Floats(), owner, index, &fresh);
-    if (fresh) l.Fill(from, row, plane);
-    const int64_t height = std::min(l.band, l.rows.out - row), at = row * l.columns.out;
-    const Panel panel{plane, l.offsets.data(), (height - 1) * l.pitch + l.columns.out, l.plane};
-    const float* added_at = added ? added + at : nullptr;
-    RunPanel(weight_, group, first, last, panel,
-             SeamedOutput{y + offset + at, added_at, out_plane, l.columns.out, l.pitch});
+    const Pieces* pieces = l.Find(l.length(band));
+    if (l.copies) {  // a shorter band has fewer
+      first = std::min<int64_t>(first, pieces->list.size());
+      last = std::min<int64_t>(last, pieces->list.size());
+    }
+    const ConvOutput output{y + at, residual ? residual + at : nullptr, out_plane, pieces->runs.data()};
+    RunPanel(weight_, group, first, last, Panel{from, l.offsets.data(), pieces, l.copies.get()}, output);
   };
-  const int64_t panels = x_shape[0] * groups * l.bands;
+  const int64_t panels = x_shape[0] * groups * l.bands();
+  const int64_t units = l.copies ? l.MostPieces() : weight_.rows_per_group;
   const double work = static_cast<double>(weight_.values.size()) * out_plane * x_shape[0];
-  RunTasks(parallel, panels, weight_.rows_per_group, work, task);
+  RunTasks(parallel, panels, units, work, task);
 }
 
 }  // namespace slrc

@@ -37,25 +37,53 @@ void Transpose(const float* from, int64_t from_pitch, int64_t rows, int64_t colu
 
 // y is (tokens, channels), the tile (rows, tokens).
 struct TokenOutput {
-  static constexpr bool kPlain = false;
+  static constexpr bool kHasRows = false;
   float* y;
   const float* residual;
   int64_t channels;
 
+  int64_t channel_stride() const { return 0; }
+
   void Gather(int64_t channel, int rows, const Piece& piece, float* tile) const {
-    Transpose(residual + piece.start * channels + channel, channels, piece.pixels, rows, tile, kMaxTilePixels);
+    Transpose(residual + piece.x * channels + channel, channels, piece.pixels, rows, tile, kMaxTilePixels);
   }
   void Scatter(int64_t channel, int rows, const Piece& piece, const float* tile) const {
-    Transpose(tile, kMaxTilePixels, rows, piece.pixels, y + piece.start * channels + channel, channels);
+    Transpose(tile, kMaxTilePixels, rows, piece.pixels, y + piece.x * channels + channel, channels);
   }
 };
 
+// One token: its channels stand one after another.
+struct OneToken {
+  static constexpr bool kHasRows = true;
+  float* y;
+  const float* residual;
+
+  int64_t channel_stride() const { return 1; }
+  void Gather(int64_t, int, const Piece&, float*) const {}
+  void Scatter(int64_t, int, const Piece&, const float*) const {}
+};
+
 }  // namespace
+
+struct TokenPieces {
+  explicit TokenPieces(const Weight& weight) : one(weight) {
+    one.Add(0, 0, 1, true);
+    for (int64_t count = 1; count <= kMaxTilePixels; ++count) {
+      of_panel.emplace_back(weight);
+      of_panel.back().Add(0, 0, count, false);
+    }
+  }
+  Pieces one;
+  std::vector<Pieces> of_panel;  // of 1, 2, ... tokens
+};
+
+Gemm::~Gemm() = default;
 
 Gemm::Gemm(const SlrcBlocks& blocks) : weight_(blocks, 1) {
   if (weight_.largest_column >= std::numeric_limits<int32_t>::max() / kMaxTilePixels)
     throw Error("column " + std::to_string(weight_.largest_column) + " is out of range");
   for (int32_t column : weight_.columns) offsets_.push_back(column * kMaxTilePixels);
+  pieces_.reset(new TokenPieces(weight_));
 }
 
 void Gemm::Run(const float* x, int64_t rows, int64_t inputs, const float* residual, float* y,
@@ -72,14 +100,14 @@ void Gemm::Run(const float* x, int64_t rows, int64_t inputs, const float* residu
     const float* from = x + begin * inputs;
     const float* added = residual ? residual + begin * outputs : nullptr;
     if (few) {
-      RunPanel(weight_, 0, first, last, Panel{from, weight_.columns.data(), 1, 1},
-               PlainOutput{y + begin * outputs, added, 1});
+      RunPanel(weight_, 0, first, last, Panel{from, weight_.columns.data(), &pieces_->one, nullptr},
+               OneToken{y + begin * outputs, added});
       return;
     }
     bool fresh;
     float* tile = Scratch::OfThisThread().Get(inputs * tokens + kMaxLanes, owner, index, &fresh);
     if (fresh) Transpose(from, inputs, count, inputs, tile, tokens);
-    RunPanel(weight_, 0, first, last, Panel{tile, offsets_.data(), count, tokens},
+    RunPanel(weight_, 0, first, last, Panel{tile, offsets_.data(), &pieces_->of_panel[count - 1], nullptr},
              TokenOutput{y + begin * outputs, added, outputs});
   };
   RunTasks(parallel, (rows + tokens - 1) / tokens, weight_.rows_per_group,

@@ -9,10 +9,14 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.export import ExportedProgram
 
 from slrc.backends.packed_onnx import attach_functions, translation_table
 from slrc.errors import BackendError
 from slrc.program import Program
+
+aten = torch.ops.aten
 
 OPSET = 21
 """The newest opset that ONNX Runtime and TensorRT's parser both take whole."""
@@ -29,11 +33,12 @@ def export_onnx(program: Program, path: Path) -> bool:
     import onnx
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    exported_program = _with_plain_attention(program)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             exported = torch.onnx.export(
-                program.exported,
+                exported_program,
                 dynamo=True,
                 opset_version=OPSET,
                 optimize=True,
@@ -51,6 +56,38 @@ def export_onnx(program: Program, path: Path) -> bool:
     exported.save(path, external_data=_bytes(program) > EXTERNAL_DATA_BYTES)
     onnx.checker.check_model(str(path))
     return is_packed
+
+
+def _with_plain_attention(program: Program) -> ExportedProgram:
+    """Write attention over more than four dimensions in products: torch has an ONNX form for four alone."""
+    fused = aten.scaled_dot_product_attention.default
+    if all(node.target is not fused or node.meta["val"].dim() == 4 for node in program.nodes):
+        return program.exported
+    return program.exported.run_decompositions({fused: _attention})
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`softmax(q kᵀ · scale + mask) v`, in evaluation: nothing is dropped."""
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = (x.repeat_interleave(groups, dim=-3) for x in (key, value))
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    if attn_mask is not None:
+        is_choice = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, float("-inf")) if is_choice else scores + attn_mask
+    return scores.softmax(-1) @ value
 
 
 def _bytes(program: Program) -> int:

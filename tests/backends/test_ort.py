@@ -88,6 +88,35 @@ def test_structured_inputs_and_outputs(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected)
 
 
+class WindowAttention(nn.Module):
+    """Attention over five dimensions, as in models that attend within blocks of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.options = nn.Linear(8, 24), {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(3, 0, 4, 1, 2, 5)
+        return nn.functional.scaled_dot_product_attention(q, k, v, **self.options)
+
+
+@pytest.mark.parametrize("name", ["plain", "causal", "bias", "choice", "scale"])
+def test_attention_over_five_dimensions(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = WindowAttention().eval()
+    options = {
+        "causal": {"is_causal": True},
+        "bias": {"attn_mask": torch.randn(5, 5)},
+        "choice": {"attn_mask": torch.rand(5, 5) < 0.8},
+        "scale": {"scale": 0.3},
+    }
+    model.options = options.get(name, {})
+    program = capture(model, (torch.randn(2, 3, 5, 8),))
+    slrc.lower(program, "ort", tmp_path)
+    x = torch.randn(3, 3, 5, 8)
+    torch.testing.assert_close(module_of(program, tmp_path)(x), model(x))
+
+
 def test_a_fixed_batch_is_run_in_pieces(tmp_path: Path) -> None:
     model = FixedBatch().eval()
     program = capture(model, (torch.randn(2, 4),))

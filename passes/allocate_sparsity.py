@@ -13,6 +13,7 @@ from slrc.errors import ConfigError, PatternError, PlanError
 from slrc.latency import LatencyForecast
 from slrc.passes.allocate_latency import LatencyGoal, keep_for_latency
 from slrc.passes.label_indices import ChannelGroup, IndexLabels, label_indices
+from slrc.passes.order_channels import order_channels, takes_order
 from slrc.patterns import AnyPattern, Unstructured
 from slrc.plans import Attention, Constraint, LayerNorm, LeftOut, Plan, Slice
 from slrc.program import Layer, Program
@@ -40,6 +41,7 @@ def allocate_sparsity(
     round_to: int = 1,
     attention: Attention = Attention.HEADS,
     layer_norm: LayerNorm = LayerNorm.KEEP,
+    permute: bool = False,
     goal: LatencyGoal | None = None,
 ) -> Plan:
     """Return a plan that prunes `sparsity` of the constrained weights, to within one group.
@@ -54,6 +56,7 @@ def allocate_sparsity(
         round_to: kept widths of coupled groups are rounded up to a multiple of this: odd widths run slower.
         attention: whether whole heads or the width of every head is pruned.
         layer_norm: whether what layer and RMS norms normalise over may be pruned.
+        permute: whether outputs may be reordered, so that alike ones fall into one block. See `order_channels`.
         goal: what `Allocation.LATENCY` needs; it decides instead of `sparsity`.
 
     Raises:
@@ -63,8 +66,9 @@ def allocate_sparsity(
     """
     asked = _asked_sparsity(pattern, sparsity)
     _check_skips(program, skip)
-    labels = label_indices(program, attention, layer_norm) if pattern.coupled else None
-    if labels is not None:
+    permute = permute and takes_order(pattern)
+    labels = label_indices(program, attention, layer_norm) if pattern.coupled or permute else None
+    if labels is not None and pattern.coupled:
         candidates, left_out = _coupled_constraints(program, labels, pattern, skip, keep_ends)
     else:
         candidates, left_out = _layer_constraints(program, pattern, skip, keep_ends)
@@ -87,7 +91,9 @@ def allocate_sparsity(
         keep = _uniform(weights, groups, asked)
     if pattern.coupled and forecast is None:
         keep = _round_up(program, candidates, keep, round_to)
-    constraints = tuple(c.model_copy(update={"keep": int(k)}) for c, k in zip(candidates, keep, strict=True))
+    constraints = [c.model_copy(update={"keep": int(k)}) for c, k in zip(candidates, keep, strict=True)]
+    if labels is not None and permute:
+        constraints = order_channels(program, labels, constraints)
     reached = 1.0 - float((weights * keep / groups).sum() / weights.sum())
     return Plan(
         sparsity_asked=asked if forecast is None else reached,
@@ -98,7 +104,7 @@ def allocate_sparsity(
         shortfall=""
         if forecast
         else _explain(asked, reached, weights, groups, keep, round_to if pattern.coupled else 1),
-        constraints=constraints,
+        constraints=tuple(constraints),
         left_out=tuple(left_out),
     )
 

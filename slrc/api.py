@@ -20,6 +20,7 @@ from slrc.latency_timing import LatencyMeter
 from slrc.passes.allocate_latency import LatencyGoal
 from slrc.passes.allocate_sparsity import Allocation, allocate_sparsity
 from slrc.passes.label_indices import label_indices
+from slrc.passes.permute_channels import check_orders
 from slrc.patterns import AnyPattern
 from slrc.pipeline import STRUCTURE, run_passes
 from slrc.plans import Attention, LayerNorm, Masks, Plan
@@ -54,6 +55,7 @@ def plan(
     round_to: int = 8,
     attention: str | Attention = Attention.HEADS,
     layer_norm: str | LayerNorm = LayerNorm.KEEP,
+    permute: bool = False,
     latency_budget: float | None = None,
     target: str | Sequence[str] = "ort",
     threads: int | None = None,
@@ -78,6 +80,7 @@ def plan(
             "round_to": round_to,
             "attention": attention,
             "layer_norm": layer_norm,
+            "permute": permute,
         }
     )
     return plan_from(program, made, cache=cache, reporter=reporter)
@@ -208,6 +211,7 @@ def plan_from(
             round_to=config.round_to,
             attention=config.attention,
             layer_norm=config.layer_norm,
+            permute=config.permute,
             goal=goal,
         )
 
@@ -237,6 +241,7 @@ def checked_plan(program: Program, given: Plan) -> Plan:
         raise PlanError("the plan constrains nothing", hint="write one with `slrc inspect --plan-out plan.json`")
     given.check(program.tensors, {name: layer.groups for name, layer in program.layers.items()})
     _check_groups(program, given)
+    check_orders(program, given)
     weights = [c.num_weights(program.tensors) for c in given]
     kept = sum(c.kept_weights(program.tensors) for c in given)
     sparsity = 1.0 - kept / sum(weights)

@@ -68,6 +68,14 @@ LayerNormOption = Annotated[
     str | None,
     typer.Option(help="channel: keep what layer and RMS norms normalise over, or narrow it exactly (default: keep)"),
 ]
+PermuteOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--permute/--no-permute",
+        help="block:Rx1: reorder channels so that alike outputs share blocks; the network computes the same "
+        "(default: no-permute)",
+    ),
+]
 DEBUG_HELP = "show the whole trace of an error"
 
 
@@ -92,6 +100,7 @@ def compile_command(
     round_to: RoundToOption = None,
     attention: AttentionOption = None,
     layer_norm: LayerNormOption = None,
+    permute: PermuteOption = None,
     plan: PlanOption = None,
     config: ConfigOption = None,
     threads: ThreadsOption = None,
@@ -124,6 +133,7 @@ def compile_command(
         "round_to": round_to,
         "attention": attention,
         "layer_norm": layer_norm,
+        "permute": permute,
         "plan": plan,
         "threads": threads,
         "seed": seed,
@@ -147,6 +157,7 @@ def inspect(
     round_to: RoundToOption = None,
     attention: AttentionOption = None,
     layer_norm: LayerNormOption = None,
+    permute: PermuteOption = None,
     target: TargetOption = None,
     threads: ThreadsOption = None,
     plan_out: Annotated[Path | None, typer.Option(help="write the plan here, to edit and give to --plan")] = None,
@@ -168,6 +179,7 @@ def inspect(
         "round_to": round_to,
         "attention": attention,
         "layer_norm": layer_norm,
+        "permute": permute,
         "target": tuple(target) if target else None,
         "threads": threads,
     }

@@ -49,6 +49,7 @@ class CompileConfig(BaseModel):
     round_to: Annotated[int, Field(ge=1)] = 8
     attention: Attention = Attention.HEADS
     layer_norm: LayerNorm = LayerNorm.KEEP
+    permute: bool = False
     method: MethodName | None = None
     epochs: Annotated[int, Field(ge=0)] = 10
     retrain_epochs: Annotated[int, Field(ge=0)] = 0

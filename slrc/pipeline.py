@@ -11,13 +11,14 @@ from slrc.passes.apply_masks import ApplyMasks
 from slrc.passes.base import Transform
 from slrc.passes.fold_batch_norm import FoldBatchNorm
 from slrc.passes.pack_blocks import PackBlocks
+from slrc.passes.permute_channels import PermuteChannels
 from slrc.passes.shrink_channels import ShrinkChannels
 from slrc.passes.split_columns import SplitColumns
 from slrc.plans import Masks, Plan
 from slrc.program import Program
 from slrc.verify import TOLERANCE_FP32, Check, compare, outputs_of
 
-STRUCTURE: tuple[Transform, ...] = (ApplyMasks(), ShrinkChannels(), FoldBatchNorm())
+STRUCTURE: tuple[Transform, ...] = (ApplyMasks(), PermuteChannels(), ShrinkChannels(), FoldBatchNorm())
 """From masks to structure, the same for every target. What is left of the masks are zeros in weights."""
 
 DENSE: tuple[Transform, ...] = (FoldBatchNorm(),)

@@ -49,6 +49,18 @@ def _print_ranges(indices: tuple[int, ...] | None) -> str | None:
     return ",".join(f"{start}:{stop}" for start, stop in spans)
 
 
+def _parse_order(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if not re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", value):
+        raise ValueError(f"expected places like `3,0,1,2`, got `{value}`")
+    return tuple(int(place) for place in value.split(","))
+
+
+def _print_order(order: tuple[int, ...] | None) -> str | None:
+    return None if order is None else ",".join(map(str, order))
+
+
 PatternField = Annotated[
     AnyPattern,
     BeforeValidator(lambda v: v if isinstance(v, AnyPattern) else parse_pattern(str(v))),
@@ -58,6 +70,12 @@ Indices = Annotated[
     tuple[int, ...] | None,
     BeforeValidator(_parse_ranges),
     PlainSerializer(_print_ranges, return_type=str | None),
+]
+
+Order = Annotated[
+    tuple[int, ...] | None,
+    BeforeValidator(_parse_order),
+    PlainSerializer(_print_order, return_type=str | None),
 ]
 
 
@@ -118,6 +136,10 @@ class Constraint(_Data):
 
     For a pattern on single weights, `members` is that weight. For `channel` it is the coupled group: the producers'
     slices, each unit a row; `followers` are the consumers' slices, which vanish with their unit and are not scored.
+
+    `order` is for patterns on single weights: the pattern sees output `order[i]` of the weight as its row `i`, so that
+    outputs with alike columns fall into one block (`"3,0,1,2"` in JSON); `None` is output `i` as row `i`. Weights and
+    masks stay as the user has them; `slrc.passes.permute_channels` reorders the program.
     """
 
     name: str
@@ -126,11 +148,13 @@ class Constraint(_Data):
     keep: int = Field(ge=1)
     members: tuple[Slice, ...] = Field(min_length=1)
     followers: tuple[Slice, ...] = ()
+    order: Order = None
 
     def gather(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return what the pattern sees: the weight itself, or the coupled group as `(units, features)`."""
+        """Return what the pattern sees: the weight in its `order`, or the coupled group as `(units, features)`."""
         if not self.pattern.coupled:
-            return tensors[self.members[0].tensor]
+            weight = tensors[self.members[0].tensor]
+            return weight if self.order is None else weight[torch.tensor(self.order, device=weight.device)]
         return torch.cat([s.rows(tensors[s.tensor], self.groups) for s in self.members], dim=1)
 
     def num_weights(self, tensors: Mapping[str, Tensor]) -> int:
@@ -152,7 +176,8 @@ class Constraint(_Data):
     def scatter(self, mask: Tensor, masks: Mapping[str, Tensor], *, followers: bool) -> None:
         """Clear in `masks` what `mask`, of the shape of `gather`, does not keep."""
         if not self.pattern.coupled:
-            masks[self.members[0].tensor].logical_and_(mask.cpu())
+            own = mask.cpu() if self.order is None else mask.cpu()[torch.tensor(self.order).argsort()]
+            masks[self.members[0].tensor].logical_and_(own)
             return
         units = mask.any(dim=1).cpu()
         for s in self.members + (self.followers if followers else ()):
@@ -227,6 +252,7 @@ class Plan(_Data):
         for c in self.constraints:
             for s in c.members + c.followers:
                 _check_slice(c, s, tensors)
+            _check_order(c, tensors)
             if not c.pattern.coupled:
                 weight = c.members[0].tensor
                 shape = tuple(tensors[weight].shape)
@@ -341,6 +367,7 @@ def _check_mask_shapes(c: Constraint, masks: Mapping[str, Tensor]) -> None:
     for s in c.members + c.followers:
         if s.tensor in masks:
             _check_slice(c, s, masks)
+    _check_order(c, masks)
     if not c.pattern.coupled:
         mask = masks[c.members[0].tensor]
         shape = tuple(mask.shape)
@@ -363,3 +390,19 @@ def _check_slice(c: Constraint, s: Slice, tensors: Mapping[str, Tensor]) -> None
         repeated = s.index is not None and len(set(s.index)) < length
         if length == 0 or outside or repeated or length % c.groups:
             raise PlanError(f"constraint `{c.name}`: `{s.tensor}` of shape {shape} does not have its units")
+
+
+def _check_order(c: Constraint, tensors: Mapping[str, Tensor]) -> None:
+    if c.order is None:
+        return
+    if c.pattern.coupled:
+        raise PlanError(
+            f"constraint `{c.name}`: {c.pattern} has no order of outputs", hint="take `order` out of the constraint"
+        )
+    shape = tuple(tensors[c.members[0].tensor].shape)
+    if sorted(c.order) != list(range(shape[0])):
+        raise PlanError(
+            f"constraint `{c.name}`: its `order` does not name every output of `{c.members[0].tensor}` of shape "
+            f"{shape} once",
+            hint=f"list 0 to {shape[0] - 1} in any order, or take `order` out",
+        )

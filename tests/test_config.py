@@ -30,6 +30,7 @@ def test_defaults() -> None:
     assert config == CompileConfig()
     assert config.pattern == Channel()
     assert (config.sparsity, config.method, config.target, config.keep_ends) == (None, None, ("ort",), True)
+    assert not config.permute
 
 
 def test_every_option_from_a_file(toml: Any) -> None:
@@ -41,6 +42,7 @@ sparsity = 0.75
 allocate = "global"
 attention = "width"
 layer-norm = "narrow"
+permute = true
 method = "admm"
 epochs = 3
 retrain-epochs = 2
@@ -69,6 +71,7 @@ rho = 0.3
     assert (config.epochs, config.retrain_epochs, config.updates_per_epoch, config.probe_batches) == (3, 2, 5, 1)
     assert (config.attention, config.layer_norm) == (Attention.WIDTH, LayerNorm.NARROW)
     assert config.precision is Precision.BF16
+    assert config.permute
     assert (config.target, config.skip) == (("ort", "tensorrt-rtx:sm86"), ("head", "blocks.*"))
     assert (config.keep_ends, config.threads, config.seed, config.plan) == (False, 2, 7, Path("plan.json"))
     assert (config.slr.rho, config.slr.s0, config.slr.M, config.slr.r) == (0.2, 0.02, 200.0, 0.2)

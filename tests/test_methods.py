@@ -29,6 +29,9 @@ def on_weight(pattern: str, tensor: str, groups: int, keep: int) -> Constraint:
 PLANS = {
     "unstructured": plan_of(on_weight("unstructured", "a", 64, 16)),
     "block": plan_of(on_weight("block:4x1", "a", 16, 4)),
+    "block, in an order": plan_of(
+        on_weight("block:4x1", "a", 16, 4).model_copy(update={"order": (5, 0, 3, 6, 1, 7, 2, 4)})
+    ),
     "columns": plan_of(on_weight("columns:2", "a", 8, 2)),
     "n:m": plan_of(on_weight("2:4", "a", 4, 2)),
     "two weights": plan_of(on_weight("unstructured", "a", 64, 16), on_weight("block:2x2", "b", 16, 4)),

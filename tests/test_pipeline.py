@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from slrc.errors import VerificationError
-from slrc.forms import candidate_forms
+from slrc.forms import Form, FormKind, block_density, candidate_forms
 from slrc.passes.allocate_sparsity import allocate_sparsity
 from slrc.passes.base import PassResult, Transform
 from slrc.patterns import AnyPattern, Block, Channel, Columns
@@ -66,6 +66,27 @@ def test_every_pass_that_modified_is_checked(program: Program, pattern: AnyPatte
     assert [check.step for check in checks] == [f"masked module = {step}" for step in steps]
     assert all(check.passed and check.max_rel_error < 1e-5 for check in checks)
     assert result.macs < program.macs or not isinstance(pattern, Channel)
+
+
+def test_permuted_blocks_are_packed(program: Program) -> None:
+    program = program.with_tensors({"1.weight": alike_rows(8, 8, 3, 3)})
+    plan = allocate_sparsity(program, Block(4, 1), 0.5, permute=True)
+    masks = Masks.project(plan, program.tensors)
+    reference = outputs_of(program.with_tensors(masks.apply(program.tensors)).module(), program.example_inputs)
+    checks: list[Check] = []
+    slim = run_passes(STRUCTURE, program, plan, masks, reference, checks)
+    steps = ["apply-masks", "permute-channels", "fold-batch-norm"]
+    assert [check.step for check in checks] == [f"masked module = {step}" for step in steps]
+    assert block_density(slim.tensors["1.weight"], 4) <= 0.5 < block_density(masks.tensors["1.weight"], 4)
+    packed = run_passes(form_passes({"1.weight": Form(FormKind.PACKED, 4)}), slim, plan, masks, reference, checks)
+    assert checks[-1].step == "masked module = pack-blocks"
+    assert packed.macs < slim.macs
+
+
+def alike_rows(*shape: int) -> torch.Tensor:
+    """Return a weight whose even rows have the same large columns, and whose odd rows have the others."""
+    large = torch.rand(shape[1:]) < 0.5
+    return torch.stack([torch.where(large ^ bool(i % 2), 1.0, 0.01) * torch.randn(shape[1:]) for i in range(shape[0])])
 
 
 @pytest.mark.parametrize("kind", ["split", "grouped", "packed"])

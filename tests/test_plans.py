@@ -17,6 +17,8 @@ from slrc.errors import OutputError, PlanError
 from slrc.patterns import NM, Block, Channel, Columns, Unstructured
 from slrc.plans import PLAN_SCHEMA_VERSION, Constraint, LayerNorm, LeftOut, Masks, Plan, Slice
 
+SHUFFLED = (5, 0, 3, 6, 1, 7, 2, 4)
+
 
 def plan_of(*constraints: Constraint) -> Plan:
     return Plan(sparsity_asked=0.5, sparsity=0.5, constraints=constraints)
@@ -96,6 +98,18 @@ def test_index_ranges_round_trip(index: list[int]) -> None:
     assert Slice.model_validate_json(where.model_dump_json()) == where
 
 
+def test_an_order_is_read_and_written_as_places(plan: Plan, tmp_path: Path) -> None:
+    ordered = edited(plan.constraints[1], order=SHUFFLED)
+    plan = plan.model_copy(update={"constraints": (plan.constraints[0], ordered)})
+    plan.save(tmp_path / "plan.json")
+    data = json.loads((tmp_path / "plan.json").read_text())
+    assert [c["order"] for c in data["constraints"]] == [None, "5,0,3,6,1,7,2,4"]
+    assert Plan.load(tmp_path / "plan.json") == plan
+    del data["constraints"][1]["order"]
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    assert Plan.load(tmp_path / "plan.json").constraints[1].order is None
+
+
 Edit = Callable[[dict[str, Any]], Any]
 
 
@@ -118,6 +132,9 @@ def member(**fields: Any) -> Edit:
         (constraint(pattern=3), "plan.json`: unknown pattern `3`"),
         (constraint(keep=0), "field `constraints.1.keep`: Input should be greater than or equal to 1"),
         (constraint(members=[]), r"field `constraints.1.members`: .* at least 1 item"),
+        (constraint(order="3;1"), r"field `constraints.1.order`: .*expected places like `3,0,1,2`, got `3;1`"),
+        (constraint(order=""), "expected places like"),
+        (constraint(order="0:8"), "expected places like"),
         (member(index="5"), r"field `constraints.0.members.1.index`: .*expected ranges like `0:64,128:192`, got `5`"),
         (member(index="a:b"), "expected ranges like"),
         (member(index=""), "expected ranges like"),
@@ -172,6 +189,10 @@ def elsewhere(**fields: Any) -> Constraint:
         ([edited(W, pattern=NM(2, 4), members=(Slice(tensor="bias"),))], "2:4 to `bias`: it has no input channels"),
         ([edited(W, pattern=Columns(2), members=(Slice(tensor="bias"),))], "to `bias`: it has no input channels"),
         ([W, W], "constraint `w` appears twice"),
+        ([edited(W, order=SHUFFLED[:7])], r"`order` does not name every output of `w` of shape \(8, 8\) once"),
+        ([edited(W, order=(0, *SHUFFLED[:7]))], "`order` does not name every output of `w`"),
+        ([edited(W, order=(8, *SHUFFLED[1:]))], "`order` does not name every output of `w`"),
+        ([edited(COUPLED, order=(1, 0, 2, 3))], "constraint `conv`: channel has no order of outputs"),
         ([edited(COUPLED, groups=3)], r"`conv.weight` of shape \(4, 3, 2, 2\) does not have its units"),
         ([edited(COUPLED, keep=5)], "cannot keep 5 of 4 groups"),
         ([elsewhere(index=(0, 1, 2))], r"`bias` of shape \(8,\) does not have its units"),
@@ -239,6 +260,29 @@ def test_projected_masks_pass_their_own_check(tensors: dict[str, Tensor], patter
     everything = Masks({"w": torch.ones(8, 8, dtype=torch.bool)})
     with pytest.raises(PlanError, match="does not obey"):
         everything.check(plan)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(), Block(4, 1), Columns(2), NM(2, 4)])
+def test_an_order_is_that_of_the_pattern_not_of_the_weight(tensors: dict[str, Tensor], pattern: Any) -> None:
+    groups = pattern.group_view(tensors["w"]).shape[1]
+    plain = edited(W, pattern=pattern, groups=groups, keep=groups // 2)
+    ordered = edited(plain, order=SHUFFLED)
+    plan = plan_of(ordered)
+    plan.check(tensors, {})
+    masks = Masks.project(plan, tensors)
+    masks.check(plan, tensors)
+    moved = Masks.project(plan_of(plain), {"w": tensors["w"][list(SHUFFLED)]})
+    assert torch.equal(masks.tensors["w"][list(SHUFFLED)], moved.tensors["w"])
+    assert masks.sparsity(plan) == 0.5
+    with pytest.raises(PlanError, match="does not name every output"):
+        Masks({"w": torch.ones(4, 16, dtype=torch.bool)}).check(plan)
+
+
+def test_blocks_of_an_order_are_not_those_of_another(tensors: dict[str, Tensor]) -> None:
+    plain = edited(W, pattern=Block(4, 1), groups=16, keep=8)
+    masks = Masks.project(plan_of(edited(plain, order=SHUFFLED)), tensors)
+    with pytest.raises(PlanError, match="does not obey"):
+        masks.check(plan_of(plain))
 
 
 def test_check_wants_every_mask_and_counts_channels() -> None:

@@ -43,6 +43,8 @@ RESULTS = Path(__file__).parent / "results" / "sparse_latency.json"
 NETWORKS = ("resnet18", "resnet50", "vgg16", "mobilenet_v2", "yolov3_tiny", "swin_t", "mixer_s16")
 SPARSITIES = (0.5, 0.75, 0.9)
 PATTERNS = ("block:8x1", "columns:2")
+LEAST_SPREAD = 0.1
+"""Of the densities that a line is fitted through."""
 DEEPSPARSE = """
 import sys, time, json, numpy as np
 from deepsparse import Engine
@@ -185,20 +187,24 @@ def time_deepsparse(python: str, folder: Path, batch: int, threads: int, shape: 
 
 
 def fit(rows: dict[str, Any]) -> Iterator[str]:
-    """Yield the lines of `slrc.form_cost.FITTED`: least squares on the layers of every row."""
+    """Yield the lines of `slrc.form_cost.FITTED`: least squares on the layers of the rows meant for a form."""
     points: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for row in rows.values():
+    for name, row in rows.items():
+        meant = ("split", "grouped") if "columns" in name else ("packed",)
         for layer in row["layers"]:
             best: dict[str, float] = {}
             for form, ms in layer["ms"].items():
                 kind = form.partition(":")[0]
                 best[kind] = min(ms, best.get(kind, ms))
             for kind, ms in best.items():
-                if kind != "dense":
+                if kind in meant:
                     points.setdefault((kind, layer["kind"]), []).append((layer["density"], ms / best["dense"]))
     for (form, kind), found in sorted(points.items()):
         density, share = np.array(found).T
-        slope, fixed = np.polyfit(density, share, 1) if len(set(density)) > 1 else (0.0, float(share.mean()))
+        if np.ptp(density) < LEAST_SPREAD:
+            yield f"    # {form}, {kind}: measured at a density of {density.mean():.2f} alone"
+            continue
+        slope, fixed = np.polyfit(density, share, 1)
         off = float(np.sqrt(np.mean((fixed + slope * density - share) ** 2)))
         fitted = f'(FormKind.{form.upper()}, "{kind}"): ({fixed:.2f}, {slope:.2f})'
         yield f"    {fitted},  # {len(found)} layers, off {off:.2f}"

@@ -131,7 +131,7 @@ class Compilation:
                 raise BackendError(f"target `{target}` cannot be built here: {reason}")
             choice = choose_forms(slim, target, threads=self.config.threads, reporter=self.reporter)
             if choice.lost:
-                self.note(f"on {target} no layer was packed: {choice.lost}")
+                self.note(f"on {target} layers stay dense that could be packed: {choice.lost}")
             formed = self._form(slim, choice)
             pair = []
             for name, one in (("dense", dense), ("compiled", formed)):

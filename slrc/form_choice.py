@@ -54,14 +54,14 @@ def choose_forms(
     why_not_packed = backend.why_not_packed(target)
     count = threads or len(os.sched_getaffinity(0))
     candidates: dict[str, list[Form]] = {}
-    could_be_packed = False
+    lost = ""
     for weight, layer in program.layers.items():
         found = candidate_forms(program.tensors[weight], layer.op, layer.groups)
-        could_be_packed |= any(f.kind is FormKind.PACKED for f in found)
         allowed = [f for f in found if f.kind is not FormKind.PACKED or not why_not_packed]
         if len(allowed) > 1:
             candidates[weight] = allowed
-    lost = why_not_packed if could_be_packed else ""
+        elif len(found) > 1:
+            lost = why_not_packed
     if not candidates:
         return FormChoice(target=str(target), threads=count, lost=lost)
     if backend.available(target).why_not_run:

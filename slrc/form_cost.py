@@ -1,7 +1,8 @@
 """What a form costs where it cannot be timed: a share of the dense layer's time that grows with the work it keeps.
 
-`share = fixed + slope · density`, fitted by `benchmarks/sparse_latency.py --fit` to layers timed on x86-64 and written
-down here. It decides for processors that a model is cross-compiled for.
+`share = fixed + slope · density`, fitted to the layers of ResNet-50 on x86-64 with AVX2 and written down here: split
+and grouped ones by `benchmarks/sparse_latency.py --fit`, packed ones to what `benchmarks/kernel_latency.py` prints. It
+decides for processors that a model is cross-compiled for.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from torch import Tensor
 from slrc.forms import DENSE, Form, FormKind, block_density, kept_channels
 
 FITTED: dict[tuple[FormKind, str], tuple[float, float]] = {
-    (FormKind.PACKED, "1x1"): (0.05, 1.2),
-    (FormKind.PACKED, "window"): (0.05, 1.3),
-    (FormKind.PACKED, "linear"): (0.05, 1.4),
-    (FormKind.SPLIT, "1x1"): (0.25, 1.0),
-    (FormKind.SPLIT, "window"): (0.10, 1.0),
-    (FormKind.SPLIT, "linear"): (0.25, 1.0),
-    (FormKind.GROUPED, "1x1"): (0.25, 1.0),
-    (FormKind.GROUPED, "window"): (0.10, 1.0),
+    (FormKind.PACKED, "1x1"): (0.04, 1.22),
+    (FormKind.PACKED, "window"): (0.05, 1.24),
+    (FormKind.PACKED, "linear"): (0.04, 1.22),
+    (FormKind.SPLIT, "1x1"): (0.17, 1.00),
+    (FormKind.SPLIT, "window"): (0.05, 1.00),
+    (FormKind.SPLIT, "linear"): (0.17, 1.00),
+    (FormKind.GROUPED, "1x1"): (0.12, 1.04),
+    (FormKind.GROUPED, "window"): (0.03, 1.01),
 }
-"""`(fixed, slope)` by the form and the kind of layer."""
+"""`(fixed, slope)` by the form and the kind of layer; linear layers are taken to be as 1×1 convolutions."""
 
 
 def layer_kind(weight: Tensor) -> str:

@@ -7,7 +7,7 @@ a choice is data: a form by the name of the layer's weight.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -93,18 +93,6 @@ def candidate_forms(weight: Tensor, op: str, groups: int = 1) -> list[Form]:
     return forms
 
 
-def portable_forms(layers: Iterable[tuple[str, str, int]], tensors: Mapping[str, Tensor]) -> Forms:
-    """Return forms that every runtime executes: layers are split wherever their zeros allow it.
-
-    `layers` are the names of weights, their operators and their groups.
-    """
-    chosen: dict[str, Form] = {}
-    for weight, op, groups in layers:
-        split = [f for f in candidate_forms(tensors[weight], op, groups) if f.kind is FormKind.SPLIT]
-        chosen |= {weight: split[0]} if split else {}
-    return chosen
-
-
 def _row_groups(weight: Tensor) -> int:
     """Return the least number of row groups whose kept channels are about the least work; 0 if that saves nothing."""
     work = {
@@ -159,8 +147,8 @@ class LayerChoice(BaseModel):
 class FormChoice(BaseModel):
     """The forms of a program's layers on one target, and why.
 
-    `taken` names which of the networks in `whole_ms` it is; `lost` says why no layer could be packed, where some had
-    the zeros for it.
+    `taken` names which of the networks in `whole_ms` it is; `lost` says why layers stay dense whose
+    zeros would let them be packed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

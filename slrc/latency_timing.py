@@ -13,6 +13,7 @@ from typing import Any
 from slrc.backends import Runner, Target, get_backend
 from slrc.checkpoints import disk_error
 from slrc.errors import BackendError, PlanError
+from slrc.kernels.build import sources_digest
 from slrc.latency import LatencyTable, SegmentLatency, WholeLatency
 from slrc.passes.cut_segments import cut_segments
 from slrc.pipeline import DENSE, STRUCTURE, run_passes
@@ -117,6 +118,7 @@ class Clock:
         found = environment()
         runtimes = {n: v for n, v in found["versions"].items() if n.startswith(("onnxruntime", "tensorrt"))}
         self.machine: Mapping[str, Any] = {k: found[k] for k in ("cpu", "instruction_sets", "gpu")} | runtimes
+        self.machine = {**self.machine, "kernels": sources_digest()}
         key = json.dumps([str(target), threads, self.machine], sort_keys=True)
         self._folder = cache / "latency" / sha256(key.encode()).hexdigest()[:16]
 

@@ -17,7 +17,6 @@ from slrc.forms import (
     candidate_forms,
     kept_channels,
     parse_form,
-    portable_forms,
     unpack,
 )
 
@@ -96,12 +95,6 @@ def test_kept_channels() -> None:
     weight = columns([[0, 1, 2], [2, 3]])
     assert [row.nonzero().flatten().tolist() for row in kept_channels(weight, 2)] == [[0, 1, 2], [2, 3]]
     assert kept_channels(weight, 1).sum() == 4
-
-
-def test_portable_forms_are_split() -> None:
-    tensors = {"a": columns([[0, 1], [2, 3]]), "b": blocks(8), "c": torch.ones(8, 6, 3, 3)}
-    layers = [(name, "conv2d", 1) for name in tensors]
-    assert portable_forms(layers, tensors) == {"a": Form(FormKind.SPLIT, 2)}
 
 
 def test_the_cost_model() -> None:

@@ -141,9 +141,14 @@ def _sources() -> list[Path]:
 
 
 def _key(family: str, compiler: Compiler) -> str:
-    parts = [*compiler.command, compiler.version, *FLAGS, repr(TILE_SETS[family])]
+    parts = [*compiler.command, compiler.version, *FLAGS, repr(TILE_SETS[family]), sources_digest()]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def sources_digest() -> str:
+    """Return a name for the content of the kernels' sources and of how they are built."""
     files = [*_sources(), *sorted(SOURCES.glob("*.h")), SOURCES / "exports.map", Path(__file__)]
-    digest = hashlib.sha256("\0".join(parts).encode())
+    digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]

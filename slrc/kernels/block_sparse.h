@@ -91,10 +91,7 @@ class Weight {
   int64_t block, out_channels, group;
   int64_t rows_per_group;  // block rows
   int64_t largest_column = -1;
-
-  double StepsPerRow() const {  // surviving columns of a block row
-    return static_cast<double>(columns.size()) / static_cast<double>(row_pointers.size() - 1);
-  }
+  bool sorted = true;  // whether columns rise within each block row
   Activation activation;
   std::vector<float> values;
   std::vector<int32_t> columns;
@@ -102,7 +99,6 @@ class Weight {
   std::vector<float> bias;  // zeros if there is none; padded to whole blocks
 };
 
-struct TokenPieces;
 struct Layout;  // where a convolution finds each column in planes of one size
 
 class Conv {
@@ -125,7 +121,6 @@ class Conv {
 class Gemm {
  public:
   explicit Gemm(const SlrcBlocks& blocks);
-  ~Gemm();
   int64_t out_channels() const { return weight_.out_channels; }
   void Run(const float* x, int64_t rows, int64_t inputs, const float* residual, float* y,
            const Parallel& parallel) const;
@@ -133,7 +128,6 @@ class Gemm {
  private:
   Weight weight_;
   std::vector<int32_t> offsets_;  // of the columns in a transposed tile of x
-  std::unique_ptr<const TokenPieces> pieces_;
 };
 
 }  // namespace slrc

@@ -1,4 +1,5 @@
-// Matrix multiplication on tokens: a tile of tokens is transposed, and is then the plane of a 1x1 convolution.
+// Matrix multiplication on tokens: the tokens of each tile are transposed, and are then packed pixels of a 1x1
+// convolution.
 #include <algorithm>
 #include <limits>
 
@@ -35,55 +36,41 @@ void Transpose(const float* from, int64_t from_pitch, int64_t rows, int64_t colu
       to[j * to_pitch + i] = from[i * from_pitch + j];
 }
 
+// The pieces of one panel.
+struct PiecesOnStack {
+  void push_back(const Piece& piece) { pieces[count++] = piece; }
+  const Piece& back() const { return pieces[count - 1]; }
+
+  Piece pieces[kMaxTilePixels];
+  int64_t count = 0;
+};
+
 // y is (tokens, channels), the tile (rows, tokens).
 struct TokenOutput {
-  static constexpr bool kHasRows = false;
   float* y;
   const float* residual;
   int64_t channels;
 
-  int64_t channel_stride() const { return 0; }
-
-  void Gather(int64_t channel, int rows, const Piece& piece, float* tile) const {
-    Transpose(residual + piece.x * channels + channel, channels, piece.pixels, rows, tile, kMaxTilePixels);
+  bool Find(int64_t channel, const Piece& piece, Place* place) const {
+    const int64_t at = piece.start * channels + channel;
+    *place = {y + at, residual ? residual + at : nullptr, 1};
+    return piece.width == 1;
   }
-  void Scatter(int64_t channel, int rows, const Piece& piece, const float* tile) const {
-    Transpose(tile, kMaxTilePixels, rows, piece.pixels, y + piece.x * channels + channel, channels);
+  void Gather(int64_t channel, int64_t count, const Piece& piece, float* sums) const {
+    Transpose(residual + piece.start * channels + channel, channels, piece.pixels, count, sums, piece.width);
   }
-};
-
-// One token: its channels stand one after another.
-struct OneToken {
-  static constexpr bool kHasRows = true;
-  float* y;
-  const float* residual;
-
-  int64_t channel_stride() const { return 1; }
-  void Gather(int64_t, int, const Piece&, float*) const {}
-  void Scatter(int64_t, int, const Piece&, const float*) const {}
+  void Scatter(int64_t channel, int64_t count, const Piece& piece, const float* sums) const {
+    Transpose(sums, piece.width, count, piece.pixels, y + piece.start * channels + channel, channels);
+  }
 };
 
 }  // namespace
 
-struct TokenPieces {
-  explicit TokenPieces(const Weight& weight) : one(weight) {
-    one.Add(0, 0, 1, true);
-    for (int64_t count = 1; count <= kMaxTilePixels; ++count) {
-      of_panel.emplace_back(weight);
-      of_panel.back().Add(0, 0, count, false);
-    }
-  }
-  Pieces one;
-  std::vector<Pieces> of_panel;  // of 1, 2, ... tokens
-};
-
-Gemm::~Gemm() = default;
-
 Gemm::Gemm(const SlrcBlocks& blocks) : weight_(blocks, 1) {
   if (weight_.largest_column >= std::numeric_limits<int32_t>::max() / kMaxTilePixels)
     throw Error("column " + std::to_string(weight_.largest_column) + " is out of range");
-  for (int32_t column : weight_.columns) offsets_.push_back(column * kMaxTilePixels);
-  pieces_.reset(new TokenPieces(weight_));
+  const int32_t width = static_cast<int32_t>(WidestPiece(weight_.block));
+  for (int32_t column : weight_.columns) offsets_.push_back(column * width);
 }
 
 void Gemm::Run(const float* x, int64_t rows, int64_t inputs, const float* residual, float* y,
@@ -99,16 +86,22 @@ void Gemm::Run(const float* x, int64_t rows, int64_t inputs, const float* residu
     const int64_t begin = index * tokens, count = std::min(tokens, rows - begin);
     const float* from = x + begin * inputs;
     const float* added = residual ? residual + begin * outputs : nullptr;
-    if (few) {
-      RunPanel(weight_, 0, first, last, Panel{from, weight_.columns.data(), &pieces_->one, nullptr},
-               OneToken{y + begin * outputs, added});
-      return;
+    const TokenOutput output{y + begin * outputs, added, outputs};
+    PiecesOnStack cut;
+    Cut(weight_.block, 0, count, false, &cut);
+    Panel panel{from, weight_.columns.data(), OneSlice(weight_), cut.pieces, cut.count, 0, 1, nullptr};
+    if (!few) {
+      bool fresh;
+      const int64_t width = WidestPiece(weight_.block);
+      panel.step = inputs * width;
+      float* tiles = Scratch::Inputs().Get(panel.count * panel.step + kMaxLanes, owner, index, &fresh);
+      for (int64_t i = 0; fresh && i < panel.count; ++i)
+        Transpose(from + cut.pieces[i].start * inputs, inputs, cut.pieces[i].pixels, inputs, tiles + i * panel.step,
+                  width);
+      panel.x = tiles;
+      panel.offsets = offsets_.data();
     }
-    bool fresh;
-    float* tile = Scratch::OfThisThread().Get(inputs * tokens + kMaxLanes, owner, index, &fresh);
-    if (fresh) Transpose(from, inputs, count, inputs, tile, tokens);
-    RunPanel(weight_, 0, first, last, Panel{tile, offsets_.data(), &pieces_->of_panel[count - 1], nullptr},
-             TokenOutput{y + begin * outputs, added, outputs});
+    RunPanel(weight_, 0, first, last, panel, output);
   };
   RunTasks(parallel, (rows + tokens - 1) / tokens, weight_.rows_per_group,
            static_cast<double>(weight_.values.size()) * rows, task);

@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <atomic>
 #include <new>
-#include <vector>
 
 #include "block_sparse.h"
 
@@ -20,27 +19,39 @@ class Scratch {
   Scratch(const Scratch&) = delete;
   ~Scratch() { free(data_); }
 
-  // Returns at least `count` floats, aligned to cache lines. `fresh` says whether they hold something other than what
-  // the same owner left there under the same key.
-  float* Get(int64_t count, uint64_t owner, int64_t key, bool* fresh) {
-    *fresh = owner != owner_ || key != key_;
+  // Returns at least `count` floats, aligned to cache lines.
+  float* Get(int64_t count) {
     if (count > size_) {
       free(data_);
       size_ = 0;
-      owner_ = 0;
       data_ = static_cast<float*>(aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64));
       if (!data_) throw std::bad_alloc();
       size_ = count;
-      *fresh = true;
     }
+    return data_;
+  }
+
+  // The same; `fresh` says whether they hold something other than what the same owner left there under the same key.
+  float* Get(int64_t count, uint64_t owner, int64_t key, bool* fresh) {
+    *fresh = owner != owner_ || key != key_ || count > size_;
+    owner_ = 0;
+    Get(count);
     owner_ = owner;
     key_ = key;
     return data_;
   }
 
-  static Scratch& OfThisThread(int which = 0) {
-    static thread_local Scratch scratch[2];
-    return scratch[which];
+  static Scratch& Inputs() {
+    static thread_local Scratch inputs;
+    return inputs;
+  }
+  static Scratch& Copy() {
+    static thread_local Scratch copy;
+    return copy;
+  }
+  static Scratch& Sums() {
+    static thread_local Scratch sums;
+    return sums;
   }
 
  private:
@@ -56,13 +67,8 @@ inline uint64_t NewOwner() {
   return ++last;
 }
 
-// Rows are short: a call of memcpy for each would cost more than the copy. The last ones may be copied twice.
+// Rows are short: a call of memcpy or memset for each would cost more than it does. The last four may be copied twice.
 inline void CopyFloats(const float* from, int64_t count, float* to) {
-  if (count >= 8) {
-    for (int64_t i = 0; i + 8 < count; i += 8) memcpy(to + i, from + i, 8 * sizeof(float));
-    memcpy(to + count - 8, from + count - 8, 8 * sizeof(float));
-    return;
-  }
   if (count < 4) {
     for (int64_t i = 0; i < count; ++i) to[i] = from[i];
     return;
@@ -71,8 +77,8 @@ inline void CopyFloats(const float* from, int64_t count, float* to) {
   memcpy(to + count - 4, from + count - 4, 4 * sizeof(float));
 }
 
-// Splits `panels` x `units`, block rows of a group or pieces of a panel, into tasks, task(panel, first unit, end), panel by
-// panel: a thread that goes on with a panel finds it in its scratch memory. `multiply_adds` is the work of all.
+// Splits `panels` x `units`, parts of a panel, into tasks, task(panel, first unit, end), panel by panel: a thread that
+// goes on with a panel finds it in its scratch memory. `multiply_adds` is the work of all.
 template <class Task>
 void RunTasks(const Parallel& parallel, int64_t panels, int64_t units, double multiply_adds, const Task& task) {
   constexpr double kWorthATask = 5e5;  // some 20 us: far above the cost of handing a task to a thread
@@ -96,191 +102,158 @@ void RunTasks(const Parallel& parallel, int64_t panels, int64_t units, double mu
   if (shared.out_of_memory) throw std::bad_alloc();
 }
 
-// A run of pixels that one tile computes: vectors, the last perhaps half as wide, or a single pixel (vectors == 0). A
-// direct one stands in a row of y as it does in x; of another, the output says where its pixels belong.
+// A run of pixels that one tile computes: vectors, the last perhaps half as wide, or a single pixel (vectors == 0).
 struct Piece {
-  int32_t x, y;
-  int32_t pixels;
-  int32_t first_run, runs;
-  int8_t vectors;
-  bool halved, direct;
+  int64_t start, pixels;
+  int64_t width;  // pixels read and written: some may stand out past the end
+  int vectors;
+  bool halved;
 };
 
-// Pixels side by side in a tile and in y.
-struct Run {
-  int32_t y, tile, count;
-};
+// Returns the piece that begins at `start`. Where nothing may be written past `end` (`exact`), the last piece begins
+// early enough to end there, and some pixels are computed twice; so end must be at least the lanes, or at most 2.
+inline Piece NextPiece(int64_t start, int64_t end, int64_t lanes, int64_t most, bool may_halve, bool exact) {
+  const int64_t left = end - start, whole = left / lanes, rest = left % lanes;
+  int64_t vectors = rest <= 2 ? whole : whole + 1;  // a pixel or two are cheaper alone
+  if (vectors == 0) return {start, 1, 1, 0, false};
+  if (vectors > most) vectors = vectors < 2 * most ? (vectors + 1) / 2 : most;
+  if (vectors <= whole) return {start, vectors * lanes, vectors * lanes, static_cast<int>(vectors), false};
 
-// The pixels that a piece's loop reads.
-inline int64_t Read(const Piece& piece, int64_t lanes) {
-  return piece.vectors ? piece.vectors * lanes - (piece.halved ? lanes / 2 : 0) : 1;
+  const bool halved = may_halve && rest <= lanes / 2;
+  const int64_t width = vectors * lanes - (halved ? lanes / 2 : 0);
+  if (!exact) return {start, left, width, static_cast<int>(vectors), halved};
+  if (width <= end) return {end - width, width, width, static_cast<int>(vectors), halved};
+  if (whole) return {start, whole * lanes, whole * lanes, static_cast<int>(whole), false};
+  return {end - lanes, lanes, lanes, 1, false};
 }
 
-// How a panel is cut into pieces.
-struct Pieces {
-  std::vector<Piece> list;
-  std::vector<Run> runs;
-  int64_t most;  // vectors in a piece
-  bool may_halve;
+// Which loops a weight of this block runs on, as an index into TileLoops.
+inline int LoopsFor(int64_t block) { return block >= 8 && Loops().max_vectors[1] ? 1 : 0; }
 
-  explicit Pieces(const Weight& weight) {
-    const TileLoops& loops = Loops();
-    const int wide = weight.block >= 8 && loops.max_vectors[1] ? 1 : 0;
-    most = loops.max_vectors[wide];
-    may_halve = loops.halved[wide][0] != nullptr;
+// The pixels of its widest piece.
+inline int64_t WidestPiece(int64_t block) { return Loops().lanes * Loops().max_vectors[LoopsFor(block)]; }
+
+// Cuts `length` pixels from `origin` on into pieces.
+template <class Pieces>
+void Cut(int64_t block, int64_t origin, int64_t length, bool exact, Pieces* pieces) {
+  const TileLoops& loops = Loops();
+  const int wide = LoopsFor(block);
+  for (int64_t start = 0; start < length;) {
+    Piece piece = NextPiece(start, length, loops.lanes, loops.max_vectors[wide], loops.halved[wide][0], exact);
+    start = piece.start + piece.pixels;
+    piece.start += origin;
+    pieces->push_back(piece);
   }
+}
 
-  // Adds the pieces of `length` pixels. Where nothing may be written past them (`direct`), the last piece begins early
-  // enough to end with them, and some pixels are computed twice; so they must be at least the lanes, or at most 2.
-  void Add(int64_t x, int64_t y, int64_t length, bool direct) {
-    for (int64_t start = 0; start < length;) {
-      const Cut cut = Next(start, length, direct);
-      list.push_back({static_cast<int32_t>(x + cut.start), static_cast<int32_t>(y + cut.start),
-                      static_cast<int32_t>(cut.pixels), 0, 0, static_cast<int8_t>(cut.vectors), cut.halved, direct});
-      start = cut.start + cut.pixels;
-    }
-  }
-
-  // Adds the pieces of a plane of outputs whose rows are `pitch` apart in x and `width` in y: row by row, or, if that
-  // leaves many lanes idle, across the seams between rows, which are thrown away. `steps` are those of a tile's loop.
-  void AddPlane(int64_t height, int64_t width, int64_t pitch, double steps) {
-    constexpr double kScatterSteps = 20;  // what it costs to put the pixels of a tile in their places
-    const int64_t lanes = Loops().lanes, vectors = (width + lanes - 1) / lanes;
-    const double across = static_cast<double>(pitch) / lanes * (1 + kScatterSteps / std::max(1.0, steps));
-    if (width >= 2 * lanes && static_cast<double>(vectors) <= across) {
-      for (int64_t row = 0; row < height; ++row) Add(row * pitch, row * width, width, true);
-      return;
-    }
-    const size_t first = list.size();
-    Add(0, 0, (height - 1) * pitch + width, false);
-    for (size_t i = first; i < list.size(); ++i) {
-      Piece& piece = list[i];
-      piece.first_run = static_cast<int32_t>(runs.size());
-      int64_t row = piece.x / pitch, column = piece.x % pitch;
-      for (int64_t p = 0; p < piece.pixels; p += pitch - column, column = 0, ++row)
-        if (column < width)
-          runs.push_back({static_cast<int32_t>(row * width + column), static_cast<int32_t>(p),
-                          static_cast<int32_t>(std::min(width - column, piece.pixels - p))});
-      piece.runs = static_cast<int32_t>(runs.size()) - piece.first_run;
-    }
-  }
-
- private:
-  struct Cut {
-    int64_t start, pixels;
-    int vectors;
-    bool halved;
-  };
-
-  Cut Next(int64_t start, int64_t end, bool exact) const {
-    const int64_t lanes = Loops().lanes, left = end - start, whole = left / lanes, rest = left % lanes;
-    int64_t vectors = rest <= 2 ? whole : whole + 1;  // a pixel or two are cheaper alone
-    if (vectors == 0) return {start, 1, 0, false};
-    // One vector alone would wait for its own sums: what is left over is shared out.
-    if (vectors > most) vectors = vectors < 2 * most ? (vectors + 1) / 2 : most;
-    if (vectors <= whole) return {start, vectors * lanes, static_cast<int>(vectors), false};
-
-    const bool halved = may_halve && rest <= lanes / 2;
-    const int64_t pixels = vectors * lanes - (halved ? lanes / 2 : 0);
-    if (!exact) return {start, left, static_cast<int>(vectors), halved};
-    if (pixels <= end) return {end - pixels, pixels, static_cast<int>(vectors), halved};
-    if (whole) return {start, whole * lanes, static_cast<int>(whole), false};
-    return {end - lanes, lanes, 1, false};
-  }
+// The surviving blocks of every block row, cut into `count` slices of neighbouring columns: slice k of block row r is
+// starts[k * pitch + r] ... starts[(k + 1) * pitch + r] - 1.
+struct Slices {
+  const int32_t* starts;
+  int64_t count, pitch;
 };
 
-// What one piece reads of all channels, copied side by side. Where it is, each row begins in a cache line of its own, and
-// of many channels it does not stay in the first-level cache from one block row to the next.
+inline Slices OneSlice(const Weight& weight) { return {weight.row_pointers.data(), 1, 1}; }
+
+// What a piece reads of each channel, copied side by side: row r is `width + more` floats, from from[r] + the piece's
+// start to to[r].
 struct Copies {
-  Copies(int64_t channels_, int64_t apart_) : channels(channels_), apart(apart_) {}
-
-  // Whether it is worth while, if so many steps of the innermost loop follow on a copy of so many vectors. Measured with
-  // AVX2: a copied vector costs 3 cycles, a step gains 1 to 3 if there are many channels; of few columns most of a copy
-  // would stay unread. Wider vectors fill their lines as it is.
-  static bool Pays(int64_t channels, double density, double steps, double vectors) {
-    return Loops().lanes <= 8 && channels >= 192 && density > 0.15 && steps > 2 * vectors;
-  }
-
-  void Add(int64_t from, int64_t to, int64_t more) { rows.push_back({from, to, more}); }
-
-  void Copy(const float* x, int64_t pixels, float* to) const {
-    for (int64_t c = 0; c < channels; ++c, x += apart, to += per_channel)
-      for (const Row& row : rows) CopyFloats(x + row.from, pixels + row.more, to + row.to);
-  }
-
   struct Row {
-    int64_t from, to, more;  // more floats than the piece has pixels
+    int64_t from, to, more;
   };
-  int64_t channels, apart, per_channel = 0;
+
+  void Copy(const float* x, int64_t width, float* copy) const {
+    for (int64_t c = 0; c < channels; ++c, x += apart, copy += floats)
+      for (const Row& row : rows) CopyFloats(x + row.from, width + row.more, copy + row.to);
+  }
+
   std::vector<Row> rows;
+  int64_t channels, apart;  // of x
+  int64_t floats = 0;       // of a channel, copied; 0: no copies
 };
 
 struct Panel {
   const float* x;
-  const int32_t* offsets;  // for each surviving block: where its column begins, from x, or from a copy for a piece
-  const Pieces* pieces;
-  const Copies* copies;  // null: x is read where it is
+  const int32_t* offsets;  // for each surviving block: where its column begins, from x
+  Slices slices;           // one after the other, on all pieces: what a slice reads of x stays cached
+  const Piece* pieces;
+  int64_t count;
+  int64_t step;      // from one piece to the next in x; 0: a piece stands in x where it does in the panel
+  int64_t together;      // how many pieces one block row may run on before the next one does
+  const Copies* copies;  // null, or what is to be copied of x for each piece
 };
 
-// Computes a group on a panel: block rows [first, last), or, if pieces are copied, pieces [first, last). Output says where channel c (of the group) stands; of pieces
-// that are not direct it gathers and scatters tiles of pitch kMaxTilePixels.
+// Where a piece stands in y and the residual (null if there is none): channels `pitch` apart.
+struct Place {
+  float* y;
+  const float* residual;
+  int64_t pitch;
+};
+
+// Computes block rows [first, last) of a group on a panel. Output finds the place of a piece, and says whether a tile
+// may be written there; if not, it gathers the residual and scatters sums that are (channels, piece.width).
 template <class Output>
 void RunPanel(const Weight& weight, int64_t group, int64_t first, int64_t last, const Panel& panel,
               const Output& output) {
   const TileLoops& loops = Loops();
-  const int wide = weight.block >= 8 && loops.max_vectors[1] ? 1 : 0, rows = wide ? 8 : 4;
-  const int64_t channels = weight.out_channels / weight.group;
-  alignas(64) float sums[8 * kMaxTilePixels], residual[8 * kMaxTilePixels];
-  const std::vector<Piece>& pieces = panel.pieces->list;
-  Tile tile;
-  tile.stride = weight.block;
-  tile.activation = weight.activation;
-
-  float* copy = nullptr;
-  if (panel.copies) {
-    bool fresh;
-    copy = Scratch::OfThisThread(1).Get(panel.copies->channels * panel.copies->per_channel + kMaxLanes, 0, 0, &fresh);
+  const int wide = LoopsFor(weight.block);
+  const int64_t block_row = group * weight.rows_per_group + first, channel = first * weight.block;
+  Strip strip;
+  strip.values = weight.values.data();
+  strip.offsets = panel.offsets;
+  strip.block = weight.block;
+  strip.channels = std::min((last - first) * weight.block, weight.out_channels / weight.group - channel);
+  const bool sliced = panel.slices.count > 1;  // the sums of all pieces wait for the next slice
+  float* all_sums = nullptr;
+  if (sliced) {
+    int64_t width = 0;
+    for (int64_t i = 0; i < panel.count; ++i) width += panel.pieces[i].width;
+    all_sums = Scratch::Sums().Get(strip.channels * width);
   }
-  // Without copies a block row's output is written in order; with them a piece is done with before the next is copied.
-  const size_t chunk = copy ? 1 : pieces.size(), stop = copy ? last : pieces.size();
-  const int64_t first_row = copy ? 0 : first, last_row = copy ? weight.rows_per_group : last;
-  for (size_t begin = copy ? first : 0; begin < stop; begin += chunk) {
-    const size_t end = std::min(begin + chunk, stop);
-    if (copy) {
-      const Piece& piece = pieces[begin];
-      panel.copies->Copy(panel.x + piece.x, Read(piece, loops.lanes), copy);
-    }
-    for (int64_t row = first_row; row < last_row; ++row) {
-      const int64_t block_row = group * weight.rows_per_group + row, block = weight.row_pointers[block_row];
-      tile.count = weight.row_pointers[block_row + 1] - block;
-      tile.offsets = panel.offsets + block;
-      for (int64_t inner = 0; inner < weight.block; inner += rows) {
-        const int64_t channel = row * weight.block + inner;
-        if (channel >= channels) break;
-        tile.rows = static_cast<int>(std::min<int64_t>(rows, channels - channel));
-        tile.values = weight.values.data() + block * weight.block + inner;
-        tile.bias = weight.bias.data() + block_row * weight.block + inner;
-        for (size_t p = begin; p < end; ++p) {
-          const Piece& piece = pieces[p];
-          const TileLoop* tiles = piece.halved ? loops.halved[wide] : loops.tile[wide];
-          const TileLoop loop = piece.vectors ? tiles[piece.vectors - 1] : loops.pixel[wide];
-          tile.x = copy ? copy : panel.x + piece.x;
-          if (Output::kHasRows && piece.direct) {
-            const int64_t at = channel * output.channel_stride() + piece.y;
-            tile.y = output.y + at;
-            tile.residual = output.residual ? output.residual + at : nullptr;
-            tile.pitch = output.channel_stride();
-            loop(tile);
-            continue;
-          }
-          tile.y = sums;
-          tile.residual = output.residual ? residual : nullptr;
-          tile.pitch = kMaxTilePixels;
-          if (output.residual) output.Gather(channel, tile.rows, piece, residual);
-          loop(tile);
-          output.Scatter(channel, tile.rows, piece, sums);
-        }
+
+  for (int64_t slice = 0; slice < panel.slices.count; ++slice) {
+    const bool is_last = slice + 1 == panel.slices.count;
+    strip.begins = panel.slices.starts + slice * panel.slices.pitch + block_row;
+    strip.ends = strip.begins + panel.slices.pitch;
+    strip.bias = slice ? nullptr : weight.bias.data() + block_row * weight.block;
+    strip.activation = is_last ? weight.activation : kNone;
+    float* sums = all_sums;
+    for (int64_t i = 0; i < panel.count; i += strip.runs) {
+      const Piece& piece = panel.pieces[i];
+      Place place, next;
+      const bool direct = output.Find(channel, piece, &place);
+      if (!sliced && !direct) sums = Scratch::Sums().Get(strip.channels * piece.width);
+      strip.x = panel.x + (panel.step ? i * panel.step : piece.start);
+      if (panel.copies) {
+        const Copies& copies = *panel.copies;
+        float* const copy = Scratch::Copy().Get(copies.channels * copies.floats + kMaxLanes);
+        copies.Copy(strip.x, piece.width, copy);
+        strip.x = copy;
       }
+      strip.x_step = panel.step ? panel.step : piece.width;
+      strip.y_step = piece.width;
+      strip.runs = 1;
+      if (direct && !sliced)
+        for (const Piece* p = &piece + 1; strip.runs < panel.together && p < panel.pieces + panel.count; ++p) {
+          const bool follows = p->start == p[-1].start + piece.width && p->vectors == piece.vectors &&
+                               p->halved == piece.halved && output.Find(channel, *p, &next);
+          if (!follows) break;
+          ++strip.runs;
+        }
+      strip.start = place.residual;
+      strip.start_pitch = place.pitch;
+      if (slice || (place.residual && !direct)) {
+        if (!slice) output.Gather(channel, strip.channels, piece, sums);
+        strip.start = sums;
+        strip.start_pitch = piece.width;
+      }
+      const bool done = is_last && direct;
+      strip.y = done ? place.y : sums;
+      strip.pitch = done ? place.pitch : piece.width;
+      const StripLoop* strips = piece.halved ? loops.halved[wide] : loops.strip[wide];
+      (piece.vectors ? strips[piece.vectors - 1] : loops.pixel[wide])(strip);
+      if (is_last && !direct) output.Scatter(channel, strip.channels, piece, sums);
+      if (sliced) sums += strip.channels * piece.width;
     }
   }
 }

@@ -121,19 +121,53 @@ SLRC_INLINE inline void Unroll(const Body& body) {
   }
 }
 
-// Adds the residual, activates and stores one vector of the output.
-template <int N>
-SLRC_INLINE inline void Finish(const Tile& tile, int row, int pixel, typename Lanes<N>::Float sum) {
-  const int64_t at = row * tile.pitch + pixel;
-  if (tile.residual) sum += Load<N>(tile.residual + at);
-  if (tile.activation == kRelu) sum = AtLeast<N>(sum, 0.0f);
-  Store<N>(tile.y + at, sum);
+// Rows of one block row on one run of pixels.
+struct Tile {
+  const float* values;
+  const int32_t* offsets;
+  const int32_t* end;  // of the offsets
+  const float* x;
+  const float* bias;
+  const float* start;
+  int64_t start_pitch;
+  float* y;
+  int64_t pitch;
+  int64_t rows;
+};
+
+// Calls run(tile) for every `Rows` rows on every run; the last of a block may have fewer.
+template <int Rows, class Run>
+SLRC_INLINE inline void ForTiles(const Strip& s, const Run& run) {
+  static const float kZeros[Rows] = {};
+  int64_t first = 0;
+  for (int64_t r = 0; first < s.channels; ++r, first += s.block) {
+    const int64_t begin = s.begins[r], end = s.ends[r];
+    const int64_t last = first + s.block < s.channels ? first + s.block : s.channels;
+    for (int64_t channel = first; channel < last; channel += Rows) {
+      Tile tile = {s.values + begin * s.block + (channel - first),
+                   s.offsets + begin,
+                   s.offsets + end,
+                   s.x,
+                   s.bias ? s.bias + channel : kZeros,
+                   s.start ? s.start + channel * s.start_pitch : nullptr,
+                   s.start_pitch,
+                   s.y + channel * s.pitch,
+                   s.pitch,
+                   last - channel < Rows ? last - channel : Rows};
+      for (int64_t i = 0; i < s.runs; ++i) {
+        run(tile);
+        tile.x += s.x_step;
+        tile.y += s.y_step;
+        if (tile.start) tile.start += s.y_step;
+      }
+    }
+  }
 }
 
 // Rows x (Whole vectors + one of Last lanes) accumulators in registers; a surviving column loads each vector of x once
 // for all rows.
 template <int Rows, int Whole, int Last>
-void RunTile(const Tile& tile) {
+SLRC_INLINE inline void RunTile(const Tile& tile, int64_t stride, Activation activation) {
   using V = typename Lanes<kLanes>::Float;
   using L = typename Lanes<Last>::Float;
   V sums[Rows][Whole ? Whole : 1];
@@ -142,10 +176,16 @@ void RunTile(const Tile& tile) {
     Unroll<Whole>([&](int v) SLRC_INLINE { sums[i][v] = All<kLanes>(tile.bias[i]); });
     lasts[i] = All<Last>(tile.bias[i]);
   });
+  if (tile.start)
+    Unroll<Rows>([&](int i) SLRC_INLINE {
+      const float* start = tile.start + i * tile.start_pitch;
+      Unroll<Whole>([&](int v) SLRC_INLINE { sums[i][v] += Load<kLanes>(start + v * kLanes); });
+      lasts[i] += Load<Last>(start + Whole * kLanes);
+    });
 
   const float* values = tile.values;
-  for (int64_t t = 0; t < tile.count; ++t, values += tile.stride) {
-    const float* x = tile.x + tile.offsets[t];
+  for (const int32_t* offset = tile.offsets; offset != tile.end; ++offset, values += stride) {
+    const float* x = tile.x + *offset;
     V column[Whole ? Whole : 1];
     Unroll<Whole>([&](int v) SLRC_INLINE { column[v] = Load<kLanes>(x + v * kLanes); });
     const L last = Load<Last>(x + Whole * kLanes);
@@ -156,35 +196,64 @@ void RunTile(const Tile& tile) {
     });
   }
 
+  if (activation == kRelu)
+    Unroll<Rows>([&](int i) SLRC_INLINE {
+      Unroll<Whole>([&](int v) SLRC_INLINE { sums[i][v] = AtLeast<kLanes>(sums[i][v], 0.0f); });
+      lasts[i] = AtLeast<Last>(lasts[i], 0.0f);
+    });
   Unroll<Rows>([&](int i) SLRC_INLINE {
-    if (i >= tile.rows) return;
-    Unroll<Whole>([&](int v) SLRC_INLINE { Finish<kLanes>(tile, i, v * kLanes, sums[i][v]); });
-    Finish<Last>(tile, i, Whole * kLanes, lasts[i]);
+    float* y = tile.y + i * tile.pitch;
+    Unroll<Whole>([&](int v) SLRC_INLINE { Store<kLanes>(y + v * kLanes, sums[i][v]); });
+    Store<Last>(y + Whole * kLanes, lasts[i]);
   });
-  if (tile.activation <= kRelu) return;
+  if (activation <= kRelu) return;
   constexpr int kPixels = Whole * kLanes + Last, kStep = Last;
-  for (int i = 0; i < tile.rows; ++i)
+  for (int i = 0; i < Rows; ++i)
     for (int p = 0; p < kPixels; p += kStep) {
       float* y = tile.y + i * tile.pitch + p;
-      Store<kStep>(y, Activate<kStep>(Load<kStep>(y), tile.activation));
+      Store<kStep>(y, Activate<kStep>(Load<kStep>(y), activation));
     }
+}
+
+// A tile of fewer rows is computed whole, aside.
+template <int Rows, int Whole, int Last>
+void RunStrip(const Strip& strip) {
+  constexpr int kPixels = Whole * kLanes + Last;
+  const Strip s = strip;  // a copy that no store can reach
+  ForTiles<Rows>(s, [&](Tile tile) SLRC_INLINE {
+    alignas(64) float aside[Rows * kPixels];
+    float* const y = tile.y;
+    if (tile.rows < Rows) {
+      for (int i = 0; tile.start && i < tile.rows; ++i)
+        for (int p = 0; p < kPixels; ++p) aside[i * kPixels + p] = tile.start[i * tile.start_pitch + p];
+      if (tile.start) tile.start = aside;
+      tile.y = aside;
+      tile.start_pitch = tile.pitch = kPixels;
+    }
+    RunTile<Rows, Whole, Last>(tile, s.block, s.activation);
+    if (tile.rows < Rows)
+      for (int i = 0; i < tile.rows; ++i)
+        for (int p = 0; p < kPixels; ++p) y[i * s.pitch + p] = aside[i * kPixels + p];
+  });
 }
 
 // One pixel: the lanes are the rows. Four sums, since one would wait for itself at each step.
 template <int Rows>
-void RunPixel(const Tile& tile) {
+void RunPixel(const Strip& s) {
   using V = typename Lanes<Rows>::Float;
-  V sums[4] = {Load<Rows>(tile.bias)};
-  int64_t t = 0;
-  for (; t + 4 <= tile.count; t += 4)
-    for (int s = 0; s < 4; ++s)
-      sums[s] += Load<Rows>(tile.values + (t + s) * tile.stride) * tile.x[tile.offsets[t + s]];
-  for (; t < tile.count; ++t) sums[0] += Load<Rows>(tile.values + t * tile.stride) * tile.x[tile.offsets[t]];
-  V sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  for (int i = 0; i < tile.rows; ++i)
-    if (tile.residual) sum[i] += tile.residual[i * tile.pitch];
-  sum = Activate<Rows>(sum, tile.activation);
-  for (int i = 0; i < tile.rows; ++i) tile.y[i * tile.pitch] = sum[i];
+  ForTiles<Rows>(s, [&](const Tile& tile) {
+    V sums[4] = {Load<Rows>(tile.bias)};
+    const int64_t count = tile.end - tile.offsets;
+    int64_t t = 0;
+    for (; t + 4 <= count; t += 4)
+      for (int k = 0; k < 4; ++k)
+        sums[k] += Load<Rows>(tile.values + (t + k) * s.block) * tile.x[tile.offsets[t + k]];
+    for (; t < count; ++t) sums[0] += Load<Rows>(tile.values + t * s.block) * tile.x[tile.offsets[t]];
+    V sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    for (int i = 0; tile.start && i < tile.rows; ++i) sum[i] += tile.start[i * tile.start_pitch];
+    sum = Activate<Rows>(sum, s.activation);
+    for (int i = 0; i < tile.rows; ++i) tile.y[i * tile.pitch] = sum[i];
+  });
 }
 
 double Spin(int64_t rounds) {
@@ -200,15 +269,15 @@ double Spin(int64_t rounds) {
 }
 
 template <int Rows, int Vectors, int Most>
-constexpr TileLoop Whole() {
-  if constexpr (Vectors <= Most) return RunTile<Rows, Vectors - 1, kLanes>;
+constexpr StripLoop Whole() {
+  if constexpr (Vectors <= Most) return RunStrip<Rows, Vectors - 1, kLanes>;
   return nullptr;
 }
 
 // Where a vector is executed in two halves, a last half costs half. (Elsewhere it costs no more than a whole one.)
 template <int Rows, int Vectors, int Most>
-constexpr TileLoop Halved() {
-  if constexpr (Vectors <= Most && kLanes == 16) return RunTile<Rows, Vectors - 1, kLanes / 2>;
+constexpr StripLoop Halved() {
+  if constexpr (Vectors <= Most && kLanes == 16) return RunStrip<Rows, Vectors - 1, kLanes / 2>;
   return nullptr;
 }
 

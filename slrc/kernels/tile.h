@@ -10,22 +10,27 @@ namespace slrc {
 
 enum Activation { kNone, kRelu, kRelu6, kSilu, kGelu, kHardSwish };
 
-// y[i, p] = activation(bias[i] + sum over t of values[t, i] * x[offsets[t] + p] + residual[i, p]),  i < rows.
-struct Tile {
-  const float* values;     // (count, stride): the rows of one surviving column stand together
-  const int32_t* offsets;  // (count)
-  int64_t count;
-  int64_t stride;
+// One block row after the other on `runs` runs of pixels. Of the first run:
+// y[i, p] = activation(bias[i] + start[i, p] + sum over t of values[t, i] * x[offsets[t] + p]),
+// t being the surviving blocks begins[r] ... ends[r] - 1 of i's block row r.
+struct Strip {
+  const float* values;     // (surviving blocks, block): the rows of one stand together
+  const int32_t* offsets;  // (surviving blocks)
+  const int32_t* begins;   // (block rows)
+  const int32_t* ends;     // (block rows)
+  int64_t block;
+  int64_t channels;  // rows of y; the last block may stand out over them
   const float* x;
-  const float* bias;      // as many as the loop has rows
-  const float* residual;  // null, or laid out as y
-  float* y;               // (rows, pitch)
+  const float* bias;   // null, or (block rows, block)
+  const float* start;  // null, or (channels, start_pitch); may be y
+  int64_t start_pitch;
+  float* y;  // (channels, pitch)
   int64_t pitch;
-  int rows;  // how many of the loop's rows are stored: the last block may stand out over the channels
+  int64_t runs, x_step, y_step;  // from a run to the next one in x; in y and start
   Activation activation;
 };
 
-using TileLoop = void (*)(const Tile&);
+using StripLoop = void (*)(const Strip&);
 
 constexpr int kMaxVectors = 6;
 constexpr int kMaxLanes = 16;
@@ -36,10 +41,10 @@ struct TileLoops {
   const char* name;
   int lanes;
   int max_vectors[2];               // vectors of pixels that the registers hold; 0 where there is no such loop
-  TileLoop tile[2][kMaxVectors];    // [rows][vectors - 1]
-  TileLoop halved[2][kMaxVectors];  // the same, the last vector half as wide; null where that gains nothing
-  TileLoop pixel[2];                // one pixel, the rows side by side in a vector
-  double (*spin)(int64_t rounds);   // independent multiply-adds only; returns the floating-point operations done
+  StripLoop strip[2][kMaxVectors];   // [rows][vectors - 1]
+  StripLoop halved[2][kMaxVectors];  // the same, the last vector half as wide; null where that gains nothing
+  StripLoop pixel[2];                // one pixel, the rows side by side in a vector
+  double (*spin)(int64_t rounds);    // independent multiply-adds only; returns the floating-point operations done
 };
 
 extern const TileLoops kPortable;

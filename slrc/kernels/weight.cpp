@@ -99,6 +99,9 @@ Weight::Weight(const SlrcBlocks& blocks, int64_t groups)
     largest_column = std::max<int64_t>(largest_column, blocks.columns[t]);
   }
 
+  for (int64_t r = 0; r < rows; ++r)
+    sorted = sorted && std::is_sorted(blocks.columns + pointers[r], blocks.columns + pointers[r + 1]);
+
   values.assign(blocks.values, blocks.values + count * block);
   columns.assign(blocks.columns, blocks.columns + count);
   row_pointers.assign(pointers, pointers + rows + 1);

@@ -52,12 +52,14 @@ double Activate(double v, int64_t activation) {
 struct Packed {
   Packed(Random& random, int64_t block_size, int64_t block_rows, int64_t width) : block(block_size) {
     const int percent = static_cast<int>(random.Int(0, 3)) * 33;
+    const bool sorted = random.Chance(85);  // the packer's are
     std::vector<int32_t> found;
     pointers.reset(new int32_t[block_rows + 1]);
     pointers[0] = 0;
     for (int64_t r = 0; r < block_rows; ++r) {
       for (int64_t c = 0; c < width; ++c)
         if (random.Chance(percent)) found.push_back(static_cast<int32_t>(c));
+      if (!sorted) std::shuffle(found.begin() + pointers[r], found.end(), random.engine);
       pointers[r + 1] = static_cast<int32_t>(found.size());
     }
     count = static_cast<int64_t>(found.size());
@@ -89,7 +91,7 @@ struct Case {
       y_shape[2 + a] = (x_shape[2 + a] + window.pads[a] + window.pads[a + 2] - span) / window.strides[a] + 1;
     }
     x_shape[0] = y_shape[0] = gemm ? random.Int(1, random.Chance(30) ? 150 : 5) : random.Int(1, 2);
-    x_shape[1] = window.group * (random.Chance(6) ? random.Int(180, 260) : random.Int(1, 9));  // many are copied
+    x_shape[1] = window.group * (random.Chance(8) ? random.Int(100, 260) : random.Int(1, 9));  // many are cut or copied
     y_shape[1] = window.group * random.Int(1, 40);
     block = int64_t{4} << random.Int(0, 2);
     width = x_shape[1] / window.group * window.kernel[0] * window.kernel[1];

@@ -9,9 +9,9 @@
 // first copies its rows into the thread's scratch memory. What one tile reads of a band may still be more than the
 // first-level cache holds, so the input channels are cut into slices, and all outputs go on from slice to slice.
 //
-// A 1x1 convolution of stride 1 needs no padded plane. If each input is read often enough to repay a copy, the pixels
-// of each tile are packed, channel after channel: they are then few whole cache lines. Otherwise it reads its input
-// as it is.
+// A 1x1 convolution of stride 1 needs no padded plane. If a tile reads more than that cache holds, often enough to
+// repay a copy, its pixels are packed, channel after channel: they are then few whole cache lines. Otherwise it reads
+// its input as it is.
 #include <string.h>
 
 #include <algorithm>
@@ -159,8 +159,9 @@ struct Layout {
     phases = PhasesRead(rows, columns);
     const int64_t pixels = Product(rows.in, columns.in);
     const bool pointwise = taps == 1 && rows.out == rows.in && columns.out == columns.in && rows.pad + columns.pad == 0;
-    const bool reused = static_cast<int64_t>(weight.values.size()) / kRepaysPacking >= channels;
-    packed = pointwise && pixels > 2 && (reused || pixels < Loops().lanes);
+    const bool repaid = per_group * (WidestPiece(weight.block) + 16) > kSliceFloats &&
+                        static_cast<int64_t>(weight.values.size()) / kRepaysPacking >= channels;
+    packed = pointwise && pixels > 2 && (repaid || pixels < Loops().lanes);
     in_place = pointwise && !packed;
     if (in_place) {
       plane = pixels;

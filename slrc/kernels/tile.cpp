@@ -18,7 +18,7 @@ constexpr int kLanes = 4, kVectors4 = 3, kVectors8 = 0;
 template <int N>
 struct Lanes {
   typedef float Float __attribute__((vector_size(4 * N)));
-  typedef int32_t Int __attribute__((vector_size(4 * N)));
+  typedef uint32_t Bits __attribute__((vector_size(4 * N)));
   typedef float Loose __attribute__((vector_size(4 * N), aligned(4), may_alias));
 };
 
@@ -59,7 +59,7 @@ inline V Polynomial(V v, const float (&coefficients)[Count]) {
 // e^v = 2^n e^r with |r| <= ln(2) / 2; relative error below 2e-7.
 template <int N, typename V = typename Lanes<N>::Float>
 inline V Exp(V v) {
-  using I = typename Lanes<N>::Int;
+  using I = typename Lanes<N>::Bits;  // whose sums may wrap: a NaN's do
   const float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   v = AtMost<N>(AtLeast<N>(v, -87.0f), 88.0f);
   V shifted = v * 1.44269504f + round;

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis.internal.conjecture import providers
 from torch import Tensor, nn
 
 from slrc.passes.shrink_channels import ShrinkChannels
 from slrc.plans import Masks, Plan
 from slrc.program import Program
 from slrc.verify import compare, outputs_of
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 TOLERANCE = 1e-9
 """The programs compared are in double precision."""
@@ -29,6 +34,14 @@ class Net(nn.Module):
 
     def forward(self, *inputs: Tensor) -> object:
         return self.run(self, *inputs)
+
+
+@pytest.fixture(autouse=True)
+def same_graphs_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hypothesis also draws constants that it reads in the modules loaded so far: those depend on earlier tests."""
+    if hasattr(providers, "_get_local_constants"):
+        monkeypatch.setattr(providers, "_get_local_constants", providers.Constants)
+        monkeypatch.setattr(providers, "CONSTANTS_CACHE", type(providers.CONSTANTS_CACHE)(1024))
 
 
 @pytest.fixture(scope="session")

@@ -52,7 +52,7 @@ def export_onnx(program: Program, path: Path) -> bool:
             hint="an operator of the model has no ONNX form in this version of torch; `--debug` shows which",
         ) from error
     assert exported is not None
-    is_packed = attach_functions(exported.model)
+    is_packed = attach_functions(exported.model, OPSET)
     exported.save(path, external_data=_bytes(program) > EXTERNAL_DATA_BYTES)
     onnx.checker.check_model(str(path))
     return is_packed

@@ -98,10 +98,15 @@ _ACTIVATIONS = {
     "gelu": "y = Gelu (sum)",
     "hardswish": "y = HardSwish (sum)",
 }
+_INTS, _INT, _TEXT = "INTS", "INT", "STRING"
 _ATTRIBUTES = {
-    CONV: "block, in_channels, out_channels, activation, kernel_shape, strides, pads, dilations, group",
-    GEMM: "block, in_channels, out_channels, activation",
+    GEMM: {"block": _INT, "in_channels": _INT, "out_channels": _INT, "activation": _TEXT},
+    CONV: {
+        **{"block": _INT, "in_channels": _INT, "out_channels": _INT, "activation": _TEXT},
+        **{"kernel_shape": _INTS, "strides": _INTS, "pads": _INTS, "dilations": _INTS, "group": _INT},
+    },
 }
+"""The attributes of each node and their types."""
 
 
 def translation_table() -> dict[Any, Callable[..., Any]]:
@@ -112,52 +117,28 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
     }
 
 
-def _translate_conv(
-    x: Any,
-    values: Any,
-    columns: Any,
-    row_pointers: Any,
-    bias: Any,
-    residual: Any,
-    out_channels: int,
-    kernel_shape: Sequence[int],
-    strides: Sequence[int],
-    pads: Sequence[int],
-    dilations: Sequence[int],
-    group: int,
-    activation: str,
-) -> Any:
-    return _op(CONV)(
-        *_given(x, values, columns, row_pointers, bias, residual),
-        block=int(values.shape[1]),
-        in_channels=int(x.shape[1]),
-        out_channels=out_channels,
-        activation=activation,
-        kernel_shape=list(kernel_shape),
-        strides=list(strides),
-        pads=[*pads, *pads],
-        dilations=list(dilations),
-        group=group,
-    )
+def _translate_conv(*arguments: Any) -> Any:
+    out_channels, kernel_shape, strides, pads, dilations, group, activation = arguments[6:]
+    window = {"kernel_shape": kernel_shape, "strides": strides, "pads": [*pads, *pads], "dilations": dilations}
+    in_channels = int(arguments[0].shape[1])
+    return _node(CONV, arguments[:6], in_channels, out_channels, activation, group=group, **window)
 
 
-def _translate_gemm(
-    x: Any,
-    values: Any,
-    columns: Any,
-    row_pointers: Any,
-    bias: Any,
-    residual: Any,
-    out_channels: int,
-    activation: str,
+def _translate_gemm(*arguments: Any) -> Any:
+    out_channels, activation = arguments[6:]
+    return _node(GEMM, arguments[:6], int(arguments[0].shape[-1]), out_channels, activation)
+
+
+def _node(
+    name: str, operands: Sequence[Any], in_channels: int, out_channels: int, activation: str, **window: Any
 ) -> Any:
-    return _op(GEMM)(
-        *_given(x, values, columns, row_pointers, bias, residual),
-        block=int(values.shape[1]),
-        in_channels=int(x.shape[-1]),
-        out_channels=out_channels,
-        activation=activation,
-    )
+    """Record a node; what is missing at the end of its operands is left out: ONNX has no name for it."""
+    given = list(operands)
+    while given[-1] is None:
+        given.pop()
+    block = int(operands[1].shape[1])
+    own = {"block": block, "in_channels": in_channels, "out_channels": out_channels, "activation": activation}
+    return _op(name)(*given, **own, **window)
 
 
 def _op(name: str) -> Any:
@@ -165,54 +146,36 @@ def _op(name: str) -> Any:
     from onnx.defs import OpSchema
     from onnxscript.values import Op, Opset
 
-    optional = OpSchema.FormalParameterOption.Optional
     whole, number = "tensor(int32)", "tensor(float)"
-    inputs = [("x", number), ("values", number), ("columns", whole), ("row_pointers", whole)]
-    kinds = {"kernel_shape", "strides", "pads", "dilations"}
+    required = {"x": number, "values": number, "columns": whole, "row_pointers": whole}
+    optional = OpSchema.FormalParameterOption.Optional
     schema = OpSchema(
         name,
         DOMAIN,
         VERSION,
         inputs=[
-            *(OpSchema.FormalParameter(n, kind) for n, kind in inputs),
+            *(OpSchema.FormalParameter(n, kind) for n, kind in required.items()),
             *(OpSchema.FormalParameter(n, number, param_option=optional) for n in ("bias", "residual")),
         ],
         outputs=[OpSchema.FormalParameter("y", number)],
-        attributes=[
-            OpSchema.Attribute(
-                attribute,
-                OpSchema.AttrType.STRING
-                if attribute == "activation"
-                else OpSchema.AttrType.INTS
-                if attribute in kinds
-                else OpSchema.AttrType.INT,
-            )
-            for attribute in _ATTRIBUTES[name].split(", ")
-        ],
+        attributes=[OpSchema.Attribute(n, getattr(OpSchema.AttrType, kind)) for n, kind in _ATTRIBUTES[name].items()],
     )
     return Op(Opset(DOMAIN, VERSION), name, schema)
 
 
-def _given(*operands: Any) -> list[Any]:
-    """Leave out what is missing at the end: ONNX has no name for it."""
-    given = list(operands)
-    while given[-1] is None:
-        given.pop()
-    return given
-
-
-def attach_functions(model: onnx_ir.Model) -> bool:
-    """Give every packed node of a model its function; return whether there is any."""
+def attach_functions(model: onnx_ir.Model, opset: int) -> bool:
+    """Give every packed node of a model its function, in operators of an opset; return whether there is any."""
     import onnx_ir
 
     variants = set()
     for node in model.graph.all_nodes():
         if node.domain == DOMAIN:
             bias, residual = (len(node.inputs) > k and node.inputs[k] is not None for k in (4, 5))
-            node.overload = _overload(node.attributes["activation"].as_string(), bias, residual)
-            variants.add((node.op_type, node.attributes["activation"].as_string(), bias, residual))
+            variant = (node.op_type, node.attributes["activation"].as_string(), bias, residual)
+            node.overload = _overload(*variant[1:])
+            variants.add(variant)
     for variant in sorted(variants):
-        function = onnx_ir.serde.deserialize_function(function_of(*variant))
+        function = onnx_ir.serde.deserialize_function(function_of(*variant, opset=opset))
         model.functions[function.identifier()] = function
     if variants:
         model.graph.opset_imports[DOMAIN] = VERSION
@@ -224,11 +187,9 @@ def _overload(activation: str, bias: bool, residual: bool) -> str:
     return "_".join([activation, *(["bias"] if bias else []), *(["residual"] if residual else [])])
 
 
-def function_of(op_type: str, activation: str, bias: bool, residual: bool) -> onnx.FunctionProto:
+def function_of(op_type: str, activation: str, bias: bool, residual: bool, opset: int) -> onnx.FunctionProto:
     """Return the meaning of one kind of node."""
     from onnx import parser
-
-    from slrc.backends.onnx_export import OPSET
 
     if op_type == CONV:
         body = _CONV.format(weight=_WEIGHT)
@@ -236,8 +197,9 @@ def function_of(op_type: str, activation: str, bias: bool, residual: bool) -> on
         body = _GEMM.format(weight=_WEIGHT, bias="Add (unbiased, bias)" if bias else "Identity (unbiased)")
     body += f"    sum = {'Add (product, residual)' if residual else 'Identity (product)'}\n"
     function = parser.parse_function(
-        f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>\n'
-        f"{op_type} <{_ATTRIBUTES[op_type]}> (x, values, columns, row_pointers, bias, residual) => (y)\n"
+        f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
+        f"{op_type} <{', '.join(_ATTRIBUTES[op_type])}> "
+        "(x, values, columns, row_pointers, bias, residual) => (y)\n"
         f"{{{body}    {_ACTIVATIONS[activation]}\n}}"
     )
     function.overload = _overload(activation, bias, residual)

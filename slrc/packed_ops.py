@@ -7,6 +7,7 @@ form is that of `slrc.forms.PackedWeight`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,24 +50,11 @@ def block_sparse_conv(
 
 
 @block_sparse_conv.register_fake
-def _(
-    x: Tensor,
-    values: Tensor,
-    columns: Tensor,
-    row_pointers: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    out_channels: int,
-    kernel_shape: Sequence[int],
-    strides: Sequence[int],
-    pads: Sequence[int],
-    dilations: Sequence[int],
-    group: int,
-    activation: str,
-) -> Tensor:
+def _(x: Tensor, *others: Any) -> Tensor:
+    out_channels, *window = others[5:10]
     sizes = [
         (size + 2 * pad - (kernel - 1) * dilation - 1) // stride + 1
-        for size, kernel, stride, pad, dilation in zip(x.shape[2:], kernel_shape, strides, pads, dilations, strict=True)
+        for size, kernel, stride, pad, dilation in zip(x.shape[2:], *window, strict=True)
     ]
     return x.new_empty(x.shape[0], out_channels, *sizes)
 
@@ -88,17 +76,8 @@ def block_sparse_gemm(
 
 
 @block_sparse_gemm.register_fake
-def _(
-    x: Tensor,
-    values: Tensor,
-    columns: Tensor,
-    row_pointers: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    out_channels: int,
-    activation: str,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out_channels)
+def _(x: Tensor, *others: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], others[5])
 
 
 def _finish(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:

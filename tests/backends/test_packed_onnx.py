@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 import slrc
 from slrc.backends import parse_target
+from slrc.backends.onnx_export import OPSET
 from slrc.backends.ort import OnnxRuntime
 from slrc.backends.packed_onnx import CONV, GEMM, function_of
 from slrc.errors import BackendError
-from slrc.form_choice import apply_forms
 from slrc.forms import Form, FormKind
 from slrc.kernels import build as kernels
 from slrc.packed_ops import ACTIVATIONS
+from slrc.pipeline import apply_forms
 from slrc.program import Program, capture
 from slrc.verify import compare, outputs_of
 
@@ -129,10 +130,10 @@ def test_kernels_that_are_gone_are_reported(artifact: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("op_type", [CONV, GEMM])
 def test_every_function_is_valid_onnx(op_type: str) -> None:
     context = onnx.checker.C.CheckerContext()
-    context.ir_version, context.opset_imports = 10, {"": 21}
+    context.ir_version, context.opset_imports = 10, {"": OPSET}
     for activation in ACTIVATIONS:
         for bias, residual in ((False, False), (True, True)):
-            function = function_of(op_type, activation, bias, residual)
+            function = function_of(op_type, activation, bias, residual, OPSET)
             assert (function.domain, function.name) == ("ai.slrc", op_type)
             assert function.overload.startswith(activation)
             onnx.checker.check_function(function, context)

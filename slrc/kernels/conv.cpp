@@ -22,8 +22,8 @@
 namespace slrc {
 namespace {
 
-constexpr int64_t kBandFloats = 96 * 1024;    // of input, in one band
-constexpr int64_t kPackedFloats = 24 * 1024;  // the same, packed
+constexpr int64_t kBandFloats = 96 * 1024;     // of input, in one band
+constexpr int64_t kPackedFloats = 24 * 1024;   // the same, packed
 constexpr int64_t kSliceFloats = 7 * 1024;     // of input that a tile reads in one slice; leaves room for the weights
 constexpr int64_t kTogetherFloats = 6 * 1024;  // of packed pieces that a block row runs on before the next one
 constexpr int64_t kLeastBlocks = 32;           // of a block row, in a slice: it also loads and stores the sums

@@ -177,8 +177,8 @@ struct Panel {
   const int32_t* offsets;  // for each surviving block: where its column begins, from x
   Slices slices;           // one after the other, on all pieces: what a slice reads of x stays cached
   const Piece* pieces;
-  int64_t count;
-  int64_t step;      // from one piece to the next in x; 0: a piece stands in x where it does in the panel
+  int64_t count;         // of pieces
+  int64_t step;          // from one piece to the next in x; 0: a piece stands in x where it does in the panel
   int64_t together;      // how many pieces one block row may run on before the next one does
   const Copies* copies;  // null, or what is to be copied of x for each piece
 };

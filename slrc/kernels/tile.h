@@ -1,4 +1,4 @@
-// The innermost loops: one block row on a few vectors of pixels. Compiled once for each instruction set (tile.cpp).
+// The innermost loops: block rows, each on a few vectors of pixels at a time. Compiled once for each instruction set (tile.cpp).
 //
 // Nothing with external linkage may be inlined into those units: the linker would keep one copy of it, perhaps the
 // one compiled for instructions that this processor lacks. So this header holds plain data only.
@@ -40,7 +40,7 @@ constexpr int kMaxTilePixels = kMaxVectors * kMaxLanes;
 struct TileLoops {
   const char* name;
   int lanes;
-  int max_vectors[2];               // vectors of pixels that the registers hold; 0 where there is no such loop
+  int max_vectors[2];                // vectors of pixels that the registers hold; 0 where there is no such loop
   StripLoop strip[2][kMaxVectors];   // [rows][vectors - 1]
   StripLoop halved[2][kMaxVectors];  // the same, the last vector half as wide; null where that gains nothing
   StripLoop pixel[2];                // one pixel, the rows side by side in a vector

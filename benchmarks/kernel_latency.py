@@ -25,8 +25,10 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from slrc.forms import PackedWeight
 from slrc.kernels.build import build
 from slrc.timing import environment
 
@@ -130,9 +132,7 @@ def measure(shape: Shape, sparsity: float, block: int, batch: int, seconds: floa
     mask = np.argsort(random.random((shape.outputs // block, columns)), axis=1) < kept
     weight *= mask.repeat(block, axis=0).reshape(weight.shape) / np.float32(np.sqrt(kept))
     x = random.standard_normal((batch, shape.inputs, shape.size, shape.size)).astype(np.float32)
-    dense, packed = (
-        prepare(m, x, library) for m in (dense_model(shape, weight), packed_model(shape, weight, mask, block))
-    )
+    dense, packed = (prepare(m, x, library) for m in (dense_model(shape, weight), packed_model(shape, weight, block)))
     for call, _ in (dense, packed):
         call()
     difference = np.abs(dense[1].numpy() - packed[1].numpy()).max()
@@ -194,15 +194,10 @@ def dense_model(shape: Shape, weight: np.ndarray) -> Any:
     return model_of(node, {"w": weight}, shape)
 
 
-def packed_model(shape: Shape, weight: np.ndarray, mask: np.ndarray, block: int) -> Any:
-    """`BlockSparseConv`; `mask` is (block rows, columns)."""
+def packed_model(shape: Shape, weight: np.ndarray, block: int) -> Any:
+    """`BlockSparseConv`."""
     pad = shape.kernel // 2
-    blocks = weight.reshape(-1, block, mask.shape[1]).transpose(0, 2, 1)
-    packed = {
-        "values": np.ascontiguousarray(blocks[mask]),
-        "columns": np.nonzero(mask)[1].astype(np.int32),
-        "row_pointers": np.concatenate([[0], np.cumsum(mask.sum(axis=1))]).astype(np.int32),
-    }
+    packed = {n: t.numpy() for n, t in vars(PackedWeight.of(torch.from_numpy(weight), block)).items()}
     node = helper.make_node(
         "BlockSparseConv",
         ["x", *packed],

@@ -12,35 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-ACTIVATIONS = {
-    "none": lambda x: x,
-    "relu": functional.relu,
-    "relu6": functional.relu6,
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "hardswish": functional.hardswish,
-}
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A block-sparse matrix: see `slrc/kernels/block_sparse.h`."""
-
-    values: NDArray[np.float32]
-    columns: NDArray[np.int32]
-    row_pointers: NDArray[np.int32]
-
-
-def pack(weight: NDArray[np.float32], block: int, groups: int = 1) -> Packed:
-    """Pack a weight `(out, in, kh, kw)` or `(out, in)` whose zero blocks are to be left out."""
-    per_group, columns = weight.shape[0] // groups, int(np.prod(weight.shape[1:]))
-    rows = -(-per_group // block)
-    padded = np.zeros((groups, rows * block, columns), np.float32)
-    padded[:, :per_group] = weight.reshape(groups, per_group, columns)
-    blocks = padded.reshape(groups * rows, block, columns).transpose(0, 2, 1)
-    kept = blocks.any(axis=2)
-    pointers = np.concatenate([[0], np.cumsum(kept.sum(axis=1))]).astype(np.int32)
-    return Packed(np.ascontiguousarray(blocks[kept]), np.nonzero(kept)[1].astype(np.int32), pointers)
+from slrc.forms import PackedWeight
+from slrc.packed_ops import ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -57,10 +30,12 @@ class Layer:
     pads: tuple[int, int, int, int] = (0, 0, 0, 0)
     dilations: tuple[int, int] = (1, 1)
     groups: int = 1
-    packed: Packed = field(init=False)
+    packed: dict[str, NDArray[Any]] = field(init=False)
+    """`values`, `columns` and `row_pointers`."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "packed", pack(self.weight, self.block, self.groups))
+        packed = PackedWeight.of(torch.from_numpy(self.weight), self.block, self.groups)
+        object.__setattr__(self, "packed", {name: tensor.numpy() for name, tensor in vars(packed).items()})
 
     def expected(self) -> NDArray[np.float32]:
         """Return what torch computes, in double precision, rounded."""
@@ -191,10 +166,9 @@ class Kernels:
 
     def run(self, layer: Layer) -> NDArray[np.float32]:
         """Compute a layer; the result stands between two guard zones, which are checked."""
-        packed, error = layer.packed, ctypes.create_string_buffer(512)
+        error = ctypes.create_string_buffer(512)
         blocks = _Blocks(
-            packed.values.ctypes.data, packed.values.size, packed.columns.ctypes.data, packed.columns.size,
-            packed.row_pointers.ctypes.data, packed.row_pointers.size,
+            *(part for array in layer.packed.values() for part in (array.ctypes.data, array.size)),
             None if layer.bias is None else layer.bias.ctypes.data, 0 if layer.bias is None else layer.bias.size,
             layer.block, layer.weight.shape[0], layer.activation.encode(),
         )  # fmt: skip

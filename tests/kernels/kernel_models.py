@@ -15,12 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 def layer_parts(layer: Layer, name: str = "") -> tuple[Any, list[Any], list[Any], Any]:
     """Return the node, its graph inputs, its initializers and its graph output; every name begins with `name`."""
-    packed = layer.packed
-    tensors = {
-        "values": packed.values,
-        "columns": packed.columns,
-        "row_pointers": packed.row_pointers,
-    }
+    tensors = dict(layer.packed)
     if layer.bias is not None:
         tensors["bias"] = layer.bias
     inputs = {"x": layer.x} | ({} if layer.residual is None else {"residual": layer.residual})

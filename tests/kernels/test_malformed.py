@@ -87,12 +87,10 @@ def test_bad_attributes(library: Path, attributes: dict[str, Any], reason: str) 
 
 def packed_with(**changes: Any) -> list[tuple[Layer, dict[str, Any]]]:
     """The same change on a convolution and on a matrix."""
-    found = []
-    for given in (layer(), layer((16, 6))):
-        packed = given.packed
-        arrays = {"values": packed.values, "columns": packed.columns, "row_pointers": packed.row_pointers}
-        found.append((given, {name: change(arrays[name].copy()) for name, change in changes.items()}))
-    return found
+    return [
+        (given, {name: change(given.packed[name].copy()) for name, change in changes.items()})
+        for given in (layer(), layer((16, 6)))
+    ]
 
 
 def put(index: int, value: int) -> Any:

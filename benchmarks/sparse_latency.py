@@ -31,13 +31,14 @@ from torch import Tensor, nn
 
 import slrc
 from slrc.backends import get_backend, parse_target
-from slrc.form_choice import apply_forms, choose_forms
+from slrc.form_choice import choose_forms
 from slrc.form_cost import layer_kind
 from slrc.forms import FormChoice
-from slrc.pipeline import DENSE, STRUCTURE, run_passes
-from slrc.plans import Masks, Plan
+from slrc.pipeline import STRUCTURE, apply_forms, baseline, run_passes
+from slrc.plans import Masks
 from slrc.program import Program, capture
 from slrc.timing import environment, measure
+from slrc.verify import outputs_of
 
 RESULTS = Path(__file__).parent / "results" / "sparse_latency.json"
 NETWORKS = ("resnet18", "resnet50", "vgg16", "mobilenet_v2", "yolov3_tiny", "swin_t", "mixer_s16")
@@ -122,7 +123,7 @@ def measure_row(name: str, pattern: str, sparsity: float, threads: int, batch: i
     target = parse_target("ort:stock" if pattern.startswith("columns") else "ort")
     choice = choose_forms(slim, target, threads=threads)
     formed = apply_forms(slim, choice.forms)
-    dense = run_passes(DENSE, program, Plan(sparsity_asked=0.0, sparsity=0.0, constraints=()), Masks())
+    dense = baseline(program)
     backend, runners, sizes = get_backend(target), [], []
     with tempfile.TemporaryDirectory() as folder:
         for k, one in enumerate((dense, formed)):
@@ -132,7 +133,7 @@ def measure_row(name: str, pattern: str, sparsity: float, threads: int, batch: i
         inputs = slim.flat_inputs()
         error = max(
             float((a - b).abs().max() / a.abs().max())
-            for a, b in zip(slim_outputs(slim), runners[1](*inputs), strict=True)
+            for a, b in zip(outputs_of(slim.module(), slim.example_inputs), runners[1](*inputs), strict=True)
         )
         latency = measure("ort", runners[0], runners[1], inputs, threads)
         row = {
@@ -151,16 +152,9 @@ def measure_row(name: str, pattern: str, sparsity: float, threads: int, batch: i
             "layers": layer_rows(slim, choice),
         }
         if deepsparse:
-            masked = slrc.lower(run_passes(DENSE, slim, plan, masks), "ort", Path(folder) / "masked")
+            masked = slrc.lower(slim, "ort", Path(folder) / "masked")
             row["deepsparse_ms"] = time_deepsparse(deepsparse, masked.folder, batch, threads, list(inputs[0].shape))
     return row
-
-
-def slim_outputs(slim: Program) -> list[Tensor]:
-    """Return the flattened outputs of a program on its example inputs."""
-    from slrc.verify import outputs_of
-
-    return outputs_of(slim.module(), slim.example_inputs)
 
 
 def layer_rows(slim: Program, choice: FormChoice) -> list[dict[str, Any]]:

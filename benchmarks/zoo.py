@@ -117,12 +117,10 @@ def measure_model(name: str, levels: list[float], latency: bool) -> dict[str, An
 
 def load_dense(program: Any) -> Any:
     """Return the dense program in ONNX Runtime, on one thread."""
-    from slrc.pipeline import DENSE, run_passes
-    from slrc.plans import Masks, Plan
+    from slrc.pipeline import baseline
 
     with tempfile.TemporaryDirectory() as folder:
-        nothing = Plan(sparsity_asked=0.0, sparsity=0.0, constraints=())
-        return load(run_passes(DENSE, program, nothing, Masks()), Path(folder))
+        return load(baseline(program), Path(folder))
 
 
 def load(program: Any, folder: Path) -> Any:

@@ -15,14 +15,14 @@ from slrc.backends import LoweredProgram, Target, get_backend, parse_target
 from slrc.compilation import Compilation
 from slrc.config import CompileConfig, make_config
 from slrc.errors import BackendError, ConfigError, PlanError
-from slrc.form_choice import apply_forms, choose_forms
+from slrc.form_choice import choose_forms
 from slrc.latency_timing import LatencyMeter
 from slrc.passes.allocate_latency import LatencyGoal
 from slrc.passes.allocate_sparsity import Allocation, allocate_sparsity
 from slrc.passes.label_indices import label_indices
 from slrc.passes.permute_channels import check_orders
 from slrc.patterns import AnyPattern
-from slrc.pipeline import STRUCTURE, run_passes
+from slrc.pipeline import STRUCTURE, apply_forms, baseline, run_passes
 from slrc.plans import Attention, LayerNorm, Masks, Plan
 from slrc.program import Program
 from slrc.program import capture as capture_module
@@ -172,7 +172,7 @@ def compile(
             processes.wait_for_everyone()
             return Report.load(Path(out))
         slim = run.structure(program, chosen, trained)
-        dense = run.baseline(program)
+        dense = baseline(program)
         lowered = run.lower(dense, slim)
         report = run.report(program, dense, slim, chosen, trained, lowered)
         report = run.publish(report, chosen, trained, slim)

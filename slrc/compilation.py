@@ -20,10 +20,10 @@ from slrc.backends import Artifact, LoweredProgram, Target, get_backend, parse_t
 from slrc.checkpoints import disk_error
 from slrc.config import CompileConfig
 from slrc.errors import BackendError, OutputError, WorkloadError
-from slrc.form_choice import apply_forms, choose_forms
+from slrc.form_choice import choose_forms
 from slrc.forms import FormChoice
 from slrc.latency import LatencyForecast
-from slrc.pipeline import DENSE, STRUCTURE, run_passes
+from slrc.pipeline import STRUCTURE, apply_forms, run_passes
 from slrc.plans import Masks, Plan
 from slrc.program import Program
 from slrc.progress import Reporter
@@ -116,12 +116,9 @@ class Compilation:
         masked = program.with_tensors(trained.tensors)
         return run_passes(STRUCTURE, masked, plan, trained.masks, reference, self.checks)
 
-    def baseline(self, program: Program) -> Program:
-        """Return the dense program with all that the compiled one gets besides sparsity."""
-        return run_passes(DENSE, program, _NOTHING, Masks())
-
     def lower(self, dense: Program, slim: Program) -> list[Lowered]:
-        """Emit both programs for every target."""
+        """Emit both programs for every target, the compiled one with its layers in their forms there."""
+        reference = outputs_of(self.workload.model.cpu(), slim.example_inputs)
         result = self.workspace.new_result()
         lowered = []
         for target in self.targets:
@@ -132,7 +129,7 @@ class Compilation:
             choice = choose_forms(slim, target, threads=self.config.threads, reporter=self.reporter)
             if choice.lost:
                 self.note(f"on {target} layers stay dense that could be packed: {choice.lost}")
-            formed = self._form(slim, choice)
+            formed = apply_forms(slim, choice.forms, reference, self.checks)
             pair = []
             for name, one in (("dense", dense), ("compiled", formed)):
                 folder = result / target.folder / name
@@ -144,15 +141,6 @@ class Compilation:
                     raise disk_error(folder, error) from error
             lowered.append(Lowered(target, pair[0], pair[1], formed, choice))
         return lowered
-
-    def _form(self, slim: Program, choice: FormChoice) -> Program:
-        """Return the program with its layers in the chosen forms, checked against the slim one."""
-        if not choice.forms:
-            return slim
-        formed = apply_forms(slim, choice.forms)
-        reference, outputs = (outputs_of(p.module(), p.example_inputs) for p in (slim, formed))
-        self.checks.append(compare(f"slim program = forms for {choice.target}", reference, outputs, TOLERANCE_FP32))
-        return formed
 
     def report(
         self,
@@ -245,13 +233,13 @@ class Compilation:
     def _prove(self, slim: Program, pair: Lowered, metric: tuple[str, float] | None) -> tuple[str, float] | None:
         backend = get_backend(pair.target)
         runner = backend.load(pair.compiled.folder, threads=self.config.threads)
-        tolerance = backend.tolerance(pair.compiled.artifact)
-        if pair.compiled.artifact.kernels is not None:
-            stock = backend.load(pair.compiled.folder, threads=self.config.threads, stock=True)(*slim.flat_inputs())
-            outputs = runner(*slim.flat_inputs())
-            self.checks.append(compare(f"{pair.target} without kernels = with kernels", stock, outputs, tolerance))
+        tolerance, outputs = backend.tolerance(pair.compiled.artifact), runner(*slim.flat_inputs())
         reference = outputs_of(slim.module(), slim.example_inputs)
-        self.checks.append(compare(f"slim program = {pair.target}", reference, runner(*slim.flat_inputs()), tolerance))
+        self.checks.append(compare(f"slim program = {pair.target}", reference, outputs, tolerance))
+        if pair.compiled.artifact.kernels is not None:
+            stock = backend.load(pair.compiled.folder, threads=self.config.threads, stock=True)
+            step = f"{pair.target} with kernels = without"
+            self.checks.append(compare(step, outputs, stock(*slim.flat_inputs()), tolerance))
         if metric is None:
             return None
         out_spec = slim.exported.call_spec.out_spec
@@ -335,9 +323,6 @@ def _archive(program: Program) -> bytes:
     archive = io.BytesIO()
     torch.export.save(program.exported, archive)
     return archive.getvalue()
-
-
-_NOTHING = Plan(sparsity_asked=0.0, sparsity=0.0, constraints=())
 
 
 def _accuracy(masked: tuple[str, float] | None, trained: Trained, final: tuple[str, float] | None) -> Accuracy | None:

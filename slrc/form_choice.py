@@ -1,9 +1,9 @@
 """Choosing the form of every layer: by timing on the target where it runs here, else by a cost model.
 
 A layer is timed with the operators that follow it, in each form that its zeros allow. The choices are then tried on
-the whole network, beside all layers packed, all split and all dense: neighbours share layouts, so that a layer that is
-fastest alone may be a hindrance in its place. What is fastest as a whole is taken, so that a compiled model is never
-slower than the dense one by more than the noise of the clock.
+the whole network, beside all layers dense, all split, all grouped and all packed: neighbours share layouts, so that a
+layer that is fastest alone may be a hindrance in its place. What is fastest as a whole is taken, so that a compiled
+model is never slower than the dense one by more than the noise of the clock.
 """
 
 from __future__ import annotations
@@ -20,17 +20,9 @@ from slrc.form_cost import cheapest_form, density_of
 from slrc.forms import DENSE, Form, FormChoice, FormKind, Forms, LayerChoice, candidate_forms
 from slrc.latency_timing import PART_BUDGET_S, WHOLE_BUDGET_S, Clock, Job, cache_folder, whole_job
 from slrc.passes.cut_segments import Segment, cut_segments
-from slrc.pipeline import form_passes, run_passes
-from slrc.plans import Masks, Plan
+from slrc.pipeline import apply_forms
 from slrc.program import Program, layer_weight
 from slrc.progress import Quiet, Reporter
-
-LIKED = {
-    FormKind.PACKED: (FormKind.PACKED,),
-    FormKind.SPLIT: (FormKind.SPLIT,),
-    FormKind.GROUPED: (FormKind.GROUPED, FormKind.SPLIT),
-}
-"""Whole networks that are tried: for each a kind of form, and what takes its place where a layer has none."""
 
 
 def choose_forms(
@@ -67,59 +59,52 @@ def choose_forms(
     if backend.available(target).why_not_run:
         return _by_cost(program, target, count, candidates, lost)
     clock = Clock(target, count, cache or cache_folder())
-    layers = _time_layers(program, candidates, clock, reporter or Quiet())
-    whole = _time_whole(program, layers, candidates, clock)
-    fastest = min(whole, key=lambda name: whole[name][1])
-    forms = whole[fastest][0]
+    ms = _time_layers(program, candidates, clock, reporter or Quiet())
+    whole = _time_whole(program, ms, clock)
+    taken = min(whole, key=lambda name: whole[name][1])
+    forms = whole[taken][0]
     return FormChoice(
         target=str(target),
         threads=count,
         lost=lost,
-        taken=fastest,
-        whole_ms={name: ms for name, (_, ms) in whole.items()},
-        layers=tuple(x.model_copy(update={"form": str(forms.get(x.weight, DENSE))}) for x in layers),
+        taken=taken,
+        whole_ms={name: took for name, (_, took) in whole.items()},
+        layers=tuple(_layer(program, weight, forms.get(weight, DENSE), ms[weight]) for weight in candidates),
     )
 
 
-def apply_forms(program: Program, forms: Forms) -> Program:
-    """Return the program with its layers in these forms."""
-    return run_passes(form_passes(forms), program, _NOTHING, Masks())
+FormTimes = dict[Form, float]
+"""Milliseconds of a layer in each of its forms."""
+
+
+def _layer(program: Program, weight: str, form: Form, ms: Mapping[Form, float]) -> LayerChoice:
+    density = density_of(program.tensors[weight], form, program.layers[weight].groups)
+    return LayerChoice(weight=weight, form=form, density=density, ms={str(f): took for f, took in ms.items()})
 
 
 def _by_cost(
     program: Program, target: Target, threads: int, candidates: Mapping[str, Sequence[Form]], lost: str
 ) -> FormChoice:
-    layers = []
-    for weight, forms in candidates.items():
-        tensor, groups = program.tensors[weight], program.layers[weight].groups
-        chosen = cheapest_form(tensor, forms, groups)
-        layers.append(LayerChoice(weight=weight, form=str(chosen), density=density_of(tensor, chosen, groups)))
-    return FormChoice(target=str(target), threads=threads, lost=lost, taken="cost model", layers=tuple(layers))
+    cheapest = {w: cheapest_form(program.tensors[w], c, program.layers[w].groups) for w, c in candidates.items()}
+    layers = tuple(_layer(program, weight, form, {}) for weight, form in cheapest.items())
+    return FormChoice(target=str(target), threads=threads, lost=lost, taken="cost model", layers=layers)
 
 
 def _time_layers(
     program: Program, candidates: Mapping[str, Sequence[Form]], clock: Clock, reporter: Reporter
-) -> list[LayerChoice]:
-    weight_of = {node: weight for weight, layer in program.layers.items() for node in layer.nodes}
-    segments = [(s, weight_of[s.anchor]) for s in cut_segments(program) if weight_of.get(s.anchor) in candidates]
-    ms: dict[str, dict[Form, float]] = {}
+) -> dict[str, FormTimes]:
+    """Return what every layer takes in each form; one that is used several times, all of them together."""
+    weight_of = {node: weight for weight in candidates for node in program.layers[weight].nodes}
+    segments = [(s, weight_of[s.anchor]) for s in cut_segments(program) if s.anchor in weight_of]
+    ms = {weight: dict.fromkeys(forms, 0.0) for weight, forms in candidates.items()}
     with reporter.task(f"timing forms on {clock.target}", len(segments)) as task:
         for segment, weight in segments:
-            forms = candidates[weight]
             tensor, groups = program.tensors[weight], program.layers[weight].groups
-            times = clock.times([_job(segment, form, tensor, groups) for form in forms], PART_BUDGET_S)
-            known = ms.setdefault(weight, dict.fromkeys(forms, 0.0))
-            for form, taken in zip(forms, times, strict=True):
-                known[form] += taken
+            times = clock.times([_job(segment, form, tensor, groups) for form in ms[weight]], PART_BUDGET_S)
+            for form, took in zip(candidates[weight], times, strict=True):
+                ms[weight][form] += took
             task.advance(weight)
-    layers = []
-    for weight, times_of in ms.items():
-        fastest = min(times_of, key=lambda form: times_of[form])
-        density = density_of(program.tensors[weight], fastest, program.layers[weight].groups)
-        layers.append(
-            LayerChoice(weight=weight, form=str(fastest), density=density, ms={str(f): t for f, t in times_of.items()})
-        )
-    return layers
+    return ms
 
 
 def _job(segment: Segment, form: Form, weight: Tensor, groups: int) -> Job:
@@ -134,25 +119,22 @@ def _job(segment: Segment, form: Form, weight: Tensor, groups: int) -> Job:
     return sha256(name.encode()).hexdigest()[:24], make, segment.inputs
 
 
-def _time_whole(
-    program: Program, layers: Sequence[LayerChoice], candidates: Mapping[str, Sequence[Form]], clock: Clock
-) -> dict[str, tuple[Forms, float]]:
+def _time_whole(program: Program, ms: Mapping[str, FormTimes], clock: Clock) -> dict[str, tuple[Forms, float]]:
     """Return the forms and milliseconds of every network that is tried, by a name."""
-    tried: dict[str, Forms] = {"each its fastest": {x.weight: x.chosen for x in layers if x.chosen != DENSE}}
-    for kind, liked in LIKED.items():
-        forms: dict[str, Form] = {}
-        for x in layers:
-            of_kind = [f for k in liked for f in candidates[x.weight] if f.kind is k]
-            if of_kind:
-                forms[x.weight] = min(of_kind, key=lambda f: x.ms[str(f)])
-        if forms and forms not in tried.values():
+    tried: dict[str, Forms] = {"each its fastest": _fastest(ms, list(FormKind))}
+    for kind in FormKind:
+        if (forms := _fastest(ms, [kind])) not in tried.values():
             tried[f"all {kind}"] = forms
-    if {} not in tried.values():
-        tried["all dense"] = {}
-    programs = [apply_forms(program, forms) for forms in tried.values()]
-    jobs = [whole_job(p) for p in programs]
+    jobs = [whole_job(apply_forms(program, forms)) for forms in tried.values()]
     times = clock.times(jobs, WHOLE_BUDGET_S)
-    return {name: (forms, ms) for (name, forms), ms in zip(tried.items(), times, strict=True)}
+    return {name: (forms, took) for (name, forms), took in zip(tried.items(), times, strict=True)}
 
 
-_NOTHING = Plan(sparsity_asked=0.0, sparsity=0.0, constraints=())
+def _fastest(ms: Mapping[str, FormTimes], kinds: Sequence[FormKind]) -> Forms:
+    """Return the fastest form of these kinds for every layer; one that has none of them stays dense."""
+    forms: dict[str, Form] = {}
+    for weight, times in ms.items():
+        allowed = {form: took for form, took in times.items() if form.kind in kinds}
+        if allowed and (form := min(allowed, key=lambda f: allowed[f])) != DENSE:
+            forms[weight] = form
+    return forms

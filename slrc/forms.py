@@ -10,9 +10,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
 from torch import Tensor
 
 from slrc.errors import PlanError
@@ -85,7 +86,7 @@ def candidate_forms(weight: Tensor, op: str, groups: int = 1) -> list[Form]:
         kept = kept_channels(weight, parts).sum(dim=1)
         if op != "linear" and parts > 1 and bool((kept == kept[0]).all()):
             forms.append(Form(FormKind.GROUPED, parts))
-    if op in ("conv2d", "linear") and weight.shape[1] * groups > groups:
+    if op in ("conv2d", "linear") and weight.shape[1] > 1:
         density = {rows: block_density(weight, rows, groups) for rows in BLOCK_ROWS}
         least = min(density.values())
         if least <= 1 - LEAST_ZEROS:
@@ -128,27 +129,28 @@ def _blocks(weight: Tensor, rows: int, groups: int) -> Tensor:
     return split.reshape(-1, rows, columns).transpose(1, 2)
 
 
+FormField = Annotated[
+    Form,
+    BeforeValidator(lambda v: v if isinstance(v, Form) else parse_form(str(v))),
+    PlainSerializer(str, return_type=str),
+]
+
+
 class LayerChoice(BaseModel):
     """The form of one layer, the share of the dense work that it does, and what each form that was timed took."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     weight: str
-    form: str
+    form: FormField
     density: float
     ms: Mapping[str, float] = {}
-
-    @property
-    def chosen(self) -> Form:
-        """The form, parsed."""
-        return parse_form(self.form)
 
 
 class FormChoice(BaseModel):
     """The forms of a program's layers on one target, and why.
 
-    `taken` names which of the networks in `whole_ms` it is; `lost` says why layers stay dense whose
-    zeros would let them be packed.
+    `taken` names which of the networks in `whole_ms` it is; `lost` says why layers stay dense that could be packed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -163,7 +165,7 @@ class FormChoice(BaseModel):
     @property
     def forms(self) -> Forms:
         """The form of each layer that does not stay dense."""
-        return {x.weight: x.chosen for x in self.layers if x.chosen != DENSE}
+        return {x.weight: x.form for x in self.layers if x.form != DENSE}
 
 
 @dataclass(frozen=True)

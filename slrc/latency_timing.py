@@ -16,7 +16,7 @@ from slrc.errors import BackendError, PlanError
 from slrc.kernels.build import sources_digest
 from slrc.latency import LatencyTable, SegmentLatency, WholeLatency
 from slrc.passes.cut_segments import cut_segments
-from slrc.pipeline import DENSE, STRUCTURE, run_passes
+from slrc.pipeline import STRUCTURE, baseline, run_passes
 from slrc.plans import Masks, Plan
 from slrc.program import Program
 from slrc.progress import Quiet, Reporter
@@ -57,7 +57,7 @@ class LatencyMeter:
         self._program, self._target, self._reporter = program, target, reporter or Quiet()
         self._threads = threads or len(os.sched_getaffinity(0))
         self._clock = Clock(target, self._threads, cache or cache_folder())
-        self._dense = run_passes(DENSE, program, _NOTHING, Masks())
+        self._dense = baseline(program)
 
     def table(self, plans: Sequence[Plan]) -> LatencyTable:
         """Time the segments, and the whole, dense and at the widths of each plan.
@@ -117,8 +117,8 @@ class Clock:
         self.target, self._threads = target, threads
         found = environment()
         runtimes = {n: v for n, v in found["versions"].items() if n.startswith(("onnxruntime", "tensorrt"))}
-        self.machine: Mapping[str, Any] = {k: found[k] for k in ("cpu", "instruction_sets", "gpu")} | runtimes
-        self.machine = {**self.machine, "kernels": sources_digest()}
+        hardware = {k: found[k] for k in ("cpu", "instruction_sets", "gpu")}
+        self.machine: Mapping[str, Any] = {**hardware, **runtimes, "kernels": sources_digest()}
         key = json.dumps([str(target), threads, self.machine], sort_keys=True)
         self._folder = cache / "latency" / sha256(key.encode()).hexdigest()[:16]
 
@@ -158,6 +158,3 @@ def _read(path: Path, count: int) -> tuple[float, ...] | None:
         return tuple(float(x) for x in ms) if len(ms) == count else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-_NOTHING = Plan(sparsity_asked=0.0, sparsity=0.0, constraints=())

@@ -25,9 +25,19 @@ DENSE: tuple[Transform, ...] = (FoldBatchNorm(),)
 """What the dense model gets too, so that only sparsity is measured."""
 
 
-def form_passes(forms: Forms) -> tuple[Transform, ...]:
-    """Return the transforms that give each layer its form on a target, after `STRUCTURE`."""
-    return (SplitColumns(forms), PackBlocks(forms))
+def baseline(program: Program) -> Program:
+    """Return the dense program with all that the compiled one gets besides sparsity."""
+    return run_passes(DENSE, program, _NOTHING, Masks())
+
+
+def apply_forms(
+    program: Program,
+    forms: Forms,
+    reference: Sequence[Tensor] | None = None,
+    checks: list[Check] | None = None,
+) -> Program:
+    """Give each layer its form on a target, after `STRUCTURE`. See `run_passes` for `reference` and `checks`."""
+    return run_passes((SplitColumns(forms), PackBlocks(forms)), program, _NOTHING, Masks(), reference, checks)
 
 
 def run_passes(
@@ -59,3 +69,6 @@ def run_passes(
             if checks is not None:
                 checks.append(check)
     return program
+
+
+_NOTHING = Plan(sparsity_asked=0.0, sparsity=0.0, constraints=())

@@ -42,7 +42,7 @@ def report_table(report: Report) -> Table:
     _add_latency(table, report.latency)
     for target in report.targets:
         if target.forms is not None and target.forms.layers:
-            kinds = Counter(x.chosen.kind for x in target.forms.layers)
+            kinds = Counter(x.form.kind for x in target.forms.layers)
             counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
             table.add_row(f"layers, {target.target}", "", counts, target.forms.taken)
         if target.not_run:

@@ -14,10 +14,10 @@ from torch import nn
 import slrc
 from slrc import form_choice, latency_timing
 from slrc.backends import parse_target
-from slrc.form_choice import apply_forms, choose_forms
+from slrc.form_choice import choose_forms
 from slrc.forms import DENSE, FormKind
 from slrc.kernels import build as kernels
-from slrc.pipeline import STRUCTURE, run_passes
+from slrc.pipeline import STRUCTURE, apply_forms, run_passes
 from slrc.plans import Masks
 from slrc.program import Program, capture, op_name
 from slrc.verify import compare, outputs_of
@@ -66,7 +66,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> type[FakeClock]:
 
 
 def kinds(choice: Any) -> dict[str, str]:
-    return {x.weight: str(x.chosen.kind) for x in choice.layers}
+    return {x.weight: str(x.form.kind) for x in choice.layers}
 
 
 needs_compiler = pytest.mark.skipif(
@@ -112,6 +112,7 @@ def test_a_network_that_is_slower_with_its_fastest_layers_stays_dense(
     choice = choose_forms(program, ORT, threads=1)
     assert choice.taken == "all dense"
     assert choice.forms == {}
+    assert all(x.form == DENSE and x.density == 1.0 for x in choice.layers)
     assert all(x.ms["packed:4"] == 1.0 for x in choice.layers)
 
 
@@ -141,9 +142,9 @@ def test_a_target_that_cannot_run_here_goes_by_the_cost_model() -> None:
     target = parse_target(f"ort:{other}")
     choice = choose_forms(pruned("columns:2", 0.5), target)
     assert choice.taken == "cost model"
-    assert all(x.ms == {} and x.chosen != DENSE for x in choice.layers)
+    assert all(x.ms == {} and x.form != DENSE for x in choice.layers)
     rtx = choose_forms(pruned("columns:2", 0.5), parse_target("tensorrt-rtx"))
-    assert {x.chosen.kind for x in rtx.layers} <= {FormKind.SPLIT, FormKind.GROUPED}
+    assert {x.form.kind for x in rtx.layers} <= {FormKind.SPLIT, FormKind.GROUPED}
 
 
 def test_a_dense_model_has_nothing_to_choose(clock: type[FakeClock]) -> None:

@@ -14,10 +14,10 @@ from slrc.forms import Form, FormKind, block_density, candidate_forms
 from slrc.passes.allocate_sparsity import allocate_sparsity
 from slrc.passes.base import PassResult, Transform
 from slrc.patterns import AnyPattern, Block, Channel, Columns
-from slrc.pipeline import DENSE, STRUCTURE, form_passes, run_passes
+from slrc.pipeline import STRUCTURE, apply_forms, baseline, run_passes
 from slrc.plans import Masks, Plan
 from slrc.program import Program, capture
-from slrc.verify import Check, outputs_of
+from slrc.verify import Check, compare, outputs_of
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def test_permuted_blocks_are_packed(program: Program) -> None:
     steps = ["apply-masks", "permute-channels", "fold-batch-norm"]
     assert [check.step for check in checks] == [f"masked module = {step}" for step in steps]
     assert block_density(slim.tensors["1.weight"], 4) <= 0.5 < block_density(masks.tensors["1.weight"], 4)
-    packed = run_passes(form_passes({"1.weight": Form(FormKind.PACKED, 4)}), slim, plan, masks, reference, checks)
+    packed = apply_forms(slim, {"1.weight": Form(FormKind.PACKED, 4)}, reference, checks)
     assert checks[-1].step == "masked module = pack-blocks"
     assert packed.macs < slim.macs
 
@@ -97,7 +97,7 @@ def test_forms_follow_structure(program: Program, kind: str) -> None:
     forms = {w: f for w, found in candidates.items() for f in found if f.kind == kind and f.size < 8}
     assert list(forms) == ["1.weight", "3.weight"]
     checks: list[Check] = []
-    result = run_passes(form_passes(forms), slim, plan, masks, reference, checks)
+    result = apply_forms(slim, forms, reference, checks)
     assert [check.step for check in checks] == [
         "masked module = " + ("pack-blocks" if kind == "packed" else "split-columns")
     ]
@@ -105,11 +105,9 @@ def test_forms_follow_structure(program: Program, kind: str) -> None:
 
 
 def test_the_dense_model_is_folded_too(program: Program) -> None:
-    plan, _, _ = planned(program, Channel())
-    checks: list[Check] = []
     dense = outputs_of(program.module(), program.example_inputs)
-    result = run_passes(DENSE, program, plan, Masks(), dense, checks)
-    assert [check.step for check in checks] == ["masked module = fold-batch-norm"]
+    result = baseline(program)
+    compare("dense = baseline", dense, outputs_of(result.module(), program.example_inputs), 1e-5)
     assert result.num_parameters == program.num_parameters - 16
 
 

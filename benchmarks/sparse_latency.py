@@ -166,7 +166,7 @@ def layer_rows(slim: Program, choice: FormChoice) -> list[dict[str, Any]]:
             "shape": list(slim.tensors[x.weight].shape),
             "macs": slim.layers[x.weight].macs,
             "density": x.density,
-            "form": x.form,
+            "form": str(x.form),
             "ms": dict(x.ms),
         }
         for x in choice.layers

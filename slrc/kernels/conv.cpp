@@ -5,17 +5,16 @@
 // padding of one be the left padding of the next, and outputs are computed on the flat plane: the few at the seams
 // are thrown away.
 //
-// An image is cut into bands of output rows whose input fits the second-level cache; the task that computes a band
-// first copies its rows into the thread's scratch memory. What one tile reads of a band may still be more than the
-// first-level cache holds, so the input channels are cut into slices, and all outputs go on from slice to slice.
-//
-// A 1x1 convolution of stride 1 needs no padded plane. If a tile reads more than that cache holds, often enough to
-// repay a copy, its pixels are packed, channel after channel: they are then few whole cache lines. Otherwise it reads
-// its input as it is.
+// What a tile reads of that plane may be more than the first-level cache holds, each row on lines of its own. If enough
+// block rows follow to repay it, it is copied from the input side by side, channel after channel, and the plane itself
+// is never made. Otherwise an image is cut into bands of output rows whose plane fits the second-level cache; the task
+// that computes a band makes its plane in the thread's scratch memory, and the input channels are cut into slices that
+// fit the first level, all outputs going on from slice to slice. A 1x1 convolution of stride 1 needs neither.
 #include <string.h>
 
 #include <algorithm>
 #include <limits>
+#include <utility>
 
 #include "panel.h"
 
@@ -23,13 +22,14 @@ namespace slrc {
 namespace {
 
 constexpr int64_t kBandFloats = 96 * 1024;     // of input, in one band
-constexpr int64_t kPackedFloats = 24 * 1024;   // the same, packed
+constexpr int64_t kTilesFloats = 24 * 1024;    // of tiles copied at a time
 constexpr int64_t kSliceFloats = 7 * 1024;     // of input that a tile reads in one slice; leaves room for the weights
-constexpr int64_t kTogetherFloats = 6 * 1024;  // of packed pieces that a block row runs on before the next one
+constexpr int64_t kTogetherFloats = 6 * 1024;  // of copied tiles that a block row runs on before the next one
 constexpr int64_t kLeastBlocks = 32;           // of a block row, in a slice: it also loads and stores the sums
-constexpr int64_t kManyChannels = 192;         // so many are copied for a tile
-constexpr int64_t kRepaysCopy = 8;             // surviving values for each float of a channel's copy
-constexpr int64_t kRepaysPacking = 28;         // surviving values of an input channel, on average
+constexpr double kRepaysCopy = 1.1;            // surviving values of an input channel, for each float of its copy:
+constexpr double kRepaysRows = 3.5;            // if it is one run, and if it is several rows
+constexpr double kLeastDensity = 0.15;         // of fewer columns most of several rows' copy would stay unread
+constexpr int64_t kBusySums = 12;              // of a tile, in registers; with fewer, multiply-adds wait for each other
 constexpr size_t kLayoutsKept = 8;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
@@ -38,12 +38,6 @@ int64_t Product(int64_t a, int64_t b) {
   int64_t product;
   if (__builtin_mul_overflow(a, b, &product)) throw Error("the shapes are too large");
   return product;
-}
-
-// Writes zeros; up to three more than asked for, which the caller overwrites.
-inline void ClearFloats(int64_t count, float* to) {
-  const float zeros[4] = {};
-  for (int64_t i = 0; i < count; i += 4) memcpy(to + i, zeros, sizeof zeros);
 }
 
 // One dimension of the window.
@@ -83,16 +77,21 @@ struct Axis {
 
 struct Phase {
   int64_t row, column;
+  int64_t row_reach, column_reach;  // how far its taps read past an output
+  int64_t at, pitch;                // where it stands in a channel of what the tiles read, and its rows' distance there
+  bool apart;                       // whether each row is copied for itself
 };
 
 std::vector<Phase> PhasesRead(const Axis& rows, const Axis& columns) {
   std::vector<Phase> phases;
   for (int64_t r = 0; r < rows.stride; ++r)
     for (int64_t c = 0; c < columns.stride; ++c) {
-      bool row_read = false, column_read = false;
-      for (int64_t k = 0; k < rows.kernel; ++k) row_read |= rows.Phase(k) == r;
-      for (int64_t k = 0; k < columns.kernel; ++k) column_read |= columns.Phase(k) == c;
-      if (row_read && column_read) phases.push_back({r, c});
+      int64_t row_reach = -1, column_reach = -1;
+      for (int64_t k = 0; k < rows.kernel; ++k)
+        if (rows.Phase(k) == r) row_reach = std::max(row_reach, rows.Shift(k));
+      for (int64_t k = 0; k < columns.kernel; ++k)
+        if (columns.Phase(k) == c) column_reach = std::max(column_reach, columns.Shift(k));
+      if (row_reach >= 0 && column_reach >= 0) phases.push_back({r, c, row_reach, column_reach, 0, 0, false});
     }
   return phases;
 }
@@ -148,7 +147,7 @@ struct SeamedOutput {
 
 struct Layout {
   Layout(const Weight& weight, const SlrcWindow& window, const int64_t x_shape[4])
-      : channels(x_shape[1]), rows(window, 0, x_shape[2]), columns(window, 1, x_shape[3]) {
+      : channels(x_shape[1]), rows(window, 0, x_shape[2]), columns(window, 1, x_shape[3]), pitch(columns.pitch) {
     if (channels != Product(channels / window.group, window.group))
       throw Error("group does not divide the input's " + std::to_string(channels) + " channels");
     per_group = channels / window.group;
@@ -158,84 +157,92 @@ struct Layout {
                   std::to_string(per_group * taps) + " on an input of " + std::to_string(channels) + " channels");
     phases = PhasesRead(rows, columns);
     const int64_t pixels = Product(rows.in, columns.in);
-    const bool pointwise = taps == 1 && rows.out == rows.in && columns.out == columns.in && rows.pad + columns.pad == 0;
-    const bool repaid = per_group * (WidestPiece(weight.block) + 16) > kSliceFloats &&
-                        static_cast<int64_t>(weight.values.size()) / kRepaysPacking >= channels;
-    packed = pointwise && pixels > 2 && (repaid || pixels < Loops().lanes);
-    in_place = pointwise && !packed;
-    if (in_place) {
-      plane = pixels;
-    } else if (packed) {
-      plane = WidestPiece(weight.block);
-    } else {
-      pitch = columns.pitch;
+    pointwise = taps == 1 && rows.out == rows.in && columns.out == columns.in && rows.pad + columns.pad == 0;
+    slices = OneSlice(weight);
+    tiled = PlaceTiles(weight, taps);
+    if (!tiled) PlacePlanes();
+    if (std::max(Product(per_group, floats), pixels) > std::numeric_limits<int32_t>::max() / 2)
+      throw Error("an input plane is too large");
+    SetOffsets(weight, taps);
+
+    if (!tiled && !pointwise) Slice(weight, taps);
+    CutRows(weight, tiled ? rows.out : band, &pieces);
+    together = static_cast<int64_t>(pieces.size());
+    if (tiled) {
+      band = std::clamp<int64_t>(kTilesFloats / std::max<int64_t>(1, per_group * floats), 1, 8);
+      bands = CeilDiv(static_cast<int64_t>(pieces.size()), band);
+      together = kTogetherFloats / std::max<int64_t>(1, per_group * floats);
+      for (const Piece& piece : pieces) AddTileRuns(weight, piece);
+    } else if (!pointwise) {
+      CutRows(weight, rows.out - (bands - 1) * band, &last_pieces);
+      for (int64_t b = 0; b < bands; ++b) AddPlaneRuns(b * band);
+    }
+    copies.push_back({runs.size(), zeros.size()});
+  }
+
+  bool InPlace() const { return pointwise && !tiled; }
+  // Whether outputs that follow each other on the flat plane do so in y.
+  bool Seamless() const { return pitch == columns.out; }
+
+  // What a tile reads of each phase: its rows side by side, or all from the first to the last if that is less.
+  bool PlaceTiles(const Weight& weight, int64_t taps) {
+    const int64_t width = WidestPiece(weight.block);
+    floats = read = 0;
+    for (Phase& phase : phases) {
+      const int64_t row = CeilDiv(width + phase.column_reach, Loops().lanes) * Loops().lanes;
+      const int64_t all = width + phase.column_reach + phase.row_reach * pitch;
+      phase.apart = (phase.row_reach + 1) * row < all;
+      phase.at = floats;
+      phase.pitch = phase.apart ? row : pitch;
+      floats += phase.apart ? (phase.row_reach + 1) * row : all;
+      read += std::min((phase.row_reach + 1) * (row + 16), all + 16);
+    }
+    if (!pointwise) floats += Loops().lanes;  // for what a copy writes past its last run
+    if (pointwise && rows.in * columns.in < Loops().lanes) return rows.in * columns.in > 2;
+    if (per_group * read <= kSliceFloats) return false;
+    const double values = static_cast<double>(weight.values.size()) / static_cast<double>(weight.group * per_group);
+    if (pointwise) return values >= kRepaysCopy * static_cast<double>(floats);
+    // Wider vectors fill the lines of what they read as it is.
+    const double density = values / static_cast<double>(weight.rows_per_group * weight.block * taps);
+    return Loops().lanes <= 8 && density >= kLeastDensity && values >= kRepaysRows * static_cast<double>(floats);
+  }
+
+  void PlacePlanes() {
+    if (!pointwise) {
       const int64_t row_floats = Product(Product(per_group, phases.size()), pitch);
       const int64_t fitting = std::max<int64_t>(1, kBandFloats / std::max<int64_t>(1, row_floats) - rows.reach);
       band = CeilDiv(rows.out, CeilDiv(rows.out, fitting));
       bands = CeilDiv(rows.out, band);
-      plane = Product(band + rows.reach, pitch);
-    }
-    if (Product(Product(per_group, phases.size()), plane) > std::numeric_limits<int32_t>::max() / 2)
-      throw Error("an input plane is too large");
-    SetOffsets(weight, taps, static_cast<int64_t>(phases.size()) * plane, plane, pitch);
-
-    slices = OneSlice(weight);
-    if (in_place || packed) {
-      Cut(weight.block, 0, pixels, in_place, &pieces);
-      together = static_cast<int64_t>(pieces.size());
-      if (packed) {
-        const int64_t floats = std::max<int64_t>(1, per_group * plane);
-        band = std::clamp<int64_t>(kPackedFloats / floats, 1, 8);
-        bands = CeilDiv(static_cast<int64_t>(pieces.size()), band);
-        together = kTogetherFloats / floats;
-      }
     } else {
-      if (!AddCopies(weight, taps)) Slice(weight, taps);
-      CutRows(weight, band, &pieces);
-      CutRows(weight, rows.out - (bands - 1) * band, &last_pieces);
-      if (!copies.floats) together = static_cast<int64_t>(pieces.size());
+      band = rows.out;
     }
+    const int64_t plane = Product(band + rows.reach, pitch);
+    floats = 0;
+    for (Phase& phase : phases) {
+      phase.at = floats;
+      phase.pitch = pitch;
+      floats += plane;
+    }
+    if (!pointwise) floats += Loops().lanes;
   }
 
   // Across the seams, or, if that hardly leaves lanes idle, row by row: tiles are then stored where they belong.
   void CutRows(const Weight& weight, int64_t height, std::vector<Piece>* to) const {
     const int64_t lanes = Loops().lanes, idle = CeilDiv(columns.out, lanes) * lanes - pitch;
-    if (slices.count > 1 || columns.out < 2 * lanes || idle > pitch / 16)
-      return Cut(weight.block, 0, (height - 1) * pitch + columns.out, false, to);
+    bool by_rows = !Seamless() && slices.count == 1 && columns.out >= 2 * lanes && idle <= pitch / 16;
+    if (by_rows) {
+      std::vector<Piece> row;
+      Cut(weight.block, 0, columns.out, true, &row);
+      const int64_t sums = LoopsFor(weight.block) ? 8 : 4;  // for each vector
+      for (const Piece& piece : row) by_rows = by_rows && sums * piece.vectors >= kBusySums;
+    }
+    if (!by_rows) return Cut(weight.block, 0, (height - 1) * pitch + columns.out, InPlace(), to);
     for (int64_t row = 0; row < height; ++row) Cut(weight.block, row * pitch, columns.out, true, to);
-  }
-
-  // Of many channels a tile reads more than the first-level cache holds, each row from a line of its own. Copying it
-  // side by side pays if enough block rows follow.
-  bool AddCopies(const Weight& weight, int64_t taps) {
-    const int64_t width = WidestPiece(weight.block), phase_count = static_cast<int64_t>(phases.size());
-    const int64_t row = width + columns.reach, all = row + rows.reach * pitch;
-    const bool apart = (rows.reach + 1) * row < all;
-    const int64_t of_phase = apart ? (rows.reach + 1) * row : all;
-    const double blocks = static_cast<double>(weight.columns.size()) / static_cast<double>(weight.group * per_group);
-    const double density = blocks / static_cast<double>(weight.rows_per_group * taps);
-    const double repaid = static_cast<double>(kRepaysCopy * phase_count * of_phase);
-    // Of few columns most of a copy would stay unread; wider vectors fill their lines as it is.
-    if (Loops().lanes > 8 || per_group < kManyChannels || density < 0.15 ||
-        blocks * static_cast<double>(weight.block) < repaid)
-      return false;
-    for (int64_t phase = 0; phase < phase_count; ++phase)
-      for (int64_t r = 0; r < (apart ? rows.reach + 1 : 1); ++r)
-        copies.rows.push_back(
-            {phase * plane + r * pitch, phase * of_phase + r * row, (apart ? row : of_phase) - width});
-    copies.channels = per_group;
-    copies.apart = phase_count * plane;
-    copies.floats = phase_count * of_phase;
-    SetOffsets(weight, taps, copies.floats, of_phase, apart ? row : pitch);
-    return true;
   }
 
   void Slice(const Weight& weight, int64_t taps) {
     const int64_t block_rows = static_cast<int64_t>(weight.row_pointers.size()) - 1;
-    // What a tile reads of a channel, and half a cache line on each side: rows, or all from the first to the last.
-    const int64_t row = WidestPiece(weight.block) + columns.reach + 16;
-    const int64_t read = std::min((rows.reach + 1) * row, rows.reach * pitch + row);
-    const int64_t wanted = CeilDiv(per_group * static_cast<int64_t>(phases.size()) * read, kSliceFloats);
+    const int64_t wanted = CeilDiv(per_group * read, kSliceFloats);
     const int64_t most = static_cast<int64_t>(weight.columns.size()) / block_rows / kLeastBlocks;
     const int64_t count = std::min({wanted, most, per_group});
     if (count < 2 || !weight.sorted) return;
@@ -251,70 +258,93 @@ struct Layout {
     slices = {starts.data(), count, block_rows};
   }
 
-  // Where a tile finds each column, with channels, phases and rows so far apart.
-  void SetOffsets(const Weight& weight, int64_t taps, int64_t channel, int64_t phase_floats, int64_t row_floats) {
+  // Where a tile finds each column.
+  void SetOffsets(const Weight& weight, int64_t taps) {
     std::vector<int32_t> of_tap(taps);
     for (int64_t tap = 0; tap < taps; ++tap) {
       const int64_t kh = tap / columns.kernel, kw = tap % columns.kernel;
-      int64_t phase = 0;
-      while (phases[phase].row != rows.Phase(kh) || phases[phase].column != columns.Phase(kw)) ++phase;
-      of_tap[tap] = static_cast<int32_t>(phase * phase_floats + rows.Shift(kh) * row_floats + columns.Shift(kw));
+      const Phase* phase = phases.data();
+      while (phase->row != rows.Phase(kh) || phase->column != columns.Phase(kw)) ++phase;
+      of_tap[tap] = static_cast<int32_t>(phase->at + rows.Shift(kh) * phase->pitch + columns.Shift(kw));
     }
-    offsets.clear();
     for (int32_t column : weight.columns)
-      offsets.push_back(static_cast<int32_t>(column / taps * channel) + of_tap[column % taps]);
+      offsets.push_back(static_cast<int32_t>(column / taps * floats) + of_tap[column % taps]);
   }
 
-  int64_t Floats() const {  // a tile may read up to a vector past the last pixel
-    return per_group * static_cast<int64_t>(phases.size()) * plane + columns.lead + kMaxTilePixels + kMaxLanes;
+  void AddTileRuns(const Weight& weight, const Piece& piece) {
+    copies.push_back({runs.size(), zeros.size()});
+    for (const Phase& phase : phases) {
+      const int64_t row = WidestPiece(weight.block) + phase.column_reach;
+      if (phase.apart)
+        for (int64_t r = 0; r <= phase.row_reach; ++r)
+          AddRuns(phase, 0, piece.start + r * pitch, row, phase.at + r * phase.pitch);
+      else
+        AddRuns(phase, 0, piece.start, row + phase.row_reach * pitch, phase.at);
+    }
   }
 
-  // Copies the input rows of a band, its group's channels, phase by phase.
-  void Fill(const float* x, int64_t first_out, float* to) const {
-    for (int64_t c = 0; c < per_group; ++c, x += rows.in * columns.in)
-      for (const Phase& phase : phases) {
-        const int64_t begin = columns.First(phase.column), end = std::max(begin, columns.End(phase.column));
-        for (int64_t q = 0; q < band + rows.reach; ++q, to += pitch) {
-          const int64_t row = (first_out + q) * rows.stride + phase.row - rows.pad;
-          if (row < 0 || row >= rows.in) {
-            ClearFloats(pitch, to);
-            continue;
-          }
-          const float* from = x + row * columns.in + begin * columns.stride + phase.column - columns.pad;
-          ClearFloats(begin, to);
-          if (columns.stride == 1)
-            CopyFloats(from, end - begin, to + begin);
-          else
-            for (int64_t i = begin; i < end; ++i, from += columns.stride) to[i] = *from;
-          ClearFloats(pitch - end, to + end);
-        }
+  void AddPlaneRuns(int64_t first_row) {
+    copies.push_back({runs.size(), zeros.size()});
+    for (const Phase& phase : phases) AddRuns(phase, first_row, 0, (band + rows.reach) * pitch, phase.at);
+    zeros.push_back({static_cast<int32_t>(floats - Loops().lanes), Loops().lanes});  // the last row's right padding
+  }
+
+  // Copies the pixels from `flat` on of the plane that begins at output row `first_row`.
+  void AddRuns(const Phase& phase, int64_t first_row, int64_t flat, int64_t count, int64_t to) {
+    const int64_t begin = columns.First(phase.column), end = std::max(begin, columns.End(phase.column));
+    while (count > 0) {
+      const int64_t row = (first_row + flat / pitch) * rows.stride + phase.row - rows.pad, column = flat % pitch;
+      const bool inside = row >= 0 && row < rows.in;
+      int64_t from = -1, until = pitch;
+      if (inside && column < begin) until = begin;
+      if (inside && column >= begin && column < end) {
+        from = row * columns.in + column * columns.stride + phase.column - columns.pad;
+        until = end;
       }
-    std::fill_n(to, columns.lead + kMaxTilePixels + kMaxLanes, 0.0f);
+      const int64_t some = std::min(until - column, count);
+      Run* last = runs.size() > copies.back().first ? &runs.back() : nullptr;
+      if (from >= 0 && last && last->from + last->floats * columns.stride == from && last->to + last->floats == to)
+        last->floats += static_cast<int32_t>(some);
+      else if (from < 0)
+        zeros.push_back({static_cast<int32_t>(to), static_cast<int32_t>(some)});
+      else
+        runs.push_back({static_cast<int32_t>(from), static_cast<int32_t>(to), static_cast<int32_t>(some)});
+      flat += some;
+      to += some;
+      count -= some;
+    }
   }
 
-  // Copies the pixels of some pieces, its group's channels.
-  void Pack(const float* x, const Piece* from, int64_t count, float* to) const {
-    for (int64_t c = 0; c < per_group; ++c, x += rows.in * columns.in, to += plane)
-      for (int64_t i = 0; i < count; ++i) {
-        float* at = to + i * per_group * plane;
-        CopyFloats(x + from[i].start, from[i].pixels, at);
-        std::fill_n(at + from[i].pixels, from[i].width - from[i].pixels, 0.0f);
-      }
+  // Of planes, a tile may read up to a vector past the last pixel.
+  int64_t Slack() const { return kMaxLanes + (tiled ? 0 : columns.lead + kMaxTilePixels); }
+
+  // Copies the input of one tile, or the plane of one band.
+  void Copy(const float* x, int64_t which, float* to) const {
+    const auto [run, zero] = copies[which];
+    const auto [run_end, zero_end] = copies[which + 1];
+    const int64_t run_count = static_cast<int64_t>(run_end - run), zeros_count = static_cast<int64_t>(zero_end - zero);
+    Loops().copy({runs.data() + run, run_count, zeros.data() + zero, zeros_count, x, columns.stride,
+                  rows.in * columns.in, to, floats, per_group});
+    std::fill_n(to + per_group * floats, Slack(), 0.0f);
   }
 
   int64_t channels, per_group;
   Axis rows, columns;
+  int64_t pitch;  // of the plane's rows
   std::vector<Phase> phases;
-  bool in_place, packed;
-  int64_t band = 1, bands = 1;     // output rows, or pieces if packed
-  int64_t pitch = 1, plane;        // of rows; of a phase, or a channel of a piece if packed
-  std::vector<Piece> pieces;       // of a band, or of all bands if packed
+  bool pointwise, tiled;
+  int64_t floats;                  // of a channel, in a plane or a copied tile
+  int64_t read;                    // of a plane's channel by a tile, with half a cache line on each side of a row
+  int64_t band = 1, bands = 1;     // output rows, or pieces if tiled
+  std::vector<Piece> pieces;       // of a band, or of all if tiled
   std::vector<Piece> last_pieces;  // of the last band, which may have fewer rows
   int64_t together = 1;            // see Panel
   std::vector<int32_t> starts;
   Slices slices;
-  Copies copies;
   std::vector<int32_t> offsets;
+  std::vector<Run> runs;
+  std::vector<Zeros> zeros;
+  std::vector<std::pair<size_t, size_t>> copies;  // where those of a band, or of a piece if tiled, begin; then the ends
 };
 
 Conv::Conv(const SlrcBlocks& blocks, const SlrcWindow& window) : weight_(blocks, window.group), window_(window) {
@@ -347,49 +377,38 @@ void Conv::Run(const float* x, const int64_t x_shape[4], const float* residual, 
   const int64_t groups = weight_.group, channels = weight_.out_channels / groups;
   const int64_t in_plane = l.rows.in * l.columns.in, out_plane = l.rows.out * l.columns.out;
   const uint64_t owner = NewOwner();
-  // A task has some block rows, or, where each piece is copied first, some pieces.
-  const int64_t splits = l.copies.floats ? static_cast<int64_t>(l.pieces.size()) : weight_.rows_per_group;
   auto task = [&](int64_t index, int64_t first, int64_t last) {
     const int64_t band = index % l.bands, image = index / l.bands, group = image % groups;
     const float* from = x + image * l.per_group * in_plane;
-    const int64_t offset = image * channels * out_plane;
-    const float* added = residual ? residual + offset : nullptr;
-    Panel panel{from, l.offsets.data(), l.slices, l.pieces.data(), 0, 0, l.together, nullptr};
+    int64_t offset = image * channels * out_plane;
+    Panel panel{from, l.offsets.data(), l.slices, l.pieces.data(), 0, 0, l.together};
     panel.count = static_cast<int64_t>(l.pieces.size());
-    if (l.copies.floats) panel.copies = &l.copies;
-    bool fresh;
-    if (l.in_place || l.packed) {
-      if (l.packed) {
-        panel.pieces += band * l.band;
-        panel.count = std::min(l.band, panel.count - band * l.band);
-        panel.step = l.per_group * l.plane;
-        float* tiles = Scratch::Inputs().Get(l.band * panel.step + kMaxLanes, owner, index, &fresh);
-        if (fresh) l.Pack(from, panel.pieces, panel.count, tiles);
-        panel.x = tiles;
+    if (l.tiled) {
+      panel.pieces += band * l.band;
+      panel.count = std::min(l.band, panel.count - band * l.band);
+      panel.step = l.per_group * l.floats;
+    } else if (!l.InPlace()) {
+      offset += band * l.band * l.columns.out;
+      if (band + 1 == l.bands) {
+        panel.pieces = l.last_pieces.data();
+        panel.count = static_cast<int64_t>(l.last_pieces.size());
       }
-      RunPanel(weight_, group, first, last, panel, SeamedOutput{y + offset, added, out_plane, out_plane, out_plane});
-      return;
     }
-    if (band + 1 == l.bands) {
-      panel.pieces = l.last_pieces.data();
-      panel.count = static_cast<int64_t>(l.last_pieces.size());
+    if (!l.InPlace()) {
+      bool fresh;
+      const int64_t copies = l.tiled ? panel.count : 1, floats = copies * l.per_group * l.floats + l.Slack();
+      float* copied = Scratch::Inputs().Get(floats, owner, index, &fresh);
+      for (int64_t i = 0; fresh && i < copies; ++i)
+        l.Copy(from, l.tiled ? band * l.band + i : band, copied + i * panel.step);
+      panel.x = copied;
     }
-    float* plane = Scratch::Inputs().Get(l.Floats(), owner, index, &fresh);
-    if (fresh) l.Fill(from, band * l.band, plane);
-    panel.x = plane;
-    if (panel.copies) {
-      panel.pieces += first * panel.count / splits;
-      panel.count = last * panel.count / splits - first * panel.count / splits;
-      first = 0;
-      last = weight_.rows_per_group;
-    }
-    const int64_t at = band * l.band * l.columns.out;
-    RunPanel(weight_, group, first, last, panel,
-             SeamedOutput{y + offset + at, added ? added + at : nullptr, out_plane, l.columns.out, l.pitch});
+    const int64_t width = l.Seamless() ? out_plane : l.columns.out, pitch = l.Seamless() ? out_plane : l.pitch;
+    const float* added = residual ? residual + offset : nullptr;
+    RunPanel(weight_, group, first, last, panel, SeamedOutput{y + offset, added, out_plane, width, pitch});
   };
   const int64_t panels = x_shape[0] * groups * l.bands;
   const double work = static_cast<double>(weight_.values.size()) * out_plane * x_shape[0];
-  RunTasks(parallel, panels, splits, work, task);
+  RunTasks(parallel, panels, weight_.rows_per_group, work, task);
 }
 
 }  // namespace slrc

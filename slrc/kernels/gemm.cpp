@@ -89,7 +89,7 @@ void Gemm::Run(const float* x, int64_t rows, int64_t inputs, const float* residu
     const TokenOutput output{y + begin * outputs, added, outputs};
     PiecesOnStack cut;
     Cut(weight_.block, 0, count, false, &cut);
-    Panel panel{from, weight_.columns.data(), OneSlice(weight_), cut.pieces, cut.count, 0, 1, nullptr};
+    Panel panel{from, weight_.columns.data(), OneSlice(weight_), cut.pieces, cut.count, 0, 1};
     if (!few) {
       bool fresh;
       const int64_t width = WidestPiece(weight_.block);

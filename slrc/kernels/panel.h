@@ -45,10 +45,6 @@ class Scratch {
     static thread_local Scratch inputs;
     return inputs;
   }
-  static Scratch& Copy() {
-    static thread_local Scratch copy;
-    return copy;
-  }
   static Scratch& Sums() {
     static thread_local Scratch sums;
     return sums;
@@ -155,32 +151,14 @@ struct Slices {
 
 inline Slices OneSlice(const Weight& weight) { return {weight.row_pointers.data(), 1, 1}; }
 
-// What a piece reads of each channel, copied side by side: row r is `width + more` floats, from from[r] + the piece's
-// start to to[r].
-struct Copies {
-  struct Row {
-    int64_t from, to, more;
-  };
-
-  void Copy(const float* x, int64_t width, float* copy) const {
-    for (int64_t c = 0; c < channels; ++c, x += apart, copy += floats)
-      for (const Row& row : rows) CopyFloats(x + row.from, width + row.more, copy + row.to);
-  }
-
-  std::vector<Row> rows;
-  int64_t channels, apart;  // of x
-  int64_t floats = 0;       // of a channel, copied; 0: no copies
-};
-
 struct Panel {
   const float* x;
   const int32_t* offsets;  // for each surviving block: where its column begins, from x
   Slices slices;           // one after the other, on all pieces: what a slice reads of x stays cached
   const Piece* pieces;
-  int64_t count;         // of pieces
-  int64_t step;          // from one piece to the next in x; 0: a piece stands in x where it does in the panel
-  int64_t together;      // how many pieces one block row may run on before the next one does
-  const Copies* copies;  // null, or what is to be copied of x for each piece
+  int64_t count;     // of pieces
+  int64_t step;      // from one piece to the next in x; 0: a piece stands in x where it does in the panel
+  int64_t together;  // how many pieces one block row may run on before the next one does
 };
 
 // Where a piece stands in y and the residual (null if there is none): channels `pitch` apart.
@@ -224,12 +202,6 @@ void RunPanel(const Weight& weight, int64_t group, int64_t first, int64_t last, 
       const bool direct = output.Find(channel, piece, &place);
       if (!sliced && !direct) sums = Scratch::Sums().Get(strip.channels * piece.width);
       strip.x = panel.x + (panel.step ? i * panel.step : piece.start);
-      if (panel.copies) {
-        const Copies& copies = *panel.copies;
-        float* const copy = Scratch::Copy().Get(copies.channels * copies.floats + kMaxLanes);
-        copies.Copy(strip.x, piece.width, copy);
-        strip.x = copy;
-      }
       strip.x_step = panel.step ? panel.step : piece.width;
       strip.y_step = piece.width;
       strip.runs = 1;

@@ -256,6 +256,70 @@ void RunPixel(const Strip& s) {
   });
 }
 
+// Lane i is p[i * Stride].
+template <int Stride>
+inline Lanes<kLanes>::Float LoadApart(const float* p) {
+  const auto a = Load<kLanes>(p);
+  if constexpr (Stride == 1) return a;
+  const auto b = Load<kLanes>(p + kLanes);
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+#else
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6);
+#endif
+}
+
+// Some channels at a time, the innermost loop: then no branch depends on how long a run is.
+template <int Stride>
+inline void CopyChannels(const CopyJob& given) {
+  const CopyJob job = given;
+  constexpr int64_t kChannels = 16;  // small enough to stay cached
+  const int64_t x_step = job.x_step, to_step = job.to_step;
+  // The last channels are read no further than they go.
+  int64_t bounded = x_step ? (Stride * kLanes + x_step - 1) / x_step : job.channels;
+  if (!Stride || bounded > job.channels) bounded = job.channels;
+  for (int64_t first = 0; first < job.channels; first += kChannels) {
+    const int64_t count = job.channels - first < kChannels ? job.channels - first : kChannels;
+    const int64_t free = job.channels - bounded - first < count ? job.channels - bounded - first : count;
+    const float* const x = job.x + first * x_step;
+    float* const to = job.to + first * to_step;
+    for (int64_t r = 0; r < job.run_count; ++r) {
+      const Run run = job.runs[r];
+      for (int64_t i = 0; i < run.floats; i += kLanes) {
+        const float* source = x + run.from + i * job.stride;
+        float* target = to + run.to + i;
+        for (int64_t c = 0; c < free; ++c, source += x_step, target += to_step)
+          Store<kLanes>(target, LoadApart<Stride ? Stride : 1>(source));
+      }
+      for (int64_t c = free < 0 ? 0 : free; c < count; ++c)
+        for (int64_t i = 0; i < run.floats; ++i)
+          to[c * to_step + run.to + i] = x[c * x_step + run.from + i * job.stride];
+    }
+    for (int64_t z = 0; z < job.zeros_count; ++z) {
+      const Zeros zeros = job.zeros[z];
+      float* target = to + zeros.to;
+      int64_t i = 0;
+      for (; i + kLanes <= zeros.floats; i += kLanes, target += kLanes)
+        for (int64_t c = 0; c < count; ++c) Store<kLanes>(target + c * to_step, All<kLanes>(0.0f));
+      for (; i < zeros.floats; ++i, ++target)
+        for (int64_t c = 0; c < count; ++c) target[c * to_step] = 0.0f;
+    }
+  }
+}
+
+void Copy(const CopyJob& job) {
+  switch (job.stride) {
+    case 1:
+      return CopyChannels<1>(job);
+    case 2:
+      return CopyChannels<2>(job);
+    default:
+      return CopyChannels<0>(job);
+  }
+}
+
 double Spin(int64_t rounds) {
   using V = Lanes<kLanes>::Float;
   constexpr int kSums = 10;
@@ -296,6 +360,7 @@ extern const TileLoops SLRC_TILE_SET = {
     {SLRC_SIX(Whole, 4, kVectors4), SLRC_SIX(Whole, 8, kVectors8)},
     {SLRC_SIX(Halved, 4, kVectors4), SLRC_SIX(Halved, 8, kVectors8)},
     {RunPixel<4>, RunPixel<8>},
+    Copy,
     Spin,
 };
 

@@ -1,4 +1,5 @@
-// The innermost loops: block rows, each on a few vectors of pixels at a time. Compiled once for each instruction set (tile.cpp).
+// The innermost loops: block rows, each on a few vectors of pixels at a time; copies of the input. Compiled once for each
+// instruction set (tile.cpp).
 //
 // Nothing with external linkage may be inlined into those units: the linker would keep one copy of it, perhaps the
 // one compiled for instructions that this processor lacks. So this header holds plain data only.
@@ -32,6 +33,32 @@ struct Strip {
 
 using StripLoop = void (*)(const Strip&);
 
+// Floats of a copy that follow each other: to[to + i] = x[from + i * stride].
+struct Run {
+  int32_t from, to, floats;
+};
+
+struct Zeros {
+  int32_t to, floats;
+};
+
+// The same runs of every channel, in order and in whole vectors: a later one overwrites what an earlier one wrote past
+// its end, and then come the zeros. The last channel's last run may be written past its end as well.
+struct CopyJob {
+  const Run* runs;
+  int64_t run_count;
+  const Zeros* zeros;
+  int64_t zeros_count;
+  const float* x;
+  int64_t stride;
+  int64_t x_step;  // from a channel to the next one; in the last, nothing is read from here on
+  float* to;
+  int64_t to_step;
+  int64_t channels;
+};
+
+using CopyLoop = void (*)(const CopyJob&);
+
 constexpr int kMaxVectors = 6;
 constexpr int kMaxLanes = 16;
 constexpr int kMaxTilePixels = kMaxVectors * kMaxLanes;
@@ -44,6 +71,7 @@ struct TileLoops {
   StripLoop strip[2][kMaxVectors];   // [rows][vectors - 1]
   StripLoop halved[2][kMaxVectors];  // the same, the last vector half as wide; null where that gains nothing
   StripLoop pixel[2];                // one pixel, the rows side by side in a vector
+  CopyLoop copy;
   double (*spin)(int64_t rounds);    // independent multiply-adds only; returns the floating-point operations done
 };
 

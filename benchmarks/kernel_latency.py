@@ -46,9 +46,18 @@ class Shape:
     outputs: int
     kernel: int
     size: int
+    """Of the output."""
+    stride: int = 1
 
     def __str__(self) -> str:
-        return f"{self.kernel}x{self.kernel} {self.inputs}->{self.outputs}@{self.size}"
+        strided = f"/{self.stride}" if self.stride > 1 else ""
+        return f"{self.kernel}x{self.kernel}{strided} {self.inputs}->{self.outputs}@{self.size}"
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """`Conv`'s."""
+        pad = self.kernel // 2
+        return {"kernel_shape": [self.kernel] * 2, "strides": [self.stride] * 2, "pads": [pad] * 4}
 
 
 SHAPES = (
@@ -56,10 +65,15 @@ SHAPES = (
     Shape(128, 128, 3, 28),
     Shape(256, 256, 3, 14),
     Shape(512, 512, 3, 7),
+    Shape(128, 128, 3, 28, 2),
+    Shape(512, 512, 3, 7, 2),
     Shape(64, 256, 1, 56),
+    Shape(256, 64, 1, 56),
     Shape(512, 128, 1, 28),
     Shape(1024, 256, 1, 14),
     Shape(512, 2048, 1, 7),
+    Shape(256, 512, 1, 28, 2),
+    Shape(1024, 2048, 1, 7, 2),
 )
 
 
@@ -131,7 +145,7 @@ def measure(shape: Shape, sparsity: float, block: int, batch: int, seconds: floa
     kept = round(columns * (1 - sparsity))
     mask = np.argsort(random.random((shape.outputs // block, columns)), axis=1) < kept
     weight *= mask.repeat(block, axis=0).reshape(weight.shape) / np.float32(np.sqrt(kept))
-    x = random.standard_normal((batch, shape.inputs, shape.size, shape.size)).astype(np.float32)
+    x = random.standard_normal((batch, shape.inputs, *[shape.size * shape.stride] * 2)).astype(np.float32)
     dense, packed = (prepare(m, x, library) for m in (dense_model(shape, weight), packed_model(shape, weight, block)))
     for call, _ in (dense, packed):
         call()
@@ -189,23 +203,19 @@ def prepare(model: Any, x: np.ndarray, library: Path) -> tuple[Callable[[], None
 
 def dense_model(shape: Shape, weight: np.ndarray) -> Any:
     """`Conv`."""
-    pad = shape.kernel // 2
-    node = helper.make_node("Conv", ["x", "w"], ["y"], kernel_shape=[shape.kernel] * 2, pads=[pad] * 4)
+    node = helper.make_node("Conv", ["x", "w"], ["y"], **shape.attributes)
     return model_of(node, {"w": weight}, shape)
 
 
 def packed_model(shape: Shape, weight: np.ndarray, block: int) -> Any:
     """`BlockSparseConv`."""
-    pad = shape.kernel // 2
     packed = {n: t.numpy() for n, t in vars(PackedWeight.of(torch.from_numpy(weight), block)).items()}
     node = helper.make_node(
         "BlockSparseConv",
         ["x", *packed],
         ["y"],
         domain="ai.slrc",
-        kernel_shape=[shape.kernel] * 2,
-        strides=[1, 1],
-        pads=[pad] * 4,
+        **shape.attributes,
         dilations=[1, 1],
         group=1,
         block=block,
@@ -217,7 +227,7 @@ def packed_model(shape: Shape, weight: np.ndarray, block: int) -> Any:
 
 def model_of(node: Any, tensors: dict[str, np.ndarray], shape: Shape) -> Any:
     """Return a model of one node from `x` to `y`."""
-    sizes = ["n", shape.inputs, shape.size, shape.size]
+    sizes = ["n", shape.inputs, *[shape.size * shape.stride] * 2]
     graph = helper.make_graph(
         [node],
         "layer",

@@ -26,7 +26,7 @@ constexpr int64_t kTilesFloats = 24 * 1024;    // of tiles copied at a time
 constexpr int64_t kSliceFloats = 7 * 1024;     // of input that a tile reads in one slice; leaves room for the weights
 constexpr int64_t kTogetherFloats = 6 * 1024;  // of copied tiles that a block row runs on before the next one
 constexpr int64_t kLeastBlocks = 32;           // of a block row, in a slice: it also loads and stores the sums
-constexpr double kRepaysCopy = 1.1;            // surviving values of an input channel, for each float of its copy:
+constexpr double kRepaysCopy = 0.6;            // surviving values of an input channel, for each float of its copy:
 constexpr double kRepaysRows = 3.5;            // if it is one run, and if it is several rows
 constexpr double kLeastDensity = 0.15;         // of fewer columns most of several rows' copy would stay unread
 constexpr int64_t kBusySums = 12;              // of a tile, in registers; with fewer, multiply-adds wait for each other
@@ -172,7 +172,7 @@ struct Layout {
       band = std::clamp<int64_t>(kTilesFloats / std::max<int64_t>(1, per_group * floats), 1, 8);
       bands = CeilDiv(static_cast<int64_t>(pieces.size()), band);
       together = kTogetherFloats / std::max<int64_t>(1, per_group * floats);
-      for (const Piece& piece : pieces) AddTileRuns(weight, piece);
+      for (int64_t b = 0; b < bands; ++b) AddTileRuns(weight, b * band);
     } else if (!pointwise) {
       CutRows(weight, rows.out - (bands - 1) * band, &last_pieces);
       for (int64_t b = 0; b < bands; ++b) AddPlaneRuns(b * band);
@@ -201,7 +201,7 @@ struct Layout {
     if (pointwise && rows.in * columns.in < Loops().lanes) return rows.in * columns.in > 2;
     if (per_group * read <= kSliceFloats) return false;
     const double values = static_cast<double>(weight.values.size()) / static_cast<double>(weight.group * per_group);
-    if (pointwise) return values >= kRepaysCopy * static_cast<double>(floats);
+    if (taps == 1) return values >= kRepaysCopy * static_cast<double>(floats);
     // Wider vectors fill the lines of what they read as it is.
     const double density = values / static_cast<double>(weight.rows_per_group * weight.block * taps);
     return Loops().lanes <= 8 && density >= kLeastDensity && values >= kRepaysRows * static_cast<double>(floats);
@@ -271,16 +271,19 @@ struct Layout {
       offsets.push_back(static_cast<int32_t>(column / taps * floats) + of_tap[column % taps]);
   }
 
-  void AddTileRuns(const Weight& weight, const Piece& piece) {
+  void AddTileRuns(const Weight& weight, int64_t first_piece) {
     copies.push_back({runs.size(), zeros.size()});
-    for (const Phase& phase : phases) {
-      const int64_t row = WidestPiece(weight.block) + phase.column_reach;
-      if (phase.apart)
-        for (int64_t r = 0; r <= phase.row_reach; ++r)
-          AddRuns(phase, 0, piece.start + r * pitch, row, phase.at + r * phase.pitch);
-      else
-        AddRuns(phase, 0, piece.start, row + phase.row_reach * pitch, phase.at);
-    }
+    const int64_t count = std::min(band, static_cast<int64_t>(pieces.size()) - first_piece);
+    for (int64_t i = 0; i < count; ++i)
+      for (const Phase& phase : phases) {
+        const int64_t start = pieces[first_piece + i].start, to = i * per_group * floats + phase.at;
+        const int64_t row = WidestPiece(weight.block) + phase.column_reach;
+        if (phase.apart)
+          for (int64_t r = 0; r <= phase.row_reach; ++r)
+            AddRuns(phase, 0, start + r * pitch, row, to + r * phase.pitch);
+        else
+          AddRuns(phase, 0, start, row + phase.row_reach * pitch, to);
+      }
   }
 
   void AddPlaneRuns(int64_t first_row) {
@@ -318,14 +321,14 @@ struct Layout {
   // Of planes, a tile may read up to a vector past the last pixel.
   int64_t Slack() const { return kMaxLanes + (tiled ? 0 : columns.lead + kMaxTilePixels); }
 
-  // Copies the input of one tile, or the plane of one band.
+  // Copies the input of one band: its tiles, or its plane.
   void Copy(const float* x, int64_t which, float* to) const {
     const auto [run, zero] = copies[which];
     const auto [run_end, zero_end] = copies[which + 1];
     const int64_t run_count = static_cast<int64_t>(run_end - run), zeros_count = static_cast<int64_t>(zero_end - zero);
     Loops().copy({runs.data() + run, run_count, zeros.data() + zero, zeros_count, x, columns.stride,
                   rows.in * columns.in, to, floats, per_group});
-    std::fill_n(to + per_group * floats, Slack(), 0.0f);
+    if (!tiled) std::fill_n(to + per_group * floats, Slack(), 0.0f);
   }
 
   int64_t channels, per_group;
@@ -344,7 +347,7 @@ struct Layout {
   std::vector<int32_t> offsets;
   std::vector<Run> runs;
   std::vector<Zeros> zeros;
-  std::vector<std::pair<size_t, size_t>> copies;  // where those of a band, or of a piece if tiled, begin; then the ends
+  std::vector<std::pair<size_t, size_t>> copies;  // where those of a band begin; then the ends
 };
 
 Conv::Conv(const SlrcBlocks& blocks, const SlrcWindow& window) : weight_(blocks, window.group), window_(window) {
@@ -398,8 +401,7 @@ void Conv::Run(const float* x, const int64_t x_shape[4], const float* residual, 
       bool fresh;
       const int64_t copies = l.tiled ? panel.count : 1, floats = copies * l.per_group * l.floats + l.Slack();
       float* copied = Scratch::Inputs().Get(floats, owner, index, &fresh);
-      for (int64_t i = 0; fresh && i < copies; ++i)
-        l.Copy(from, l.tiled ? band * l.band + i : band, copied + i * panel.step);
+      if (fresh) l.Copy(from, band, copied);
       panel.x = copied;
     }
     const int64_t width = l.Seamless() ? out_plane : l.columns.out, pitch = l.Seamless() ? out_plane : l.pitch;

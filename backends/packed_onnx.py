@@ -2,7 +2,8 @@
 
 Each node comes with a model-local function of standard operators that rebuilds the dense weight and computes the same:
 a runtime that knows no `ai.slrc` runs that, and folds the weight to a constant. Where the library of kernels is loaded,
-the runtime calls those instead. A function stands for one activation, with or without a residual: its overload.
+the runtime calls those instead. A function stands for one activation, with or without a residual, and its name
+says which: overloads would do, but TensorRT's parser takes the first function of a name for all of them.
 """
 
 from __future__ import annotations
@@ -21,13 +22,17 @@ if TYPE_CHECKING:
 DOMAIN = "ai.slrc"
 VERSION = 1
 CONV, GEMM = "BlockSparseConv", "BlockSparseGemm"
-IR_VERSION = 10
-"""The first with overloads of functions."""
 
-# The block row of a packed block is the number of row pointers, the first one left out, that are not above its place.
+# The block row of a packed block is the number of row pointers, the first one left out, that are not above its place:
+# no two are equal, since each block row has a block. The weight's shape is an attribute, so that a runtime can fold the
+# weight to a constant and TensorRT's parser knows its sizes.
 _WEIGHT = """
+    shape = Constant <value_ints: ints = @weight_shape> ()
     one = Constant <value_ints = [1]> ()
     zero = Constant <value_ints = [0]> ()
+    end = Constant <value_ints = [9]> ()
+    outputs = Slice (shape, zero, one)
+    tail = Slice (shape, one, end)
     minus_one = Constant <value_ints = [-1]> ()
     first = Constant <value_int = 0> ()
     block = Shape <start = 1> (values)
@@ -41,7 +46,7 @@ _WEIGHT = """
     steps = Expand (one, end_count)
     places = Add (count, one)
     none = Expand (zero, places)
-    marks = ScatterElements <axis = 0, reduction = "add"> (none, ends, steps)
+    marks = ScatterElements <axis = 0> (none, ends, steps)
     rows_and_end = CumSum (marks, first)
     rows = Slice (rows_and_end, zero, count)
     row = Unsqueeze (rows, minus_one)
@@ -56,40 +61,30 @@ _WEIGHT = """
     filled = Reshape (rows_last, by_group)
     per_group = Div (outputs, groups)
     kept = Slice (filled, zero, per_group, one)
-    shape = Concat <axis = 0> (outputs, tail)
     weight = Reshape (kept, shape)
 """
 
 _CONV = """
-    outputs_ = Constant <value_int: int = @out_channels> ()
-    groups_ = Constant <value_int: int = @group> ()
-    scalar = Constant <value_ints = [1]> ()
-    outputs = Reshape (outputs_, scalar)
-    groups = Reshape (groups_, scalar)
-    kernel = Constant <value_ints: ints = @kernel_shape> ()
-    channels = Constant <value_int: int = @in_channels> ()
-    inputs = Div (channels, groups)
-    tail = Concat <axis = 0> (inputs, kernel)
+    group_count = Constant <value_int: int = @group> ()
+    flat = Constant <value_ints = [-1]> ()
+    groups = Reshape (group_count, flat)
     {weight}
-    product = Conv <kernel_shape: ints = @kernel_shape, strides: ints = @strides, pads: ints = @pads,
-                    dilations: ints = @dilations, group: int = @group> (x, weight, bias)
+    product = Conv <strides: ints = @strides, pads: ints = @pads, dilations: ints = @dilations, group: int = @group>
+                   (x, weight, bias)
 """
 
 _GEMM = """
-    outputs_ = Constant <value_int: int = @out_channels> ()
     groups = Constant <value_ints = [1]> ()
-    outputs = Reshape (outputs_, groups)
-    inputs = Constant <value_int: int = @in_channels> ()
-    tail = Reshape (inputs, groups)
     {weight}
     turned = Transpose <perm = [1, 0]> (weight)
     unbiased = MatMul (x, turned)
-    product = {bias}
+    product = Add (unbiased, bias)
 """
 
 _ACTIVATIONS = {
     "none": "y = Identity (sum)",
     "relu": "y = Relu (sum)",
+    "leakyrelu": "y = LeakyRelu <alpha: float = @slope> (sum)",
     "relu6": """low = Constant <value_float = 0.0> ()
     high = Constant <value_float = 6.0> ()
     y = Clip (sum, low, high)""",
@@ -98,13 +93,12 @@ _ACTIVATIONS = {
     "gelu": "y = Gelu (sum)",
     "hardswish": "y = HardSwish (sum)",
 }
-_INTS, _INT, _TEXT = "INTS", "INT", "STRING"
+_OPERANDS = ("x", "values", "columns", "row_pointers", "bias")
+_INTS, _INT, _FLOAT, _TEXT = "INTS", "INT", "FLOAT", "STRING"
+_OWN = {"block": _INT, "weight_shape": _INTS, "out_channels": _INT, "activation": _TEXT, "slope": _FLOAT}
 _ATTRIBUTES = {
-    GEMM: {"block": _INT, "in_channels": _INT, "out_channels": _INT, "activation": _TEXT},
-    CONV: {
-        **{"block": _INT, "in_channels": _INT, "out_channels": _INT, "activation": _TEXT},
-        **{"kernel_shape": _INTS, "strides": _INTS, "pads": _INTS, "dilations": _INTS, "group": _INT},
-    },
+    GEMM: _OWN,
+    CONV: _OWN | {"kernel_shape": _INTS, "strides": _INTS, "pads": _INTS, "dilations": _INTS, "group": _INT},
 }
 """The attributes of each node and their types."""
 
@@ -118,26 +112,24 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
 
 
 def _translate_conv(*arguments: Any) -> Any:
-    out_channels, kernel_shape, strides, pads, dilations, group, activation = arguments[6:]
+    out_channels, kernel_shape, strides, pads, dilations, group, *activation = arguments[6:]
     window = {"kernel_shape": kernel_shape, "strides": strides, "pads": [*pads, *pads], "dilations": dilations}
-    in_channels = int(arguments[0].shape[1])
-    return _node(CONV, arguments[:6], in_channels, out_channels, activation, group=group, **window)
+    weight_shape = [out_channels, int(arguments[0].shape[1]) // group, *kernel_shape]
+    return _node(CONV, arguments[:6], weight_shape, *activation, group=group, **window)
 
 
 def _translate_gemm(*arguments: Any) -> Any:
-    out_channels, activation = arguments[6:]
-    return _node(GEMM, arguments[:6], int(arguments[0].shape[-1]), out_channels, activation)
+    out_channels, *activation = arguments[6:]
+    return _node(GEMM, arguments[:6], [out_channels, int(arguments[0].shape[-1])], *activation)
 
 
 def _node(
-    name: str, operands: Sequence[Any], in_channels: int, out_channels: int, activation: str, **window: Any
+    name: str, operands: Sequence[Any], weight_shape: list[int], activation: str, slope: float, **window: Any
 ) -> Any:
-    """Record a node; what is missing at the end of its operands is left out: ONNX has no name for it."""
-    given = list(operands)
-    while given[-1] is None:
-        given.pop()
+    """Record a node; a residual that is missing is left out."""
+    given = [x for x in operands if x is not None]
     block = int(operands[1].shape[1])
-    own = {"block": block, "in_channels": in_channels, "out_channels": out_channels, "activation": activation}
+    own = dict(zip(_OWN, (block, weight_shape, weight_shape[0], activation, slope), strict=True))
     return _op(name)(*given, **own, **window)
 
 
@@ -147,7 +139,7 @@ def _op(name: str) -> Any:
     from onnxscript.values import Op, Opset
 
     whole, number = "tensor(int32)", "tensor(float)"
-    required = {"x": number, "values": number, "columns": whole, "row_pointers": whole}
+    required = dict(zip(_OPERANDS, (number, number, whole, whole, number), strict=True))
     optional = OpSchema.FormalParameterOption.Optional
     schema = OpSchema(
         name,
@@ -155,7 +147,7 @@ def _op(name: str) -> Any:
         VERSION,
         inputs=[
             *(OpSchema.FormalParameter(n, kind) for n, kind in required.items()),
-            *(OpSchema.FormalParameter(n, number, param_option=optional) for n in ("bias", "residual")),
+            OpSchema.FormalParameter("residual", number, param_option=optional),
         ],
         outputs=[OpSchema.FormalParameter("y", number)],
         attributes=[OpSchema.Attribute(n, getattr(OpSchema.AttrType, kind)) for n, kind in _ATTRIBUTES[name].items()],
@@ -170,37 +162,31 @@ def attach_functions(model: onnx_ir.Model, opset: int) -> bool:
     variants = set()
     for node in model.graph.all_nodes():
         if node.domain == DOMAIN:
-            bias, residual = (len(node.inputs) > k and node.inputs[k] is not None for k in (4, 5))
-            variant = (node.op_type, node.attributes["activation"].as_string(), bias, residual)
-            node.overload = _overload(*variant[1:])
+            variant = (node.op_type, node.attributes["activation"].as_string(), len(node.inputs) > len(_OPERANDS))
+            node.op_type = _name(*variant)
             variants.add(variant)
     for variant in sorted(variants):
         function = onnx_ir.serde.deserialize_function(function_of(*variant, opset=opset))
         model.functions[function.identifier()] = function
     if variants:
         model.graph.opset_imports[DOMAIN] = VERSION
-        model.ir_version = max(model.ir_version, IR_VERSION)
     return bool(variants)
 
 
-def _overload(activation: str, bias: bool, residual: bool) -> str:
-    return "_".join([activation, *(["bias"] if bias else []), *(["residual"] if residual else [])])
+def _name(op_type: str, activation: str, residual: bool) -> str:
+    return "_".join([op_type, activation, *(["residual"] if residual else [])])
 
 
-def function_of(op_type: str, activation: str, bias: bool, residual: bool, opset: int) -> onnx.FunctionProto:
+def function_of(op_type: str, activation: str, residual: bool, opset: int) -> onnx.FunctionProto:
     """Return the meaning of one kind of node."""
     from onnx import parser
 
-    if op_type == CONV:
-        body = _CONV.format(weight=_WEIGHT)
-    else:
-        body = _GEMM.format(weight=_WEIGHT, bias="Add (unbiased, bias)" if bias else "Identity (unbiased)")
+    body = (_CONV if op_type == CONV else _GEMM).format(weight=_WEIGHT)
     body += f"    sum = {'Add (product, residual)' if residual else 'Identity (product)'}\n"
-    function = parser.parse_function(
+    # As many inputs as the node: TensorRT's parser asks for that.
+    inputs = [*_OPERANDS, *(["residual"] if residual else [])]
+    return parser.parse_function(
         f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
-        f"{op_type} <{', '.join(_ATTRIBUTES[op_type])}> "
-        "(x, values, columns, row_pointers, bias, residual) => (y)\n"
+        f"{_name(op_type, activation, residual)} <{', '.join(_ATTRIBUTES[op_type])}> ({', '.join(inputs)}) => (y)\n"
         f"{{{body}    {_ACTIVATIONS[activation]}\n}}"
     )
-    function.overload = _overload(activation, bias, residual)
-    return function

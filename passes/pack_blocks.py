@@ -26,7 +26,8 @@ class PackBlocks(Transform):
 
     1. `conv2d(x, w, b)` becomes `slrc::block_sparse_conv(x, values, columns, row_pointers, b, …)`, `linear` becomes
        `slrc::block_sparse_gemm`: only blocks with a weight that is not zero are stored.
-    2. An addition of a value of the same shape, and then ReLU, ReLU6, SiLU, GELU or HardSwish, if nothing else reads
+    2. An addition of a value of the same shape, and then ReLU, LeakyReLU, ReLU6, SiLU, GELU or HardSwish,
+       if nothing else reads
        what comes before, go into the operator.
     3. A layer whose weight or bias is computed, or whose padding is no number, is left alone.
 
@@ -65,15 +66,19 @@ def _pack(module: GraphModule, layer: Node, rows: int) -> None:
     weight = get_tensor(module, name)
     groups = conv_groups(layer)
     packed = PackedWeight.of(weight, rows, groups)
-    last, residual, activation = _tail(layer)
+    last, residual, activation, slope = _tail(layer)
     tensors = [
         insert_tensor(module, layer, sibling(name, "values"), nn.Parameter(packed.values, requires_grad=False)),
         insert_tensor(module, layer, sibling(name, "columns"), packed.columns),
         insert_tensor(module, layer, sibling(name, "row_pointers"), packed.row_pointers),
     ]
-    operands = (layer.args[0], *tensors, layer_bias(layer), residual, weight.shape[0])
+    bias = layer_bias(layer)
+    if bias is None:
+        zeros = nn.Parameter(weight.new_zeros(weight.shape[0]), requires_grad=False)
+        bias = insert_tensor(module, layer, sibling(name, "bias"), zeros)
+    operands = (layer.args[0], *tensors, bias, residual, weight.shape[0])
     if op_name(layer) == "linear":
-        node = call_before(last, torch.ops.slrc.block_sparse_gemm.default, *operands, activation)
+        node = call_before(last, torch.ops.slrc.block_sparse_gemm.default, *operands, activation, slope)
     else:
         window = [_pair(argument(layer, k, key, default)) for k, key, default in _WINDOW]
         node = call_before(
@@ -84,6 +89,7 @@ def _pack(module: GraphModule, layer: Node, rows: int) -> None:
             *window,
             groups,
             activation,
+            slope,
         )
     node.meta["val"] = last.meta["val"]  # a later layer may add it
     last.replace_all_uses_with(node)
@@ -97,16 +103,17 @@ def _pair(value: object) -> list[int]:
     return [int(size) for size in (sizes * 2)[:2]]
 
 
-def _tail(layer: Node) -> tuple[Node, Node | None, str]:
-    """Return the last operator that goes with a layer, the residual that is added, and the activation."""
+def _tail(layer: Node) -> tuple[Node, Node | None, str, float]:
+    """Return the last operator that goes with a layer, the residual that is added, the activation and its slope."""
     last, residual = layer, None
     follower = _only_user(last)
     if follower is not None and (other := _residual(follower, last)) is not None:
         last, residual = follower, other
         follower = _only_user(last)
     if follower is not None and (activation := _activation(follower)):
-        return follower, residual, activation
-    return last, residual, "none"
+        slope = float(argument(follower, 1, "negative_slope", 0.01)) if activation == "leakyrelu" else 0.0
+        return follower, residual, activation, slope
+    return last, residual, "none", 0.0
 
 
 def _only_user(node: Node) -> Node | None:
@@ -136,6 +143,7 @@ def _clamped(low: object, high: object) -> str:
 
 _KNOWN: dict[str, Callable[[Node], str]] = {
     "relu": lambda node: "relu",
+    "leaky_relu": lambda node: "leakyrelu",
     "relu6": lambda node: "relu6",
     "silu": lambda node: "silu",
     "hardswish": lambda node: "hardswish",

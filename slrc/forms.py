@@ -174,7 +174,7 @@ class PackedWeight:
 
     `values` is `(surviving blocks, M)`: the rows of a block side by side. `columns` is `(surviving blocks,)`: which
     column of the GEMM view, rising in each block row. Block row `r` holds the blocks `row_pointers[r]` to
-    `row_pointers[r + 1] - 1`.
+    `row_pointers[r + 1] - 1`, at least one.
     """
 
     values: Tensor
@@ -183,9 +183,10 @@ class PackedWeight:
 
     @staticmethod
     def of(weight: Tensor, rows: int, groups: int = 1) -> PackedWeight:
-        """Pack the blocks of a weight `(out, in/groups, *kernel)` that are not zero."""
+        """Pack the blocks of a weight `(out, in/groups, *kernel)` that are not zero; of a row of zeros, the first."""
         blocks = _blocks(weight, rows, groups)
         kept = blocks.any(dim=2)
+        kept[:, 0] |= ~kept.any(dim=1)
         pointers = torch.cat([torch.zeros(1, dtype=torch.int64), kept.sum(dim=1).cumsum(0)])
         return PackedWeight(
             values=blocks[kept].contiguous(),

@@ -15,15 +15,16 @@ from torch.nn import functional
 
 from slrc.forms import unpack
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda x: x,
-    "relu": functional.relu,
-    "relu6": functional.relu6,
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "hardswish": functional.hardswish,
+ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "none": lambda x, _: x,
+    "relu": lambda x, _: functional.relu(x),
+    "leakyrelu": functional.leaky_relu,
+    "relu6": lambda x, _: functional.relu6(x),
+    "silu": lambda x, _: functional.silu(x),
+    "gelu": lambda x, _: functional.gelu(x),
+    "hardswish": lambda x, _: functional.hardswish(x),
 }
-"""What the kernels apply last."""
+"""What the kernels apply last; the number is the slope of `leakyrelu` below zero, and has no meaning elsewhere."""
 
 
 @torch.library.custom_op("slrc::block_sparse_conv", mutates_args=())
@@ -32,7 +33,7 @@ def block_sparse_conv(
     values: Tensor,
     columns: Tensor,
     row_pointers: Tensor,
-    bias: Tensor | None,
+    bias: Tensor,
     residual: Tensor | None,
     out_channels: int,
     kernel_shape: Sequence[int],
@@ -41,12 +42,13 @@ def block_sparse_conv(
     dilations: Sequence[int],
     group: int,
     activation: str,
+    slope: float,
 ) -> Tensor:
     """`activation(conv2d(x, weight) + bias + residual)`; `x` is `(n, in, h, w)`, `pads` two sizes."""
     shape = (out_channels, x.shape[1] // group, *kernel_shape)
     weight = unpack(values, columns, row_pointers, shape, group)
     y = functional.conv2d(x, weight, bias, list(strides), list(pads), list(dilations), group)
-    return _finish(y, residual, activation)
+    return _finish(y, residual, activation, slope)
 
 
 @block_sparse_conv.register_fake
@@ -65,14 +67,15 @@ def block_sparse_gemm(
     values: Tensor,
     columns: Tensor,
     row_pointers: Tensor,
-    bias: Tensor | None,
+    bias: Tensor,
     residual: Tensor | None,
     out_channels: int,
     activation: str,
+    slope: float,
 ) -> Tensor:
     """`activation(linear(x, weight) + bias + residual)`; `x` is `(..., in)`."""
     weight = unpack(values, columns, row_pointers, (out_channels, x.shape[-1]))
-    return _finish(functional.linear(x, weight, bias), residual, activation)
+    return _finish(functional.linear(x, weight, bias), residual, activation, slope)
 
 
 @block_sparse_gemm.register_fake
@@ -80,6 +83,6 @@ def _(x: Tensor, *others: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], others[5])
 
 
-def _finish(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-    result = ACTIVATIONS[activation](y if residual is None else y + residual)
+def _finish(y: Tensor, residual: Tensor | None, activation: str, slope: float) -> Tensor:
+    result = ACTIVATIONS[activation](y if residual is None else y + residual, slope)
     return result.clone() if result is y else result

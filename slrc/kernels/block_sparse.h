@@ -28,7 +28,8 @@ typedef struct SlrcBlocks {
   int64_t bias_count;
   int64_t block;  // 4, 8 or 16
   int64_t out_channels;
-  const char* activation;  // "none", "relu", "relu6", "silu", "gelu" (with erf) or "hardswish"
+  const char* activation;  // "none", "relu", "leakyrelu", "relu6", "silu", "gelu" (with erf) or "hardswish"
+  float slope;             // of "leakyrelu" below zero
 } SlrcBlocks;
 
 typedef struct SlrcWindow {
@@ -83,6 +84,9 @@ extern const Parallel kSerial;
 // Returns the loops of the best instruction set, or of the one that the environment names in SLRC_KERNEL_ISA.
 const TileLoops& Loops();
 
+// By the value of Activation; then null.
+extern const char* const kActivationNames[];
+
 // A packed weight, checked and copied.
 class Weight {
  public:
@@ -93,6 +97,7 @@ class Weight {
   int64_t largest_column = -1;
   bool sorted = true;  // whether columns rise within each block row
   Activation activation;
+  float slope;
   std::vector<float> values;
   std::vector<int32_t> columns;
   std::vector<int32_t> row_pointers;

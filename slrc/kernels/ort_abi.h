@@ -42,6 +42,7 @@ enum OrtPresence { kOrtRequired = 0, kOrtOptional = 1 };
   ENTRY(61, OrtStatus*, GetDimensionsCount, (const OrtShapeInfo* info, size_t* count))                             \
   ENTRY(62, OrtStatus*, GetDimensions, (const OrtShapeInfo* info, int64_t* dims, size_t count))                    \
   ENTRY(65, OrtStatus*, GetTensorTypeAndShape, (const OrtValue* value, OrtShapeInfo** info))                       \
+  ENTRY(85, OrtStatus*, KernelInfoGetAttribute_float, (const OrtKernelInfo* info, const char* name, float* out))   \
   ENTRY(86, OrtStatus*, KernelInfoGetAttribute_int64, (const OrtKernelInfo* info, const char* name, int64_t* out)) \
   ENTRY(87, OrtStatus*, KernelInfoGetAttribute_string,                                                             \
         (const OrtKernelInfo* info, const char* name, char* out, size_t* size))                                    \

@@ -1,13 +1,14 @@
 // The ONNX Runtime operators `ai.slrc::BlockSparseConv` and `ai.slrc::BlockSparseGemm`.
 //
 // Inputs: x, values, columns, row_pointers, bias (optional), residual (optional); packed as block_sparse.h says. All
-// but x and residual must be constant. Attributes of both: block, out_channels (integers), activation (text); of the
-// convolution also kernel_shape, strides, pads, dilations (lists) and group. All are required.
+// but x and residual must be constant. Attributes of both: block, out_channels (integers), activation (text), slope (a
+// float, of leakyrelu alone); of the convolution also kernel_shape, strides, pads, dilations (lists) and group.
 // Conv: x (n, c, h, w) -> (n, out_channels, h', w'). Gemm: x (..., k) -> (..., out_channels).
 #include <stdlib.h>
 #include <string.h>
 
 #include <algorithm>
+#include <deque>
 #include <new>
 
 #include "block_sparse.h"
@@ -86,6 +87,7 @@ class Node {
     Check(ort->KernelInfo_GetInputCount(info, &inputs));
     if (inputs > kBias) has_bias_ = ReadConstant(kBias, &bias_);
     activation_ = Text("activation");
+    if (activation_ == "leakyrelu") Check(ort->KernelInfoGetAttribute_float(info, "slope", &slope_), "slope");
   }
 
   SlrcBlocks Blocks() const {
@@ -103,6 +105,7 @@ class Node {
     blocks.block = Integer("block");
     blocks.out_channels = Integer("out_channels");
     blocks.activation = activation_.c_str();
+    blocks.slope = slope_;
     return blocks;
   }
 
@@ -156,6 +159,7 @@ class Node {
   Tensor values_, columns_, row_pointers_, bias_;
   bool has_bias_ = false;
   std::string activation_;
+  float slope_ = 0;
 };
 
 // What a node gets when it runs.
@@ -245,11 +249,16 @@ struct GemmKernel {
   Gemm gemm;
 };
 
+struct NamedOp {
+  OrtCustomOp op;
+  std::string name;
+};
+
 template <class Kernel>
 OrtCustomOp MakeOp() {
   OrtCustomOp op = {};
   op.version = kOrtVersion;
-  op.GetName = [](const OrtCustomOp*) { return Kernel::kName; };
+  op.GetName = [](const OrtCustomOp* self) { return reinterpret_cast<const NamedOp*>(self)->name.c_str(); };
   op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
   op.GetInputTypeCount = [](const OrtCustomOp*) -> size_t { return kInputs; };
   op.GetInputType = [](const OrtCustomOp*, size_t i) -> int {
@@ -272,12 +281,22 @@ OrtCustomOp MakeOp() {
   return op;
 }
 
+// An operator has a name for each of the functions that mean the same: the activation, with or without a residual.
+template <class Kernel>
+void AddNames(std::deque<NamedOp>* ops) {
+  ops->push_back({MakeOp<Kernel>(), Kernel::kName});
+  for (const char* const* activation = kActivationNames; *activation; ++activation)
+    for (const char* residual : {"", "_residual"})
+      ops->push_back({MakeOp<Kernel>(), std::string(Kernel::kName) + "_" + *activation + residual});
+}
+
 OrtCustomOpDomain* MakeDomain() {
-  static const OrtCustomOp conv = MakeOp<ConvKernel>(), gemm = MakeOp<GemmKernel>();
+  static std::deque<NamedOp> ops;  // sessions keep pointers to them
+  AddNames<ConvKernel>(&ops);
+  AddNames<GemmKernel>(&ops);
   OrtCustomOpDomain* domain;
   Check(ort->CreateCustomOpDomain("ai.slrc", &domain));
-  Check(ort->CustomOpDomain_Add(domain, &conv));
-  Check(ort->CustomOpDomain_Add(domain, &gemm));
+  for (const NamedOp& op : ops) Check(ort->CustomOpDomain_Add(domain, &op.op));
   return domain;
 }
 

@@ -195,6 +195,7 @@ void RunPanel(const Weight& weight, int64_t group, int64_t first, int64_t last, 
     strip.ends = strip.begins + panel.slices.pitch;
     strip.bias = slice ? nullptr : weight.bias.data() + block_row * weight.block;
     strip.activation = is_last ? weight.activation : kNone;
+    strip.slope = weight.slope;
     float* sums = all_sums;
     for (int64_t i = 0; i < panel.count; i += strip.runs) {
       const Piece& piece = panel.pieces[i];

@@ -81,10 +81,12 @@ inline V Gelu(V v) {
 }
 
 template <int N, typename V = typename Lanes<N>::Float>
-inline V Activate(V v, Activation activation) {
+inline V Activate(V v, Activation activation, float slope) {
   switch (activation) {
     case kRelu:
       return AtLeast<N>(v, 0.0f);
+    case kLeakyRelu:
+      return v < 0.0f ? v * slope : v;
     case kRelu6:
       return AtMost<N>(AtLeast<N>(v, 0.0f), 6.0f);
     case kSilu:
@@ -167,7 +169,7 @@ SLRC_INLINE inline void ForTiles(const Strip& s, const Run& run) {
 // Rows x (Whole vectors + one of Last lanes) accumulators in registers; a surviving column loads each vector of x once
 // for all rows.
 template <int Rows, int Whole, int Last>
-SLRC_INLINE inline void RunTile(const Tile& tile, int64_t stride, Activation activation) {
+SLRC_INLINE inline void RunTile(const Tile& tile, int64_t stride, Activation activation, float slope) {
   using V = typename Lanes<kLanes>::Float;
   using L = typename Lanes<Last>::Float;
   V sums[Rows][Whole ? Whole : 1];
@@ -201,17 +203,22 @@ SLRC_INLINE inline void RunTile(const Tile& tile, int64_t stride, Activation act
       Unroll<Whole>([&](int v) SLRC_INLINE { sums[i][v] = AtLeast<kLanes>(sums[i][v], 0.0f); });
       lasts[i] = AtLeast<Last>(lasts[i], 0.0f);
     });
+  if (activation == kLeakyRelu)
+    Unroll<Rows>([&](int i) SLRC_INLINE {
+      Unroll<Whole>([&](int v) SLRC_INLINE { sums[i][v] = sums[i][v] < 0.0f ? sums[i][v] * slope : sums[i][v]; });
+      lasts[i] = lasts[i] < 0.0f ? lasts[i] * slope : lasts[i];
+    });
   Unroll<Rows>([&](int i) SLRC_INLINE {
     float* y = tile.y + i * tile.pitch;
     Unroll<Whole>([&](int v) SLRC_INLINE { Store<kLanes>(y + v * kLanes, sums[i][v]); });
     Store<Last>(y + Whole * kLanes, lasts[i]);
   });
-  if (activation <= kRelu) return;
+  if (activation <= kLeakyRelu) return;
   constexpr int kPixels = Whole * kLanes + Last, kStep = Last;
   for (int i = 0; i < Rows; ++i)
     for (int p = 0; p < kPixels; p += kStep) {
       float* y = tile.y + i * tile.pitch + p;
-      Store<kStep>(y, Activate<kStep>(Load<kStep>(y), activation));
+      Store<kStep>(y, Activate<kStep>(Load<kStep>(y), activation, slope));
     }
 }
 
@@ -230,7 +237,7 @@ void RunStrip(const Strip& strip) {
       tile.y = aside;
       tile.start_pitch = tile.pitch = kPixels;
     }
-    RunTile<Rows, Whole, Last>(tile, s.block, s.activation);
+    RunTile<Rows, Whole, Last>(tile, s.block, s.activation, s.slope);
     if (tile.rows < Rows)
       for (int i = 0; i < tile.rows; ++i)
         for (int p = 0; p < kPixels; ++p) y[i * s.pitch + p] = aside[i * kPixels + p];
@@ -251,7 +258,7 @@ void RunPixel(const Strip& s) {
     for (; t < count; ++t) sums[0] += Load<Rows>(tile.values + t * s.block) * tile.x[tile.offsets[t]];
     V sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     for (int i = 0; tile.start && i < tile.rows; ++i) sum[i] += tile.start[i * tile.start_pitch];
-    sum = Activate<Rows>(sum, s.activation);
+    sum = Activate<Rows>(sum, s.activation, s.slope);
     for (int i = 0; i < tile.rows; ++i) tile.y[i * tile.pitch] = sum[i];
   });
 }

@@ -9,7 +9,7 @@
 
 namespace slrc {
 
-enum Activation { kNone, kRelu, kRelu6, kSilu, kGelu, kHardSwish };
+enum Activation { kNone, kRelu, kLeakyRelu, kRelu6, kSilu, kGelu, kHardSwish };
 
 // One block row after the other on `runs` runs of pixels. Of the first run:
 // y[i, p] = activation(bias[i] + start[i, p] + sum over t of values[t, i] * x[offsets[t] + p]),
@@ -29,6 +29,7 @@ struct Strip {
   int64_t pitch;
   int64_t runs, x_step, y_step;  // from a run to the next one in x; in y and start
   Activation activation;
+  float slope;  // of kLeakyRelu
 };
 
 using StripLoop = void (*)(const Strip&);

@@ -12,13 +12,15 @@
 #include "block_sparse.h"
 
 namespace slrc {
+
+const char* const kActivationNames[] = {"none", "relu", "leakyrelu", "relu6", "silu", "gelu", "hardswish", nullptr};
+
 namespace {
 
 Activation ParseActivation(const char* name) {
-  static const char* const kNames[] = {"none", "relu", "relu6", "silu", "gelu", "hardswish"};
-  for (int i = 0; name && i < 6; ++i)
-    if (!strcmp(name, kNames[i])) return static_cast<Activation>(i);
-  throw Error("activation must be none, relu, relu6, silu, gelu or hardswish, got `" + std::string(name ? name : "") +
+  for (int i = 0; name && kActivationNames[i]; ++i)
+    if (!strcmp(name, kActivationNames[i])) return static_cast<Activation>(i);
+  throw Error("activation must be none, relu, leakyrelu, relu6, silu, gelu or hardswish, got `" + std::string(name ? name : "") +
               "`");
 }
 
@@ -77,7 +79,8 @@ Weight::Weight(const SlrcBlocks& blocks, int64_t groups)
     : block(blocks.block),
       out_channels(blocks.out_channels),
       group(groups),
-      activation(ParseActivation(blocks.activation)) {
+      activation(ParseActivation(blocks.activation)),
+      slope(blocks.slope) {
   if (block != 4 && block != 8 && block != 16) throw Error("block must be 4, 8 or 16, got " + std::to_string(block));
   if (out_channels < 1 || out_channels > std::numeric_limits<int32_t>::max() || group < 1 || out_channels % group)
     throw Error("out_channels must be a positive multiple of group, got " + std::to_string(out_channels) + " and " +

@@ -30,19 +30,22 @@ struct Random {
   }
 };
 
-const char* const kActivations[] = {"none", "relu", "relu6", "silu", "gelu", "hardswish", "what", nullptr};
+const char* const kActivations[] = {"none", "relu", "leakyrelu", "relu6", "silu", "gelu", "hardswish", "what", nullptr};
+constexpr float kSlope = 0.1f;
 
 double Activate(double v, int64_t activation) {
   switch (activation) {
     case 1:
       return std::max(v, 0.0);
     case 2:
-      return std::min(std::max(v, 0.0), 6.0);
+      return v < 0 ? v * kSlope : v;
     case 3:
-      return v / (1 + std::exp(-v));
+      return std::min(std::max(v, 0.0), 6.0);
     case 4:
-      return v * 0.5 * (1 + std::erf(v / std::sqrt(2.0)));
+      return v / (1 + std::exp(-v));
     case 5:
+      return v * 0.5 * (1 + std::erf(v / std::sqrt(2.0)));
+    case 6:
       return v * std::min(std::max(v / 6 + 0.5, 0.0), 1.0);
     default:
       return v;
@@ -100,12 +103,12 @@ struct Case {
     x = random.Floats(Size(x_shape));
     if (random.Chance(50)) bias = random.Floats(y_shape[1]);
     if (random.Chance(40)) residual = random.Floats(Size(y_shape));
-    activation = random.Int(0, 5);
+    activation = random.Int(0, 6);
     y.reset(new float[Size(y_shape)]);
     blocks = {packed->values.get(), packed->count * block,   packed->columns.get(),
               packed->count,        packed->pointers.get(),  rows_per_group * window.group + 1,
               bias.get(),           bias ? y_shape[1] : 0,   block,
-              y_shape[1],           kActivations[activation]};
+              y_shape[1],           kActivations[activation], kSlope};
   }
 
   static int64_t Size(const int64_t shape[4]) { return shape[0] * shape[1] * shape[2] * shape[3]; }
@@ -132,7 +135,7 @@ struct Case {
           break;
         }
         default:
-          blocks.activation = kActivations[random.Int(0, 7)];
+          blocks.activation = kActivations[random.Int(0, 8)];
       }
   }
 

@@ -26,6 +26,7 @@ class Layer:
     bias: NDArray[np.float32] | None = None
     residual: NDArray[np.float32] | None = None
     activation: str = "none"
+    slope: float = 0.1
     strides: tuple[int, int] = (1, 1)
     pads: tuple[int, int, int, int] = (0, 0, 0, 0)
     dilations: tuple[int, int] = (1, 1)
@@ -49,7 +50,7 @@ class Layer:
             y = functional.conv2d(padded, weight, bias, self.strides, 0, self.dilations, self.groups)
         if self.residual is not None:
             y = y + torch.from_numpy(self.residual).double()
-        return ACTIVATIONS[self.activation](y).float().numpy()
+        return ACTIVATIONS[self.activation](y, self.slope).float().numpy()
 
 
 def sparse_weight(
@@ -137,6 +138,7 @@ class _Blocks(ctypes.Structure):
         ("block", ctypes.c_int64),
         ("out_channels", ctypes.c_int64),
         ("activation", ctypes.c_char_p),
+        ("slope", ctypes.c_float),
     )
 
 
@@ -170,7 +172,7 @@ class Kernels:
         blocks = _Blocks(
             *(part for array in layer.packed.values() for part in (array.ctypes.data, array.size)),
             None if layer.bias is None else layer.bias.ctypes.data, 0 if layer.bias is None else layer.bias.size,
-            layer.block, layer.weight.shape[0], layer.activation.encode(),
+            layer.block, layer.weight.shape[0], layer.activation.encode(), layer.slope,
         )  # fmt: skip
         shape = layer.expected().shape
         guard, size = 64, int(np.prod(shape))

@@ -27,6 +27,7 @@ def layer_parts(layer: Layer, name: str = "") -> tuple[Any, list[Any], list[Any]
         "block": layer.block,
         "out_channels": layer.weight.shape[0],
         "activation": layer.activation,
+        "slope": layer.slope,
     }
     if layer.weight.ndim == 4:
         attributes |= {

@@ -92,6 +92,7 @@ def test_it_rewrites(name: str, net: Any, randomized: Any, masked_outputs: Any) 
 ACTIVATIONS = {
     "relu": nn.ReLU(),
     "relu6": nn.ReLU6(),
+    "leaky": nn.LeakyReLU(0.2),
     "silu": nn.SiLU(),
     "gelu": nn.GELU(),
     "hardswish": nn.Hardswish(),
@@ -130,7 +131,7 @@ def test_a_layer_that_lost_everything(net: Any, randomized: Any) -> None:
         outputs_of(result.module(), program.example_inputs),
         1e-12,
     )
-    assert result.tensors["a.values"].shape == (0, 4)
+    assert not result.tensors["a.values"].any()
 
 
 @pytest.mark.parametrize(

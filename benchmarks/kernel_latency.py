@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import functools
 import json
 import resource
 import statistics
@@ -145,13 +144,11 @@ def measure(shape: Shape, sparsity: float, block: int, batch: int, seconds: floa
     kept = round(columns * (1 - sparsity))
     mask = np.argsort(random.random((shape.outputs // block, columns)), axis=1) < kept
     weight *= mask.repeat(block, axis=0).reshape(weight.shape) / np.float32(np.sqrt(kept))
-    x = random.standard_normal((batch, shape.inputs, *[shape.size * shape.stride] * 2)).astype(np.float32)
-    dense, packed = (prepare(m, x, library) for m in (dense_model(shape, weight), packed_model(shape, weight, block)))
-    for call, _ in (dense, packed):
-        call()
-    difference = np.abs(dense[1].numpy() - packed[1].numpy()).max()
+    models = (dense_model(shape, weight, batch), packed_model(shape, weight, block, batch))
+    dense, packed = (prepare(model, library) for model in models)
+    difference = np.abs(dense().numpy() - packed().numpy()).max()
     assert difference < 1e-3, f"{shape}: dense and packed differ by {difference}"
-    slow, fast, disturbed = in_turns(dense[0], packed[0], seconds)
+    slow, fast, disturbed = in_turns(dense, packed, seconds)
     gflops = 2e-9 * mask.sum() * block * batch * shape.size**2 / fast
     return Row(str(shape), sparsity, block, slow * 1e3, fast * 1e3, slow / fast, gflops, gflops / peak, disturbed)
 
@@ -187,27 +184,40 @@ def _switches() -> int:
     return usage.ru_nivcsw + usage.ru_nvcsw
 
 
-def prepare(model: Any, x: np.ndarray, library: Path) -> tuple[Callable[[], None], Any]:
-    """Load a model; return a call that runs it on `x`, and the value that it writes."""
+def prepare(model: Any, library: Path | None = None) -> Callable[[], Any]:
+    """Load a model, with the kernels if their library is given; return a call that runs it on random inputs.
+
+    The call returns the first output's buffer.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
-    options.register_custom_ops_library(str(library))
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    y = ort.OrtValue.ortvalue_from_numpy(session.run(None, {"x": x})[0])
+    random = np.random.default_rng(0)
+    sizes = {v.name: [d if isinstance(d, int) else 1 for d in v.shape] for v in session.get_inputs()}
+    inputs = {name: random.standard_normal(size).astype(np.float32) for name, size in sizes.items()}
+    outputs = [ort.OrtValue.ortvalue_from_numpy(y) for y in session.run(None, inputs)]
     binding = session.io_binding()
-    binding.bind_ortvalue_input("x", ort.OrtValue.ortvalue_from_numpy(x))
-    binding.bind_ortvalue_output("y", y)
+    for name, array in inputs.items():
+        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+    for value, buffer in zip(session.get_outputs(), outputs, strict=True):
+        binding.bind_ortvalue_output(value.name, buffer)
 
-    return functools.partial(session.run_with_iobinding, binding), y
+    def call() -> Any:
+        session.run_with_iobinding(binding)
+        return outputs[0]
+
+    return call
 
 
-def dense_model(shape: Shape, weight: np.ndarray) -> Any:
+def dense_model(shape: Shape, weight: np.ndarray, batch: int) -> Any:
     """`Conv`."""
     node = helper.make_node("Conv", ["x", "w"], ["y"], **shape.attributes)
-    return model_of(node, {"w": weight}, shape)
+    return model_of(node, {"w": weight}, shape, batch)
 
 
-def packed_model(shape: Shape, weight: np.ndarray, block: int) -> Any:
+def packed_model(shape: Shape, weight: np.ndarray, block: int, batch: int) -> Any:
     """`BlockSparseConv`."""
     packed = {n: t.numpy() for n, t in vars(PackedWeight.of(torch.from_numpy(weight), block)).items()}
     node = helper.make_node(
@@ -222,17 +232,17 @@ def packed_model(shape: Shape, weight: np.ndarray, block: int) -> Any:
         out_channels=shape.outputs,
         activation="none",
     )
-    return model_of(node, packed, shape)
+    return model_of(node, packed, shape, batch)
 
 
-def model_of(node: Any, tensors: dict[str, np.ndarray], shape: Shape) -> Any:
+def model_of(node: Any, tensors: dict[str, np.ndarray], shape: Shape, batch: int) -> Any:
     """Return a model of one node from `x` to `y`."""
-    sizes = ["n", shape.inputs, *[shape.size * shape.stride] * 2]
+    sizes = [batch, shape.inputs, *[shape.size * shape.stride] * 2]
     graph = helper.make_graph(
         [node],
         "layer",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, sizes)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", shape.outputs, shape.size, shape.size])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, shape.outputs, shape.size, shape.size])],
         [numpy_helper.from_array(a, n) for n, a in tensors.items()],
     )
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.slrc", 1)]

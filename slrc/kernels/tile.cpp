@@ -200,22 +200,22 @@ SLRC_INLINE inline void RunTile(const Tile& tile, int64_t stride, Activation act
     });
   }
 
-  if (activation == kRelu)
+  const auto apply = [&](auto function) SLRC_INLINE {
     Unroll<Rows>([&](int i) SLRC_INLINE {
-      Unroll<Whole>([&](int v) SLRC_INLINE { sums[i][v] = AtLeast<kLanes>(sums[i][v], 0.0f); });
-      lasts[i] = AtLeast<Last>(lasts[i], 0.0f);
+      Unroll<Whole>([&](int v) SLRC_INLINE { sums[i][v] = function(sums[i][v]); });
+      lasts[i] = function(lasts[i]);
     });
-  if (activation == kLeakyRelu)
-    Unroll<Rows>([&](int i) SLRC_INLINE {
-      Unroll<Whole>([&](int v) SLRC_INLINE { sums[i][v] = sums[i][v] < 0.0f ? sums[i][v] * slope : sums[i][v]; });
-      lasts[i] = lasts[i] < 0.0f ? lasts[i] * slope : lasts[i];
-    });
+  };
+  if (activation == kRelu || activation == kRelu6)
+    apply([](auto v) SLRC_INLINE { return AtLeast<sizeof v / sizeof(float)>(v, 0.0f); });
+  if (activation == kRelu6) apply([](auto v) SLRC_INLINE { return AtMost<sizeof v / sizeof(float)>(v, 6.0f); });
+  if (activation == kLeakyRelu) apply([slope](auto v) SLRC_INLINE { return v < 0.0f ? v * slope : v; });
   Unroll<Rows>([&](int i) SLRC_INLINE {
     float* y = tile.y + i * tile.pitch;
     Unroll<Whole>([&](int v) SLRC_INLINE { Store<kLanes>(y + v * kLanes, sums[i][v]); });
     Store<Last>(y + Whole * kLanes, lasts[i]);
   });
-  if (activation <= kLeakyRelu) return;
+  if (activation <= kRelu6) return;
   constexpr int kPixels = Whole * kLanes + Last, kStep = Last;
   for (int i = 0; i < Rows; ++i)
     for (int p = 0; p < kPixels; p += kStep) {

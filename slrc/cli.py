@@ -49,7 +49,10 @@ BudgetOption = Annotated[
 SkipOption = Annotated[list[str] | None, typer.Option(metavar="NAME", help="layers to leave alone; globs; repeatable")]
 ThreadsOption = Annotated[int | None, typer.Option(help="threads of the runtime (default: all cores)")]
 TargetOption = Annotated[
-    list[str] | None, typer.Option(help="ort, tensorrt-rtx:sm86, tensorrt; repeatable (default: ort)")
+    list[str] | None,
+    typer.Option(
+        help="ort, ort:aarch64, ort:stock, tensorrt-rtx:sm86 or tensorrt, see `targets`; repeatable (default: ort)"
+    ),
 ]
 ConfigOption = Annotated[Path | None, typer.Option(help="a TOML file with the same options; the command line wins")]
 PlanOption = Annotated[Path | None, typer.Option(help="a plan to use instead of --pattern and --sparsity")]

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from slrc.errors import ConfigError, SlrcError
 from slrc.methods import ADMMSettings, MethodName, SLRSettings
 from slrc.passes.allocate_sparsity import Allocation
-from slrc.patterns import AnyPattern, Channel
+from slrc.patterns import AnyPattern, Block, Channel
 from slrc.plans import Attention, LayerNorm, PatternField
 
 
@@ -99,6 +99,15 @@ class CompileConfig(BaseModel):
                 )
         elif self.latency_budget is not None:
             raise ConfigError("`--latency-budget` needs `--allocate latency`", hint="add it, or leave the budget out")
+        return self
+
+    @model_validator(mode="after")
+    def _permute_goes_with_blocks(self) -> CompileConfig:
+        if self.permute and self.plan is None and not (isinstance(self.pattern, Block) and self.pattern.cols == 1):
+            raise ConfigError(
+                f"`--permute` reorders channels for blocks of one column, got `--pattern {self.pattern}`",
+                hint="use `--pattern block:8x1`, or leave `--permute` out",
+            )
         return self
 
     @field_validator(*_NUMBERS, mode="before")

@@ -160,6 +160,12 @@ def test_what_is_said_about_a_wrong_file(toml: Any, text: str, message: str) -> 
         make_config({}, toml(text))
 
 
+@pytest.mark.parametrize("pattern", ["channel", "columns:2", "block:8x2"])
+def test_permute_is_for_blocks_of_one_column(pattern: str) -> None:
+    with pytest.raises(ConfigError, match=f"`--permute` .* got `--pattern {pattern}`"):
+        make_config({"permute": True, "pattern": pattern})
+
+
 def test_known_options_are_listed_as_they_are_written() -> None:
     with pytest.raises(ConfigError) as caught:
         make_config({"epoch": 3})

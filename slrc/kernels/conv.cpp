@@ -404,7 +404,10 @@ void Conv::Run(const float* x, const int64_t x_shape[4], const float* residual, 
       if (fresh) l.Copy(from, band, copied);
       panel.x = copied;
     }
-    const int64_t width = l.Seamless() ? out_plane : l.columns.out, pitch = l.Seamless() ? out_plane : l.pitch;
+    // Without seams a task's pixels are one row: a tile that stands out past them is not written in place.
+    const int64_t rows = l.tiled || l.InPlace() ? l.rows.out : std::min(l.band, l.rows.out - band * l.band);
+    const int64_t width = l.Seamless() ? rows * l.columns.out : l.columns.out;
+    const int64_t pitch = l.Seamless() ? out_plane : l.pitch;
     const float* added = residual ? residual + offset : nullptr;
     RunPanel(weight_, group, first, last, panel, SeamedOutput{y + offset, added, out_plane, width, pitch});
   };

@@ -81,6 +81,44 @@ def test_threads_give_the_same_bits(library: Path) -> None:
     np.testing.assert_allclose(one, layer.expected(), atol=TOLERANCE)
 
 
+# (weight, block, sparsity, input's size, stride, padding): each is laid out in another way.
+LAYOUTS = {
+    "a plane without seams, in bands": ((8, 40, 1, 1), 8, 0.5, (101, 103), 2, 0),
+    "a plane with seams, in bands and slices": ((24, 90, 3, 3), 8, 0.5, (61, 63), 1, 1),
+    "phases of a plane, in bands": ((24, 60, 3, 3), 4, 0.5, (121, 119), 2, 1),
+    "tiles of rows": ((256, 64, 3, 3), 8, 0.5, (41, 43), 1, 1),
+    "tiles of rows and seams": ((160, 80, 3, 3), 16, 0.5, (9, 11), 1, 1),
+    "tiles of phases": ((320, 48, 3, 3), 8, 0.25, (31, 33), 2, 1),
+    "tiles of pixels": ((64, 300, 1, 1), 8, 0.5, (15, 17), 1, 0),
+    "tiles of every second pixel": ((64, 260, 1, 1), 4, 0.5, (31, 29), 2, 0),
+    "tiles of every third pixel": ((64, 260, 1, 1), 4, 0.5, (31, 29), 3, 0),
+    "in place": ((64, 20, 1, 1), 8, 0.5, (33, 31), 1, 0),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_every_layout(library: Path, layout: str, groups: int) -> None:
+    shape, block, sparsity, size, stride, pad = LAYOUTS[layout]
+    random = np.random.default_rng(7)
+    out = [(s + 2 * pad - shape[2]) // stride + 1 for s in size]
+    layer = Layer(
+        block=block,
+        weight=sparse_weight(random, (groups * shape[0], *shape[1:]), block, sparsity, groups),
+        x=random.standard_normal((2, groups * shape[1], *size)).astype(np.float32),
+        residual=random.standard_normal((2, groups * shape[0], *out)).astype(np.float32),
+        activation="relu",
+        strides=(stride, stride),
+        pads=(pad, pad, pad, pad),
+        groups=groups,
+    )
+    expected = layer.expected()
+    np.testing.assert_allclose(Kernels(library).run(layer), expected, atol=TOLERANCE)
+    model = make_model([layer_parts(layer)])
+    for threads in (1, 3):
+        np.testing.assert_allclose(session(model, library, threads).run(None, feed(layer))[0], expected, atol=TOLERANCE)
+
+
 def test_many_runs_at_once_in_one_session(library: Path) -> None:
     from concurrent.futures import ThreadPoolExecutor
 

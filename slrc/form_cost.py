@@ -1,7 +1,7 @@
 """What a form costs where it cannot be timed: a share of the dense layer's time that grows with the work it keeps.
 
-`share = fixed + slope · density`, fitted to the layers of ResNet-50 on x86-64 with AVX2 and written down here: split
-and grouped ones by `benchmarks/sparse_latency.py --fit`, packed ones to what `benchmarks/kernel_latency.py` prints. It
+`share = fixed + slope · density`, fitted by `benchmarks/sparse_latency.py --fit` to what the layers of its networks took
+on x86-64 with AVX2, and written down here: packed layers of seven networks, split and grouped ones of ResNet-50. It
 decides for processors that a model is cross-compiled for.
 """
 
@@ -14,16 +14,16 @@ from torch import Tensor
 from slrc.forms import DENSE, Form, FormKind, block_density, kept_channels
 
 FITTED: dict[tuple[FormKind, str], tuple[float, float]] = {
-    (FormKind.PACKED, "1x1"): (0.04, 1.22),
-    (FormKind.PACKED, "window"): (0.05, 1.24),
-    (FormKind.PACKED, "linear"): (0.04, 1.22),
+    (FormKind.PACKED, "1x1"): (0.09, 1.01),
+    (FormKind.PACKED, "window"): (0.09, 1.05),
+    (FormKind.PACKED, "linear"): (0.21, 0.94),
     (FormKind.SPLIT, "1x1"): (0.17, 1.00),
     (FormKind.SPLIT, "window"): (0.05, 1.00),
     (FormKind.SPLIT, "linear"): (0.17, 1.00),
     (FormKind.GROUPED, "1x1"): (0.12, 1.04),
     (FormKind.GROUPED, "window"): (0.03, 1.01),
 }
-"""`(fixed, slope)` by the form and the kind of layer; linear layers are taken to be as 1×1 convolutions."""
+"""`(fixed, slope)` by the form and the kind of layer; split linear layers are taken to be as 1×1 convolutions."""
 
 
 def layer_kind(weight: Tensor) -> str:

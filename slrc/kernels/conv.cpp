@@ -157,7 +157,9 @@ struct Layout {
                   std::to_string(per_group * taps) + " on an input of " + std::to_string(channels) + " channels");
     phases = PhasesRead(rows, columns);
     const int64_t pixels = Product(rows.in, columns.in);
-    pointwise = taps == 1 && rows.out == rows.in && columns.out == columns.in && rows.pad + columns.pad == 0;
+    pointwise = taps == 1;
+    for (const Axis* axis : {&rows, &columns})
+      pointwise = pointwise && axis->stride == 1 && axis->pad == 0 && axis->out == axis->in;
     slices = OneSlice(weight);
     tiled = PlaceTiles(weight, taps);
     if (!tiled) PlacePlanes();

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <memory>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "block_sparse.h"
@@ -145,6 +146,24 @@ struct Case {
                                          size);
   }
 
+  std::string Describe() const {
+    std::string text = gemm ? "matrix" : "convolution";
+    const auto add = [&](const char* name, const int64_t* numbers, int count) {
+      text += std::string(", ") + name;
+      for (int i = 0; i < count; ++i) text += " " + std::to_string(numbers[i]);
+    };
+    add("x", x_shape, 4);
+    add("y", y_shape, 4);
+    add("kernel", window.kernel, 2);
+    add("strides", window.strides, 2);
+    add("pads", window.pads, 4);
+    add("dilations", window.dilations, 2);
+    add("group", &window.group, 1);
+    add("block", &block, 1);
+    add("blocks", &packed->count, 1);
+    return text + ", " + blocks.activation + (residual ? ", residual" : "");
+  }
+
   // The greatest difference from sums taken one by one.
   double Difference() const {
     double worst = 0;
@@ -196,7 +215,10 @@ int main(int argc, char** argv) {
     Case sound(seed);
     if (sound.Run(error, sizeof error)) return printf("case %llu refused: %s\n", (unsigned long long)seed, error), 1;
     const double difference = sound.Difference();
-    if (!(difference < 1e-3)) return printf("case %llu differs by %g\n", (unsigned long long)seed, difference), 1;
+    if (!(difference < 1e-3)) {
+      printf("case %llu differs by %g: %s\n", (unsigned long long)seed, difference, sound.Describe().c_str());
+      return 1;
+    }
     worst = std::max(worst, difference);
     Case broken(seed);
     broken.Break();

@@ -119,6 +119,18 @@ def test_every_layout(library: Path, layout: str, groups: int) -> None:
         np.testing.assert_allclose(session(model, library, threads).run(None, feed(layer))[0], expected, atol=TOLERANCE)
 
 
+def test_a_padded_stride_that_keeps_the_size(library: Path) -> None:
+    random = np.random.default_rng(2)
+    layer = Layer(
+        block=8,
+        weight=sparse_weight(random, (8, 20, 1, 1), 8, 0.5),
+        x=random.standard_normal((1, 20, 3, 3)).astype(np.float32),
+        strides=(2, 2),
+        pads=(0, 0, 2, 2),
+    )
+    np.testing.assert_allclose(Kernels(library).run(layer), layer.expected(), atol=TOLERANCE)
+
+
 def test_many_runs_at_once_in_one_session(library: Path) -> None:
     from concurrent.futures import ThreadPoolExecutor
 

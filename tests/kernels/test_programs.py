@@ -24,17 +24,21 @@ def run(command: list[str], name: str, cases: str = CASES) -> str:
     return done.stdout
 
 
-def test_under_the_sanitizers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("flags", "cases"),
+    [((), "20000"), (("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"), CASES)],
+    ids=["many", "under the sanitizers"],
+)
+def test_random_layers(tmp_path: Path, flags: tuple[str, ...], cases: str) -> None:
     try:
         compiler = find_compiler("x86_64")
     except BackendError as error:
         pytest.skip(error.message)
-    flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     compile_library(compiler, "x86_64", tmp_path, tmp_path / "fuzz", flags, SOURCE)
     supported = Path("/proc/cpuinfo").read_text()
     for name, flag in (("portable", "fpu"), ("avx2", "avx2"), ("avx512", "avx512f")):
         if flag in supported:
-            assert run([str(tmp_path / "fuzz")], name).startswith(f"{name}: ")
+            assert run([str(tmp_path / "fuzz")], name, cases).startswith(f"{name}: ")
 
 
 def test_on_an_emulated_aarch64(tmp_path: Path) -> None:

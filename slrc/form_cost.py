@@ -1,8 +1,8 @@
 """What a form costs where it cannot be timed: a share of the dense layer's time that grows with the work it keeps.
 
-`share = fixed + slope · density`, fitted by `benchmarks/sparse_latency.py --fit` to what the layers of its networks took
-on x86-64 with AVX2, and written down here: packed layers of seven networks, split and grouped ones of ResNet-50. It
-decides for processors that a model is cross-compiled for.
+`share = fixed + slope · density`, fitted by `benchmarks/sparse_latency.py --fit` to what the layers of its networks
+took on x86-64 with AVX2, and written down here: packed layers of seven networks, split and grouped ones of ResNet-50.
+It decides for processors that a model is cross-compiled for.
 """
 
 from __future__ import annotations

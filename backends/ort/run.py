@@ -22,6 +22,8 @@ class OnnxRuntimeRunner:
     def __init__(self, path: Path, threads: int | None = None, kernels: Path | None = None) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        # Else the threads of the session that ran last would take the cores from the one timed in turn with it.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
             options.inter_op_num_threads = 1

@@ -95,10 +95,10 @@ _ACTIVATIONS = {
 }
 _OPERANDS = ("x", "values", "columns", "row_pointers", "bias")
 _INTS, _INT, _FLOAT, _TEXT = "INTS", "INT", "FLOAT", "STRING"
-_OWN = {"block": _INT, "weight_shape": _INTS, "out_channels": _INT, "activation": _TEXT, "slope": _FLOAT}
+_OWN = {"block": _INT, "weight_shape": _INTS, "activation": _TEXT, "slope": _FLOAT}
 _ATTRIBUTES = {
     GEMM: _OWN,
-    CONV: _OWN | {"kernel_shape": _INTS, "strides": _INTS, "pads": _INTS, "dilations": _INTS, "group": _INT},
+    CONV: _OWN | {"strides": _INTS, "pads": _INTS, "dilations": _INTS, "group": _INT},
 }
 """The attributes of each node and their types."""
 
@@ -113,7 +113,7 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
 
 def _translate_conv(*arguments: Any) -> Any:
     out_channels, kernel_shape, strides, pads, dilations, group, *activation = arguments[6:]
-    window = {"kernel_shape": kernel_shape, "strides": strides, "pads": [*pads, *pads], "dilations": dilations}
+    window = {"strides": strides, "pads": [*pads, *pads], "dilations": dilations}
     weight_shape = [out_channels, int(arguments[0].shape[1]) // group, *kernel_shape]
     return _node(CONV, arguments[:6], weight_shape, *activation, group=group, **window)
 
@@ -129,7 +129,7 @@ def _node(
     """Record a node; a residual that is missing is left out."""
     given = [x for x in operands if x is not None]
     block = int(operands[1].shape[1])
-    own = dict(zip(_OWN, (block, weight_shape, weight_shape[0], activation, slope), strict=True))
+    own = dict(zip(_OWN, (block, weight_shape, activation, slope), strict=True))
     return _op(name)(*given, **own, **window)
 
 

@@ -54,9 +54,8 @@ class Shape:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """`Conv`'s."""
-        pad = self.kernel // 2
-        return {"kernel_shape": [self.kernel] * 2, "strides": [self.stride] * 2, "pads": [pad] * 4}
+        """The node's."""
+        return {"strides": [self.stride] * 2, "pads": [self.kernel // 2] * 4}
 
 
 SHAPES = (
@@ -229,7 +228,7 @@ def packed_model(shape: Shape, weight: np.ndarray, block: int, batch: int) -> An
         dilations=[1, 1],
         group=1,
         block=block,
-        out_channels=shape.outputs,
+        weight_shape=weight.shape,
         activation="none",
     )
     return model_of(node, packed, shape, batch)

@@ -9,7 +9,8 @@
 // block rows follow to repay it, it is copied from the input side by side, channel after channel, and the plane itself
 // is never made. Otherwise an image is cut into bands of output rows whose plane fits the second-level cache; the task
 // that computes a band makes its plane in the thread's scratch memory, and the input channels are cut into slices that
-// fit the first level, all outputs going on from slice to slice. A 1x1 convolution of stride 1 needs neither.
+// fit the first level, all outputs going on from slice to slice. The input of a 1x1 convolution of stride 1 is a plane
+// already: if it is not copied, it is read as it is.
 #include <string.h>
 
 #include <algorithm>
@@ -104,7 +105,7 @@ void CheckWindow(const SlrcWindow& window) {
     good = good && in_range(window.kernel[axis], 1) && in_range(window.strides[axis], 1) &&
            in_range(window.dilations[axis], 1) && in_range(window.pads[axis], 0) && in_range(window.pads[axis + 2], 0);
   if (!good || window.strides[0] > 64 || window.strides[1] > 64)
-    throw Error("kernel_shape, strides (up to 64), dilations and group must be positive, pads not negative, none huge");
+    throw Error("kernel sizes, strides (up to 64), dilations and group must be positive, pads not negative, none huge");
 }
 
 // The outputs of a band on a plane with seams: flat pixel p is row p / pitch, column p % pitch.
@@ -307,11 +308,15 @@ struct Layout {
         until = end;
       }
       const int64_t some = std::min(until - column, count);
-      Run* last = runs.size() > copies.back().first ? &runs.back() : nullptr;
-      if (from >= 0 && last && last->from + last->floats * columns.stride == from && last->to + last->floats == to)
-        last->floats += static_cast<int32_t>(some);
+      const auto [first_run, first_zeros] = copies.back();
+      Run* const run = runs.size() > first_run ? &runs.back() : nullptr;
+      Zeros* const blank = zeros.size() > first_zeros ? &zeros.back() : nullptr;
+      if (from < 0 && blank && blank->to + blank->floats == to)
+        blank->floats += static_cast<int32_t>(some);
       else if (from < 0)
         zeros.push_back({static_cast<int32_t>(to), static_cast<int32_t>(some)});
+      else if (run && run->from + run->floats * columns.stride == from && run->to + run->floats == to)
+        run->floats += static_cast<int32_t>(some);
       else
         runs.push_back({static_cast<int32_t>(from), static_cast<int32_t>(to), static_cast<int32_t>(some)});
       flat += some;
@@ -385,7 +390,7 @@ void Conv::Run(const float* x, const int64_t x_shape[4], const float* residual, 
   auto task = [&](int64_t index, int64_t first, int64_t last) {
     const int64_t band = index % l.bands, image = index / l.bands, group = image % groups;
     const float* from = x + image * l.per_group * in_plane;
-    int64_t offset = image * channels * out_plane;
+    int64_t offset = image * channels * out_plane, rows = l.rows.out;
     Panel panel{from, l.offsets.data(), l.slices, l.pieces.data(), 0, 0, l.together};
     panel.count = static_cast<int64_t>(l.pieces.size());
     if (l.tiled) {
@@ -394,6 +399,7 @@ void Conv::Run(const float* x, const int64_t x_shape[4], const float* residual, 
       panel.step = l.per_group * l.floats;
     } else if (!l.InPlace()) {
       offset += band * l.band * l.columns.out;
+      rows = std::min(l.band, rows - band * l.band);
       if (band + 1 == l.bands) {
         panel.pieces = l.last_pieces.data();
         panel.count = static_cast<int64_t>(l.last_pieces.size());
@@ -407,7 +413,6 @@ void Conv::Run(const float* x, const int64_t x_shape[4], const float* residual, 
       panel.x = copied;
     }
     // Without seams a task's pixels are one row: a tile that stands out past them is not written in place.
-    const int64_t rows = l.tiled || l.InPlace() ? l.rows.out : std::min(l.band, l.rows.out - band * l.band);
     const int64_t width = l.Seamless() ? rows * l.columns.out : l.columns.out;
     const int64_t pitch = l.Seamless() ? out_plane : l.pitch;
     const float* added = residual ? residual + offset : nullptr;

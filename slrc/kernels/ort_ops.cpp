@@ -1,9 +1,10 @@
 // The ONNX Runtime operators `ai.slrc::BlockSparseConv` and `ai.slrc::BlockSparseGemm`.
 //
 // Inputs: x, values, columns, row_pointers, bias (optional), residual (optional); packed as block_sparse.h says. All
-// but x and residual must be constant. Attributes of both: block, out_channels (integers), activation (text), slope (a
-// float, of leakyrelu alone); of the convolution also kernel_shape, strides, pads, dilations (lists) and group.
-// Conv: x (n, c, h, w) -> (n, out_channels, h', w'). Gemm: x (..., k) -> (..., out_channels).
+// but x and residual must be constant. Attributes of both: block (an integer), weight_shape (the dense weight's),
+// activation (text), slope (a float, of leakyrelu alone); of the convolution also strides, pads, dilations (lists) and
+// group.
+// Conv: x (n, c, h, w) -> (n, out channels, h', w'). Gemm: x (..., k) -> (..., out channels).
 #include <stdlib.h>
 #include <string.h>
 
@@ -79,13 +80,14 @@ Tensor View(const OrtValue* value) {
 // What a node says when its kernel is made.
 class Node {
  public:
-  explicit Node(const OrtKernelInfo* info) : info_(info) {
+  Node(const OrtKernelInfo* info, size_t weight_rank) : info_(info) {
     ReadInput(kValues, "values", &values_);
     ReadInput(kColumns, "columns", &columns_);
     ReadInput(kRowPointers, "row_pointers", &row_pointers_);
     size_t inputs;
     Check(ort->KernelInfo_GetInputCount(info, &inputs));
     if (inputs > kBias) has_bias_ = ReadConstant(kBias, &bias_);
+    Integers("weight_shape", weight_shape_, weight_rank);
     activation_ = Text("activation");
     if (activation_ == "leakyrelu") Check(ort->KernelInfoGetAttribute_float(info, "slope", &slope_), "slope");
   }
@@ -103,7 +105,7 @@ class Node {
       blocks.bias_count = bias_.count;
     }
     blocks.block = Integer("block");
-    blocks.out_channels = Integer("out_channels");
+    blocks.out_channels = weight_shape_[0];
     blocks.activation = activation_.c_str();
     blocks.slope = slope_;
     return blocks;
@@ -111,7 +113,7 @@ class Node {
 
   SlrcWindow Window() const {
     SlrcWindow window;
-    Integers("kernel_shape", window.kernel, 2);
+    std::copy_n(weight_shape_ + 2, 2, window.kernel);
     Integers("strides", window.strides, 2);
     Integers("pads", window.pads, 4);
     Integers("dilations", window.dilations, 2);
@@ -158,6 +160,7 @@ class Node {
   const OrtKernelInfo* info_;
   Tensor values_, columns_, row_pointers_, bias_;
   bool has_bias_ = false;
+  int64_t weight_shape_[4];
   std::string activation_;
   float slope_ = 0;
 };
@@ -210,6 +213,7 @@ class Call {
 
 struct ConvKernel {
   static constexpr const char* kName = "BlockSparseConv";
+  static constexpr size_t kWeightRank = 4;
   explicit ConvKernel(const Node& node) : blocks(node.Blocks()), conv(blocks, node.Window()) {}
 
   void Compute(OrtKernelContext* context) const {
@@ -229,6 +233,7 @@ struct ConvKernel {
 
 struct GemmKernel {
   static constexpr const char* kName = "BlockSparseGemm";
+  static constexpr size_t kWeightRank = 2;
   explicit GemmKernel(const Node& node) : blocks(node.Blocks()), gemm(blocks) {}
 
   void Compute(OrtKernelContext* context) const {
@@ -272,7 +277,7 @@ OrtCustomOp MakeOp() {
   op.GetOutputType = [](const OrtCustomOp*, size_t) -> int { return kOrtFloat; };
   op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) -> int { return kOrtRequired; };
   op.CreateKernelV2 = [](const OrtCustomOp*, const OrtApi*, const OrtKernelInfo* info, void** kernel) {
-    return Guarded(Kernel::kName, [&] { *kernel = new Kernel(Node(info)); });
+    return Guarded(Kernel::kName, [&] { *kernel = new Kernel(Node(info, Kernel::kWeightRank)); });
   };
   op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
     return Guarded(Kernel::kName, [&] { static_cast<const Kernel*>(kernel)->Compute(context); });

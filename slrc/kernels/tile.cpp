@@ -70,8 +70,8 @@ inline V Exp(V v) {
   return reinterpret_cast<V>(reinterpret_cast<I>(p) + (reinterpret_cast<I>(shifted) << 23));
 }
 
-// x Phi(x). erf(z) = z P(z^2) / Q(z^2) up to |z| = 4, where it is 1 to the last bit: a least-maximum fit, absolute error
-// below 4e-7 with its rounding.
+// x Phi(x). erf(z) = z P(z^2) / Q(z^2) up to |z| = 4, where it is 1 to the last bit: a least-maximum fit, absolute
+// error below 4e-7 with its rounding.
 template <int N, typename V = typename Lanes<N>::Float>
 inline V Gelu(V v) {
   V z = AtMost<N>(AtLeast<N>(v * 0.70710678f, -4.0f), 4.0f);
@@ -287,8 +287,7 @@ inline void CopyChannels(const CopyJob& given) {
   constexpr int64_t kChannels = 16;  // small enough to stay cached
   const int64_t x_step = job.x_step, to_step = job.to_step;
   // The last channels are read no further than they go.
-  int64_t bounded = x_step ? (Stride * kLanes + x_step - 1) / x_step : job.channels;
-  if (!Stride || bounded > job.channels) bounded = job.channels;
+  const int64_t bounded = Stride ? (Stride * kLanes + x_step - 1) / x_step : job.channels;
   for (int64_t first = 0; first < job.channels; first += kChannels) {
     const int64_t count = job.channels - first < kChannels ? job.channels - first : kChannels;
     const int64_t free = job.channels - bounded - first < count ? job.channels - bounded - first : count;

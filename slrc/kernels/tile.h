@@ -1,5 +1,5 @@
-// The innermost loops: block rows, each on a few vectors of pixels at a time; copies of the input. Compiled once for each
-// instruction set (tile.cpp).
+// The innermost loops: block rows, each on a few vectors of pixels at a time; copies of the input. Compiled once for
+// each instruction set (tile.cpp).
 //
 // Nothing with external linkage may be inlined into those units: the linker would keep one copy of it, perhaps the
 // one compiled for instructions that this processor lacks. So this header holds plain data only.

@@ -20,8 +20,8 @@ namespace {
 Activation ParseActivation(const char* name) {
   for (int i = 0; name && kActivationNames[i]; ++i)
     if (!strcmp(name, kActivationNames[i])) return static_cast<Activation>(i);
-  throw Error("activation must be none, relu, leakyrelu, relu6, silu, gelu or hardswish, got `" + std::string(name ? name : "") +
-              "`");
+  throw Error("activation must be none, relu, leakyrelu, relu6, silu, gelu or hardswish, got `" +
+              std::string(name ? name : "") + "`");
 }
 
 void Expect(bool condition, const char* what, int64_t expected, int64_t got) {

@@ -25,13 +25,12 @@ def layer_parts(layer: Layer, name: str = "") -> tuple[Any, list[Any], list[Any]
         names.pop()
     attributes: dict[str, Any] = {
         "block": layer.block,
-        "out_channels": layer.weight.shape[0],
+        "weight_shape": layer.weight.shape,
         "activation": layer.activation,
         "slope": layer.slope,
     }
     if layer.weight.ndim == 4:
         attributes |= {
-            "kernel_shape": layer.weight.shape[2:],
             "strides": layer.strides,
             "pads": layer.pads,
             "dilations": layer.dilations,

@@ -52,7 +52,7 @@ def main() -> None:
     if args.bf16:
         model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-    method = slrc.SLR(dict(model.named_parameters()), plan)
+    method = slrc.SLR(dict(model.named_parameters()), plan, updates=2)
     penalty_s: list[float] = []
 
     def step(with_penalty: bool) -> float:

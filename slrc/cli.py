@@ -90,7 +90,8 @@ def compile_command(
     allocate: AllocateOption = None,
     latency_budget: BudgetOption = None,
     method: Annotated[
-        str | None, typer.Option(help="slr, admm or magnitude (default: slr, without data magnitude)")
+        str | None,
+        typer.Option(help="slr, admm, gradual, ac-dc, group-lasso or magnitude (default: slr, without data magnitude)"),
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="epochs of sparse training (default: 10)")] = None,
     retrain_epochs: Annotated[

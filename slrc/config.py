@@ -8,10 +8,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from slrc.errors import ConfigError, SlrcError
-from slrc.methods import ADMMSettings, MethodName, SLRSettings
+from slrc.methods import MethodName, MethodSettings
 from slrc.passes.allocate_sparsity import Allocation
 from slrc.patterns import AnyPattern, Block, Channel
 from slrc.plans import Attention, LayerNorm, PatternField
@@ -32,15 +32,14 @@ _NUMBERS = (
     "retrain_epochs",
     "updates_per_epoch",
     "probe_batches",
+    "recalibration_batches",
     "threads",
     "seed",
 )
 
 
-class CompileConfig(BaseModel):
+class CompileConfig(MethodSettings):
     """Everything that `slrc compile` can be told. Field names are the option names, with underscores."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     pattern: PatternField = Field(default_factory=Channel)
     sparsity: float | None = Field(default=None, ge=0, lt=1)
@@ -55,6 +54,7 @@ class CompileConfig(BaseModel):
     retrain_epochs: Annotated[int, Field(ge=0)] = 0
     updates_per_epoch: Annotated[int, Field(ge=1)] = 2
     probe_batches: Annotated[int, Field(ge=1)] = 4
+    recalibration_batches: Annotated[int, Field(ge=0)] = 20
     precision: Precision = Precision.FP32
     target: tuple[str, ...] = ("ort",)
     plan: Path | None = None
@@ -62,8 +62,6 @@ class CompileConfig(BaseModel):
     keep_ends: bool = True
     threads: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    slr: SLRSettings = SLRSettings()
-    admm: ADMMSettings = ADMMSettings()
 
     @field_validator("target", "skip", mode="before")
     @classmethod
@@ -125,7 +123,7 @@ class CompileConfig(BaseModel):
         return value
 
 
-TABLES: Mapping[str, type[BaseModel]] = {"slr": SLRSettings, "admm": ADMMSettings}
+TABLES: Mapping[str, type[BaseModel]] = {name: type(settings) for name, settings in MethodSettings()}
 
 
 def make_config(options: Mapping[str, Any], file: Path | None = None) -> CompileConfig:

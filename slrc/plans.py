@@ -101,16 +101,12 @@ class Slice(_Data):
             moved = moved[torch.tensor(self.index, device=tensor.device)]
         return moved.reshape(units, -1)
 
-    def fill(self, mask: Tensor, value: Tensor) -> None:
-        """Clear `mask` in place wherever `value`, `(units,)` or `(units, features)`, is false."""
-        moved = mask.movedim(self.dim, 0)
+    def scale_(self, tensor: Tensor, value: Tensor) -> None:
+        """Multiply the slice of `tensor` in place by a factor for each unit, `(units,)`: a number, or true or false."""
+        moved = tensor.movedim(self.dim, 0)
         index = torch.arange(len(moved)) if self.index is None else torch.tensor(self.index)
-        width, rest = len(index) // len(value), moved.shape[1:]
-        if value.dim() == 1:
-            spread = value.repeat_interleave(width).reshape(-1, *(1 for _ in rest))
-        else:
-            spread = value.reshape(len(index), *rest)
-        moved[index] = moved[index] & spread
+        spread = value.repeat_interleave(len(index) // len(value)).reshape(-1, *(1 for _ in moved.shape[1:]))
+        moved[index] = moved[index] * spread
 
 
 class Attention(StrEnum):
@@ -176,12 +172,25 @@ class Constraint(_Data):
     def scatter(self, mask: Tensor, masks: Mapping[str, Tensor], *, followers: bool) -> None:
         """Clear in `masks` what `mask`, of the shape of `gather`, does not keep."""
         if not self.pattern.coupled:
-            own = mask.cpu() if self.order is None else mask.cpu()[torch.tensor(self.order).argsort()]
-            masks[self.members[0].tensor].logical_and_(own)
+            masks[self.members[0].tensor].logical_and_(self._in_place_order(mask.cpu()))
             return
         units = mask.any(dim=1).cpu()
         for s in self.members + (self.followers if followers else ()):
-            s.fill(masks[s.tensor], units)
+            s.scale_(masks[s.tensor], units)
+
+    def scale_(self, tensors: Mapping[str, Tensor], factors: Tensor) -> None:
+        """Multiply every group of the members in place by its factor, `(rows, groups)`."""
+        if self.pattern.coupled:
+            for s in self.members:
+                s.scale_(tensors[s.tensor], factors[0])
+            return
+        weight = tensors[self.members[0].tensor]
+        spread = factors.unsqueeze(-1).expand(-1, -1, weight.numel() // factors.numel())
+        weight.mul_(self._in_place_order(self.pattern.from_group_view(spread, tuple(weight.shape))))
+
+    def _in_place_order(self, seen: Tensor) -> Tensor:
+        """Return what the pattern sees of a weight with its outputs back in the weight's own order."""
+        return seen if self.order is None else seen[torch.tensor(self.order, device=seen.device).argsort()]
 
     def surviving_units(self, masks: Mapping[str, Tensor]) -> Tensor:
         """Return which units of a coupled group survive in `masks`, `(units,)`."""
@@ -207,6 +216,12 @@ class Plan(_Data):
     shortfall: str = ""
     constraints: tuple[Constraint, ...]
     left_out: tuple[LeftOut, ...] = ()
+
+    def partly(self, share: float) -> Plan:
+        """Return the plan with only a `share` of what it prunes, in [0, 1], for schedules."""
+        keeps = [c.groups - round((c.groups - c.keep) * share) for c in self.constraints]
+        partly = [c.model_copy(update={"keep": k}) for c, k in zip(self.constraints, keeps, strict=True)]
+        return self.model_copy(update={"constraints": tuple(partly)})
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from slrc.batch_norm import recalibrate_batch_norm
 from slrc.batches import count_steps, read, seed_epoch, share_out, update_steps
 from slrc.checkpoints import CheckpointFolder, EpochRecord, Snapshot, misfit
 from slrc.config import CompileConfig, Precision
@@ -105,7 +106,7 @@ def choose_method(config: CompileConfig, workload: Workload) -> MethodName:
     Raises:
         WorkloadError: the method asked for needs data and there is none.
     """
-    needs_data = config.method in (MethodName.SLR, MethodName.ADMM) and config.epochs > 0
+    needs_data = config.method not in (None, MethodName.MAGNITUDE) and config.epochs > 0
     if workload.train_batches is None and (needs_data or config.retrain_epochs > 0):
         what = f"method `{config.method}`" if needs_data else "retraining"
         raise WorkloadError(
@@ -162,6 +163,9 @@ class _Trainer:
             self.masks.apply_(parameters)
             self._run_phase(self._retrain_phase())
         self.masks.apply_(parameters)
+        if not self.config.retrain_epochs:
+            _unwrap(self.model)  # as the copies that were measured
+            self._recalibrate(self.model)
         return Trained(
             tensors={n: t.detach().cpu().clone() for n, t in self.model.state_dict().items()},
             masks=self.masks,
@@ -174,13 +178,8 @@ class _Trainer:
 
     def _run_sparse_phase(self) -> None:
         epochs = self.config.epochs if self.workload.train_batches is not None else 0
-        self.method = make_method(
-            self.method_name,
-            _parameters(self.model),
-            self.plan,
-            slr=self.config.slr,
-            admm=self.config.admm,
-        )
+        updates = epochs * self.config.updates_per_epoch
+        self.method = make_method(self.method_name, _parameters(self.model), self.plan, updates, self.config)
         if epochs:
             self._read_probe()
         if self.snapshot:
@@ -194,6 +193,7 @@ class _Trainer:
                 name=str(self.method_name),
                 epochs=epochs,
                 after_backward=self.method.add_penalty_gradient,
+                after_step=self.method.after_step,
                 on_update=lambda: self.method.update(self.probe_loss),
             )
             self._run_phase(phase)
@@ -333,8 +333,18 @@ class _Trainer:
             if phase != RETRAIN:
                 pruned = self._twin()
                 self.method.masks().apply_(_parameters(pruned))
+                self._recalibrate(pruned)
                 hard = self._metric(pruned)
         return EpochRecord(phase=phase, epoch=epoch, loss=loss, metric=metric, hard_pruned=hard, seconds=seconds)
+
+    def _recalibrate(self, pruned: nn.Module) -> None:
+        """Take batch-norm statistics anew, on the same batches each time."""
+        batches = self.workload.train_batches
+        if batches is None or not self.config.recalibration_batches:
+            return
+        seed_epoch(batches, self.config.seed, "recalibrate", 0)
+        on_device = (send_to_device(batch, self.accelerator.device) for batch in read(batches))
+        recalibrate_batch_norm(pruned, self._loss, on_device, self.config.recalibration_batches)
 
     def _twin(self) -> nn.Module:
         """A copy of the model without the wrapper that casts to the training precision."""

@@ -146,7 +146,7 @@ def test_the_stages_by_hand_with_a_loop_of_ones_own(tiny_workload: MakeWorkload,
     program = slrc.capture(workload)
     plan = slrc.plan(program, "channel", 0.5)
 
-    slr = slrc.SLR(dict(model.named_parameters()), plan, slrc.SLRSettings(rho=0.5))
+    slr = slrc.SLR(dict(model.named_parameters()), plan, 4, slrc.SLRSettings(rho=0.5))
     probe = next(iter(batches))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
 

@@ -116,7 +116,7 @@ def test_probe_leaves_the_running_statistics_alone(tiny_workload: MakeWorkload) 
     statistics = []
     for updates in (1, STEPS):
         workload = tiny_workload(optimizer=frozen)
-        tensors = run(workload, method="slr", updates_per_epoch=updates, retrain_epochs=0).tensors
+        tensors = run(workload, method="slr", updates_per_epoch=updates, recalibration_batches=0).tensors
         statistics.append({n: t for n, t in tensors.items() if "running" in n or "num_batches" in n})
         assert tensors["bn1.num_batches_tracked"] == 2 * STEPS
     assert all(torch.equal(t, statistics[1][n]) for n, t in statistics[0].items())
@@ -129,7 +129,7 @@ def test_probe_is_the_same_data_in_evaluation_mode(tiny_workload: MakeWorkload) 
         seen.append((model.training, torch.is_grad_enabled(), batch[0]))
         return slrc.cross_entropy(model, batch)
 
-    run(tiny_workload(loss=loss), probe_batches=3)
+    run(tiny_workload(loss=loss), probe_batches=3, recalibration_batches=0)
     probes = [x for training, grad, x in seen if not training and not grad]
     assert len(probes) == 3 * (1 + 4)
     assert all(torch.equal(x, probes[i % 3]) for i, x in enumerate(probes))
@@ -155,7 +155,7 @@ def test_bf16_trains_in_bf16_and_evaluates_in_float32(tiny_workload: MakeWorkloa
         return {"x": 1.0}
 
     workload = tiny_workload(loss=loss, evaluate=evaluate)
-    trained = run(workload, precision="bf16", retrain_epochs=retrain_epochs)
+    trained = run(workload, precision="bf16", retrain_epochs=retrain_epochs, recalibration_batches=0)
     assert trained_in == {torch.bfloat16}
     assert evaluated_in == {torch.float32}
     assert {t.dtype for n, t in trained.tensors.items() if "num_batches" not in n} == {torch.float32}
@@ -251,7 +251,7 @@ def test_a_model_may_be_trained_twice(tiny_workload: MakeWorkload) -> None:
     workload = tiny_workload(loss=loss)
     for precision, expected in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
         trained_in.clear()
-        run(workload, epochs=1, precision=precision)
+        run(workload, epochs=1, precision=precision, recalibration_batches=0)
         assert set(trained_in) == {expected}
 
 
@@ -361,7 +361,19 @@ def test_empty_batches(tiny_workload: MakeWorkload, empty: Any) -> None:
 def test_batches_that_run_dry_later(tiny_workload: MakeWorkload, tiny_data: TensorDataset) -> None:
     batches = Batches(tiny_data, first_epochs=3)  # the probe, the count and one epoch
     with pytest.raises(WorkloadError, match="yielded nothing in epoch 2"):
-        run(tiny_workload(train_batches=batches))
+        run(tiny_workload(train_batches=batches), recalibration_batches=0)
+
+
+def test_a_hard_pruned_copy_has_statistics_of_its_own(tiny_workload: MakeWorkload) -> None:
+    """What is measured and what is left behind have the statistics of the pruned weights, on the same data."""
+    for options in ({}, {"precision": "bf16"}, {"epochs": 0, "method": "magnitude"}):
+        seen: list[dict[str, torch.Tensor]] = []
+        workload = tiny_workload(evaluate=lambda m, seen=seen: seen.append(m.state_dict()) or {"x": 1.0})
+        trained = run(workload, **options)
+        hard = seen[-1]
+        assert all(torch.equal(t, trained.tensors[n]) for n, t in hard.items())
+        assert trained.tensors["bn1.num_batches_tracked"] == STEPS
+        assert not torch.equal(hard["bn1.running_mean"], seen[-2]["bn1.running_mean"])
 
 
 class Broken(TensorDataset):

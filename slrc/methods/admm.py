@@ -18,6 +18,7 @@ class ADMMSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     rho: float = Field(default=0.1, gt=0, description="penalty ρ, also the dual step")
+    rho_growth: float = Field(default=1.0, ge=1, description="by how much ρ has grown at the last update")
 
 
 class ADMM(Method):
@@ -26,10 +27,10 @@ class ADMM(Method):
     name: ClassVar[str] = "admm"
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], plan: Plan, settings: ADMMSettings | None = None
+        self, parameters: Mapping[str, nn.Parameter], plan: Plan, updates: int, settings: ADMMSettings | None = None
     ) -> None:
         super().__init__(parameters, plan)
-        self.settings = settings or ADMMSettings()
+        self.settings, self.updates = settings or ADMMSettings(), updates
         self.splitting = Splitting(self, self.settings.rho)
         self.k = 0
 
@@ -43,9 +44,11 @@ class ADMM(Method):
         self.k += 1
         f = loss()
         lagrangian = f + split.penalty(split.difference())
-        split.copies = split.project()
+        split.copies = split.project(self.plan)
         difference = split.difference()
         split.move_multipliers(split.rho, difference)
+        step_size = split.rho
+        split.rho = self.settings.rho * self.settings.rho_growth ** (self.k / self.updates)
         split.refresh()
         record = Iteration(
             k=self.k,
@@ -53,7 +56,7 @@ class ADMM(Method):
             lagrangian=lagrangian,
             accepted_loss=True,
             accepted_projection=True,
-            step_size=split.rho,
+            step_size=step_size,
             residual=norm(difference),
             multiplier_norm=norm(split.multipliers),
         )
@@ -68,4 +71,6 @@ class ADMM(Method):
         """Go on from a checkpoint."""
         self.splitting.load_tensors(state.tensors)
         self.k = int(state.numbers["k"])
+        self.splitting.rho = self.settings.rho * self.settings.rho_growth ** (self.k / self.updates)
+        self.splitting.refresh()
         self.history = list(state.history)

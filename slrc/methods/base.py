@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -34,6 +34,20 @@ class Iteration(BaseModel):
     residual: float
     multiplier_norm: float
 
+    @staticmethod
+    def unpenalised(k: int, loss: float, residual: float) -> Iteration:
+        """Return the record of a method that has no multipliers: its Lagrangian is the loss."""
+        return Iteration(
+            k=k,
+            loss=loss,
+            lagrangian=loss,
+            accepted_loss=True,
+            accepted_projection=True,
+            step_size=0.0,
+            residual=residual,
+            multiplier_norm=0.0,
+        )
+
 
 @dataclass(frozen=True)
 class MethodState:
@@ -50,6 +64,7 @@ class Method(ABC):
         loss.backward()
         method.add_penalty_gradient()      # after every backward pass
         optimizer.step()
+        method.after_step()                # after every step
         ...
         method.update(lambda: f())         # once an outer iteration, f on fixed data
 
@@ -91,6 +106,9 @@ class Method(ABC):
     def add_penalty_gradient(self) -> None:
         """Add the gradient of the method's penalty to the constrained parameters' `.grad`."""
 
+    def after_step(self) -> None:  # noqa: B027
+        """Change the parameters after a step of the optimiser, for methods that do more than penalise."""
+
     @abstractmethod
     def update(self, loss: Callable[[], float]) -> Iteration | None:
         """Do one outer iteration.
@@ -108,25 +126,101 @@ class Method(ABC):
         """Go on from a state that `state` returned."""
 
 
+class MaskedMethod(Method):
+    """A method that trains the live weights under masks which it changes at updates.
+
+    `kept` are the masks in force by tensor, followers' included; none while all is dense. Gradients of pruned weights
+    are cleared too, so that no momentum of theirs builds up.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], plan: Plan) -> None:
+        super().__init__(parameters, plan)
+        self.k = 0
+        self.kept: dict[str, Tensor] = {}
+
+    def prune(self, plan: Plan) -> None:
+        """Put the masks of the weights' projection on `plan` in force."""
+        live = {n: p.detach() for n, p in self.parameters.items()}
+        self.kept = {n: m.to(live[n]) for n, m in Masks.project(plan, live).tensors.items()}
+        self.after_step()
+
+    def release(self) -> None:
+        """Go on dense; pruned weights start from zero."""
+        self.kept = {}
+
+    @torch.no_grad()
+    def add_penalty_gradient(self) -> None:
+        """Clear the gradients of pruned weights."""
+        for name, mask in self.kept.items():
+            gradient = self.parameters[name].grad
+            if gradient is not None:
+                gradient.mul_(mask)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Clear pruned weights."""
+        for name, mask in self.kept.items():
+            self.parameters[name].mul_(mask)
+
+    def record(self, loss: float) -> Iteration:
+        """Return what an update saw, and keep it."""
+        record = Iteration.unpenalised(self.k, loss, dense_residual(self))
+        self.history.append(record)
+        return record
+
+    def state(self) -> MethodState:
+        """The masks in force, k and the history."""
+        tensors = {n: m.bool().cpu() for n, m in self.kept.items()}
+        return MethodState(tensors, {"k": float(self.k)}, tuple(self.history))
+
+    def load_state(self, state: MethodState) -> None:
+        """Go on from a checkpoint."""
+        self.kept = {n: m.to(self.parameters[n]) for n, m in state.tensors.items()}
+        self.k, self.history = int(state.numbers["k"]), list(state.history)
+
+
+class Copies(NamedTuple):
+    """Z for each constrained weight, and where it may be other than zero: all groups that its projection kept."""
+
+    values: list[Tensor]
+    support: list[Tensor]
+
+
 class Splitting:
     """The copy Z of the constrained weights W, the multipliers Λ, and the penalty between them.
 
-    The penalty's gradient is Λ + ρ(W − Z). Λ − ρZ is kept ready, so that a training step pays for two fused additions
-    and nothing enters the autograd graph. Elements of a tensor that no constraint owns stay out of all sums.
+    The penalty's gradient is Λ + ρ(W − Z). Its constant part is kept ready, so that a training step pays for two fused
+    additions and nothing enters the autograd graph. Elements of a tensor that no constraint owns stay out of all sums.
+
+    If Z `follows`, then between two projections Z is minimised exactly on its support, at every step: Z = W + Λ/ρ
+    there. Weights that survive then feel no pull, W − Z is −Λ/ρ for them, and the dual function is −‖Λ‖²/2ρ in their
+    multipliers: a step of ρ brings those to its maximum, zero, and no step goes past it.
+
+    Args:
+        method: whose weights and plan.
+        rho: ρ.
+        follows: whether Z follows W on its support.
     """
 
-    def __init__(self, method: Method, rho: float) -> None:
-        self.method, self.rho = method, rho
+    def __init__(self, method: Method, rho: float, *, follows: bool = False) -> None:
+        self.method, self.rho, self.follows = method, rho, follows
         self.multipliers = [torch.zeros_like(w) for w in method.weights]
         self.owned = self._owned()
-        self.copies = self.project()
+        self.copies = self.project(method.plan)
         self._offsets: list[Tensor] = []
+        self._pulls: list[Tensor] = []
         self.refresh()
 
+    @torch.no_grad()
     def refresh(self) -> None:
-        """Make the penalty's constant part anew, after Z or Λ changed."""
-        with torch.no_grad():
-            self._offsets = [m - self.rho * z for m, z in zip(self.multipliers, self.copies, strict=True)]
+        """Make the penalty's constant parts anew, after Z, Λ or ρ changed."""
+        if self.follows:
+            pulled = [o * ~kept for o, kept in zip(self.owned, self.copies.support, strict=True)]
+            self._offsets = [m * p for m, p in zip(self.multipliers, pulled, strict=True)]
+        else:
+            pulled = self.owned
+            self._offsets = [m - self.rho * z for m, z in zip(self.multipliers, self.copies.values, strict=True)]
+        self._pulls = [p * self.rho for p in pulled]
 
     @torch.no_grad()
     def add_gradient(self) -> None:
@@ -138,30 +232,31 @@ class Splitting:
         gradients = [w.grad for w in weights if w.grad is not None]
         if gradients:
             torch._foreach_add_(gradients, self._offsets)
-        whole = [i for i, owned in enumerate(self.owned) if owned is None]
-        if whole:
-            torch._foreach_add_([gradients[i] for i in whole], [weights[i].data for i in whole], alpha=self.rho)
-        for i, owned in enumerate(self.owned):
-            if owned is not None:
-                gradients[i].addcmul_(weights[i], owned, value=self.rho)
+            torch._foreach_addcmul_(gradients, [w.data for w in weights], self._pulls)
 
     @torch.no_grad()
-    def project(self) -> list[Tensor]:
-        """Return the projection of W + Λ/ρ on the constraint sets; elements nobody owns are zero."""
+    def project(self, plan: Plan, *, multiplied: bool = True) -> Copies:
+        """Return the projection of W + Λ/ρ on the constraint sets of `plan`; elements nobody owns are zero."""
         live = {n: p.detach() for n, p in self.method.parameters.items()}
         for n, w, m in zip(self.method.names, self.method.weights, self.multipliers, strict=True):
-            live[n] = w.detach() + m / self.rho
+            live[n] = w.detach() + m / self.rho if multiplied else w.detach()
         masks = {n: torch.ones(live[n].shape, dtype=torch.bool) for n in self.method.names}
-        for c in self.method.plan:
+        for c in plan:
             c.scatter(c.project(live), masks, followers=False)
-        kept = [live[n] * masks[n].to(live[n].device) for n in self.method.names]
-        return [z if o is None else z * o for z, o in zip(kept, self.owned, strict=True)]
+        support = [masks[n].to(live[n].device) for n in self.method.names]
+        values = [live[n] * kept * o for n, kept, o in zip(self.method.names, support, self.owned, strict=True)]
+        return Copies(values, support)
 
     @torch.no_grad()
-    def difference(self, copies: list[Tensor] | None = None) -> list[Tensor]:
+    def difference(self, copies: Copies | None = None) -> list[Tensor]:
         """Return W − Z."""
-        pairs = zip(self.method.weights, copies or self.copies, self.owned, strict=True)
-        return [(w - z) if o is None else (w - z) * o for w, z, o in pairs]
+        z = copies or self.copies
+        if self.follows:
+            pairs = zip(self.method.weights, self.multipliers, z.support, strict=True)
+            difference = [torch.where(kept, -m / self.rho, w) for w, m, kept in pairs]
+        else:
+            difference = [w - value for w, value in zip(self.method.weights, z.values, strict=True)]
+        return [d * o for d, o in zip(difference, self.owned, strict=True)]
 
     @torch.no_grad()
     def penalty(self, difference: list[Tensor]) -> float:
@@ -170,13 +265,18 @@ class Splitting:
         return linear + 0.5 * self.rho * norm(difference) ** 2
 
     @torch.no_grad()
-    def move_multipliers(self, step: float, difference: list[Tensor]) -> None:
+    def move_multipliers(self, step: float, difference: list[Tensor], copies: Copies | None = None) -> None:
         """Λ ← Λ + step · (W − Z)."""
+        if self.follows:
+            support = (copies or self.copies).support
+            scaled = [torch.where(k, min(1.0, self.rho / step), 1.0) for k in support]
+            difference = [d * scale for d, scale in zip(difference, scaled, strict=True)]
         torch._foreach_add_(self.multipliers, difference, alpha=step)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return Z and Λ by name, for a checkpoint."""
-        state = {f"copy.{n}": z for n, z in zip(self.method.names, self.copies, strict=True)}
+        state = {f"copy.{n}": z for n, z in zip(self.method.names, self.copies.values, strict=True)}
+        state |= {f"support.{n}": kept for n, kept in zip(self.method.names, self.copies.support, strict=True)}
         state |= {f"multiplier.{n}": m for n, m in zip(self.method.names, self.multipliers, strict=True)}
         return {n: t.detach().cpu().contiguous() for n, t in state.items()}
 
@@ -184,12 +284,13 @@ class Splitting:
         """Go on with Z and Λ from a checkpoint."""
         with torch.no_grad():
             for i, n in enumerate(self.method.names):
-                self.copies[i] = self.copies[i].copy_(tensors[f"copy.{n}"])
+                self.copies.values[i].copy_(tensors[f"copy.{n}"])
+                self.copies.support[i].copy_(tensors[f"support.{n}"])
                 self.multipliers[i].copy_(tensors[f"multiplier.{n}"])
         self.refresh()
 
-    def _owned(self) -> list[Tensor | None]:
-        """For tensors that are constrained in part, 1 where some constraint owns the element."""
+    def _owned(self) -> list[Tensor]:
+        """1 where some constraint owns the element, else 0."""
         free = {
             n: torch.ones(p.shape, dtype=torch.bool)
             for n, p in zip(self.method.names, self.method.weights, strict=True)
@@ -197,12 +298,15 @@ class Splitting:
         for c in self.method.plan:
             gathered = c.gather(self.method.parameters)
             c.scatter(torch.zeros(gathered.shape, dtype=torch.bool), free, followers=False)
-        return [
-            (~free[n]).to(w) if bool(free[n].any()) else None
-            for n, w in zip(self.method.names, self.method.weights, strict=True)
-        ]
+        return [(~free[n]).to(w) for n, w in zip(self.method.names, self.method.weights, strict=True)]
 
 
 def norm(tensors: list[Tensor]) -> float:
     """Return the Euclidean norm over all tensors together, summed in float64."""
     return math.sqrt(sum(float(t.double().square().sum()) for t in tensors))
+
+
+def dense_residual(method: Method) -> float:
+    """Return the norm of what hard-pruning the weights, as they are now, would remove."""
+    masks = method.masks().tensors
+    return norm([p.detach() * ~masks[n].to(p.device) for n, p in zip(method.names, method.weights, strict=True)])

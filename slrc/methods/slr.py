@@ -12,12 +12,13 @@ checks and moves again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from slrc.methods.base import Iteration, Method, MethodState, Splitting, norm
+from slrc.methods.gradual import cubic
 from slrc.plans import Plan
 
 
@@ -29,10 +30,15 @@ class SLRSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    rho: float = Field(default=0.1, gt=0, description="penalty ρ")
+    rho: float = Field(default=1.0, gt=0, description="penalty ρ at first")
     s0: float = Field(default=0.01, gt=0, description="first step size")
     M: float = Field(default=300.0, gt=1, description="step-size constant, above 1")
     r: float = Field(default=0.1, gt=0, lt=1, description="step-size exponent, in (0, 1)")
+    rho_growth: float = Field(default=10.0, ge=1, description="by how much ρ has grown at the last update")
+    follow: bool = Field(default=True, description="whether Z follows W between projections where it is not zero")
+    ramp: float = Field(default=0.0, ge=0, le=1, description="share of the updates over which the sparsity rises")
+    cap: float = 0.0
+    score: Literal["multiplied", "weights"] = "multiplied"
 
 
 class SLR(Method):
@@ -40,10 +46,12 @@ class SLR(Method):
 
     name: ClassVar[str] = "slr"
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], plan: Plan, settings: SLRSettings | None = None) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], plan: Plan, updates: int, settings: SLRSettings | None = None
+    ) -> None:
         super().__init__(parameters, plan)
-        self.settings = settings or SLRSettings()
-        self.splitting = Splitting(self, self.settings.rho)
+        self.settings, self.updates = settings or SLRSettings(), updates
+        self.splitting = Splitting(self, self.settings.rho, follows=self.settings.follow)
         self.step_size = self.settings.s0
         self.k = 0
         # L_ρ(W^{k-1}, Z^{k-1}, Λ^k) and ‖W^{k-1} − Z^{k-1}‖, taken when W^{k-1} was live: no copy of W is needed.
@@ -78,17 +86,27 @@ class SLR(Method):
         accepted_loss = self._previous_lagrangian is not None and lagrangian < self._previous_lagrangian
         if accepted_loss:
             self.step_size *= alpha * _ratio(self._previous_residual, old_residual)
+            if self.settings.cap:
+                self.step_size = min(self.step_size, self.settings.cap * split.rho)
             split.move_multipliers(self.step_size, old_difference)
 
-        copies = split.project()
+        old_penalty = split.penalty(old_difference := split.difference())
+        ramp = self.settings.ramp
+        plan = self.plan.partly(cubic(self.k / (ramp * self.updates))) if ramp else self.plan
+        copies = split.project(plan, multiplied=self.settings.score == "multiplied")
         difference = split.difference(copies)
         residual = norm(difference)
-        accepted_projection = split.penalty(difference) < split.penalty(old_difference)
+        new_penalty = split.penalty(difference)
+        accepted_projection = new_penalty <= old_penalty if self.settings.follow else new_penalty < old_penalty
         if accepted_projection:
             self.step_size *= alpha * _ratio(old_residual, residual)
-            split.move_multipliers(self.step_size, difference)
+            if self.settings.cap:
+                self.step_size = min(self.step_size, self.settings.cap * split.rho)
+            split.move_multipliers(self.step_size, difference, copies)
 
         split.copies = copies
+        split.rho = self.settings.rho * self.settings.rho_growth ** (self.k / self.updates)
+        difference = split.difference()
         split.refresh()
         self._previous_lagrangian = f + split.penalty(difference)
         self._previous_residual = residual
@@ -120,6 +138,8 @@ class SLR(Method):
         """Go on from a checkpoint."""
         self.splitting.load_tensors(state.tensors)
         self.step_size, self.k = state.numbers["step_size"], int(state.numbers["k"])
+        self.splitting.rho = self.settings.rho * self.settings.rho_growth ** (self.k / self.updates)
+        self.splitting.refresh()
         self._previous_lagrangian = state.numbers.get("previous_lagrangian")
         self._previous_residual = state.numbers["previous_residual"]
         self.history = list(state.history)

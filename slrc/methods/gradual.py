@@ -1,0 +1,43 @@
+"""Gradual magnitude pruning (Zhu & Gupta, arXiv 1710.01878): more and more groups are pruned while training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from slrc.methods.base import Iteration, MaskedMethod
+from slrc.plans import Plan
+
+
+class GradualSettings(BaseModel):
+    """The schedule of gradual magnitude pruning."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    until: float = Field(default=0.75, gt=0, le=1, description="share of the updates after which all is pruned")
+
+
+class Gradual(MaskedMethod):
+    """At each update, keeps the groups of the largest energy, fewer each time: cubic in time, as in equation 1."""
+
+    name: ClassVar[str] = "gradual"
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], plan: Plan, updates: int, settings: GradualSettings | None = None
+    ) -> None:
+        super().__init__(parameters, plan)
+        self.settings, self.updates = settings or GradualSettings(), updates
+
+    def update(self, loss: Callable[[], float]) -> Iteration:
+        """Prune as far as the schedule has come."""
+        self.k += 1
+        self.prune(self.plan.partly(cubic(self.k / (self.updates * self.settings.until))))
+        return self.record(loss())
+
+
+def cubic(time: float) -> float:
+    """Return the share of the pruning that is done at `time`, from 0 to 1: fast at first, slow at the end."""
+    return 1.0 - (1.0 - min(1.0, time)) ** 3

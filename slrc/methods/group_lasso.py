@@ -1,0 +1,90 @@
+"""Group lasso by proximal steps (Yuan & Lin 2006; Parikh & Boyd, "Proximal Algorithms", section 6.5.4).
+
+After each step of the optimiser every group shrinks by the same amount and vanishes at zero:
+
+    w_g ← w_g · max(0, 1 − τ / ‖w_g‖)
+
+How strong a lasso leads to a given sparsity is not known beforehand. So τ follows a schedule of the sparsity: over the
+steps between two updates it adds up to the norm of the largest group that the schedule drops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from slrc.methods.base import Iteration, Method, MethodState, dense_residual
+from slrc.methods.gradual import cubic
+from slrc.plans import Plan
+
+
+class GroupLassoSettings(BaseModel):
+    """The schedule of the shrinking."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    until: float = Field(default=0.75, gt=0, le=1, description="share of the updates after which the level is reached")
+
+
+class GroupLasso(Method):
+    """Shrinks from the first update on, once it knows how many steps there are between two."""
+
+    name: ClassVar[str] = "group-lasso"
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        plan: Plan,
+        updates: int,
+        settings: GroupLassoSettings | None = None,
+    ) -> None:
+        super().__init__(parameters, plan)
+        self.settings, self.updates = settings or GroupLassoSettings(), updates
+        self.k, self.steps = 0, 0
+        self.shrink: list[Tensor] = []
+        """τ for each constraint: one value for each row of the pattern's view, `(rows, 1)`."""
+
+    def add_penalty_gradient(self) -> None:
+        """Nothing to add: the lasso is not smooth."""
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Shrink all groups."""
+        self.steps += 1
+        for c, shrink in zip(self.plan, self.shrink, strict=False):
+            norms = c.energies(self.parameters).sqrt()
+            c.scale_(self.parameters, (1.0 - shrink / norms.clamp(min=1e-12)).clamp(min=0.0))
+
+    @torch.no_grad()
+    def update(self, loss: Callable[[], float]) -> Iteration:
+        """Choose τ anew."""
+        self.k += 1
+        partly = self.plan.partly(cubic(self.k / (self.updates * self.settings.until)))
+        self.shrink = [self._threshold(c.energies(self.parameters).sqrt(), c.keep) / self.steps for c in partly]
+        self.steps = 0
+        f = loss()
+        record = Iteration.unpenalised(self.k, f, dense_residual(self))
+        self.history.append(record)
+        return record
+
+    @staticmethod
+    def _threshold(norms: Tensor, keep: int) -> Tensor:
+        """Return the norm of the largest group that is not among the first `keep` of its row, `(rows, 1)`."""
+        if keep == norms.shape[1]:
+            return norms.new_zeros((len(norms), 1))
+        return norms.topk(keep + 1, dim=1).values[:, -1:]
+
+    def state(self) -> MethodState:
+        """τ, k and the history."""
+        tensors = {f"shrink.{i}": t.cpu() for i, t in enumerate(self.shrink)}
+        return MethodState(tensors, {"k": float(self.k)}, tuple(self.history))
+
+    def load_state(self, state: MethodState) -> None:
+        """Go on from a checkpoint, which stands at an update."""
+        device = self.weights[0].device if self.names else None
+        self.shrink = [state.tensors[f"shrink.{i}"].to(device) for i in range(len(state.tensors))]
+        self.k, self.history = int(state.numbers["k"]), list(state.history)

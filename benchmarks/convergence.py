@@ -1,17 +1,20 @@
 """SLR against the other methods, on real data: hard-pruned accuracy while training, and after little retraining.
 
     export SLRC_DATA=~/data
-    python benchmarks/convergence.py small              # 30 hours on one core
+    python benchmarks/convergence.py short --out FILE   # two minutes, on scikit-learn's digits
+    python benchmarks/convergence.py small              # Fashion-MNIST: 5 hours on one core
+    python benchmarks/convergence.py middle             # CIFAR-10, ResNet-20: 27 hours on one core without bfloat16
+    python benchmarks/convergence.py wide               # CIFAR-10, larger networks
+    python benchmarks/convergence.py ablation           # parts of SLR's default left out or changed: 1 hour
     python benchmarks/convergence.py small --seeds 1 --only '*unstructured*'
     python benchmarks/convergence.py small & python benchmarks/convergence.py small   # share the rows
-    python benchmarks/convergence.py ablation           # each part of the default left out
-    python benchmarks/convergence.py small --short      # two rows of some seconds, into a file of their own
 
 Every row starts from the same dense weights and takes the same batches, steps and schedule of the learning rate: SGD
 with Nesterov momentum 0.9, 0.01 falling to zero along a cosine, weight decay 5e-4. Twice an epoch a copy is hard-pruned
-and measured, with the running statistics of batch norm as they are and recomputed on 20 batches. Rows of the first seed
-at a middle sparsity are retrained under their masks for 1, 3 and 10 epochs, each with the same schedule anew. A
-validation split of the training images chooses settings; test images only report.
+and measured, with the running statistics of batch norm as they are and recomputed on 20 batches. At middle sparsities
+SLR, ADMM, gradual and one-shot pruning and Torch-Pruning are retrained under their masks for 1, 3 and 10 epochs, each
+with the same schedule anew (first seed). A validation split of the training images chooses settings; test images only
+report.
 
 Rows are appended to `benchmarks/results/convergence.jsonl` as they come; a run goes on with what is missing.
 `convergence_answers.py` makes tables and plots of them.
@@ -25,7 +28,7 @@ import fcntl
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -36,7 +39,7 @@ from typing import Any
 
 import torch
 from convergence_contenders import CONTENDERS, Contender, make_contender
-from convergence_tasks import CACHE, Task, load_task
+from convergence_tasks import CACHE, Images, Task, load_task
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -66,6 +69,7 @@ class Row:
 
 
 METHODS = ("slr", "admm", "admm-rising", "magnitude", "gradual", "ac-dc", "group-lasso", "torch-pruning")
+FASHION = ("fashion-resnet", "fashion-mixer")
 SMALL = {
     "unstructured": (0.8, 0.9, 0.95),
     "block:8x1": (0.5, 0.75, 0.9),
@@ -73,31 +77,39 @@ SMALL = {
     "channel": (0.25, 0.5, 0.75),
     "2:4": (0.5,),
 }
-RETRAINED = [(pattern, s[len(s) // 2]) for pattern, s in SMALL.items()] + [("unstructured", 0.8)]
-MIDDLE = (("unstructured", 0.8), ("unstructured", 0.9), ("block:8x1", 0.75), ("columns:2", 0.5), ("channel", 0.5))
-ABLATION = (("unstructured", 0.9), ("block:8x1", 0.75), ("columns:2", 0.5), ("channel", 0.5), ("2:4", 0.5))
-FASHION = ("fashion-resnet", "fashion-mixer")
-EPOCHS = {"small": 6, "ablation": 6, "middle": 6, "wide": 6}
+MIDDLE = {"unstructured": (0.8, 0.9), "block:8x1": (0.75,), "columns:2": (0.5,), "channel": (0.5,)}
+WIDE = ("cifar-resnet56", "cifar-vgg16", "cifar-mobilenet_v2")
+ABLATION = {"unstructured": (0.9,), "block:8x1": (0.75,)}
+MIDDLE_SPARSITIES = {"unstructured": 0.9, "block:8x1": 0.75, "columns:2": 0.5, "channel": 0.5, "2:4": 0.5}
+RETRAINED = ("slr", "admm", "gradual", "magnitude", "torch-pruning")
+EPOCHS = 6
+TIERS = ("short", "small", "middle", "wide", "ablation")
 
 
 def rows_of(tier: str, seeds: int) -> Iterator[Row]:
-    """Yield a tier's rows: all of a seed before the next one, so that what is there at any time can be compared."""
-    for seed in range(seeds):
-        if tier == "small":
-            for pattern, sparsities in SMALL.items():
-                for sparsity, network, name in itertools.product(sparsities, FASHION, METHODS):
-                    if name != "torch-pruning" or pattern == "channel":
-                        yield Row(tier, network, pattern, sparsity, name, seed)
-        elif tier == "ablation":
-            names = [n for n in CONTENDERS if n not in METHODS] + ["slr"]
-            for (pattern, sparsity), network, name in itertools.product(ABLATION, FASHION, names):
-                yield Row(tier, network, pattern, sparsity, name, seed)
+    """Yield a tier's rows: a seed before the next one, middle sparsities first, so that what there is compares."""
+    ablated = [name for name in CONTENDERS if name not in METHODS]
+    cases: dict[str, tuple[Mapping[str, tuple[float, ...]], Sequence[str], Sequence[str]]] = {
+        "short": ({"channel": (0.5,)}, ("digits-net",), METHODS),
+        "small": (SMALL, FASHION, METHODS),
+        "middle": (MIDDLE, ("cifar-resnet20",), ("slr", "admm", "gradual", "ac-dc")),
+        "wide": ({"block:8x1": (0.75,)}, WIDE, ("slr", "admm")),
+        "ablation": (ABLATION, FASHION, ablated),
+    }
+    patterns, networks, names = cases[tier]
+    for seed in range(1 if tier in ("short", "wide") else seeds):
+        rows = []
+        for pattern, sparsities in patterns.items():
+            for sparsity, network, name in itertools.product(sparsities, networks, names):
+                if name != "torch-pruning" or pattern == "channel":
+                    rows.append(Row(tier, network, pattern, sparsity, name, seed))
+        yield from sorted(rows, key=lambda row: MIDDLE_SPARSITIES[row.pattern] != row.sparsity)
 
 
 @lru_cache(maxsize=4)
-def plan_of(network: str, pattern: str, sparsity: float, train: int) -> slrc.Plan:
+def plan_of(network: str, pattern: str, sparsity: float) -> slrc.Plan:
     """Return the plan, alike for every method and seed."""
-    task = load_task(network, train)
+    task = load_task(network)
     workload = slrc.Workload(model=task.make(), example_inputs=(task.example,))
     return slrc.plan(slrc.capture(workload), pattern, sparsity)
 
@@ -152,34 +164,35 @@ class Run:
                 self.method_s += time.perf_counter() - before
                 self.train_s += time.perf_counter() - started
                 if i in measured:
-                    self.curve.append(self.measure(epoch + i / self.steps))
+                    self.curve.append({"epoch": round(epoch + i / self.steps, 3), **self.measure(self.task.glance)})
 
-    def measure(self, epoch: float) -> dict[str, float]:
-        """Return the accuracies of the live model and of a hard-pruned copy, in percent."""
-        state = torch.get_rng_state()
+    def measure(self, test: Images, key: str = "") -> dict[str, float]:
+        """Return the accuracies of a hard-pruned copy, in percent, with batch norm as it is and recalibrated."""
         pruned, _ = self.contender.prune(copy.deepcopy(self.model))
-        record = {"epoch": round(epoch, 3), "live": self.accuracy(self.model, self.task.test)}
-        record |= {"hard": self.accuracy(pruned, self.task.test)}
-        record |= {"hard_val": self.accuracy(pruned, self.task.validation)}
-        recalibrate_batch_norm(pruned, lambda m, batch: m(batch[0]), self.recalibration, RECALIBRATION_BATCHES)
-        record |= {"hard_bn": self.accuracy(pruned, self.task.test)}
-        record |= {"hard_bn_val": self.accuracy(pruned, self.task.validation)}
-        torch.set_rng_state(state)
-        return record
+        record = {f"hard{key}": self.accuracy(pruned, test)}
+        self.recalibrate(pruned)
+        return record | {f"hard_bn{key}": self.accuracy(pruned, test)}
 
-    def accuracy(self, model: nn.Module, images: tuple[torch.Tensor, torch.Tensor]) -> float:
+    def recalibrate(self, pruned: nn.Module) -> None:
+        """Take batch-norm statistics anew, on the same batches each time."""
+        recalibrate_batch_norm(pruned, lambda m, batch: m(batch[0]), self.recalibration, RECALIBRATION_BATCHES)
+
+    def accuracy(self, model: nn.Module, images: Images) -> float:
         """Return the share of images that `model` gets right, in percent."""
         training = model.training
         model.eval()
+        right = seen = 0
         with torch.no_grad():
-            right = self.task.accuracy(model, *images)
+            for x, y in images:
+                right += int((model(x).argmax(1) == y).sum())
+                seen += len(y)
         model.train(training)
-        return round(100 * right, 3)
+        return round(100 * right / seen, 3)
 
     def retrain(self, epochs: int) -> float:
         """Return a hard-pruned copy's accuracy after some epochs under its masks."""
         model, masks = self.contender.prune(copy.deepcopy(self.model))
-        recalibrate_batch_norm(model, lambda m, batch: m(batch[0]), self.recalibration, RECALIBRATION_BATCHES)
+        self.recalibrate(model)
         optimizer, schedule = make_optimizer(model, epochs * self.steps)
         parameters = dict(model.named_parameters())
         for epoch in range(epochs):
@@ -200,22 +213,28 @@ def make_optimizer(model: nn.Module, steps: int) -> tuple[torch.optim.Optimizer,
     return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
 
-def run_row(row: Row, *, short: bool) -> dict[str, Any]:
+def run_row(row: Row) -> dict[str, Any]:
     """Train, measure and retrain one row."""
     started = time.perf_counter()
-    train = 1_000 if short else 10_000
-    task = load_task(row.network, train)
-    run = Run(row, task, plan_of(row.network, row.pattern, row.sparsity, train), 2 if short else EPOCHS[row.tier])
+    task = load_task(row.network)
+    plan = plan_of(row.network, row.pattern, row.sparsity)
+    run = Run(row, task, plan, EPOCHS)
     dense = run.accuracy(run.model, task.test), run.accuracy(run.model, task.validation)
     run.train()
     steps = run.epochs * run.steps
-    retrains = row.seed == 0 and row.tier != "ablation" and (row.pattern, row.sparsity) in RETRAINED
+    middle = MIDDLE_SPARSITIES[row.pattern] == row.sparsity
+    retrains = row.seed == 0 and row.tier in ("short", "small") and row.contender in RETRAINED and middle
     return {
         "row": str(row),
         "dense": dense[0],
         "dense_val": dense[1],
         "curve": run.curve,
-        "retrained": {e: run.retrain(e) for e in (RETRAINING[:1] if short else RETRAINING)} if retrains else {},
+        "final": {
+            "live": run.accuracy(run.model, task.test),
+            **run.measure(task.test),
+            **run.measure(task.validation, "_val"),
+        },
+        "retrained": {e: run.retrain(e) for e in RETRAINING} if retrains else {},
         "history": run.contender.summary(),
         "step_ms": round(1e3 * run.train_s / steps, 3),
         "method_ms": round(1e3 * run.method_s / steps, 3),
@@ -244,33 +263,40 @@ def read_rows(path: Path) -> dict[str, dict[str, Any]]:
     return {row["row"]: row for row in map(json.loads, lines)}
 
 
+def describe(result: dict[str, Any]) -> str:
+    """Return a line about a row."""
+    if "error" in result:
+        return f"{result['row']}: {result['error']}"
+    return f"{result['row']}: {result['final']['hard_bn']:.1f} of {result['dense']:.1f} %, {result['seconds']:.0f} s"
+
+
 def main() -> None:
     """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tier", choices=EPOCHS)
+    parser.add_argument("tier", choices=TIERS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="*", help="a glob over names of rows")
     parser.add_argument("--threads", type=int, default=1, help="small layers gain nothing from more")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--short", action="store_true", help="two rows on little data, into a file of their own")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # weights on their way to zero; arithmetic with denormals is slow
     rows = [r for r in rows_of(args.tier, args.seeds) if fnmatch(str(r), args.only)]
     out = args.out
-    if args.short:
-        out, rows = out.with_name("convergence-short.jsonl"), rows[:2]
-        out.unlink(missing_ok=True)
     out.parent.mkdir(exist_ok=True)
     for row in rows:
         with claim(row) as mine:
             if not mine or str(row) in read_rows(out):
                 continue
-            result = run_row(row, short=args.short)
+            try:
+                result = run_row(row)
+            except Exception as error:
+                if row.contender != "torch-pruning":  # which cannot do every network
+                    raise
+                result = {"row": str(row), "error": f"{type(error).__name__}: {error}"}
             with out.open("a") as file:
                 file.write(json.dumps(result) + "\n")
-            last = result["curve"][-1]
-            print(f"{row}: {last['hard_bn']:.1f} of {result['dense']:.1f} %, {result['seconds']:.0f} s", flush=True)
+            print(describe(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 import slrc
-from slrc.methods import ADMMSettings, MethodName, MethodSettings, make_method
+from slrc.methods import ADMMSettings, MethodName, MethodSettings, SLRSettings, make_method
 from slrc.plans import Masks
 
 
@@ -22,6 +22,11 @@ class Settings:
     updates_per_epoch: int = 2
 
 
+def slr(**values: Any) -> Settings:
+    """Return SLR with something changed."""
+    return Settings(MethodName.SLR, MethodSettings(slr=SLRSettings(**values)))
+
+
 CONTENDERS: Mapping[str, Settings] = {
     "slr": Settings(MethodName.SLR),
     "admm": Settings(MethodName.ADMM),
@@ -31,7 +36,18 @@ CONTENDERS: Mapping[str, Settings] = {
     "ac-dc": Settings(MethodName.AC_DC),
     "group-lasso": Settings(MethodName.GROUP_LASSO),
     "torch-pruning": Settings(None),
+    "slr: the paper's": slr(rho=0.1, rho_growth=1.0, follow=False),
+    "slr: Z stays": slr(follow=False),
+    "slr: ρ constant": slr(rho_growth=1.0),
+    "slr: ρ to 10 ρ from 0.3": slr(rho=0.3),
+    "slr: ρ to 10 ρ from 3": slr(rho=3.0),
+    "slr: s0 = 0.001": slr(s0=0.001),
+    "slr: s0 = 0.1": slr(s0=0.1),
+    "slr: M = 10": slr(M=10.0),
+    "slr: r = 0.5": slr(r=0.5),
+    "slr: 6 updates an epoch": Settings(MethodName.SLR, updates_per_epoch=6),
 }
+"""Those after Torch-Pruning leave out or change a part of SLR's default."""
 
 
 class Contender(Protocol):

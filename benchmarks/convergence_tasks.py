@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_model
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import slrc
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import cifar10
+import digits
 import fashion_mnist
 
 CACHE = Path(os.environ.get("SLRC_CACHE", "~/.cache/slrc")).expanduser()
-Images = tuple[Tensor, Tensor]
+Images = Iterable[tuple[Tensor, Tensor]]
+"""Batches `(x, y)` that can be read again and again."""
 
 
 @dataclass(frozen=True)
 class Task:
     """What a row trains and measures on.
 
-    `validation` is a part of the training images that no training sees; `test` only ever reports.
+    `validation` is a part of the training images that no training sees; `test` only ever reports, and `glance` is a
+    part of it, looked at while training goes on.
     """
 
     make: Callable[[], nn.Module]
@@ -35,33 +41,143 @@ class Task:
     batches: Iterable[Any]
     validation: Images
     test: Images
-    accuracy: Callable[..., float]
-    """`accuracy(model, pixels, labels)` of a model in evaluation mode."""
-
-
-FASHION_TRAIN, FASHION_VALIDATION, FASHION_TEST, FASHION_DENSE_EPOCHS = 10_000, 2_000, 4_000, 40
+    glance: Images
 
 
 @lru_cache(maxsize=1)
-def load_task(network: str, train: int = FASHION_TRAIN) -> Task:
-    """Return the task of a network: `fashion-resnet` or `fashion-mixer`."""
-    name = network.removeprefix("fashion-")
+def load_task(network: str) -> Task:
+    """Return the task of a network, such as `fashion-resnet`, `cifar-resnet20` or `images-torchvision:resnet50`."""
+    data, name = network.split("-", 1)
+    makers = {"digits": digits_task, "fashion": fashion_task, "cifar": cifar_task, "images": images_task}
+    return makers[data](name)
+
+
+@dataclass(frozen=True)
+class Normalized:
+    """Images kept as bytes, normalised batch by batch."""
+
+    pixels: Tensor
+    labels: Tensor
+    normalize: Callable[[Tensor], Tensor]
+    batch_size: int = 500
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for x, y in zip(self.pixels.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
+            yield self.normalize(x), y
+
+    def thin(self, every: int) -> Normalized:
+        """Return one of every so many images."""
+        return Normalized(self.pixels[::every], self.labels[::every], self.normalize)
+
+
+def start_of(network: Callable[[], nn.Module], name: str, train: Callable[[nn.Module], None]) -> nn.Module:
+    """Return a network with dense weights, trained once and cached."""
+    torch.manual_seed(0)
+    return slrc.cached_weights(network(), CACHE / f"convergence-{name}.safetensors", train)
+
+
+def digits_task(name: str) -> Task:
+    """scikit-learn's digits, always at hand: a small network that is trained in a second."""
+    train, test = digits.data()
+    x, y = train.tensors
+    batches = DataLoader(TensorDataset(x[200:], y[200:]), 32, shuffle=True, drop_last=True)
+    images = Normalized(*test.tensors, lambda x: x)
+    return Task(
+        make=lambda: start_of(
+            lambda: digits.DigitsNet(width=8), f"digits-{name}", lambda m: digits.train_dense(m, batches)
+        ),
+        example=x[:1],
+        batches=batches,
+        validation=Normalized(x[:200], y[:200], lambda x: x),
+        test=images,
+        glance=images,
+    )
+
+
+def fashion_task(name: str) -> Task:
+    """Fashion-MNIST: 10,000 training images and 5,000 for validation; dense networks train for 40 epochs."""
+    train, epochs = 10_000, 40
     pixels, labels = fashion_mnist.load_images("train")
-    test = fashion_mnist.load_images("test")
     batches = fashion_mnist.Batches(pixels[:train], labels[:train])
-    dense = CACHE / f"convergence-{network}-{train}-{FASHION_DENSE_EPOCHS}epochs.safetensors"
+    test = Normalized(*fashion_mnist.load_images("test"), fashion_mnist.normalize)
 
     def make() -> nn.Module:
-        torch.manual_seed(0)
-        return slrc.cached_weights(
-            fashion_mnist.NETWORKS[name](), dense, lambda m: fashion_mnist.train_dense(m, batches, FASHION_DENSE_EPOCHS)
-        )
+        cached = f"fashion-{name}-{train}-{epochs}epochs"
+        return start_of(fashion_mnist.NETWORKS[name], cached, lambda m: fashion_mnist.train_dense(m, batches, epochs))
 
     return Task(
         make=make,
-        example=fashion_mnist.normalize(test[0][:1]),
+        example=fashion_mnist.normalize(test.pixels[:1]),
         batches=batches,
-        validation=(pixels[-FASHION_VALIDATION:], labels[-FASHION_VALIDATION:]),
-        test=(test[0][:FASHION_TEST], test[1][:FASHION_TEST]),
-        accuracy=fashion_mnist.accuracy,
+        validation=Normalized(pixels[-5_000:], labels[-5_000:], fashion_mnist.normalize),
+        test=test,
+        glance=test.thin(4),
+    )
+
+
+def cifar_task(name: str) -> Task:
+    """CIFAR-10: every tenth training image is for validation.
+
+    The dense start comes from `$SLRC_DATA/weights/cifar10_NAME.safetensors` where there is one, and then has seen the
+    validation images.
+    """
+    data, variant = cifar10.find_data()
+    pixels, labels = cifar10.load_images("train")
+    held = torch.arange(len(labels)) % 10 == 9
+    batches = cifar10.Batches(pixels[~held], labels[~held])
+    test = Normalized(*cifar10.load_images("test"), cifar10.normalize)
+    weights = data.parent / "weights" / f"cifar10_{name}.safetensors"
+    adapts = weights.exists()
+    epochs, lr = (cifar10.ADAPT_EPOCHS, cifar10.ADAPT_LR) if adapts else (cifar10.SCRATCH_EPOCHS, cifar10.SCRATCH_LR)
+
+    def train(model: nn.Module) -> None:
+        if adapts:
+            load_model(model, str(weights))
+        cifar10.train_dense(model, batches, lr, epochs, name)
+
+    return Task(
+        make=lambda: start_of(cifar10.NETWORKS[name], f"cifar-{variant}-{name}-{epochs}epochs", train),
+        example=cifar10.normalize(test.pixels[:1]).contiguous(),
+        batches=batches,
+        validation=Normalized(pixels[held], labels[held], cifar10.normalize),
+        test=test,
+        glance=test.thin(4),
+    )
+
+
+def images_task(name: str) -> Task:
+    """A pretrained network, `torchvision:NAME` or `timm:NAME`, and the folders `train` and `val` in `$SLRC_IMAGES`.
+
+    Each holds a folder of images for every class, in the order of the network's outputs; every 50th training image is
+    for validation.
+    """
+    from torchvision import datasets, models, transforms
+
+    source, model_name = name.split(":", 1)
+    root = Path(os.environ["SLRC_IMAGES"])
+    scale = transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+    )
+    still = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), scale])
+    moved = transforms.Compose([transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), scale])
+
+    def loader(split: str, transform: Any, keep: Callable[[int], bool], shuffle: bool) -> DataLoader[Any]:
+        folder = datasets.ImageFolder(str(root / split), transform)
+        kept = [i for i in range(len(folder)) if keep(i)]
+        return DataLoader(Subset(folder, kept), 64, shuffle=shuffle, num_workers=2, drop_last=shuffle)
+
+    def make() -> nn.Module:
+        if source == "timm":
+            import timm
+
+            return timm.create_model(model_name, pretrained=True)
+        return models.get_model(model_name, weights="DEFAULT")
+
+    return Task(
+        make=make,
+        example=torch.zeros(1, 3, 224, 224),
+        batches=loader("train", moved, lambda i: i % 50 != 49, True),
+        validation=loader("train", still, lambda i: i % 50 == 49, False),
+        test=loader("val", still, lambda i: True, False),
+        glance=loader("val", still, lambda i: i % 10 == 0, False),
     )

@@ -44,7 +44,7 @@ class ADMM(Method):
         self.k += 1
         f = loss()
         lagrangian = f + split.penalty(split.difference())
-        split.copies = split.project(self.plan)
+        split.copies = split.project()
         difference = split.difference()
         split.move_multipliers(split.rho, difference)
         step_size = split.rho

@@ -206,7 +206,7 @@ class Splitting:
         self.method, self.rho, self.follows = method, rho, follows
         self.multipliers = [torch.zeros_like(w) for w in method.weights]
         self.owned = self._owned()
-        self.copies = self.project(method.plan)
+        self.copies = self.project()
         self._offsets: list[Tensor] = []
         self._pulls: list[Tensor] = []
         self.refresh()
@@ -235,13 +235,13 @@ class Splitting:
             torch._foreach_addcmul_(gradients, [w.data for w in weights], self._pulls)
 
     @torch.no_grad()
-    def project(self, plan: Plan, *, multiplied: bool = True) -> Copies:
-        """Return the projection of W + Λ/ρ on the constraint sets of `plan`; elements nobody owns are zero."""
+    def project(self) -> Copies:
+        """Return the projection of W + Λ/ρ on the constraint sets; elements nobody owns are zero."""
         live = {n: p.detach() for n, p in self.method.parameters.items()}
         for n, w, m in zip(self.method.names, self.method.weights, self.multipliers, strict=True):
-            live[n] = w.detach() + m / self.rho if multiplied else w.detach()
+            live[n] = w.detach() + m / self.rho
         masks = {n: torch.ones(live[n].shape, dtype=torch.bool) for n in self.method.names}
-        for c in plan:
+        for c in self.method.plan:
             c.scatter(c.project(live), masks, followers=False)
         support = [masks[n].to(live[n].device) for n in self.method.names]
         values = [live[n] * kept * o for n, kept, o in zip(self.method.names, support, self.owned, strict=True)]

@@ -12,13 +12,12 @@ checks and moves again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from slrc.methods.base import Iteration, Method, MethodState, Splitting, norm
-from slrc.methods.gradual import cubic
 from slrc.plans import Plan
 
 
@@ -36,9 +35,6 @@ class SLRSettings(BaseModel):
     r: float = Field(default=0.1, gt=0, lt=1, description="step-size exponent, in (0, 1)")
     rho_growth: float = Field(default=10.0, ge=1, description="by how much ρ has grown at the last update")
     follow: bool = Field(default=True, description="whether Z follows W between projections where it is not zero")
-    ramp: float = Field(default=0.0, ge=0, le=1, description="share of the updates over which the sparsity rises")
-    cap: float = 0.0
-    score: Literal["multiplied", "weights"] = "multiplied"
 
 
 class SLR(Method):
@@ -86,22 +82,16 @@ class SLR(Method):
         accepted_loss = self._previous_lagrangian is not None and lagrangian < self._previous_lagrangian
         if accepted_loss:
             self.step_size *= alpha * _ratio(self._previous_residual, old_residual)
-            if self.settings.cap:
-                self.step_size = min(self.step_size, self.settings.cap * split.rho)
             split.move_multipliers(self.step_size, old_difference)
 
         old_penalty = split.penalty(old_difference := split.difference())
-        ramp = self.settings.ramp
-        plan = self.plan.partly(cubic(self.k / (ramp * self.updates))) if ramp else self.plan
-        copies = split.project(plan, multiplied=self.settings.score == "multiplied")
+        copies = split.project()
         difference = split.difference(copies)
         residual = norm(difference)
         new_penalty = split.penalty(difference)
         accepted_projection = new_penalty <= old_penalty if self.settings.follow else new_penalty < old_penalty
         if accepted_projection:
             self.step_size *= alpha * _ratio(old_residual, residual)
-            if self.settings.cap:
-                self.step_size = min(self.step_size, self.settings.cap * split.rho)
             split.move_multipliers(self.step_size, difference, copies)
 
         split.copies = copies

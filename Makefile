@@ -10,7 +10,7 @@ JOBS ?= 2
 .PHONY: demo test dev lint clean
 
 demo: .venv/package
-	$(BIN)/slrc compile examples/digits.py --pattern channel --sparsity 0.5 --epochs 15 --target ort --threads 1 \
+	$(BIN)/slrc compile examples/digits.py --pattern channel --sparsity 0.5 --epochs 5 --target ort --threads 1 \
 	    --out build/digits --overwrite
 
 test: lint

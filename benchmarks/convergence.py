@@ -5,15 +5,15 @@
     python benchmarks/convergence.py small              # Fashion-MNIST: 5 hours on one core
     python benchmarks/convergence.py middle             # CIFAR-10, ResNet-20: 27 hours on one core without bfloat16
     python benchmarks/convergence.py wide               # CIFAR-10, larger networks
+    python benchmarks/convergence.py retraining         # 1, 3 and 10 epochs after hard-pruning, small: 2 hours
     python benchmarks/convergence.py ablation           # parts of SLR's default left out or changed: 1 hour
     python benchmarks/convergence.py small --seeds 1 --only '*unstructured*'
     python benchmarks/convergence.py small & python benchmarks/convergence.py small   # share the rows
 
 Every row starts from the same dense weights and takes the same batches, steps and schedule of the learning rate: SGD
 with Nesterov momentum 0.9, 0.01 falling to zero along a cosine, weight decay 5e-4. Twice an epoch a copy is hard-pruned
-and measured, with the running statistics of batch norm as they are and recomputed on 20 batches. At middle sparsities
-SLR, ADMM, gradual and one-shot pruning and Torch-Pruning are retrained under their masks for 1, 3 and 10 epochs, each
-with the same schedule anew (first seed). A validation split of the training images chooses settings; test images only
+and measured, with the running statistics of batch norm as they are and recomputed on 20 batches. Retraining goes under
+the masks, with the same schedule anew. A validation split of the training images chooses settings; test images only
 report.
 
 Rows are appended to `benchmarks/results/convergence.jsonl` as they come; a run goes on with what is missing.
@@ -83,7 +83,7 @@ ABLATION = {"unstructured": (0.9,), "block:8x1": (0.75,)}
 MIDDLE_SPARSITIES = {"unstructured": 0.9, "block:8x1": 0.75, "columns:2": 0.5, "channel": 0.5, "2:4": 0.5}
 RETRAINED = ("slr", "admm", "gradual", "magnitude", "torch-pruning")
 EPOCHS = 6
-TIERS = ("short", "small", "middle", "wide", "ablation")
+TIERS = ("short", "small", "middle", "wide", "retraining", "ablation")
 
 
 def rows_of(tier: str, seeds: int) -> Iterator[Row]:
@@ -94,10 +94,11 @@ def rows_of(tier: str, seeds: int) -> Iterator[Row]:
         "small": (SMALL, FASHION, METHODS),
         "middle": (MIDDLE, ("cifar-resnet20",), ("slr", "admm", "gradual", "ac-dc")),
         "wide": ({"block:8x1": (0.75,)}, WIDE, ("slr", "admm")),
+        "retraining": ({p: (s,) for p, s in MIDDLE_SPARSITIES.items()}, FASHION, RETRAINED),
         "ablation": (ABLATION, FASHION, ablated),
     }
     patterns, networks, names = cases[tier]
-    for seed in range(1 if tier in ("short", "wide") else seeds):
+    for seed in range(1 if tier in ("short", "wide", "retraining", "ablation") else seeds):
         rows = []
         for pattern, sparsities in patterns.items():
             for sparsity, network, name in itertools.product(sparsities, networks, names):
@@ -222,8 +223,7 @@ def run_row(row: Row) -> dict[str, Any]:
     dense = run.accuracy(run.model, task.test), run.accuracy(run.model, task.validation)
     run.train()
     steps = run.epochs * run.steps
-    middle = MIDDLE_SPARSITIES[row.pattern] == row.sparsity
-    retrains = row.seed == 0 and row.tier in ("short", "small") and row.contender in RETRAINED and middle
+    retrains = row.tier in ("short", "retraining")
     return {
         "row": str(row),
         "dense": dense[0],

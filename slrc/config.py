@@ -150,7 +150,14 @@ def _read_toml(file: Path) -> dict[str, Any]:
         ) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"configuration file `{file}` cannot be read: {error}") from None
-    return {key.replace("-", "_"): value for key, value in data.items()}
+    return _with_underscores(data)
+
+
+def _with_underscores(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key.replace("-", "_"): _with_underscores(value) if isinstance(value, dict) else value
+        for key, value in table.items()
+    }
 
 
 def _config_error(error: ValidationError, file: Path | None, options: Mapping[str, Any]) -> ConfigError:

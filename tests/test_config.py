@@ -175,7 +175,12 @@ def test_known_options_are_listed_as_they_are_written() -> None:
 def test_the_known_options_of_a_table_are_listed(toml: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         make_config({}, toml("[slr]\nrow = 1.0"))
-    assert caught.value.hint == "known options: rho, rho-growth, s0, M, r, follow"
+    assert caught.value.hint == "known options: rho, s0, M, r, rho-growth, follow"
+
+
+def test_a_table_takes_names_as_they_are_listed(toml: Any) -> None:
+    config = make_config({}, toml("[slr]\nrho-growth = 3.0\nfollow = false\n[ac-dc]\nphase = 2"))
+    assert (config.slr.rho_growth, config.slr.follow, config.ac_dc.phase) == (3.0, False, 2)
 
 
 def test_a_file_that_is_missing(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """SLR against the other methods, on real data: hard-pruned accuracy while training, and after little retraining.
 
     export SLRC_DATA=~/data
-    python benchmarks/convergence.py short --out FILE   # two minutes, on scikit-learn's digits
+    python benchmarks/convergence.py short --out FILE   # half a minute, on scikit-learn's digits
     python benchmarks/convergence.py small              # Fashion-MNIST: 5 hours on one core
     python benchmarks/convergence.py middle             # CIFAR-10, ResNet-20: 27 hours on one core without bfloat16
     python benchmarks/convergence.py wide               # CIFAR-10, larger networks
@@ -219,11 +219,11 @@ def run_row(row: Row) -> dict[str, Any]:
     started = time.perf_counter()
     task = load_task(row.network)
     plan = plan_of(row.network, row.pattern, row.sparsity)
-    run = Run(row, task, plan, EPOCHS)
+    run = Run(row, task, plan, 3 if row.tier == "short" else EPOCHS)
     dense = run.accuracy(run.model, task.test), run.accuracy(run.model, task.validation)
     run.train()
     steps = run.epochs * run.steps
-    retrains = row.tier in ("short", "retraining")
+    retraining = {"short": RETRAINING[:1], "retraining": RETRAINING}.get(row.tier, ())
     return {
         "row": str(row),
         "dense": dense[0],
@@ -234,7 +234,7 @@ def run_row(row: Row) -> dict[str, Any]:
             **run.measure(task.test),
             **run.measure(task.validation, "_val"),
         },
-        "retrained": {e: run.retrain(e) for e in RETRAINING} if retrains else {},
+        "retrained": {e: run.retrain(e) for e in retraining},
         "history": run.contender.summary(),
         "step_ms": round(1e3 * run.train_s / steps, 3),
         "method_ms": round(1e3 * run.method_s / steps, 3),

@@ -1,0 +1,54 @@
+"""The comparison of methods in its short form: it measures, resumes, and answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def run(script: str, *arguments: str, cache: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), *arguments],
+        env={**os.environ, "SLRC_CACHE": str(cache)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_short_form_measures_resumes_and_answers(tmp_path: Path) -> None:
+    rows, both = (
+        tmp_path / "rows.jsonl",
+        ["short", "--only", "*/[sg][lr][ra]*/*", "--out", str(tmp_path / "rows.jsonl")],
+    )
+    printed = run("convergence.py", *both, cache=tmp_path)
+    by_name = {row["row"].split("/")[3]: row for row in map(json.loads, rows.read_text().splitlines())}
+    assert by_name.keys() == {"slr", "gradual"}
+    assert printed.count("\n") == 2
+    slr = by_name["slr"]
+    assert [point["epoch"] for point in slr["curve"]] == [0.5 * i for i in range(1, 7)]
+    assert len(slr["history"]) == 6
+    assert slr["final"]["hard_bn"] > 80
+    assert slr["retrained"].keys() == {"1"}
+    assert slr["history"][-1]["residual"] < 0.2 * slr["history"][0]["residual"]
+
+    before = rows.read_bytes()
+    rows.write_bytes(b"".join(before.splitlines(keepends=True)[:1]))  # as if it had been interrupted
+    assert run("convergence.py", *both, cache=tmp_path).count("\n") == 1
+    assert len(rows.read_text().splitlines()) == 2
+    assert run("convergence.py", *both, cache=tmp_path) == ""
+
+    rows.write_text(rows.read_text().replace("short/", "small/"))
+    answers = run("convergence_answers.py", "--rows", str(rows), "--out", str(tmp_path / "answers"), cache=tmp_path)
+    assert f"{slr['final']['hard_bn']:.2f}" in answers
+    assert (tmp_path / "answers" / "convergence.md").read_text() == answers.removesuffix("\n")
+    assert "SLR" in answers
+    assert "<svg" in (tmp_path / "answers" / "convergence_curves.svg").read_text()

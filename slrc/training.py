@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -178,7 +179,7 @@ class _Trainer:
 
     def _run_sparse_phase(self) -> None:
         epochs = self.config.epochs if self.workload.train_batches is not None else 0
-        updates = epochs * self.config.updates_per_epoch
+        updates = epochs * len(update_steps(self.steps, self.config.updates_per_epoch)) if epochs else 0
         self.method = make_method(self.method_name, _parameters(self.model), self.plan, updates, self.config)
         if epochs:
             self._read_probe()
@@ -217,6 +218,12 @@ class _Trainer:
 
         return _Phase(RETRAIN, self.config.retrain_epochs, after_step=keep_pruned)
 
+    @cached_property
+    def steps(self) -> int:
+        """Steps of an epoch in each process."""
+        assert self.workload.train_batches is not None
+        return count_steps(self.workload.train_batches, self.accelerator.num_processes, self.config.seed)
+
     def probe_loss(self) -> float:
         """Return f on the fixed probe batches, in evaluation mode and without a gradient."""
         training = self.model.training
@@ -234,9 +241,8 @@ class _Trainer:
         return value
 
     def _run_phase(self, phase: _Phase) -> None:
-        batches = self.workload.train_batches
+        batches, steps = self.workload.train_batches, self.steps
         assert batches is not None
-        steps = count_steps(batches, self.accelerator.num_processes, self.config.seed)
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         # accelerate steps a schedule once for each process
         total = steps * phase.epochs * self.accelerator.num_processes

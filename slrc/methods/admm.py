@@ -30,8 +30,8 @@ class ADMM(Method):
         self, parameters: Mapping[str, nn.Parameter], plan: Plan, updates: int, settings: ADMMSettings | None = None
     ) -> None:
         super().__init__(parameters, plan)
-        self.settings, self.updates = settings or ADMMSettings(), updates
-        self.splitting = Splitting(self, self.settings.rho)
+        self.settings = settings or ADMMSettings()
+        self.splitting = Splitting(self, self.settings.rho, self.settings.rho_growth, updates)
         self.k = 0
 
     def add_penalty_gradient(self) -> None:
@@ -48,8 +48,7 @@ class ADMM(Method):
         difference = split.difference()
         split.move_multipliers(split.rho, difference)
         step_size = split.rho
-        split.rho = self.settings.rho * self.settings.rho_growth ** (self.k / self.updates)
-        split.refresh()
+        split.go_on(self.k)
         record = Iteration(
             k=self.k,
             loss=f,
@@ -69,8 +68,6 @@ class ADMM(Method):
 
     def load_state(self, state: MethodState) -> None:
         """Go on from a checkpoint."""
-        self.splitting.load_tensors(state.tensors)
         self.k = int(state.numbers["k"])
-        self.splitting.rho = self.settings.rho * self.settings.rho_growth ** (self.k / self.updates)
-        self.splitting.refresh()
+        self.splitting.load_tensors(state.tensors, self.k)
         self.history = list(state.history)

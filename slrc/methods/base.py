@@ -198,17 +198,25 @@ class Splitting:
 
     Args:
         method: whose weights and plan.
-        rho: ρ.
+        rho: ρ at first.
+        growth: by how much ρ has grown at the last update.
+        updates: how many there will be.
         follows: whether Z follows W on its support.
     """
 
-    def __init__(self, method: Method, rho: float, *, follows: bool = False) -> None:
+    def __init__(self, method: Method, rho: float, growth: float, updates: int, *, follows: bool = False) -> None:
         self.method, self.rho, self.follows = method, rho, follows
+        self._first_rho, self._growth, self._updates = rho, growth, updates
         self.multipliers = [torch.zeros_like(w) for w in method.weights]
         self.owned = self._owned()
         self.copies = self.project()
         self._offsets: list[Tensor] = []
         self._pulls: list[Tensor] = []
+        self.refresh()
+
+    def go_on(self, k: int) -> None:
+        """Let ρ grow to what it is after the k-th update, and make the penalty ready for the steps after it."""
+        self.rho = self._first_rho * self._growth ** min(1.0, k / max(1, self._updates))
         self.refresh()
 
     @torch.no_grad()
@@ -280,14 +288,14 @@ class Splitting:
         state |= {f"multiplier.{n}": m for n, m in zip(self.method.names, self.multipliers, strict=True)}
         return {n: t.detach().cpu().contiguous() for n, t in state.items()}
 
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on with Z and Λ from a checkpoint."""
+    def load_tensors(self, tensors: Mapping[str, Tensor], k: int) -> None:
+        """Go on with Z and Λ from a checkpoint that was made after k updates."""
         with torch.no_grad():
             for i, n in enumerate(self.method.names):
                 self.copies.values[i].copy_(tensors[f"copy.{n}"])
                 self.copies.support[i].copy_(tensors[f"support.{n}"])
                 self.multipliers[i].copy_(tensors[f"multiplier.{n}"])
-        self.refresh()
+        self.go_on(k)
 
     def _owned(self) -> list[Tensor]:
         """1 where some constraint owns the element, else 0."""

@@ -46,8 +46,8 @@ class SLR(Method):
         self, parameters: Mapping[str, nn.Parameter], plan: Plan, updates: int, settings: SLRSettings | None = None
     ) -> None:
         super().__init__(parameters, plan)
-        self.settings, self.updates = settings or SLRSettings(), updates
-        self.splitting = Splitting(self, self.settings.rho, follows=self.settings.follow)
+        self.settings = settings = settings or SLRSettings()
+        self.splitting = Splitting(self, settings.rho, settings.rho_growth, updates, follows=settings.follow)
         self.step_size = self.settings.s0
         self.k = 0
         # L_ρ(W^{k-1}, Z^{k-1}, Λ^k) and ‖W^{k-1} − Z^{k-1}‖, taken when W^{k-1} was live: no copy of W is needed.
@@ -84,21 +84,20 @@ class SLR(Method):
             self.step_size *= alpha * _ratio(self._previous_residual, old_residual)
             split.move_multipliers(self.step_size, old_difference)
 
-        old_penalty = split.penalty(old_difference := split.difference())
+        old_penalty = split.penalty(split.difference())
         copies = split.project()
         difference = split.difference(copies)
         residual = norm(difference)
         new_penalty = split.penalty(difference)
-        accepted_projection = new_penalty <= old_penalty if self.settings.follow else new_penalty < old_penalty
+        # A copy that follows is the minimiser for its support: with the same support it cannot become better.
+        accepted_projection = new_penalty <= old_penalty if split.follows else new_penalty < old_penalty
         if accepted_projection:
             self.step_size *= alpha * _ratio(old_residual, residual)
             split.move_multipliers(self.step_size, difference, copies)
 
         split.copies = copies
-        split.rho = self.settings.rho * self.settings.rho_growth ** (self.k / self.updates)
-        difference = split.difference()
-        split.refresh()
-        self._previous_lagrangian = f + split.penalty(difference)
+        split.go_on(self.k)
+        self._previous_lagrangian = f + split.penalty(split.difference())
         self._previous_residual = residual
         record = Iteration(
             k=self.k,
@@ -126,10 +125,8 @@ class SLR(Method):
 
     def load_state(self, state: MethodState) -> None:
         """Go on from a checkpoint."""
-        self.splitting.load_tensors(state.tensors)
         self.step_size, self.k = state.numbers["step_size"], int(state.numbers["k"])
-        self.splitting.rho = self.settings.rho * self.settings.rho_growth ** (self.k / self.updates)
-        self.splitting.refresh()
+        self.splitting.load_tensors(state.tensors, self.k)
         self._previous_lagrangian = state.numbers.get("previous_lagrangian")
         self._previous_residual = state.numbers["previous_residual"]
         self.history = list(state.history)

@@ -279,7 +279,8 @@ class Splitting:
             support = (copies or self.copies).support
             scaled = [torch.where(k, min(1.0, self.rho / step), 1.0) for k in support]
             difference = [d * scale for d, scale in zip(difference, scaled, strict=True)]
-        torch._foreach_add_(self.multipliers, difference, alpha=step)
+        if difference:
+            torch._foreach_add_(self.multipliers, difference, alpha=step)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return Z and Λ by name, for a checkpoint."""

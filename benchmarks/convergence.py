@@ -5,6 +5,7 @@
     python benchmarks/convergence.py small              # Fashion-MNIST: 5 hours on one core
     python benchmarks/convergence.py middle             # CIFAR-10, ResNet-20: 27 hours on one core without bfloat16
     python benchmarks/convergence.py wide               # CIFAR-10, larger networks
+    SLRC_IMAGES=~/imagenet python benchmarks/convergence.py wide --network images-torchvision:resnet50
     python benchmarks/convergence.py retraining         # 1, 3 and 10 epochs after hard-pruning, small: 2 hours
     python benchmarks/convergence.py ablation           # parts of SLR's default left out or changed: 1 hour
     python benchmarks/convergence.py small --seeds 1 --only '*unstructured*'
@@ -86,7 +87,7 @@ EPOCHS = 6
 TIERS = ("short", "small", "middle", "wide", "retraining", "ablation")
 
 
-def rows_of(tier: str, seeds: int) -> Iterator[Row]:
+def rows_of(tier: str, seeds: int, network: str | None = None) -> Iterator[Row]:
     """Yield a tier's rows: a seed before the next one, middle sparsities first, so that what there is compares."""
     ablated = [name for name in CONTENDERS if name not in METHODS]
     cases: dict[str, tuple[Mapping[str, tuple[float, ...]], Sequence[str], Sequence[str]]] = {
@@ -98,6 +99,7 @@ def rows_of(tier: str, seeds: int) -> Iterator[Row]:
         "ablation": (ABLATION, FASHION, ablated),
     }
     patterns, networks, names = cases[tier]
+    networks = [network] if network else networks
     for seed in range(1 if tier in ("short", "wide", "retraining", "ablation") else seeds):
         rows = []
         for pattern, sparsities in patterns.items():
@@ -274,6 +276,7 @@ def main() -> None:
     """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tier", choices=TIERS)
+    parser.add_argument("--network", help="in place of the tier's, such as images-torchvision:resnet50")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="*", help="a glob over names of rows")
     parser.add_argument("--threads", type=int, default=1, help="small layers gain nothing from more")
@@ -281,7 +284,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # weights on their way to zero; arithmetic with denormals is slow
-    rows = [r for r in rows_of(args.tier, args.seeds) if fnmatch(str(r), args.only)]
+    rows = [r for r in rows_of(args.tier, args.seeds, args.network) if fnmatch(str(r), args.only)]
     out = args.out
     out.parent.mkdir(exist_ok=True)
     for row in rows:

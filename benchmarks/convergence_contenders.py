@@ -30,7 +30,7 @@ def slr(**values: Any) -> Settings:
 CONTENDERS: Mapping[str, Settings] = {
     "slr": Settings(MethodName.SLR),
     "admm": Settings(MethodName.ADMM),
-    "admm-rising": Settings(MethodName.ADMM, MethodSettings(admm=ADMMSettings(rho=0.01, rho_growth=100))),
+    "admm-rising": Settings(MethodName.ADMM, MethodSettings(admm=ADMMSettings(rho=0.1, rho_growth=100))),
     "magnitude": Settings(MethodName.MAGNITUDE),
     "gradual": Settings(MethodName.GRADUAL),
     "ac-dc": Settings(MethodName.AC_DC),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -14,8 +15,10 @@ import torch
 from safetensors.torch import load_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
+from torchvision import datasets, transforms
 
 import slrc
+from slrc.workload import load_workload
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import cifar10
@@ -146,38 +149,28 @@ def cifar_task(name: str) -> Task:
 
 
 def images_task(name: str) -> Task:
-    """A pretrained network, `torchvision:NAME` or `timm:NAME`, and the folders `train` and `val` in `$SLRC_IMAGES`.
+    """A network of `torchvision:NAME` or `timm:NAME`, pretrained unless it ends in `@random`, on folders of images.
 
-    Each holds a folder of images for every class, in the order of the network's outputs; every 50th training image is
-    for validation.
+    `$SLRC_IMAGES` holds `train` and `val`, with a folder for every class in the order of the network's outputs; every
+    50th training image is for validation.
     """
-    from torchvision import datasets, models, transforms
+    workload = load_workload(name)
+    example = workload.example_inputs[0][:1]
+    side = example.shape[-1]
+    scale = [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+    still = transforms.Compose([transforms.Resize(side * 8 // 7), transforms.CenterCrop(side), *scale])
+    moved = transforms.Compose([transforms.RandomResizedCrop(side), transforms.RandomHorizontalFlip(), *scale])
 
-    source, model_name = name.split(":", 1)
-    root = Path(os.environ["SLRC_IMAGES"])
-    scale = transforms.Compose(
-        [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
-    )
-    still = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), scale])
-    moved = transforms.Compose([transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), scale])
-
-    def loader(split: str, transform: Any, keep: Callable[[int], bool], shuffle: bool) -> DataLoader[Any]:
-        folder = datasets.ImageFolder(str(root / split), transform)
+    def loader(split: str, transform: Any, keep: Callable[[int], bool], *, shuffle: bool = False) -> DataLoader[Any]:
+        folder = datasets.ImageFolder(str(Path(os.environ["SLRC_IMAGES"]) / split), transform)
         kept = [i for i in range(len(folder)) if keep(i)]
         return DataLoader(Subset(folder, kept), 64, shuffle=shuffle, num_workers=2, drop_last=shuffle)
 
-    def make() -> nn.Module:
-        if source == "timm":
-            import timm
-
-            return timm.create_model(model_name, pretrained=True)
-        return models.get_model(model_name, weights="DEFAULT")
-
     return Task(
-        make=make,
-        example=torch.zeros(1, 3, 224, 224),
-        batches=loader("train", moved, lambda i: i % 50 != 49, True),
-        validation=loader("train", still, lambda i: i % 50 == 49, False),
-        test=loader("val", still, lambda i: True, False),
-        glance=loader("val", still, lambda i: i % 10 == 0, False),
+        make=lambda: copy.deepcopy(workload.model),
+        example=example,
+        batches=loader("train", moved, lambda i: i % 50 != 49, shuffle=True),
+        validation=loader("train", still, lambda i: i % 50 == 49),
+        test=loader("val", still, lambda i: True),
+        glance=loader("val", still, lambda i: i % 10 == 0),
     )

@@ -6,8 +6,8 @@
     python benchmarks/sparse_latency.py --fit                             # the cost model of slrc/form_cost.py
 
 Random weights, pruned by magnitude in one shot: how fast a network is does not depend on what it has learnt. The first
-layer, the classifier and depthwise layers stay dense. The form of each layer is chosen by timing, as a compile does;
-dense and compiled are then timed in turns, the same inputs, threads and precision. Rows go to
+layer, the classifier and depthwise layers are not pruned. The form of each layer is chosen by timing, as a compile
+does; dense and compiled are then timed in turns, the same inputs, threads and precision. Rows go to
 `benchmarks/results/sparse_latency.json` as they come, and a second run goes on with what is missing. All takes about
 two hours on two quiet cores. Where the package `deepsparse` is found by `--deepsparse PYTHON`, another interpreter's,
 it is measured beside, on the masked network.
@@ -162,7 +162,7 @@ def layer_rows(slim: Program, choice: FormChoice) -> list[dict[str, Any]]:
     return [
         {
             "weight": x.weight,
-            "kind": layer_kind(slim.tensors[x.weight]),
+            "kind": layer_kind(slim.tensors[x.weight], slim.layers[x.weight].groups),
             "shape": list(slim.tensors[x.weight].shape),
             "macs": slim.layers[x.weight].macs,
             "density": x.density,
@@ -196,7 +196,7 @@ def fit(rows: dict[str, Any]) -> Iterator[str]:
     for (form, kind), found in sorted(points.items()):
         density, share = np.array(found).T
         if np.ptp(density) < LEAST_SPREAD:
-            yield f"    # {form}, {kind}: measured at a density of {density.mean():.2f} alone"
+            yield f"    # {form}, {kind}: {share.mean():.2f} of dense, at a density of {density.mean():.2f} alone"
             continue
         slope, fixed = np.polyfit(density, share, 1)
         off = float(np.sqrt(np.mean((fixed + slope * density - share) ** 2)))

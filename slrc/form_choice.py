@@ -17,7 +17,7 @@ from torch import Tensor
 
 from slrc.backends import Target, get_backend
 from slrc.form_cost import cheapest_form, density_of
-from slrc.forms import DENSE, Form, FormChoice, FormKind, Forms, LayerChoice, candidate_forms
+from slrc.forms import DENSE, DEPTHWISE, Form, FormChoice, FormKind, Forms, LayerChoice, candidate_forms
 from slrc.latency_timing import PART_BUDGET_S, WHOLE_BUDGET_S, Clock, Job, cache_folder, whole_job
 from slrc.passes.cut_segments import Segment, cut_segments
 from slrc.pipeline import apply_forms
@@ -47,8 +47,7 @@ def choose_forms(
     count = threads or len(os.sched_getaffinity(0))
     candidates: dict[str, list[Form]] = {}
     lost = ""
-    for weight, layer in program.layers.items():
-        found = candidate_forms(program.tensors[weight], layer.op, layer.groups)
+    for weight, found in _possible_forms(program).items():
         allowed = [f for f in found if f.kind is not FormKind.PACKED or not why_not_packed]
         if len(allowed) > 1:
             candidates[weight] = allowed
@@ -71,6 +70,14 @@ def choose_forms(
         whole_ms={name: took for name, (_, took) in whole.items()},
         layers=tuple(_layer(program, weight, forms.get(weight, DENSE), ms[weight]) for weight in candidates),
     )
+
+
+def _possible_forms(program: Program) -> dict[str, list[Form]]:
+    """Return the forms of every layer. Depthwise ones are packed beside other packed layers alone: for their layout."""
+    forms = {w: candidate_forms(program.tensors[w], x.op, x.groups) for w, x in program.layers.items()}
+    if any(f.kind is FormKind.PACKED and f != DEPTHWISE for found in forms.values() for f in found):
+        return forms
+    return {w: [f for f in found if f != DEPTHWISE] for w, found in forms.items()}
 
 
 FormTimes = dict[Form, float]

@@ -16,6 +16,7 @@ from slrc.forms import DENSE, Form, FormKind, block_density, kept_channels
 FITTED: dict[tuple[FormKind, str], tuple[float, float]] = {
     (FormKind.PACKED, "1x1"): (0.09, 1.01),
     (FormKind.PACKED, "window"): (0.09, 1.05),
+    (FormKind.PACKED, "depthwise"): (0.00, 0.87),
     (FormKind.PACKED, "linear"): (0.21, 0.94),
     (FormKind.SPLIT, "1x1"): (0.17, 1.00),
     (FormKind.SPLIT, "window"): (0.05, 1.00),
@@ -23,13 +24,18 @@ FITTED: dict[tuple[FormKind, str], tuple[float, float]] = {
     (FormKind.GROUPED, "1x1"): (0.12, 1.04),
     (FormKind.GROUPED, "window"): (0.03, 1.01),
 }
-"""`(fixed, slope)` by the form and the kind of layer; split linear layers are taken to be as 1×1 convolutions."""
+"""`(fixed, slope)` by the form and the kind of layer; split linear layers are taken to be as 1×1 convolutions.
+
+A depthwise layer does the same work in both its forms: its slope is the share alone.
+"""
 
 
-def layer_kind(weight: Tensor) -> str:
-    """Return `linear`, `1x1` or `window` for a weight `(out, in, *kernel)`."""
+def layer_kind(weight: Tensor, groups: int = 1) -> str:
+    """Return `linear`, `depthwise`, `1x1` or `window` for a weight `(out, in/groups, *kernel)`."""
     if weight.dim() == 2:
         return "linear"
+    if groups > 1 and weight.shape[1] == 1:
+        return "depthwise"
     return "1x1" if weight[0, 0].numel() == 1 else "window"
 
 
@@ -46,7 +52,7 @@ def cheapest_form(weight: Tensor, candidates: Sequence[Form], groups: int = 1) -
     def share(form: Form) -> float:
         if form == DENSE:
             return 1.0
-        fixed, slope = FITTED[form.kind, layer_kind(weight)]
+        fixed, slope = FITTED[form.kind, layer_kind(weight, groups)]
         return fixed + slope * density_of(weight, form, groups)
 
     return min(candidates, key=share)

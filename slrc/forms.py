@@ -19,7 +19,7 @@ from torch import Tensor
 from slrc.errors import PlanError
 
 BLOCK_ROWS = (4, 8, 16)
-"""What the packed-block kernels take."""
+"""The blocks that zeros are sought in."""
 MOST_PARTS = 8
 LEAST_PART_ROWS = 16
 """A layer is not split into more than two parts of fewer outputs: each would cost more than it saves."""
@@ -44,7 +44,10 @@ class FormKind(StrEnum):
 
 @dataclass(frozen=True)
 class Form:
-    """`dense`, `split:R` and `grouped:R` with R row groups, `packed:M` with blocks of M outputs × 1 column."""
+    """`dense`, `split:R` and `grouped:R` with R row groups, `packed:M` with blocks of M outputs × 1 column.
+
+    `packed:1` is for depthwise layers, which need no zeros for it.
+    """
 
     kind: FormKind
     size: int = 0
@@ -54,6 +57,7 @@ class Form:
 
 
 DENSE = Form(FormKind.DENSE)
+DEPTHWISE = Form(FormKind.PACKED, 1)
 Forms = Mapping[str, Form]
 """The form of each layer, by the name of its weight; a layer that is not named stays dense."""
 
@@ -71,7 +75,7 @@ def parse_form(text: str) -> Form:
 
 
 def candidate_forms(weight: Tensor, op: str, groups: int = 1) -> list[Form]:
-    """Return the forms that a layer's zeros allow, `dense` first.
+    """Return the forms that a layer's zeros allow, `dense` first; of a depthwise layer, `packed:1` with none.
 
     Args:
         weight: `(out, in/groups, *kernel)`.
@@ -86,7 +90,9 @@ def candidate_forms(weight: Tensor, op: str, groups: int = 1) -> list[Form]:
         kept = kept_channels(weight, parts).sum(dim=1)
         if op != "linear" and parts > 1 and bool((kept == kept[0]).all()):
             forms.append(Form(FormKind.GROUPED, parts))
-    if op in ("conv2d", "linear") and weight.shape[1] > 1:
+    if op == "conv2d" and groups > 1 and weight.shape[1] == 1:
+        forms.append(DEPTHWISE)
+    elif op in ("conv2d", "linear") and weight.shape[1] > 1:
         density = {rows: block_density(weight, rows, groups) for rows in BLOCK_ROWS}
         least = min(density.values())
         if least <= 1 - LEAST_ZEROS:

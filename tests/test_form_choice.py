@@ -15,7 +15,7 @@ import slrc
 from slrc import form_choice, latency_timing
 from slrc.backends import parse_target
 from slrc.form_choice import choose_forms
-from slrc.forms import DENSE, FormKind
+from slrc.forms import DENSE, DEPTHWISE, FormKind
 from slrc.kernels import build as kernels
 from slrc.pipeline import STRUCTURE, apply_forms, run_passes
 from slrc.plans import Masks
@@ -114,6 +114,19 @@ def test_a_network_that_is_slower_with_its_fastest_layers_stays_dense(
     assert choice.forms == {}
     assert all(x.form == DENSE and x.density == 1.0 for x in choice.layers)
     assert all(x.ms["packed:4"] == 1.0 for x in choice.layers)
+
+
+@needs_compiler
+@pytest.mark.parametrize("pruned_outputs", [8, 0])
+def test_depthwise_layers_are_packed_beside_packed_layers_alone(clock: type[FakeClock], pruned_outputs: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 16, 1), nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 8, 1))
+    with torch.no_grad():
+        model[0].weight[:pruned_outputs, 1:] = 0
+    program = capture(model, (torch.randn(1, 8, 8, 8),))
+    clock.says = {"dense": 2.0, "packed": 1.0, "split": 2.0}
+    forms = choose_forms(program, ORT, threads=1).forms
+    assert forms.get("1.weight") == (DEPTHWISE if pruned_outputs else None)
 
 
 @needs_compiler

@@ -10,6 +10,7 @@ from slrc.errors import PlanError
 from slrc.form_cost import cheapest_form, density_of, layer_kind
 from slrc.forms import (
     DENSE,
+    DEPTHWISE,
     Form,
     FormKind,
     PackedWeight,
@@ -53,7 +54,10 @@ def names(weight: Tensor, op: str = "conv2d", groups: int = 1) -> list[str]:
         (blocks(8), "conv_transpose2d", 1, ["dense"]),
         (blocks(8).flatten(2), "conv1d", 1, ["dense"]),
         (blocks(8, density=0.9), "conv2d", 1, ["dense"]),
-        (torch.zeros(16, 1, 3, 3), "conv2d", 16, ["dense"]),
+        (torch.zeros(16, 1, 3, 3), "conv2d", 16, ["dense", "packed:1"]),
+        (torch.ones(32, 1, 5, 5), "conv2d", 16, ["dense", "packed:1"]),
+        (torch.ones(16, 1, 3), "conv1d", 16, ["dense"]),
+        (torch.ones(16, 1, 3, 3), "conv2d", 1, ["dense"]),
         (columns([[0, 1, 2], [2, 3, 4]]), "conv2d", 1, ["dense", "split:2", "grouped:2", "packed:4"]),
         (columns([[0, 1, 2], [2, 3]]), "conv2d", 1, ["dense", "split:2", "packed:4"]),
         (columns([[0, 1, 2]]), "conv2d", 1, ["dense", "split:1", "packed:4", "packed:8"]),
@@ -67,14 +71,14 @@ def test_what_zeros_allow(weight: Tensor, op: str, groups: int, expected: list[s
 
 
 def test_forms_are_read_as_they_are_printed() -> None:
-    for text in ("dense", "split:2", "grouped:8", "packed:16"):
+    for text in ("dense", "split:2", "grouped:8", "packed:1", "packed:16"):
         assert str(parse_form(text)) == text
     for text in ("", "sparse", "packed", "packed:0", "split:-1", "dense:2"):
         with pytest.raises(PlanError, match="unknown form"):
             parse_form(text)
 
 
-@pytest.mark.parametrize("rows", [4, 8, 16])
+@pytest.mark.parametrize("rows", [1, 4, 8, 16])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("out", [16, 20, 44])
 def test_packing_loses_nothing(rows: int, groups: int, out: int) -> None:
@@ -106,4 +110,7 @@ def test_the_cost_model() -> None:
     assert cheapest_form(sparse, [DENSE]) == DENSE
     assert density_of(sparse, Form(FormKind.PACKED, 8)) < 0.3 < density_of(dense, Form(FormKind.PACKED, 8))
     assert density_of(columns([[0, 1, 2], [2, 3]]), Form(FormKind.SPLIT, 2)) == pytest.approx(5 / 12)
+    depthwise = torch.ones(16, 1, 3, 3)
+    assert cheapest_form(depthwise, candidate_forms(depthwise, "conv2d", 16), 16) == DEPTHWISE
+    assert layer_kind(depthwise, 16) == "depthwise"
     assert [layer_kind(torch.ones(s)) for s in ((2, 3), (2, 3, 1, 1), (2, 3, 1, 3))] == ["linear", "1x1", "window"]

@@ -26,7 +26,7 @@ typedef struct SlrcBlocks {
   int64_t row_pointer_count;
   const float* bias;  // null, or one for each out channel
   int64_t bias_count;
-  int64_t block;  // 4, 8 or 16
+  int64_t block;  // 1, 4, 8 or 16
   int64_t out_channels;
   const char* activation;  // "none", "relu", "leakyrelu", "relu6", "silu", "gelu" (with erf) or "hardswish"
   float slope;             // of "leakyrelu" below zero
@@ -91,6 +91,11 @@ extern const char* const kActivationNames[];
 class Weight {
  public:
   Weight(const SlrcBlocks& blocks, int64_t group);
+  // Returns the out channel that a block row begins with.
+  int64_t FirstChannel(int64_t block_row) const {
+    const int64_t per_group = out_channels / group;
+    return block_row / rows_per_group * per_group + block_row % rows_per_group * block;
+  }
 
   int64_t block, out_channels, group;
   int64_t rows_per_group;  // block rows

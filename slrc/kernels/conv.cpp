@@ -11,13 +11,16 @@
 // that computes a band makes its plane in the thread's scratch memory, and the input channels are cut into slices that
 // fit the first level, all outputs going on from slice to slice. The input of a 1x1 convolution of stride 1 is a plane
 // already: if it is not copied, it is read as it is.
-#include <string.h>
-
+//
+// Groups of few channels, as of a depthwise convolution, share a panel: they are computed as if they were one group
+// whose block rows each read their own part of the input. Blocks of one row have no rows to share what is loaded, so
+// their tiles are cut from the rows of the image, the same pixels of several at a time, and never cross a seam.
 #include <algorithm>
 #include <limits>
 #include <utility>
 
 #include "panel.h"
+#include "window.h"
 
 namespace slrc {
 namespace {
@@ -31,93 +34,21 @@ constexpr double kRepaysCopy = 0.6;            // surviving values of an input c
 constexpr double kRepaysRows = 3.5;            // if it is one run, and if it is several rows
 constexpr double kLeastDensity = 0.15;         // of fewer columns most of several rows' copy would stay unread
 constexpr int64_t kBusySums = 12;              // of a tile, in registers; with fewer, multiply-adds wait for each other
+constexpr int64_t kPanelChannels = 16;         // of groups of fewer, which share a panel,
+constexpr int64_t kPanelFloats = 32 * 1024;    // and of their input
+constexpr int64_t kRepeatedVectors = 2;        // of a piece on many rows: a tile then takes enough of them at a time
 constexpr size_t kLayoutsKept = 8;
-
-int64_t CeilDiv(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
-
-int64_t Product(int64_t a, int64_t b) {
-  int64_t product;
-  if (__builtin_mul_overflow(a, b, &product)) throw Error("the shapes are too large");
-  return product;
-}
-
-// One dimension of the window.
-struct Axis {
-  int64_t in, out, kernel, stride, pad, dilation;
-  int64_t reach;       // the last output of a phase reads this far past itself
-  int64_t lead, tail;  // in every phase that is read, elements before `lead` and from `tail` on are zero
-  int64_t pitch;       // least distance of rows that leaves what is read intact
-
-  Axis(const SlrcWindow& window, int axis, int64_t size)
-      : in(size),
-        kernel(window.kernel[axis]),
-        stride(window.strides[axis]),
-        pad(window.pads[axis]),
-        dilation(window.dilations[axis]) {
-    const int64_t span = (kernel - 1) * dilation + 1, padded = pad + in + window.pads[axis + 2];
-    if (in < 1 || padded < span) throw Error("the window is larger than the padded input");
-    out = (padded - span) / stride + 1;
-    reach = (kernel - 1) * dilation / stride;
-    lead = std::numeric_limits<int64_t>::max();
-    tail = 0;
-    for (int64_t k = 0; k < kernel; ++k) {
-      lead = std::min(lead, First(Phase(k)));
-      tail = std::max(tail, End(Phase(k)));
-    }
-    pitch = std::max({tail, out + reach - lead, out});
-  }
-
-  int64_t Phase(int64_t tap) const { return tap * dilation % stride; }
-  int64_t Shift(int64_t tap) const { return tap * dilation / stride; }
-  // A phase's elements that come from the input: [First, End); element q is input q * stride + phase - pad.
-  int64_t First(int64_t phase) const { return std::clamp<int64_t>(CeilDiv(pad - phase, stride), 0, out + reach); }
-  int64_t End(int64_t phase) const {
-    return std::clamp<int64_t>(CeilDiv(pad + in - phase, stride), First(phase), out + reach);
-  }
-};
-
-struct Phase {
-  int64_t row, column;
-  int64_t row_reach, column_reach;  // how far its taps read past an output
-  int64_t at, pitch;                // where it stands in a channel of what the tiles read, and its rows' distance there
-  bool apart;                       // whether each row is copied for itself
-};
-
-std::vector<Phase> PhasesRead(const Axis& rows, const Axis& columns) {
-  std::vector<Phase> phases;
-  for (int64_t r = 0; r < rows.stride; ++r)
-    for (int64_t c = 0; c < columns.stride; ++c) {
-      int64_t row_reach = -1, column_reach = -1;
-      for (int64_t k = 0; k < rows.kernel; ++k)
-        if (rows.Phase(k) == r) row_reach = std::max(row_reach, rows.Shift(k));
-      for (int64_t k = 0; k < columns.kernel; ++k)
-        if (columns.Phase(k) == c) column_reach = std::max(column_reach, columns.Shift(k));
-      if (row_reach >= 0 && column_reach >= 0) phases.push_back({r, c, row_reach, column_reach, 0, 0, false});
-    }
-  return phases;
-}
-
-void CheckWindow(const SlrcWindow& window) {
-  constexpr int64_t kMost = 1 << 15;  // keeps every sum and product of two of them far from overflow
-  auto in_range = [](int64_t value, int64_t least) { return value >= least && value <= kMost; };
-  bool good = window.group >= 1;
-  for (int axis = 0; axis < 2; ++axis)
-    good = good && in_range(window.kernel[axis], 1) && in_range(window.strides[axis], 1) &&
-           in_range(window.dilations[axis], 1) && in_range(window.pads[axis], 0) && in_range(window.pads[axis + 2], 0);
-  if (!good || window.strides[0] > 64 || window.strides[1] > 64)
-    throw Error("kernel sizes, strides (up to 64), dilations and group must be positive, pads not negative, none huge");
-}
 
 // The outputs of a band on a plane with seams: flat pixel p is row p / pitch, column p % pitch.
 struct SeamedOutput {
-  float* y;  // the band's first row in the group's first channel
+  float* y;  // the band's first row in the image's first channel
   const float* residual;
   int64_t channel_stride, width, pitch;
 
   bool Find(int64_t channel, const Piece& piece, Place* place) const {
     const int64_t row = piece.start / pitch, column = piece.start % pitch;
     const int64_t at = channel * channel_stride + row * width + column;
-    *place = {y + at, residual ? residual + at : nullptr, channel_stride};
+    *place = {y + at, residual ? residual + at : nullptr, channel_stride, width};
     return column + piece.width <= width;
   }
 
@@ -125,21 +56,23 @@ struct SeamedOutput {
   template <class Copy>
   void ForRuns(const Piece& piece, const Copy& copy) const {
     int64_t row = piece.start / pitch, column = piece.start % pitch;
-    for (int64_t p = 0; p < piece.pixels; p += pitch - column, column = 0, ++row)
+    for (int64_t r = 0; piece.repeats > 1 && r < piece.repeats; ++r)
+      copy((row + r) * width + column, r * piece.width, piece.pixels);
+    for (int64_t p = 0; piece.repeats == 1 && p < piece.pixels; p += pitch - column, column = 0, ++row)
       if (column < width) copy(row * width + column, p, std::min(width - column, piece.pixels - p));
   }
 
   void Gather(int64_t channel, int64_t channels, const Piece& piece, float* sums) const {
     ForRuns(piece, [&](int64_t at, int64_t p, int64_t count) {
       for (int64_t i = 0; i < channels; ++i)
-        CopyFloats(residual + (channel + i) * channel_stride + at, count, sums + i * piece.width + p);
+        CopyFloats(residual + (channel + i) * channel_stride + at, count, sums + i * piece.repeats * piece.width + p);
     });
   }
 
   void Scatter(int64_t channel, int64_t channels, const Piece& piece, const float* sums) const {
     ForRuns(piece, [&](int64_t at, int64_t p, int64_t count) {
       for (int64_t i = 0; i < channels; ++i)
-        CopyFloats(sums + i * piece.width + p, count, y + (channel + i) * channel_stride + at);
+        CopyFloats(sums + i * piece.repeats * piece.width + p, count, y + (channel + i) * channel_stride + at);
     });
   }
 };
@@ -158,23 +91,28 @@ struct Layout {
                   std::to_string(per_group * taps) + " on an input of " + std::to_string(channels) + " channels");
     phases = PhasesRead(rows, columns);
     const int64_t pixels = Product(rows.in, columns.in);
+    const int64_t sharing = std::min(kPanelChannels, kPanelFloats / pixels) / std::max<int64_t>(1, per_group);
+    const bool fill = weight.out_channels / weight.group % weight.block == 0;  // their block rows
+    if (fill) panel_groups = std::clamp<int64_t>(sharing, 1, weight.group);
+    panel_channels = panel_groups * per_group;
     pointwise = taps == 1;
     for (const Axis* axis : {&rows, &columns})
       pointwise = pointwise && axis->stride == 1 && axis->pad == 0 && axis->out == axis->in;
     slices = OneSlice(weight);
     tiled = PlaceTiles(weight, taps);
     if (!tiled) PlacePlanes();
-    if (std::max(Product(per_group, floats), pixels) > std::numeric_limits<int32_t>::max() / 2)
+    if (std::max(Product(panel_channels, floats), pixels) > std::numeric_limits<int32_t>::max() / 2)
       throw Error("an input plane is too large");
     SetOffsets(weight, taps);
-
     if (!tiled && !pointwise) Slice(weight, taps);
+    repeating = weight.block == 1 && !tiled && slices.count == 1 && !Seamless();
+    if (rows.kernel == kWindow && rows.stride == 1 && rows.dilation == 1 && HoldsWindows(weight, taps)) parts = kWindow;
     CutRows(weight, tiled ? rows.out : band, &pieces);
     together = static_cast<int64_t>(pieces.size());
     if (tiled) {
-      band = std::clamp<int64_t>(kTilesFloats / std::max<int64_t>(1, per_group * floats), 1, 8);
+      band = std::clamp<int64_t>(kTilesFloats / std::max<int64_t>(1, panel_channels * floats), 1, 8);
       bands = CeilDiv(static_cast<int64_t>(pieces.size()), band);
-      together = kTogetherFloats / std::max<int64_t>(1, per_group * floats);
+      together = kTogetherFloats / std::max<int64_t>(1, panel_channels * floats);
       for (int64_t b = 0; b < bands; ++b) AddTileRuns(weight, b * band);
     } else if (!pointwise) {
       CutRows(weight, rows.out - (bands - 1) * band, &last_pieces);
@@ -212,7 +150,7 @@ struct Layout {
 
   void PlacePlanes() {
     if (!pointwise) {
-      const int64_t row_floats = Product(Product(per_group, phases.size()), pitch);
+      const int64_t row_floats = Product(Product(panel_channels, phases.size()), pitch);
       const int64_t fitting = std::max<int64_t>(1, kBandFloats / std::max<int64_t>(1, row_floats) - rows.reach);
       band = CeilDiv(rows.out, CeilDiv(rows.out, fitting));
       bands = CeilDiv(rows.out, band);
@@ -224,23 +162,28 @@ struct Layout {
     for (Phase& phase : phases) {
       phase.at = floats;
       phase.pitch = pitch;
-      floats += plane;
+      floats += plane + (pointwise ? 0 : Loops().lanes);  // for what a copy writes past its last run
     }
-    if (!pointwise) floats += Loops().lanes;
   }
 
   // Across the seams, or, if that hardly leaves lanes idle, row by row: tiles are then stored where they belong.
   void CutRows(const Weight& weight, int64_t height, std::vector<Piece>* to) const {
     const int64_t lanes = Loops().lanes, idle = CeilDiv(columns.out, lanes) * lanes - pitch;
+    std::vector<Piece> row;
+    if (repeating) {
+      Cut(weight.block, 0, columns.out, columns.out >= lanes, &row, kRepeatedVectors);
+      for (Piece& piece : row) piece.repeats = height;
+      to->insert(to->end(), row.begin(), row.end());
+      return;
+    }
     bool by_rows = !Seamless() && slices.count == 1 && columns.out >= 2 * lanes && idle <= pitch / 16;
     if (by_rows) {
-      std::vector<Piece> row;
       Cut(weight.block, 0, columns.out, true, &row);
-      const int64_t sums = LoopsFor(weight.block) ? 8 : 4;  // for each vector
+      const int64_t sums = LoopsFor(weight.block) == 2 ? 8 : 4;  // for each vector
       for (const Piece& piece : row) by_rows = by_rows && sums * piece.vectors >= kBusySums;
     }
     if (!by_rows) return Cut(weight.block, 0, (height - 1) * pitch + columns.out, InPlace(), to);
-    for (int64_t row = 0; row < height; ++row) Cut(weight.block, row * pitch, columns.out, true, to);
+    for (int64_t r = 0; r < height; ++r) Cut(weight.block, r * pitch, columns.out, true, to);
   }
 
   void Slice(const Weight& weight, int64_t taps) {
@@ -270,8 +213,24 @@ struct Layout {
       while (phase->row != rows.Phase(kh) || phase->column != columns.Phase(kw)) ++phase;
       of_tap[tap] = static_cast<int32_t>(phase->at + rows.Shift(kh) * phase->pitch + columns.Shift(kw));
     }
-    for (int32_t column : weight.columns)
-      offsets.push_back(static_cast<int32_t>(column / taps * floats) + of_tap[column % taps]);
+    for (size_t r = 0, t = 0; r + 1 < weight.row_pointers.size(); ++r) {
+      const int64_t first_channel = r / weight.rows_per_group % panel_groups * per_group;
+      for (; t < static_cast<size_t>(weight.row_pointers[r + 1]); ++t) {
+        const int32_t column = weight.columns[t];
+        offsets.push_back(static_cast<int32_t>((first_channel + column / taps) * floats) + of_tap[column % taps]);
+      }
+    }
+  }
+
+  // Whether each block row holds all taps of one channel and nothing else: then those of each kernel row are alike.
+  static bool HoldsWindows(const Weight& weight, int64_t taps) {
+    for (size_t r = 0; r + 1 < weight.row_pointers.size(); ++r) {
+      const int32_t* const columns = weight.columns.data() + weight.row_pointers[r];
+      if (weight.row_pointers[r + 1] - weight.row_pointers[r] != taps || columns[0] % taps) return false;
+      for (int64_t tap = 1; tap < taps; ++tap)
+        if (columns[tap] != columns[0] + tap) return false;
+    }
+    return true;
   }
 
   void AddTileRuns(const Weight& weight, int64_t first_piece) {
@@ -279,7 +238,7 @@ struct Layout {
     const int64_t count = std::min(band, static_cast<int64_t>(pieces.size()) - first_piece);
     for (int64_t i = 0; i < count; ++i)
       for (const Phase& phase : phases) {
-        const int64_t start = pieces[first_piece + i].start, to = i * per_group * floats + phase.at;
+        const int64_t start = pieces[first_piece + i].start, to = i * panel_channels * floats + phase.at;
         const int64_t row = WidestPiece(weight.block) + phase.column_reach;
         if (phase.apart)
           for (int64_t r = 0; r <= phase.row_reach; ++r)
@@ -291,8 +250,11 @@ struct Layout {
 
   void AddPlaneRuns(int64_t first_row) {
     copies.push_back({runs.size(), zeros.size()});
-    for (const Phase& phase : phases) AddRuns(phase, first_row, 0, (band + rows.reach) * pitch, phase.at);
-    zeros.push_back({static_cast<int32_t>(floats - Loops().lanes), Loops().lanes});  // the last row's right padding
+    const int64_t height = band + rows.reach;
+    for (int64_t row = 0; row < height; ++row)  // all phases of it, while the input's rows are cached
+      for (const Phase& phase : phases) AddRuns(phase, first_row, row * pitch, pitch, phase.at + row * pitch);
+    for (const Phase& phase : phases)  // the last row's right padding
+      zeros.push_back({static_cast<int32_t>(phase.at + height * pitch), Loops().lanes});
   }
 
   // Copies the pixels from `flat` on of the plane that begins at output row `first_row`.
@@ -328,17 +290,19 @@ struct Layout {
   // Of planes, a tile may read up to a vector past the last pixel.
   int64_t Slack() const { return kMaxLanes + (tiled ? 0 : columns.lead + kMaxTilePixels); }
 
-  // Copies the input of one band: its tiles, or its plane.
-  void Copy(const float* x, int64_t which, float* to) const {
+  // Copies some channels of one band: their tiles, or their planes.
+  void Copy(const float* x, int64_t which, int64_t count, float* to) const {
     const auto [run, zero] = copies[which];
     const auto [run_end, zero_end] = copies[which + 1];
     const int64_t run_count = static_cast<int64_t>(run_end - run), zeros_count = static_cast<int64_t>(zero_end - zero);
     Loops().copy({runs.data() + run, run_count, zeros.data() + zero, zeros_count, x, columns.stride,
-                  rows.in * columns.in, to, floats, per_group});
-    if (!tiled) std::fill_n(to + per_group * floats, Slack(), 0.0f);
+                  rows.in * columns.in, to, floats, count});
+    if (!tiled) std::fill_n(to + count * floats, Slack(), 0.0f);
   }
 
   int64_t channels, per_group;
+  int64_t panel_groups = 1;  // the last panel may hold fewer
+  int64_t panel_channels;
   Axis rows, columns;
   int64_t pitch;  // of the plane's rows
   std::vector<Phase> phases;
@@ -349,6 +313,8 @@ struct Layout {
   std::vector<Piece> pieces;       // of a band, or of all if tiled
   std::vector<Piece> last_pieces;  // of the last band, which may have fewer rows
   int64_t together = 1;            // see Panel
+  bool repeating;                  // whether pieces are those of one row, repeated on all of a band
+  int64_t parts = 1;               // the window of Panel
   std::vector<int32_t> starts;
   Slices slices;
   std::vector<int32_t> offsets;
@@ -384,19 +350,24 @@ void Conv::Run(const float* x, const int64_t x_shape[4], const float* residual, 
                const Parallel& parallel) const {
   const std::shared_ptr<const Layout> layout = FindLayout(x_shape);
   const Layout& l = *layout;
-  const int64_t groups = weight_.group, channels = weight_.out_channels / groups;
+  const int64_t group_panels = CeilDiv(weight_.group, l.panel_groups);
   const int64_t in_plane = l.rows.in * l.columns.in, out_plane = l.rows.out * l.columns.out;
   const uint64_t owner = NewOwner();
   auto task = [&](int64_t index, int64_t first, int64_t last) {
-    const int64_t band = index % l.bands, image = index / l.bands, group = image % groups;
-    const float* from = x + image * l.per_group * in_plane;
-    int64_t offset = image * channels * out_plane, rows = l.rows.out;
-    Panel panel{from, l.offsets.data(), l.slices, l.pieces.data(), 0, 0, l.together};
+    const int64_t band = index % l.bands, image = index / l.bands / group_panels;
+    const int64_t group = index / l.bands % group_panels * l.panel_groups;
+    const int64_t groups = std::min(l.panel_groups, weight_.group - group);
+    const int64_t begin = group * weight_.rows_per_group + first;
+    const int64_t end = std::min(group * weight_.rows_per_group + last, (group + groups) * weight_.rows_per_group);
+    if (begin >= end) return;  // the last groups are fewer
+    const float* from = x + (image * l.channels + group * l.per_group) * in_plane;
+    int64_t offset = image * weight_.out_channels * out_plane, rows = l.rows.out;
+    Panel panel{from, l.offsets.data(), l.slices, l.pieces.data(), 0, 0, l.together, l.pitch, l.parts};
     panel.count = static_cast<int64_t>(l.pieces.size());
     if (l.tiled) {
       panel.pieces += band * l.band;
       panel.count = std::min(l.band, panel.count - band * l.band);
-      panel.step = l.per_group * l.floats;
+      panel.step = l.panel_channels * l.floats;
     } else if (!l.InPlace()) {
       offset += band * l.band * l.columns.out;
       rows = std::min(l.band, rows - band * l.band);
@@ -407,20 +378,20 @@ void Conv::Run(const float* x, const int64_t x_shape[4], const float* residual, 
     }
     if (!l.InPlace()) {
       bool fresh;
-      const int64_t copies = l.tiled ? panel.count : 1, floats = copies * l.per_group * l.floats + l.Slack();
+      const int64_t copies = l.tiled ? panel.count : 1, floats = copies * l.panel_channels * l.floats + l.Slack();
       float* copied = Scratch::Inputs().Get(floats, owner, index, &fresh);
-      if (fresh) l.Copy(from, band, copied);
+      if (fresh) l.Copy(from, band, groups * l.per_group, copied);
       panel.x = copied;
     }
     // Without seams a task's pixels are one row: a tile that stands out past them is not written in place.
     const int64_t width = l.Seamless() ? rows * l.columns.out : l.columns.out;
     const int64_t pitch = l.Seamless() ? out_plane : l.pitch;
     const float* added = residual ? residual + offset : nullptr;
-    RunPanel(weight_, group, first, last, panel, SeamedOutput{y + offset, added, out_plane, width, pitch});
+    RunPanel(weight_, begin, end, panel, SeamedOutput{y + offset, added, out_plane, width, pitch});
   };
-  const int64_t panels = x_shape[0] * groups * l.bands;
+  const int64_t panels = x_shape[0] * group_panels * l.bands;
   const double work = static_cast<double>(weight_.values.size()) * out_plane * x_shape[0];
-  RunTasks(parallel, panels, weight_.rows_per_group, work, task);
+  RunTasks(parallel, panels, l.panel_groups * weight_.rows_per_group, work, task);
 }
 
 }  // namespace slrc

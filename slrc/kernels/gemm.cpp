@@ -53,7 +53,7 @@ struct TokenOutput {
 
   bool Find(int64_t channel, const Piece& piece, Place* place) const {
     const int64_t at = piece.start * channels + channel;
-    *place = {y + at, residual ? residual + at : nullptr, 1};
+    *place = {y + at, residual ? residual + at : nullptr, 1, 0};
     return piece.width == 1;
   }
   void Gather(int64_t channel, int64_t count, const Piece& piece, float* sums) const {
@@ -89,7 +89,7 @@ void Gemm::Run(const float* x, int64_t rows, int64_t inputs, const float* residu
     const TokenOutput output{y + begin * outputs, added, outputs};
     PiecesOnStack cut;
     Cut(weight_.block, 0, count, false, &cut);
-    Panel panel{from, weight_.columns.data(), OneSlice(weight_), cut.pieces, cut.count, 0, 1};
+    Panel panel{from, weight_.columns.data(), OneSlice(weight_), cut.pieces, cut.count, 0, 1, 0, 1};
     if (!few) {
       bool fresh;
       const int64_t width = WidestPiece(weight_.block);
@@ -101,7 +101,7 @@ void Gemm::Run(const float* x, int64_t rows, int64_t inputs, const float* residu
       panel.x = tiles;
       panel.offsets = offsets_.data();
     }
-    RunPanel(weight_, 0, first, last, panel, output);
+    RunPanel(weight_, first, last, panel, output);
   };
   RunTasks(parallel, (rows + tokens - 1) / tokens, weight_.rows_per_group,
            static_cast<double>(weight_.values.size()) * rows, task);

@@ -104,6 +104,7 @@ struct Piece {
   int64_t width;  // pixels read and written: some may stand out past the end
   int vectors;
   bool halved;
+  int64_t repeats = 1;  // on so many rows of a plane, each in the same place
 };
 
 // Returns the piece that begins at `start`. Where nothing may be written past `end` (`exact`), the last piece begins
@@ -124,18 +125,19 @@ inline Piece NextPiece(int64_t start, int64_t end, int64_t lanes, int64_t most, 
 }
 
 // Which loops a weight of this block runs on, as an index into TileLoops.
-inline int LoopsFor(int64_t block) { return block >= 8 && Loops().max_vectors[1] ? 1 : 0; }
+inline int LoopsFor(int64_t block) { return block == 1 ? 0 : block >= 8 && Loops().max_vectors[2] ? 2 : 1; }
 
 // The pixels of its widest piece.
 inline int64_t WidestPiece(int64_t block) { return Loops().lanes * Loops().max_vectors[LoopsFor(block)]; }
 
 // Cuts `length` pixels from `origin` on into pieces.
 template <class Pieces>
-void Cut(int64_t block, int64_t origin, int64_t length, bool exact, Pieces* pieces) {
+void Cut(int64_t block, int64_t origin, int64_t length, bool exact, Pieces* pieces, int64_t most = kMaxVectors) {
   const TileLoops& loops = Loops();
   const int wide = LoopsFor(block);
+  most = std::min<int64_t>(most, loops.max_vectors[wide]);
   for (int64_t start = 0; start < length;) {
-    Piece piece = NextPiece(start, length, loops.lanes, loops.max_vectors[wide], loops.halved[wide][0], exact);
+    Piece piece = NextPiece(start, length, loops.lanes, most, loops.halved[wide][0], exact);
     start = piece.start + piece.pixels;
     piece.start += origin;
     pieces->push_back(piece);
@@ -159,74 +161,83 @@ struct Panel {
   int64_t count;     // of pieces
   int64_t step;      // from one piece to the next in x; 0: a piece stands in x where it does in the panel
   int64_t together;  // how many pieces one block row may run on before the next one does
+  int64_t pitch;     // from one row to the next, of pieces that are repeated
+  int64_t window;    // see Strip, for pieces that are repeated
 };
 
-// Where a piece stands in y and the residual (null if there is none): channels `pitch` apart.
+// Where a piece stands in y and the residual (null if there is none): channels `pitch` apart, its repeats `row`.
 struct Place {
   float* y;
   const float* residual;
-  int64_t pitch;
+  int64_t pitch, row;
 };
 
-// Computes block rows [first, last) of a group on a panel. Output finds the place of a piece, and says whether a tile
-// may be written there; if not, it gathers the residual and scatters sums that are (channels, piece.width).
+// Computes block rows [first, last), of one group or of groups that they fill, on a panel. Output finds the place of a
+// piece, and says whether a tile may be written there; if not, it gathers the residual and scatters sums that are
+// (channels, repeats, piece.width).
 template <class Output>
-void RunPanel(const Weight& weight, int64_t group, int64_t first, int64_t last, const Panel& panel,
-              const Output& output) {
+void RunPanel(const Weight& weight, int64_t first, int64_t last, const Panel& panel, const Output& output) {
   const TileLoops& loops = Loops();
   const int wide = LoopsFor(weight.block);
-  const int64_t block_row = group * weight.rows_per_group + first, channel = first * weight.block;
-  Strip strip;
+  const int64_t channel = weight.FirstChannel(first);
+  Strip strip = {};
   strip.values = weight.values.data();
   strip.offsets = panel.offsets;
   strip.block = weight.block;
-  strip.channels = std::min((last - first) * weight.block, weight.out_channels / weight.group - channel);
+  strip.channels = weight.FirstChannel(last) - channel;
   const bool sliced = panel.slices.count > 1;  // the sums of all pieces wait for the next slice
   float* all_sums = nullptr;
   if (sliced) {
     int64_t width = 0;
-    for (int64_t i = 0; i < panel.count; ++i) width += panel.pieces[i].width;
+    for (int64_t i = 0; i < panel.count; ++i) width += panel.pieces[i].repeats * panel.pieces[i].width;
     all_sums = Scratch::Sums().Get(strip.channels * width);
   }
 
   for (int64_t slice = 0; slice < panel.slices.count; ++slice) {
     const bool is_last = slice + 1 == panel.slices.count;
-    strip.begins = panel.slices.starts + slice * panel.slices.pitch + block_row;
+    strip.begins = panel.slices.starts + slice * panel.slices.pitch + first;
     strip.ends = strip.begins + panel.slices.pitch;
-    strip.bias = slice ? nullptr : weight.bias.data() + block_row * weight.block;
+    strip.bias = slice ? nullptr : weight.bias.data() + first * weight.block;
     strip.activation = is_last ? weight.activation : kNone;
     strip.slope = weight.slope;
     float* sums = all_sums;
-    for (int64_t i = 0; i < panel.count; i += strip.runs) {
+    for (int64_t i = 0, pieces = 1; i < panel.count; i += pieces, pieces = 1) {
       const Piece& piece = panel.pieces[i];
+      const int64_t width = piece.repeats * piece.width;
       Place place, next;
       const bool direct = output.Find(channel, piece, &place);
-      if (!sliced && !direct) sums = Scratch::Sums().Get(strip.channels * piece.width);
+      if (!sliced && !direct) sums = Scratch::Sums().Get(strip.channels * width);
       strip.x = panel.x + (panel.step ? i * panel.step : piece.start);
       strip.x_step = panel.step ? panel.step : piece.width;
       strip.y_step = piece.width;
-      strip.runs = 1;
-      if (direct && !sliced)
-        for (const Piece* p = &piece + 1; strip.runs < panel.together && p < panel.pieces + panel.count; ++p) {
+      strip.runs = piece.repeats;
+      strip.window = 1;
+      if (piece.repeats > 1) {
+        strip.x_step = panel.pitch;
+        if (direct) strip.y_step = place.row;
+        strip.window = panel.window;
+      } else if (direct && !sliced) {
+        for (const Piece* p = &piece + 1; pieces < panel.together && p < panel.pieces + panel.count; ++p, ++pieces) {
           const bool follows = p->start == p[-1].start + piece.width && p->vectors == piece.vectors &&
                                p->halved == piece.halved && output.Find(channel, *p, &next);
           if (!follows) break;
-          ++strip.runs;
         }
+        strip.runs = pieces;
+      }
       strip.start = place.residual;
       strip.start_pitch = place.pitch;
       if (slice || (place.residual && !direct)) {
         if (!slice) output.Gather(channel, strip.channels, piece, sums);
         strip.start = sums;
-        strip.start_pitch = piece.width;
+        strip.start_pitch = width;
       }
       const bool done = is_last && direct;
       strip.y = done ? place.y : sums;
-      strip.pitch = done ? place.pitch : piece.width;
+      strip.pitch = done ? place.pitch : width;
       const StripLoop* strips = piece.halved ? loops.halved[wide] : loops.strip[wide];
       (piece.vectors ? strips[piece.vectors - 1] : loops.pixel[wide])(strip);
       if (is_last && !direct) output.Scatter(channel, strip.channels, piece, sums);
-      if (sliced) sums += strip.channels * piece.width;
+      if (sliced) sums += strip.channels * width;
     }
   }
 }

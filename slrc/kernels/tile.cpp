@@ -1,4 +1,5 @@
 // See tile.h. SLRC_TILE_SET names the set that this compilation defines; the compiler's flags choose the instructions.
+#include "lanes.h"
 #include "tile.h"
 
 namespace slrc {
@@ -13,93 +14,12 @@ constexpr int kLanes = 4, kVectors4 = 6, kVectors8 = 3;
 #else
 constexpr int kLanes = 4, kVectors4 = 3, kVectors8 = 0;
 #endif
+constexpr int kVectors1 = 6;
 
-// GCC's and Clang's vector types: arithmetic and comparison act lane by lane. The "loose" ones may stand anywhere.
-template <int N>
-struct Lanes {
-  typedef float Float __attribute__((vector_size(4 * N)));
-  typedef uint32_t Bits __attribute__((vector_size(4 * N)));
-  typedef float Loose __attribute__((vector_size(4 * N), aligned(4), may_alias));
-};
-
-template <int N>
-inline typename Lanes<N>::Float Load(const float* p) {
-  return *reinterpret_cast<const typename Lanes<N>::Loose*>(p);
-}
-
-template <int N>
-inline void Store(float* p, typename Lanes<N>::Float v) {
-  *reinterpret_cast<typename Lanes<N>::Loose*>(p) = v;
-}
-
-template <int N>
-inline typename Lanes<N>::Float All(float v) {
-  return v - typename Lanes<N>::Float{};
-}
-
-// Both keep a NaN in v.
-template <int N, typename V = typename Lanes<N>::Float>
-inline V AtLeast(V v, float bound) {
-  return All<N>(bound) > v ? All<N>(bound) : v;
-}
-
-template <int N, typename V = typename Lanes<N>::Float>
-inline V AtMost(V v, float bound) {
-  return All<N>(bound) < v ? All<N>(bound) : v;
-}
-
-// Horner's rule, highest power first.
-template <int N, int Count, typename V = typename Lanes<N>::Float>
-inline V Polynomial(V v, const float (&coefficients)[Count]) {
-  V sum = All<N>(coefficients[0]);
-  for (int i = 1; i < Count; ++i) sum = sum * v + coefficients[i];
-  return sum;
-}
-
-// e^v = 2^n e^r with |r| <= ln(2) / 2; relative error below 2e-7.
-template <int N, typename V = typename Lanes<N>::Float>
-inline V Exp(V v) {
-  using I = typename Lanes<N>::Bits;  // whose sums may wrap: a NaN's do
-  const float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  v = AtMost<N>(AtLeast<N>(v, -87.0f), 88.0f);
-  V shifted = v * 1.44269504f + round;
-  V n = shifted - round;
-  V r = v - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  V p = Polynomial<N>(r, {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f});
-  return reinterpret_cast<V>(reinterpret_cast<I>(p) + (reinterpret_cast<I>(shifted) << 23));
-}
-
-// x Phi(x). erf(z) = z P(z^2) / Q(z^2) up to |z| = 4, where it is 1 to the last bit: a least-maximum fit, absolute
-// error below 4e-7 with its rounding.
-template <int N, typename V = typename Lanes<N>::Float>
-inline V Gelu(V v) {
-  V z = AtMost<N>(AtLeast<N>(v * 0.70710678f, -4.0f), 4.0f);
-  V t = z * z;
-  V p = Polynomial<N>(t, {1.92169444e-8f, -1.99029068e-6f, 1.55533650e-4f, 4.29296168e-3f, 5.24332225e-2f, 0.213942870f,
-                          1.12837863f});
-  V q = Polynomial<N>(t, {1.09801255e-3f, 1.55509245e-2f, 0.120798856f, 0.522929609f, 1.0f});
-  return 0.5f * v * (1.0f + z * p / q);
-}
-
-template <int N, typename V = typename Lanes<N>::Float>
-inline V Activate(V v, Activation activation, float slope) {
-  switch (activation) {
-    case kRelu:
-      return AtLeast<N>(v, 0.0f);
-    case kLeakyRelu:
-      return v < 0.0f ? v * slope : v;
-    case kRelu6:
-      return AtMost<N>(AtLeast<N>(v, 0.0f), 6.0f);
-    case kSilu:
-      return v / (1.0f + Exp<N>(-v));
-    case kGelu:
-      return Gelu<N>(v);
-    case kHardSwish:
-      return v * AtMost<N>(AtLeast<N>(v * (1.0f / 6) + 0.5f, 0.0f), 1.0f);
-    default:
-      return v;
-  }
+// How many runs a tile takes: one row alone keeps too few sums for multiply-adds not to wait for each other.
+constexpr int RunsOf(int rows, int vectors) {
+  constexpr int kSums = 8;
+  return rows > 1 || vectors > kSums ? 1 : kSums / vectors;
 }
 
 #define SLRC_INLINE __attribute__((always_inline))
@@ -125,7 +45,7 @@ SLRC_INLINE inline void Unroll(const Body& body) {
   }
 }
 
-// Rows of one block row on one run of pixels.
+// Rows of one block row on some runs of pixels.
 struct Tile {
   const float* values;
   const int32_t* offsets;
@@ -137,10 +57,11 @@ struct Tile {
   float* y;
   int64_t pitch;
   int64_t rows;
+  int64_t x_step, y_step;  // as in Strip
 };
 
-// Calls run(tile) for every `Rows` rows on every run; the last of a block may have fewer.
-template <int Rows, class Run>
+// Calls run(tile, runs) for every `Rows` rows (the last of a block may have fewer), up to `Runs` runs at a time.
+template <int Rows, int Runs, class Run>
 SLRC_INLINE inline void ForTiles(const Strip& s, const Run& run) {
   static const float kZeros[Rows] = {};
   int64_t first = 0;
@@ -157,71 +78,111 @@ SLRC_INLINE inline void ForTiles(const Strip& s, const Run& run) {
                    s.start_pitch,
                    s.y + channel * s.pitch,
                    s.pitch,
-                   last - channel < Rows ? last - channel : Rows};
-      for (int64_t i = 0; i < s.runs; ++i) {
-        run(tile);
-        tile.x += s.x_step;
-        tile.y += s.y_step;
-        if (tile.start) tile.start += s.y_step;
+                   last - channel < Rows ? last - channel : Rows,
+                  s.x_step,
+                  s.y_step};
+      for (int64_t left = s.runs; left > 0;) {
+        const int64_t tiles = (left + Runs - 1) / Runs, runs = (left + tiles - 1) / tiles;  // about as many in each
+        run(tile, runs);
+        tile.x += runs * s.x_step;
+        tile.y += runs * s.y_step;
+        if (tile.start) tile.start += runs * s.y_step;
+        left -= runs;
       }
     }
   }
 }
 
-// Rows x (Whole vectors + one of Last lanes) accumulators in registers; a surviving column loads each vector of x once
-// for all rows.
-template <int Rows, int Whole, int Last>
+// Rows (one run) or runs (one row) x (Whole vectors + one of Last lanes) accumulators in registers. Of several rows a
+// surviving column loads each vector of x once for all; of one row a value is loaded once for all runs, and a vector of x
+// once for all of the `Window` parts of the columns (see Strip).
+template <int Rows, int Runs, int Window, int Whole, int Last>
 SLRC_INLINE inline void RunTile(const Tile& tile, int64_t stride, Activation activation, float slope) {
+  static_assert(Rows == 1 || (Runs == 1 && Window == 1));
   using V = typename Lanes<kLanes>::Float;
   using L = typename Lanes<Last>::Float;
-  V sums[Rows][Whole ? Whole : 1];
-  L lasts[Rows];
-  Unroll<Rows>([&](int i) SLRC_INLINE {
-    Unroll<Whole>([&](int v) SLRC_INLINE { sums[i][v] = All<kLanes>(tile.bias[i]); });
-    lasts[i] = All<Last>(tile.bias[i]);
+  constexpr int kSums = Rows * Runs;
+  V sums[kSums][Whole ? Whole : 1];
+  L lasts[kSums];
+  Unroll<kSums>([&](int s) SLRC_INLINE {
+    const float bias = tile.bias[Rows == 1 ? 0 : s];
+    Unroll<Whole>([&](int v) SLRC_INLINE { sums[s][v] = All<kLanes>(bias); });
+    lasts[s] = All<Last>(bias);
   });
   if (tile.start)
-    Unroll<Rows>([&](int i) SLRC_INLINE {
-      const float* start = tile.start + i * tile.start_pitch;
-      Unroll<Whole>([&](int v) SLRC_INLINE { sums[i][v] += Load<kLanes>(start + v * kLanes); });
-      lasts[i] += Load<Last>(start + Whole * kLanes);
+    Unroll<kSums>([&](int s) SLRC_INLINE {
+      const float* start = tile.start + s * (Rows == 1 ? tile.y_step : tile.start_pitch);
+      Unroll<Whole>([&](int v) SLRC_INLINE { sums[s][v] += Load<kLanes>(start + v * kLanes); });
+      lasts[s] += Load<Last>(start + Whole * kLanes);
     });
 
   const float* values = tile.values;
-  for (const int32_t* offset = tile.offsets; offset != tile.end; ++offset, values += stride) {
-    const float* x = tile.x + *offset;
-    V column[Whole ? Whole : 1];
-    Unroll<Whole>([&](int v) SLRC_INLINE { column[v] = Load<kLanes>(x + v * kLanes); });
-    const L last = Load<Last>(x + Whole * kLanes);
-    SLRC_LOAD_VALUES(Rows, values);
-    Unroll<Rows>([&](int i) SLRC_INLINE {
-      Unroll<Whole>([&](int v) SLRC_INLINE { sums[i][v] += column[v] * SLRC_VALUE(i); });
-      lasts[i] += last * SLRC_VALUE(i);
-    });
+  if constexpr (Rows == 1) {
+    const int64_t part = (tile.end - tile.offsets) / Window;
+    for (int64_t t = 0; t < part; ++t, values += stride) {
+      const float* x = tile.x + tile.offsets[t];
+      float value[Window];
+      Unroll<Window>([&](int k) SLRC_INLINE { value[k] = values[k * part * stride]; });
+      Unroll<Runs + Window - 1>([&](int r) SLRC_INLINE {
+        V column[Whole ? Whole : 1];
+        Unroll<Whole>([&](int v) SLRC_INLINE { column[v] = Load<kLanes>(x + v * kLanes); });
+        const L last = Load<Last>(x + Whole * kLanes);
+        Unroll<Window>([&](int k) SLRC_INLINE {
+          const int s = r - k;
+          if (s < 0 || s >= Runs) return;
+          Unroll<Whole>([&](int v) SLRC_INLINE { sums[s][v] += column[v] * value[k]; });
+          lasts[s] += last * value[k];
+        });
+        x += tile.x_step;
+      });
+    }
+  } else {
+    for (const int32_t* offset = tile.offsets; offset != tile.end; ++offset, values += stride) {
+      const float* x = tile.x + *offset;
+      V column[Whole ? Whole : 1];
+      Unroll<Whole>([&](int v) SLRC_INLINE { column[v] = Load<kLanes>(x + v * kLanes); });
+      const L last = Load<Last>(x + Whole * kLanes);
+      SLRC_LOAD_VALUES(Rows, values);
+      Unroll<Rows>([&](int i) SLRC_INLINE {
+        Unroll<Whole>([&](int v) SLRC_INLINE { sums[i][v] += column[v] * SLRC_VALUE(i); });
+        lasts[i] += last * SLRC_VALUE(i);
+      });
+    }
   }
 
   const auto apply = [&](auto function) SLRC_INLINE {
-    Unroll<Rows>([&](int i) SLRC_INLINE {
-      Unroll<Whole>([&](int v) SLRC_INLINE { sums[i][v] = function(sums[i][v]); });
-      lasts[i] = function(lasts[i]);
+    Unroll<kSums>([&](int s) SLRC_INLINE {
+      Unroll<Whole>([&](int v) SLRC_INLINE { sums[s][v] = function(sums[s][v]); });
+      lasts[s] = function(lasts[s]);
     });
   };
   if (activation == kRelu || activation == kRelu6)
     apply([](auto v) SLRC_INLINE { return AtLeast<sizeof v / sizeof(float)>(v, 0.0f); });
   if (activation == kRelu6) apply([](auto v) SLRC_INLINE { return AtMost<sizeof v / sizeof(float)>(v, 6.0f); });
   if (activation == kLeakyRelu) apply([slope](auto v) SLRC_INLINE { return v < 0.0f ? v * slope : v; });
-  Unroll<Rows>([&](int i) SLRC_INLINE {
-    float* y = tile.y + i * tile.pitch;
-    Unroll<Whole>([&](int v) SLRC_INLINE { Store<kLanes>(y + v * kLanes, sums[i][v]); });
-    Store<Last>(y + Whole * kLanes, lasts[i]);
+  const int64_t y_pitch = Rows == 1 ? tile.y_step : tile.pitch;
+  Unroll<kSums>([&](int s) SLRC_INLINE {
+    float* y = tile.y + s * y_pitch;
+    Unroll<Whole>([&](int v) SLRC_INLINE { Store<kLanes>(y + v * kLanes, sums[s][v]); });
+    Store<Last>(y + Whole * kLanes, lasts[s]);
   });
   if (activation <= kRelu6) return;
   constexpr int kPixels = Whole * kLanes + Last, kStep = Last;
-  for (int i = 0; i < Rows; ++i)
+  for (int s = 0; s < kSums; ++s)
     for (int p = 0; p < kPixels; p += kStep) {
-      float* y = tile.y + i * tile.pitch + p;
+      float* y = tile.y + s * y_pitch + p;
       Store<kStep>(y, Activate<kStep>(Load<kStep>(y), activation, slope));
     }
+}
+
+// A tile of `runs` runs, up to `Most`.
+template <int Rows, int Most, int Whole, int Last>
+SLRC_INLINE inline void RunTiles(const Tile& tile, int64_t runs, const Strip& s) {
+  if constexpr (Most > 1)
+    if (runs < Most) return RunTiles<Rows, Most - 1, Whole, Last>(tile, runs, s);
+  if constexpr (Most > 1)
+    if (s.window == kWindow) return RunTile<Rows, Most, kWindow, Whole, Last>(tile, s.block, s.activation, s.slope);
+  RunTile<Rows, Most, 1, Whole, Last>(tile, s.block, s.activation, s.slope);
 }
 
 // A tile of fewer rows is computed whole, aside.
@@ -229,7 +190,8 @@ template <int Rows, int Whole, int Last>
 void RunStrip(const Strip& strip) {
   constexpr int kPixels = Whole * kLanes + Last;
   const Strip s = strip;  // a copy that no store can reach
-  ForTiles<Rows>(s, [&](Tile tile) SLRC_INLINE {
+  constexpr int kRuns = RunsOf(Rows, Whole + 1);
+  ForTiles<Rows, kRuns>(s, [&](Tile tile, int64_t runs) SLRC_INLINE {
     alignas(64) float aside[Rows * kPixels];
     float* const y = tile.y;
     if (tile.rows < Rows) {
@@ -239,7 +201,7 @@ void RunStrip(const Strip& strip) {
       tile.y = aside;
       tile.start_pitch = tile.pitch = kPixels;
     }
-    RunTile<Rows, Whole, Last>(tile, s.block, s.activation, s.slope);
+    RunTiles<Rows, kRuns, Whole, Last>(tile, runs, s);
     if (tile.rows < Rows)
       for (int i = 0; i < tile.rows; ++i)
         for (int p = 0; p < kPixels; ++p) y[i * s.pitch + p] = aside[i * kPixels + p];
@@ -250,7 +212,7 @@ void RunStrip(const Strip& strip) {
 template <int Rows>
 void RunPixel(const Strip& s) {
   using V = typename Lanes<Rows>::Float;
-  ForTiles<Rows>(s, [&](const Tile& tile) {
+  ForTiles<Rows, 1>(s, [&](const Tile& tile, int64_t) {
     V sums[4] = {Load<Rows>(tile.bias)};
     const int64_t count = tile.end - tile.offsets;
     int64_t t = 0;
@@ -274,7 +236,8 @@ inline Lanes<kLanes>::Float LoadApart(const float* p) {
 #if defined(__AVX512F__)
   return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
 #elif defined(__AVX2__)
-  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+  const auto pairs = __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14);  // within halves: the cheaper shuffle
+  return __builtin_shufflevector(pairs, pairs, 0, 1, 4, 5, 2, 3, 6, 7);
 #else
   return __builtin_shufflevector(a, b, 0, 2, 4, 6);
 #endif
@@ -301,9 +264,17 @@ inline void CopyChannels(const CopyJob& given) {
         for (int64_t c = 0; c < free; ++c, source += x_step, target += to_step)
           Store<kLanes>(target, LoadApart<Stride ? Stride : 1>(source));
       }
-      for (int64_t c = free < 0 ? 0 : free; c < count; ++c)
-        for (int64_t i = 0; i < run.floats; ++i)
-          to[c * to_step + run.to + i] = x[c * x_step + run.from + i * job.stride];
+      for (int64_t c = free < 0 ? 0 : free; c < count; ++c) {
+        const float* source = x + c * x_step + run.from;
+        float* target = to + c * to_step + run.to;
+        int64_t i = 0;
+        if constexpr (Stride > 0) {
+          const int64_t left = (job.channels - first - c) * x_step - run.from;
+          for (; i < run.floats && (i + kLanes) * Stride <= left; i += kLanes)
+            Store<kLanes>(target + i, LoadApart<Stride>(source + i * Stride));
+        }
+        for (; i < run.floats; ++i) target[i] = source[i * job.stride];
+      }
     }
     for (int64_t z = 0; z < job.zeros_count; ++z) {
       const Zeros zeros = job.zeros[z];
@@ -364,10 +335,10 @@ constexpr StripLoop Halved() {
 extern const TileLoops SLRC_TILE_SET = {
     SLRC_TILE_NAME,
     kLanes,
-    {kVectors4, kVectors8},
-    {SLRC_SIX(Whole, 4, kVectors4), SLRC_SIX(Whole, 8, kVectors8)},
-    {SLRC_SIX(Halved, 4, kVectors4), SLRC_SIX(Halved, 8, kVectors8)},
-    {RunPixel<4>, RunPixel<8>},
+    {kVectors1, kVectors4, kVectors8},
+    {SLRC_SIX(Whole, 1, kVectors1), SLRC_SIX(Whole, 4, kVectors4), SLRC_SIX(Whole, 8, kVectors8)},
+    {SLRC_SIX(Halved, 1, kVectors1), SLRC_SIX(Halved, 4, kVectors4), SLRC_SIX(Halved, 8, kVectors8)},
+    {RunPixel<1>, RunPixel<4>, RunPixel<8>},
     Copy,
     Spin,
 };

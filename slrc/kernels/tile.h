@@ -28,6 +28,7 @@ struct Strip {
   float* y;  // (channels, pitch)
   int64_t pitch;
   int64_t runs, x_step, y_step;  // from a run to the next one in x; in y and start
+  int64_t window;  // 1, or kWindow parts of each block row's columns, all alike, a part x_step after the one before
   Activation activation;
   float slope;  // of kLeakyRelu
 };
@@ -60,20 +61,22 @@ struct CopyJob {
 
 using CopyLoop = void (*)(const CopyJob&);
 
+constexpr int kWindow = 3;
+constexpr int kRowSizes = 3;  // of tiles: 1, 4 or 8 rows
 constexpr int kMaxVectors = 6;
 constexpr int kMaxLanes = 16;
 constexpr int kMaxTilePixels = kMaxVectors * kMaxLanes;
 
-// The loops of one instruction set. Index 0 is for 4 rows, 1 for 8.
+// The loops of one instruction set. Index 0 is for 1 row, 1 for 4, 2 for 8.
 struct TileLoops {
   const char* name;
   int lanes;
-  int max_vectors[2];                // vectors of pixels that the registers hold; 0 where there is no such loop
-  StripLoop strip[2][kMaxVectors];   // [rows][vectors - 1]
-  StripLoop halved[2][kMaxVectors];  // the same, the last vector half as wide; null where that gains nothing
-  StripLoop pixel[2];                // one pixel, the rows side by side in a vector
+  int max_vectors[kRowSizes];                // of a run, in registers; 0 where there is no such loop
+  StripLoop strip[kRowSizes][kMaxVectors];   // [rows][vectors - 1]
+  StripLoop halved[kRowSizes][kMaxVectors];  // the same, the last vector half as wide; null where that gains nothing
+  StripLoop pixel[kRowSizes];                // runs of one pixel, the rows side by side in a vector
   CopyLoop copy;
-  double (*spin)(int64_t rounds);    // independent multiply-adds only; returns the floating-point operations done
+  double (*spin)(int64_t rounds);  // independent multiply-adds only; returns the floating-point operations done
 };
 
 extern const TileLoops kPortable;

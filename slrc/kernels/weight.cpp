@@ -81,7 +81,8 @@ Weight::Weight(const SlrcBlocks& blocks, int64_t groups)
       group(groups),
       activation(ParseActivation(blocks.activation)),
       slope(blocks.slope) {
-  if (block != 4 && block != 8 && block != 16) throw Error("block must be 4, 8 or 16, got " + std::to_string(block));
+  if (block != 1 && block != 4 && block != 8 && block != 16)
+    throw Error("block must be 1, 4, 8 or 16, got " + std::to_string(block));
   if (out_channels < 1 || out_channels > std::numeric_limits<int32_t>::max() || group < 1 || out_channels % group)
     throw Error("out_channels must be a positive multiple of group, got " + std::to_string(out_channels) + " and " +
                 std::to_string(group));

@@ -17,7 +17,7 @@ from slrc.backends.onnx_export import OPSET
 from slrc.backends.ort import OnnxRuntime
 from slrc.backends.packed_onnx import CONV, GEMM, function_of
 from slrc.errors import BackendError
-from slrc.forms import Form, FormKind
+from slrc.forms import DEPTHWISE, Form, FormKind
 from slrc.kernels import build as kernels
 from slrc.packed_ops import ACTIVATIONS
 from slrc.pipeline import apply_forms
@@ -28,7 +28,7 @@ TOLERANCE = 1e-5
 
 
 class Net(nn.Module):
-    """Every activation, with and without a residual; convolutions and matrices; grouped, strided, dilated."""
+    """Every activation, with and without a residual; convolutions and matrices, some grouped, strided or dilated."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,8 @@ class Net(nn.Module):
         layers = range(2 * len(ACTIVATIONS))
         self.convs = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1, bias=k % 2 == 0) for k in layers)
         self.grouped = nn.Conv2d(16, 24, 3, stride=2, dilation=2, padding=(2, 1), groups=2)
-        self.uneven = nn.Conv2d(24, 20, (1, 3))
+        self.depthwise = nn.Conv2d(24, 48, 3, padding=1, groups=24)
+        self.uneven = nn.Conv2d(48, 20, (1, 3))
         self.tokens = nn.ModuleList(nn.Linear(20, 20, bias=k % 2 == 0) for k in layers)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,7 +45,7 @@ class Net(nn.Module):
         for k, conv in enumerate(self.convs):
             act = list(ACTIVATIONS.values())[k // 2]
             x = act(conv(x) + x, 0.2) if k % 2 else act(conv(x), 0.2)
-        y = self.uneven(self.grouped(x))
+        y = self.uneven(self.depthwise(self.grouped(x)))
         z = y.flatten(2).transpose(1, 2)
         for k, linear in enumerate(self.tokens):
             act = list(ACTIVATIONS.values())[k // 2]
@@ -57,7 +58,7 @@ def sparse(model: nn.Module, rows: int = 4) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.dim() > 1 and "stem" not in name:
+            if p.dim() > 1 and name not in ("stem.weight", "depthwise.weight"):
                 mask = torch.rand(p.shape[0] // rows, p[0].numel(), generator=generator) < 0.25
                 mask[-1] &= "convs.3" not in name
                 mask &= "convs.5" not in name
@@ -70,6 +71,7 @@ def program() -> Program:
     torch.manual_seed(0)
     masked = capture(sparse(Net()).eval(), (torch.randn(2, 3, 12, 11),))
     forms = {w: Form(FormKind.PACKED, 4 if k % 2 else 8) for k, w in enumerate(masked.layers) if w != "stem.weight"}
+    forms["depthwise.weight"] = DEPTHWISE
     return apply_forms(masked, forms)
 
 
@@ -101,7 +103,7 @@ def test_the_kernels_run_and_a_stock_runtime_sees_dense_layers(artifact: Path, t
             options.register_custom_ops_library(str(next(artifact.glob("*.so"))))
         ort.InferenceSession(str(artifact / "model.onnx"), options, providers=["CPUExecutionProvider"])
         nodes = onnx.load(tmp_path / "optimized.onnx").graph.node
-        assert sum(n.domain == "ai.slrc" for n in nodes) == (0 if stock else 2 + 4 * len(ACTIVATIONS))
+        assert sum(n.domain == "ai.slrc" for n in nodes) == (0 if stock else 3 + 4 * len(ACTIVATIONS))
         assert not {n.op_type for n in nodes} & {"ScatterND", "CumSum", "ScatterElements"}
 
 
@@ -147,7 +149,7 @@ def test_tensorrt_parses_it(artifact: Path) -> None:
     parsed = parser.parse((artifact / "model.onnx").read_bytes())
     assert parsed, [parser.get_error(k).desc() for k in range(parser.num_errors)]
     kinds = [network.get_layer(k).type for k in range(network.num_layers)]
-    assert kinds.count(trt.LayerType.CONVOLUTION) == 3 + 2 * len(ACTIVATIONS)
+    assert kinds.count(trt.LayerType.CONVOLUTION) == 4 + 2 * len(ACTIVATIONS)
 
 
 def test_a_target_for_another_processor() -> None:

@@ -55,7 +55,7 @@ double Activate(double v, int64_t activation) {
 
 struct Packed {
   Packed(Random& random, int64_t block_size, int64_t block_rows, int64_t width) : block(block_size) {
-    const int percent = static_cast<int>(random.Int(0, 3)) * 33;
+    const int percent = static_cast<int>(random.Int(0, 3)) * 34;
     const bool sorted = random.Chance(85);  // the packer's are
     std::vector<int32_t> found;
     pointers.reset(new int32_t[block_rows + 1]);
@@ -82,9 +82,10 @@ struct Case {
     random.engine.seed(seed);
     gemm = random.Chance(25);
     const bool pointwise = gemm || random.Chance(30);  // read in place: drawn apart, chance alone would hardly make one
-    window.group = gemm ? 1 : random.Int(1, 3);
+    const bool depthwise = !gemm && random.Chance(25);
+    window.group = gemm ? 1 : depthwise ? random.Int(1, 40) : random.Int(1, 3);
     for (int a = 0; a < 2; ++a) {
-      window.kernel[a] = pointwise ? 1 : random.Int(1, 4);
+      window.kernel[a] = pointwise ? 1 : random.Int(1, 5);
       window.strides[a] = pointwise ? 1 : random.Int(1, 3);
       window.dilations[a] = pointwise ? 1 : random.Int(1, 3);
       window.pads[a] = pointwise ? 0 : random.Int(0, 3);
@@ -95,9 +96,12 @@ struct Case {
       y_shape[2 + a] = (x_shape[2 + a] + window.pads[a] + window.pads[a + 2] - span) / window.strides[a] + 1;
     }
     x_shape[0] = y_shape[0] = gemm ? random.Int(1, random.Chance(30) ? 150 : 5) : random.Int(1, 2);
-    x_shape[1] = window.group * (random.Chance(8) ? random.Int(100, 260) : random.Int(1, 9));  // many are cut or copied
-    y_shape[1] = window.group * random.Int(1, 40);
-    block = int64_t{4} << random.Int(0, 2);
+    x_shape[1] = random.Chance(8) ? random.Int(100, 260) : random.Int(1, 9);  // many are cut or copied
+    if (depthwise) x_shape[1] = random.Int(1, random.Chance(30) ? 3 : 1);
+    x_shape[1] *= window.group;
+    y_shape[1] = window.group * random.Int(1, depthwise ? 3 : 40);
+    const int64_t kBlocks[] = {1, 4, 8, 16};
+    block = kBlocks[depthwise && random.Chance(80) ? 0 : random.Int(0, 3)];
     width = x_shape[1] / window.group * window.kernel[0] * window.kernel[1];
     rows_per_group = (y_shape[1] / window.group + block - 1) / block;
     packed.reset(new Packed(random, block, rows_per_group * window.group, width));

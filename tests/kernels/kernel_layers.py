@@ -71,12 +71,13 @@ def _pick(random: np.random.Generator, *choices: Any) -> Any:
 def random_conv(random: np.random.Generator) -> Layer:
     """Any window that fits; planes from one pixel to a few thousand; empty rows and empty layers among them."""
     pointwise = random.random() < 0.2  # read in place
-    groups = _pick(random, 1, 1, 1, 2, 3)
-    block = _pick(random, 4, 8, 16)
+    depthwise = random.random() < 0.3
+    groups = int(random.integers(2, 40)) if depthwise else _pick(random, 1, 1, 1, 2, 3)
+    block = 1 if depthwise else _pick(random, 1, 4, 8, 16)
     outputs = groups * (
         block * int(random.integers(1, 4)) - (int(random.integers(block)) if random.random() < 0.3 else 0)
     )
-    inputs = groups * int(random.integers(1, 12))
+    inputs = groups * (1 if depthwise else int(random.integers(1, 12)))
     kernel = (
         (int(random.integers(1, 6)), int(random.integers(1, 6))) if not pointwise and random.random() < 0.8 else (1, 1)
     )
@@ -92,7 +93,7 @@ def random_conv(random: np.random.Generator) -> Layer:
     out_size = [
         (size[a] + pads[a] + pads[a + 2] - (kernel[a] - 1) * dilations[a] - 1) // strides[a] + 1 for a in range(2)
     ]
-    sparsity = _pick(random, 0.0, 0.5, 0.75, 0.9, 0.97, 1.0)
+    sparsity = _pick(random, 0.0, 0.5, 0.75, 0.9, 0.97, 1.0) if not depthwise or random.random() < 0.3 else 0.0
     weight = sparse_weight(random, (outputs, inputs // groups, *kernel), block, sparsity, groups)
     return Layer(
         block=block,
@@ -112,7 +113,7 @@ def random_conv(random: np.random.Generator) -> Layer:
 
 def random_gemm(random: np.random.Generator) -> Layer:
     """From one token to some hundred, inputs and outputs of any size."""
-    block = _pick(random, 4, 8, 16)
+    block = _pick(random, 1, 4, 8, 16)
     outputs = int(random.integers(1, 70))
     inputs, tokens = int(random.integers(1, 200)), int(random.integers(1, _pick(random, 2, 6, 40, 250)))
     return Layer(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slrc.forms import Form, FormKind, Forms
+from slrc.forms import DEPTHWISE, Form, FormKind, Forms
 from slrc.passes.allocate_sparsity import allocate_sparsity
 from slrc.passes.apply_masks import ApplyMasks
 from slrc.passes.pack_blocks import PackBlocks
@@ -118,6 +118,21 @@ def test_other_activations_stay(net: Any, randomized: Any) -> None:
         case: Case = (lambda m, x, act=act: act(m.a(x)), {"a": nn.Conv2d(6, 8, 1)}, IMAGE)  # type: ignore[misc]
         result = packed(case, net, randomized)[3]
         assert len([n for n in result.nodes if not op_name(n).startswith("sym_")]) == 2
+
+
+@pytest.mark.parametrize("outputs", [6, 12])
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_a_depthwise_layer_without_zeros(outputs: int, kernel: int, net: Any, randomized: Any) -> None:
+    layer = nn.Conv2d(6, outputs, kernel, stride=2, padding=1, groups=6)
+    model = randomized(net(lambda m, x: F.relu6(m.a(x)), a=layer))
+    program = capture(model, (torch.randn(2, *IMAGE, dtype=torch.float64),))
+    plan = Plan(sparsity_asked=0, sparsity=0, constraints=())
+    result = PackBlocks({"a.weight": DEPTHWISE})(program, plan, Masks()).program
+    assert result.tensors["a.values"].shape == (outputs * kernel**2, 1)
+    assert [op_name(n) for n in result.nodes if not op_name(n).startswith("sym_")] == ["block_sparse_conv"]
+    assert result.macs == program.macs
+    reference, outputs_packed = (outputs_of(p.module(), program.example_inputs) for p in (program, result))
+    compare("program = packed", reference, outputs_packed, 1e-10)
 
 
 def test_a_layer_that_lost_everything(net: Any, randomized: Any) -> None:

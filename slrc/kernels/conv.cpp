@@ -36,7 +36,6 @@ constexpr double kLeastDensity = 0.15;         // of fewer columns most of sever
 constexpr int64_t kBusySums = 12;              // of a tile, in registers; with fewer, multiply-adds wait for each other
 constexpr int64_t kPanelChannels = 16;         // of groups of fewer, which share a panel,
 constexpr int64_t kPanelFloats = 32 * 1024;    // and of their input
-constexpr int64_t kRepeatedVectors = 2;        // of a piece on many rows: a tile then takes enough of them at a time
 constexpr size_t kLayoutsKept = 8;
 
 // The outputs of a band on a plane with seams: flat pixel p is row p / pitch, column p % pitch.
@@ -171,7 +170,7 @@ struct Layout {
     const int64_t lanes = Loops().lanes, idle = CeilDiv(columns.out, lanes) * lanes - pitch;
     std::vector<Piece> row;
     if (repeating) {
-      Cut(weight.block, 0, columns.out, columns.out >= lanes, &row, kRepeatedVectors);
+      Cut(weight.block, 0, columns.out, columns.out >= lanes, &row);
       for (Piece& piece : row) piece.repeats = height;
       to->insert(to->end(), row.begin(), row.end());
       return;

@@ -132,12 +132,11 @@ inline int64_t WidestPiece(int64_t block) { return Loops().lanes * Loops().max_v
 
 // Cuts `length` pixels from `origin` on into pieces.
 template <class Pieces>
-void Cut(int64_t block, int64_t origin, int64_t length, bool exact, Pieces* pieces, int64_t most = kMaxVectors) {
+void Cut(int64_t block, int64_t origin, int64_t length, bool exact, Pieces* pieces) {
   const TileLoops& loops = Loops();
   const int wide = LoopsFor(block);
-  most = std::min<int64_t>(most, loops.max_vectors[wide]);
   for (int64_t start = 0; start < length;) {
-    Piece piece = NextPiece(start, length, loops.lanes, most, loops.halved[wide][0], exact);
+    Piece piece = NextPiece(start, length, loops.lanes, loops.max_vectors[wide], loops.halved[wide][0], exact);
     start = piece.start + piece.pixels;
     piece.start += origin;
     pieces->push_back(piece);

@@ -14,7 +14,7 @@ constexpr int kLanes = 4, kVectors4 = 6, kVectors8 = 3;
 #else
 constexpr int kLanes = 4, kVectors4 = 3, kVectors8 = 0;
 #endif
-constexpr int kVectors1 = 6;
+constexpr int kVectors1 = 2;  // of several runs
 
 // How many runs a tile takes: one row alone keeps too few sums for multiply-adds not to wait for each other.
 constexpr int RunsOf(int rows, int vectors) {
@@ -23,6 +23,13 @@ constexpr int RunsOf(int rows, int vectors) {
 }
 
 #define SLRC_INLINE __attribute__((always_inline))
+
+// With a sanitizer's checks, compilers take minutes for a function with all sizes of tiles in it.
+#if defined(__SANITIZE_ADDRESS__)
+#define SLRC_INLINE_TILE
+#else
+#define SLRC_INLINE_TILE SLRC_INLINE
+#endif
 
 // The values of a column: NEON multiplies by a lane of a register, so they are loaded four at a time; the others
 // broadcast each from memory.
@@ -94,10 +101,10 @@ SLRC_INLINE inline void ForTiles(const Strip& s, const Run& run) {
 }
 
 // Rows (one run) or runs (one row) x (Whole vectors + one of Last lanes) accumulators in registers. Of several rows a
-// surviving column loads each vector of x once for all; of one row a value is loaded once for all runs, and a vector of x
-// once for all of the `Window` parts of the columns (see Strip).
+// surviving column loads each vector of x once for all; of one row a value is loaded once for all runs, and a vector of
+// x once for all of the `Window` parts of the columns (see Strip).
 template <int Rows, int Runs, int Window, int Whole, int Last>
-SLRC_INLINE inline void RunTile(const Tile& tile, int64_t stride, Activation activation, float slope) {
+SLRC_INLINE_TILE inline void RunTile(const Tile& tile, int64_t stride, Activation activation, float slope) {
   static_assert(Rows == 1 || (Runs == 1 && Window == 1));
   using V = typename Lanes<kLanes>::Float;
   using L = typename Lanes<Last>::Float;

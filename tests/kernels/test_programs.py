@@ -26,7 +26,7 @@ def run(command: list[str], name: str, cases: str = CASES) -> str:
 
 @pytest.mark.parametrize(
     ("flags", "cases"),
-    [((), "20000"), (("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"), CASES)],
+    [((), "20000"), (("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"), CASES)],
     ids=["many", "under the sanitizers"],
 )
 def test_random_layers(tmp_path: Path, flags: tuple[str, ...], cases: str) -> None:

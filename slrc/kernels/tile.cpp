@@ -101,8 +101,8 @@ SLRC_INLINE inline void ForTiles(const Strip& s, const Run& run) {
 }
 
 // Rows (one run) or runs (one row) x (Whole vectors + one of Last lanes) accumulators in registers. Of several rows a
-// surviving column loads each vector of x once for all; of one row a value is loaded once for all runs, and a vector of x
-// once for all of the `Window` parts of the columns (see Strip).
+// surviving column loads each vector of x once for all; of one row a value is loaded once for all runs, and a vector of
+// x once for all of the `Window` parts of the columns (see Strip).
 template <int Rows, int Runs, int Window, int Whole, int Last>
 SLRC_INLINE_TILE inline void RunTile(const Tile& tile, int64_t stride, Activation activation, float slope) {
   static_assert(Rows == 1 || (Runs == 1 && Window == 1));

@@ -16,20 +16,18 @@ constexpr int kLanes = 4, kVectors4 = 3, kVectors8 = 0;
 #endif
 constexpr int kVectors1 = 2;  // of several runs
 
-// How many runs a tile takes: one row alone keeps too few sums for multiply-adds not to wait for each other.
+// How many runs a tile takes: one row alone keeps too few sums for multiply-adds not to wait for each other. With a
+// sanitizer's checks compilers take minutes for tiles of so many sizes; two runs go through the same lines.
 constexpr int RunsOf(int rows, int vectors) {
+#if defined(__SANITIZE_ADDRESS__)
+  constexpr int kSums = 2;
+#else
   constexpr int kSums = 8;
+#endif
   return rows > 1 || vectors > kSums ? 1 : kSums / vectors;
 }
 
 #define SLRC_INLINE __attribute__((always_inline))
-
-// With a sanitizer's checks, compilers take minutes for a function with all sizes of tiles in it.
-#if defined(__SANITIZE_ADDRESS__)
-#define SLRC_INLINE_TILE
-#else
-#define SLRC_INLINE_TILE SLRC_INLINE
-#endif
 
 // The values of a column: NEON multiplies by a lane of a register, so they are loaded four at a time; the others
 // broadcast each from memory.
@@ -104,7 +102,7 @@ SLRC_INLINE inline void ForTiles(const Strip& s, const Run& run) {
 // surviving column loads each vector of x once for all; of one row a value is loaded once for all runs, and a vector of
 // x once for all of the `Window` parts of the columns (see Strip).
 template <int Rows, int Runs, int Window, int Whole, int Last>
-SLRC_INLINE_TILE inline void RunTile(const Tile& tile, int64_t stride, Activation activation, float slope) {
+SLRC_INLINE inline void RunTile(const Tile& tile, int64_t stride, Activation activation, float slope) {
   static_assert(Rows == 1 || (Runs == 1 && Window == 1));
   using V = typename Lanes<kLanes>::Float;
   using L = typename Lanes<Last>::Float;

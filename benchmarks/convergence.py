@@ -4,10 +4,10 @@
     python benchmarks/convergence.py short --out FILE   # half a minute, on scikit-learn's digits
     python benchmarks/convergence.py small              # Fashion-MNIST: 5 hours on one core
     python benchmarks/convergence.py middle             # CIFAR-10, ResNet-20: 27 hours on one core without bfloat16
-    python benchmarks/convergence.py wide               # CIFAR-10, larger networks
+    python benchmarks/convergence.py wide               # CIFAR-10, larger networks: days on such a core, not timed
     SLRC_IMAGES=~/imagenet python benchmarks/convergence.py wide --network images-torchvision:resnet50
     python benchmarks/convergence.py retraining         # 1, 3 and 10 epochs after hard-pruning, small: 2 hours
-    python benchmarks/convergence.py ablation           # parts of SLR's default left out or changed: 1 hour
+    python benchmarks/convergence.py ablation           # parts of SLR's default left out or changed: half an hour
     python benchmarks/convergence.py small --seeds 1 --only '*unstructured*'
     python benchmarks/convergence.py small & python benchmarks/convergence.py small   # share the rows
 
@@ -87,7 +87,7 @@ EPOCHS = 6
 TIERS = ("short", "small", "middle", "wide", "retraining", "ablation")
 
 
-def rows_of(tier: str, seeds: int, network: str | None = None) -> Iterator[Row]:
+def rows_of(tier: str, seeds: int, instead: str | None = None) -> Iterator[Row]:
     """Yield a tier's rows: a seed before the next one, middle sparsities first, so that what there is compares."""
     ablated = [name for name in CONTENDERS if name not in METHODS]
     cases: dict[str, tuple[Mapping[str, tuple[float, ...]], Sequence[str], Sequence[str]]] = {
@@ -99,7 +99,7 @@ def rows_of(tier: str, seeds: int, network: str | None = None) -> Iterator[Row]:
         "ablation": (ABLATION, FASHION, ablated),
     }
     patterns, networks, names = cases[tier]
-    networks = [network] if network else networks
+    networks = [instead] if instead else networks
     for seed in range(1 if tier in ("short", "wide", "retraining", "ablation") else seeds):
         rows = []
         for pattern, sparsities in patterns.items():
@@ -126,9 +126,7 @@ class Run:
         self.model = task.make()
         settings = CONTENDERS[row.contender]
         self.due = update_steps(self.steps, settings.updates_per_epoch)
-        self.contender: Contender = make_contender(
-            settings, self.model, plan, epochs * settings.updates_per_epoch, task.example
-        )
+        self.contender: Contender = make_contender(settings, self.model, plan, epochs * len(self.due), task.example)
         torch.manual_seed(2**20)
         self.probe = list(itertools.islice(iter(task.batches), PROBE_BATCHES))
         self.recalibration = list(itertools.islice(iter(task.batches), RECALIBRATION_BATCHES))

@@ -87,7 +87,6 @@ class Own:
 
     def __init__(self, settings: Settings, model: nn.Module, plan: slrc.Plan, updates: int) -> None:
         assert settings.method is not None
-        self.plan = plan
         parameters = dict(model.named_parameters())
         self.method = make_method(settings.method, parameters, plan, updates, settings.values)
         self.start = self.method.start

@@ -33,13 +33,15 @@ def recalibrate_batch_norm(
     for norm in norms:
         norm.momentum = None  # a plain average over all batches
         norm.train()
-    with torch.no_grad():
-        for i, batch in enumerate(islice(batches, count)):
-            if i == 0:
-                for norm in norms:
-                    norm.reset_running_stats()
-            forward(model, batch)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    for module, was in training.items():
-        module.training = was
+    try:
+        with torch.no_grad():
+            for i, batch in enumerate(islice(batches, count)):
+                if i == 0:
+                    for norm in norms:
+                        norm.reset_running_stats()
+                forward(model, batch)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, was in training.items():
+            module.training = was

@@ -69,6 +69,8 @@ SLRC_EXPORT double slrc_peak_gflops(double seconds);
 
 namespace slrc {
 
+inline int64_t CeilDiv(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
+
 // The caller's mistake; crosses no C boundary.
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
@@ -137,6 +139,8 @@ class Gemm {
 
  private:
   Weight weight_;
+  int64_t width_;                 // of a tile's transposed tokens: their rows' distance
+  int64_t panel_tokens_;          // whose tiles are transposed together
   std::vector<int32_t> offsets_;  // of the columns in a transposed tile of x
 };
 

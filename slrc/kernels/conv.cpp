@@ -5,16 +5,21 @@
 // padding of one be the left padding of the next, and outputs are computed on the flat plane: the few at the seams
 // are thrown away.
 //
-// What a tile reads of that plane may be more than the first-level cache holds, each row on lines of its own. If enough
-// block rows follow to repay it, it is copied from the input side by side, channel after channel, and the plane itself
-// is never made. Otherwise an image is cut into bands of output rows whose plane fits the second-level cache; the task
-// that computes a band makes its plane in the thread's scratch memory, and the input channels are cut into slices that
-// fit the first level, all outputs going on from slice to slice. The input of a 1x1 convolution of stride 1 is a plane
-// already: if it is not copied, it is read as it is.
+// On a small plane the seams are many. If enough outputs share its cost, the plane is made once for each kernel column,
+// of just the elements that this column reads: then there are none.
+//
+// An image is cut into bands of output rows whose plane fits the second-level cache; the task that computes a band makes
+// its plane in the thread's scratch memory. The input of a 1x1 convolution of stride 1 is a plane already and is read as
+// it is. Wide vectors are fast enough on that. Narrow ones would wait: what a tile reads may be more than the first-level
+// cache holds, each row on lines of its own. So if enough block rows follow to repay it, it is copied from the input
+// side by side, channel after channel, and the plane itself is never made; otherwise the input channels are cut into
+// slices that fit the first level, all outputs going on from slice to slice.
 //
 // Groups of few channels, as of a depthwise convolution, share a panel: they are computed as if they were one group
 // whose block rows each read their own part of the input. Blocks of one row have no rows to share what is loaded, so
 // their tiles are cut from the rows of the image, the same pixels of several at a time, and never cross a seam.
+#include <unistd.h>
+
 #include <algorithm>
 #include <limits>
 #include <utility>
@@ -25,18 +30,27 @@
 namespace slrc {
 namespace {
 
-constexpr int64_t kBandFloats = 96 * 1024;     // of input, in one band
+constexpr int64_t kLeastCache = 512 * 1024;    // second level, in bytes
 constexpr int64_t kTilesFloats = 24 * 1024;    // of tiles copied at a time
 constexpr int64_t kSliceFloats = 7 * 1024;     // of input that a tile reads in one slice; leaves room for the weights
 constexpr int64_t kTogetherFloats = 6 * 1024;  // of copied tiles that a block row runs on before the next one
 constexpr int64_t kLeastBlocks = 32;           // of a block row, in a slice: it also loads and stores the sums
 constexpr double kRepaysCopy = 0.6;            // surviving values of an input channel, for each float of its copy:
 constexpr double kRepaysRows = 3.5;            // if it is one run, and if it is several rows
+constexpr double kRepaysPlane = 6;             // saved multiply-adds of vectors, for each vector of a kernel column's plane
 constexpr double kLeastDensity = 0.15;         // of fewer columns most of several rows' copy would stay unread
-constexpr int64_t kBusySums = 12;              // of a tile, in registers; with fewer, multiply-adds wait for each other
 constexpr int64_t kPanelChannels = 16;         // of groups of fewer, which share a panel,
 constexpr int64_t kPanelFloats = 32 * 1024;    // and of their input
 constexpr size_t kLayoutsKept = 8;
+
+// Of input, in one band: what leaves room in the second-level cache for weights and outputs.
+int64_t BandFloats() {
+  static const int64_t cache = std::max<int64_t>(kLeastCache, sysconf(_SC_LEVEL2_CACHE_SIZE));
+  return cache / static_cast<int64_t>(sizeof(float)) / 4 * 3;
+}
+
+// Wide vectors read planes as they are.
+bool ReadsPlanes() { return Loops().lanes > 8; }
 
 // The outputs of a band on a plane with seams: flat pixel p is row p / pitch, column p % pitch.
 struct SeamedOutput {
@@ -80,7 +94,7 @@ struct SeamedOutput {
 
 struct Layout {
   Layout(const Weight& weight, const SlrcWindow& window, const int64_t x_shape[4])
-      : channels(x_shape[1]), rows(window, 0, x_shape[2]), columns(window, 1, x_shape[3]), pitch(columns.pitch) {
+      : channels(x_shape[1]), rows(window, 0, x_shape[2]), columns(window, 1, x_shape[3]) {
     if (channels != Product(channels / window.group, window.group))
       throw Error("group does not divide the input's " + std::to_string(channels) + " channels");
     per_group = channels / window.group;
@@ -88,6 +102,10 @@ struct Layout {
     if (weight.largest_column >= Product(per_group, taps))
       throw Error("column " + std::to_string(weight.largest_column) + " is out of range: the window has " +
                   std::to_string(per_group * taps) + " on an input of " + std::to_string(channels) + " channels");
+    if (ReadsPlanes() && ValuesPerChannel(weight) * static_cast<double>(columns.pitch - columns.out) >=
+                             kRepaysPlane * static_cast<double>(columns.kernel * columns.out))
+      columns = Axis(window, 1, x_shape[3], true);
+    pitch = columns.pitch;
     phases = PhasesRead(rows, columns);
     const int64_t pixels = Product(rows.in, columns.in);
     const int64_t sharing = std::min(kPanelChannels, kPanelFloats / pixels) / std::max<int64_t>(1, per_group);
@@ -112,7 +130,7 @@ struct Layout {
       band = std::clamp<int64_t>(kTilesFloats / std::max<int64_t>(1, panel_channels * floats), 1, 8);
       bands = CeilDiv(static_cast<int64_t>(pieces.size()), band);
       together = kTogetherFloats / std::max<int64_t>(1, panel_channels * floats);
-      for (int64_t b = 0; b < bands; ++b) AddTileRuns(weight, b * band);
+      for (int64_t b = 0; b < bands; ++b) AddTileRuns(b * band);
     } else if (!pointwise) {
       CutRows(weight, rows.out - (bands - 1) * band, &last_pieces);
       for (int64_t b = 0; b < bands; ++b) AddPlaneRuns(b * band);
@@ -120,17 +138,21 @@ struct Layout {
     copies.push_back({runs.size(), zeros.size()});
   }
 
+  // Surviving values that multiply an input channel.
+  double ValuesPerChannel(const Weight& weight) const {
+    return static_cast<double>(weight.values.size()) / static_cast<double>(weight.group * per_group);
+  }
   bool InPlace() const { return pointwise && !tiled; }
   // Whether outputs that follow each other on the flat plane do so in y.
   bool Seamless() const { return pitch == columns.out; }
 
   // What a tile reads of each phase: its rows side by side, or all from the first to the last if that is less.
   bool PlaceTiles(const Weight& weight, int64_t taps) {
-    const int64_t width = WidestPiece(weight.block);
+    widest = WidestPiece(weight.block, (rows.out - 1) * pitch + columns.out);
     floats = read = 0;
     for (Phase& phase : phases) {
-      const int64_t row = CeilDiv(width + phase.column_reach, Loops().lanes) * Loops().lanes;
-      const int64_t all = width + phase.column_reach + phase.row_reach * pitch;
+      const int64_t row = CeilDiv(widest + phase.column_reach, Loops().lanes) * Loops().lanes;
+      const int64_t all = std::max(row, widest + phase.column_reach + phase.row_reach * pitch);
       phase.apart = (phase.row_reach + 1) * row < all;
       phase.at = floats;
       phase.pitch = phase.apart ? row : pitch;
@@ -139,18 +161,17 @@ struct Layout {
     }
     if (!pointwise) floats += Loops().lanes;  // for what a copy writes past its last run
     if (pointwise && rows.in * columns.in < Loops().lanes) return rows.in * columns.in > 2;
-    if (per_group * read <= kSliceFloats) return false;
-    const double values = static_cast<double>(weight.values.size()) / static_cast<double>(weight.group * per_group);
+    if (ReadsPlanes() || per_group * read <= kSliceFloats) return false;
+    const double values = ValuesPerChannel(weight);
     if (taps == 1) return values >= kRepaysCopy * static_cast<double>(floats);
-    // Wider vectors fill the lines of what they read as it is.
     const double density = values / static_cast<double>(weight.rows_per_group * weight.block * taps);
-    return Loops().lanes <= 8 && density >= kLeastDensity && values >= kRepaysRows * static_cast<double>(floats);
+    return density >= kLeastDensity && values >= kRepaysRows * static_cast<double>(floats);
   }
 
   void PlacePlanes() {
     if (!pointwise) {
       const int64_t row_floats = Product(Product(panel_channels, phases.size()), pitch);
-      const int64_t fitting = std::max<int64_t>(1, kBandFloats / std::max<int64_t>(1, row_floats) - rows.reach);
+      const int64_t fitting = std::max<int64_t>(1, BandFloats() / std::max<int64_t>(1, row_floats) - rows.reach);
       band = CeilDiv(rows.out, CeilDiv(rows.out, fitting));
       bands = CeilDiv(rows.out, band);
     } else {
@@ -178,7 +199,7 @@ struct Layout {
     bool by_rows = !Seamless() && slices.count == 1 && columns.out >= 2 * lanes && idle <= pitch / 16;
     if (by_rows) {
       Cut(weight.block, 0, columns.out, true, &row);
-      const int64_t sums = LoopsFor(weight.block) == 2 ? 8 : 4;  // for each vector
+      const int64_t sums = kTileRows[LoopsFor(weight.block)];  // for each vector
       for (const Piece& piece : row) by_rows = by_rows && sums * piece.vectors >= kBusySums;
     }
     if (!by_rows) return Cut(weight.block, 0, (height - 1) * pitch + columns.out, InPlace(), to);
@@ -190,7 +211,7 @@ struct Layout {
     const int64_t wanted = CeilDiv(per_group * read, kSliceFloats);
     const int64_t most = static_cast<int64_t>(weight.columns.size()) / block_rows / kLeastBlocks;
     const int64_t count = std::min({wanted, most, per_group});
-    if (count < 2 || !weight.sorted) return;
+    if (ReadsPlanes() || count < 2 || !weight.sorted) return;
     const auto begin = weight.columns.begin();
     for (int64_t k = 0; k <= count; ++k) {
       const int64_t first_column = k * per_group / count * taps;
@@ -232,13 +253,13 @@ struct Layout {
     return true;
   }
 
-  void AddTileRuns(const Weight& weight, int64_t first_piece) {
+  void AddTileRuns(int64_t first_piece) {
     copies.push_back({runs.size(), zeros.size()});
     const int64_t count = std::min(band, static_cast<int64_t>(pieces.size()) - first_piece);
     for (int64_t i = 0; i < count; ++i)
       for (const Phase& phase : phases) {
         const int64_t start = pieces[first_piece + i].start, to = i * panel_channels * floats + phase.at;
-        const int64_t row = WidestPiece(weight.block) + phase.column_reach;
+        const int64_t row = widest + phase.column_reach;
         if (phase.apart)
           for (int64_t r = 0; r <= phase.row_reach; ++r)
             AddRuns(phase, 0, start + r * pitch, row, to + r * phase.pitch);
@@ -303,7 +324,8 @@ struct Layout {
   int64_t panel_groups = 1;  // the last panel may hold fewer
   int64_t panel_channels;
   Axis rows, columns;
-  int64_t pitch;  // of the plane's rows
+  int64_t pitch;   // of the plane's rows
+  int64_t widest;  // of the pieces
   std::vector<Phase> phases;
   bool pointwise, tiled;
   int64_t floats;                  // of a channel, in a plane or a copied tile

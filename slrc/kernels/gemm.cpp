@@ -8,6 +8,7 @@
 namespace slrc {
 namespace {
 
+constexpr int64_t kPanelTokens = 98;  // whole tiles: with a pixel more, of 49, as the tokens of 7 x 7 patches are cut
 constexpr int64_t kFewTokens = 3;  // up to so many are computed one by one, the out channels side by side in a vector
 
 typedef float Four __attribute__((vector_size(16)));
@@ -41,7 +42,7 @@ struct PiecesOnStack {
   void push_back(const Piece& piece) { pieces[count++] = piece; }
   const Piece& back() const { return pieces[count - 1]; }
 
-  Piece pieces[kMaxTilePixels];
+  Piece pieces[kPanelTokens];
   int64_t count = 0;
 };
 
@@ -67,10 +68,14 @@ struct TokenOutput {
 }  // namespace
 
 Gemm::Gemm(const SlrcBlocks& blocks) : weight_(blocks, 1) {
-  if (weight_.largest_column >= std::numeric_limits<int32_t>::max() / kMaxTilePixels)
+  const TileLoops& loops = Loops();
+  const int rows = LoopsFor(weight_.block);
+  const bool pixel_more = loops.strip[kPixelMore][rows][0];
+  width_ = loops.lanes * (loops.max_vectors[rows] + pixel_more);
+  panel_tokens_ = pixel_more ? kPanelTokens : kPanelTokens / width_ * width_;
+  if (weight_.largest_column >= std::numeric_limits<int32_t>::max() / width_)
     throw Error("column " + std::to_string(weight_.largest_column) + " is out of range");
-  const int32_t width = static_cast<int32_t>(WidestPiece(weight_.block));
-  for (int32_t column : weight_.columns) offsets_.push_back(column * width);
+  for (int32_t column : weight_.columns) offsets_.push_back(static_cast<int32_t>(column * width_));
 }
 
 void Gemm::Run(const float* x, int64_t rows, int64_t inputs, const float* residual, float* y,
@@ -80,7 +85,7 @@ void Gemm::Run(const float* x, int64_t rows, int64_t inputs, const float* residu
                 std::to_string(inputs));
   const int64_t outputs = weight_.out_channels;
   const bool few = rows <= kFewTokens;
-  const int64_t tokens = few ? 1 : kMaxTilePixels;  // in a panel
+  const int64_t tokens = few ? 1 : panel_tokens_;  // in a panel
   const uint64_t owner = NewOwner();
   auto task = [&](int64_t index, int64_t first, int64_t last) {
     const int64_t begin = index * tokens, count = std::min(tokens, rows - begin);
@@ -92,12 +97,11 @@ void Gemm::Run(const float* x, int64_t rows, int64_t inputs, const float* residu
     Panel panel{from, weight_.columns.data(), OneSlice(weight_), cut.pieces, cut.count, 0, 1, 0, 1};
     if (!few) {
       bool fresh;
-      const int64_t width = WidestPiece(weight_.block);
-      panel.step = inputs * width;
+      panel.step = inputs * width_;
       float* tiles = Scratch::Inputs().Get(panel.count * panel.step + kMaxLanes, owner, index, &fresh);
       for (int64_t i = 0; fresh && i < panel.count; ++i)
         Transpose(from + cut.pieces[i].start * inputs, inputs, cut.pieces[i].pixels, inputs, tiles + i * panel.step,
-                  width);
+                  width_);
       panel.x = tiles;
       panel.offsets = offsets_.data();
     }

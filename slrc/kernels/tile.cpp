@@ -15,6 +15,7 @@ constexpr int kLanes = 4, kVectors4 = 6, kVectors8 = 3;
 constexpr int kLanes = 4, kVectors4 = 3, kVectors8 = 0;
 #endif
 constexpr int kVectors1 = 2;  // of several runs
+constexpr bool kManyRegisters = kVectors8 > 0;  // 32, not 16
 
 // How many runs a tile takes: one row alone keeps too few sums for multiply-adds not to wait for each other. With a
 // sanitizer's checks compilers take minutes for tiles of so many sizes; two runs go through the same lines.
@@ -100,15 +101,21 @@ SLRC_INLINE inline void ForTiles(const Strip& s, const Run& run) {
 
 // Rows (one run) or runs (one row) x (Whole vectors + one of Last lanes) accumulators in registers. Of several rows a
 // surviving column loads each vector of x once for all; of one row a value is loaded once for all runs, and a vector of
-// x once for all of the `Window` parts of the columns (see Strip).
-template <int Rows, int Runs, int Window, int Whole, int Last>
+// x once for all of the `Window` parts of the columns (see Strip). If there is a `Pixel` more, the lanes of its sums are
+// the rows: a multiply-add for each column, not for each column and row.
+template <int Rows, int Runs, int Window, int Whole, int Last, int Pixel>
 SLRC_INLINE inline void RunTile(const Tile& tile, int64_t stride, Activation activation, float slope) {
-  static_assert(Rows == 1 || (Runs == 1 && Window == 1));
+  static_assert(Rows == 1 ? !Pixel : Runs == 1 && Window == 1);
   using V = typename Lanes<kLanes>::Float;
   using L = typename Lanes<Last>::Float;
   constexpr int kSums = Rows * Runs;
+  constexpr int kPixels = Whole * kLanes + Last;
+  constexpr int kSide = Rows < kLanes ? Rows : kLanes;  // rows side by side in the sums of a pixel more
   V sums[kSums][Whole ? Whole : 1];
   L lasts[kSums];
+  typename Lanes<kSide>::Float more[Rows / kSide];
+  if constexpr (Pixel > 0)
+    Unroll<Rows / kSide>([&](int q) SLRC_INLINE { more[q] = Load<kSide>(tile.bias + q * kSide); });
   Unroll<kSums>([&](int s) SLRC_INLINE {
     const float bias = tile.bias[Rows == 1 ? 0 : s];
     Unroll<Whole>([&](int v) SLRC_INLINE { sums[s][v] = All<kLanes>(bias); });
@@ -119,6 +126,7 @@ SLRC_INLINE inline void RunTile(const Tile& tile, int64_t stride, Activation act
       const float* start = tile.start + s * (Rows == 1 ? tile.y_step : tile.start_pitch);
       Unroll<Whole>([&](int v) SLRC_INLINE { sums[s][v] += Load<kLanes>(start + v * kLanes); });
       lasts[s] += Load<Last>(start + Whole * kLanes);
+      if constexpr (Pixel > 0) more[s / kSide][s % kSide] += start[kPixels];
     });
 
   const float* values = tile.values;
@@ -152,6 +160,10 @@ SLRC_INLINE inline void RunTile(const Tile& tile, int64_t stride, Activation act
         Unroll<Whole>([&](int v) SLRC_INLINE { sums[i][v] += column[v] * SLRC_VALUE(i); });
         lasts[i] += last * SLRC_VALUE(i);
       });
+      if constexpr (Pixel > 0) {
+        const float pixel = x[kPixels];
+        Unroll<Rows / kSide>([&](int q) SLRC_INLINE { more[q] += Load<kSide>(values + q * kSide) * pixel; });
+      }
     }
   }
 
@@ -160,6 +172,7 @@ SLRC_INLINE inline void RunTile(const Tile& tile, int64_t stride, Activation act
       Unroll<Whole>([&](int v) SLRC_INLINE { sums[s][v] = function(sums[s][v]); });
       lasts[s] = function(lasts[s]);
     });
+    if constexpr (Pixel > 0) Unroll<Rows / kSide>([&](int q) SLRC_INLINE { more[q] = function(more[q]); });
   };
   if (activation == kRelu || activation == kRelu6)
     apply([](auto v) SLRC_INLINE { return AtLeast<sizeof v / sizeof(float)>(v, 0.0f); });
@@ -170,30 +183,30 @@ SLRC_INLINE inline void RunTile(const Tile& tile, int64_t stride, Activation act
     float* y = tile.y + s * y_pitch;
     Unroll<Whole>([&](int v) SLRC_INLINE { Store<kLanes>(y + v * kLanes, sums[s][v]); });
     Store<Last>(y + Whole * kLanes, lasts[s]);
+    if constexpr (Pixel > 0) y[kPixels] = more[s / kSide][s % kSide];
   });
   if (activation <= kRelu6) return;
-  constexpr int kPixels = Whole * kLanes + Last, kStep = Last;
-  for (int s = 0; s < kSums; ++s)
-    for (int p = 0; p < kPixels; p += kStep) {
-      float* y = tile.y + s * y_pitch + p;
-      Store<kStep>(y, Activate<kStep>(Load<kStep>(y), activation, slope));
-    }
+  for (int s = 0; s < kSums; ++s) {
+    float* y = tile.y + s * y_pitch;
+    for (int p = 0; p < kPixels; p += Last) Store<Last>(y + p, Activate<Last>(Load<Last>(y + p), activation, slope));
+    if constexpr (Pixel > 0) y[kPixels] = Activate<4>(All<4>(y[kPixels]), activation, slope)[0];
+  }
 }
 
 // A tile of `runs` runs, up to `Most`.
-template <int Rows, int Most, int Whole, int Last>
+template <int Rows, int Most, int Whole, int Last, int Pixel>
 SLRC_INLINE inline void RunTiles(const Tile& tile, int64_t runs, const Strip& s) {
   if constexpr (Most > 1)
-    if (runs < Most) return RunTiles<Rows, Most - 1, Whole, Last>(tile, runs, s);
+    if (runs < Most) return RunTiles<Rows, Most - 1, Whole, Last, Pixel>(tile, runs, s);
   if constexpr (Most > 1)
-    if (s.window == kWindow) return RunTile<Rows, Most, kWindow, Whole, Last>(tile, s.block, s.activation, s.slope);
-  RunTile<Rows, Most, 1, Whole, Last>(tile, s.block, s.activation, s.slope);
+    if (s.window == kWindow) return RunTile<Rows, Most, kWindow, Whole, Last, 0>(tile, s.block, s.activation, s.slope);
+  RunTile<Rows, Most, 1, Whole, Last, Pixel>(tile, s.block, s.activation, s.slope);
 }
 
 // A tile of fewer rows is computed whole, aside.
-template <int Rows, int Whole, int Last>
+template <int Rows, int Whole, int Last, int Pixel>
 void RunStrip(const Strip& strip) {
-  constexpr int kPixels = Whole * kLanes + Last;
+  constexpr int kPixels = Whole * kLanes + Last + Pixel;
   const Strip s = strip;  // a copy that no store can reach
   constexpr int kRuns = RunsOf(Rows, Whole + 1);
   ForTiles<Rows, kRuns>(s, [&](Tile tile, int64_t runs) SLRC_INLINE {
@@ -206,7 +219,7 @@ void RunStrip(const Strip& strip) {
       tile.y = aside;
       tile.start_pitch = tile.pitch = kPixels;
     }
-    RunTiles<Rows, kRuns, Whole, Last>(tile, runs, s);
+    RunTiles<Rows, kRuns, Whole, Last, Pixel>(tile, runs, s);
     if (tile.rows < Rows)
       for (int i = 0; i < tile.rows; ++i)
         for (int p = 0; p < kPixels; ++p) y[i * s.pitch + p] = aside[i * kPixels + p];
@@ -316,24 +329,23 @@ double Spin(int64_t rounds) {
   return 2.0 * kSums * kLanes * static_cast<double>(rounds) + 0.0 * used;
 }
 
-template <int Rows, int Vectors, int Most>
-constexpr StripLoop Whole() {
-  if constexpr (Vectors <= Most) return RunStrip<Rows, Vectors - 1, kLanes>;
+// A last half costs half where a vector is executed in two halves, elsewhere no more than a whole one. A pixel more
+// needs registers of its own.
+template <int End, int Rows, int Vectors, int Most>
+constexpr StripLoop Loop() {
+  if constexpr (Vectors > Most) return nullptr;
+  else if constexpr (End == kWhole) return RunStrip<Rows, Vectors - 1, kLanes, 0>;
+  else if constexpr (End == kHalf && kLanes == 16) return RunStrip<Rows, Vectors - 1, kLanes / 2, 0>;
+  else if constexpr (End == kPixelMore && kManyRegisters && Rows > 1) return RunStrip<Rows, Vectors - 1, kLanes, 1>;
   return nullptr;
 }
 
-// Where a vector is executed in two halves, a last half costs half. (Elsewhere it costs no more than a whole one.)
-template <int Rows, int Vectors, int Most>
-constexpr StripLoop Halved() {
-  if constexpr (Vectors <= Most && kLanes == 16) return RunStrip<Rows, Vectors - 1, kLanes / 2>;
-  return nullptr;
-}
-
-#define SLRC_SIX(Kind, Rows, Most)                                                                                     \
-  {                                                                                                                    \
-    Kind<Rows, 1, Most>(), Kind<Rows, 2, Most>(), Kind<Rows, 3, Most>(), Kind<Rows, 4, Most>(), Kind<Rows, 5, Most>(), \
-        Kind<Rows, 6, Most>()                                                                                          \
+#define SLRC_SIX(End, Rows, Most)                                                                    \
+  {                                                                                                  \
+    Loop<End, Rows, 1, Most>(), Loop<End, Rows, 2, Most>(), Loop<End, Rows, 3, Most>(),              \
+        Loop<End, Rows, 4, Most>(), Loop<End, Rows, 5, Most>(), Loop<End, Rows, 6, Most>()           \
   }
+#define SLRC_ROWS(End) {SLRC_SIX(End, 1, kVectors1), SLRC_SIX(End, 4, kVectors4), SLRC_SIX(End, 8, kVectors8)}
 
 }  // namespace
 
@@ -341,8 +353,7 @@ extern const TileLoops SLRC_TILE_SET = {
     SLRC_TILE_NAME,
     kLanes,
     {kVectors1, kVectors4, kVectors8},
-    {SLRC_SIX(Whole, 1, kVectors1), SLRC_SIX(Whole, 4, kVectors4), SLRC_SIX(Whole, 8, kVectors8)},
-    {SLRC_SIX(Halved, 1, kVectors1), SLRC_SIX(Halved, 4, kVectors4), SLRC_SIX(Halved, 8, kVectors8)},
+    {SLRC_ROWS(kWhole), SLRC_ROWS(kHalf), SLRC_ROWS(kPixelMore)},
     {RunPixel<1>, RunPixel<4>, RunPixel<8>},
     Copy,
     Spin,

@@ -62,19 +62,22 @@ struct CopyJob {
 using CopyLoop = void (*)(const CopyJob&);
 
 constexpr int kWindow = 3;
-constexpr int kRowSizes = 3;  // of tiles: 1, 4 or 8 rows
+constexpr int kRowSizes = 3;
+constexpr int kTileRows[kRowSizes] = {1, 4, 8};
 constexpr int kMaxVectors = 6;
 constexpr int kMaxLanes = 16;
-constexpr int kMaxTilePixels = kMaxVectors * kMaxLanes;
+constexpr int kMaxTilePixels = kMaxVectors * kMaxLanes + 1;
 
-// The loops of one instruction set. Index 0 is for 1 row, 1 for 4, 2 for 8.
+// What a run ends with: a whole vector, one half as wide, or a whole one and a pixel.
+enum Ending { kWhole, kHalf, kPixelMore, kEndings };
+
+// The loops of one instruction set, by the index of their rows in kTileRows.
 struct TileLoops {
   const char* name;
   int lanes;
-  int max_vectors[kRowSizes];                // of a run, in registers; 0 where there is no such loop
-  StripLoop strip[kRowSizes][kMaxVectors];   // [rows][vectors - 1]
-  StripLoop halved[kRowSizes][kMaxVectors];  // the same, the last vector half as wide; null where that gains nothing
-  StripLoop pixel[kRowSizes];                // runs of one pixel, the rows side by side in a vector
+  int max_vectors[kRowSizes];  // of a run, in registers; 0 where there is no such loop
+  StripLoop strip[kEndings][kRowSizes][kMaxVectors];  // [ending][rows][vectors - 1]; null where an ending gains nothing
+  StripLoop pixel[kRowSizes];                         // runs of one pixel, the rows side by side in a vector
   CopyLoop copy;
   double (*spin)(int64_t rounds);  // independent multiply-adds only; returns the floating-point operations done
 };

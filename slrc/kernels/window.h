@@ -9,31 +9,32 @@
 
 namespace slrc {
 
-inline int64_t CeilDiv(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
-
 inline int64_t Product(int64_t a, int64_t b) {
   int64_t product;
   if (__builtin_mul_overflow(a, b, &product)) throw Error("the shapes are too large");
   return product;
 }
 
-// One dimension of the window.
+// One dimension of the window. Its taps have phases in common, those a multiple of the stride apart, or each its own
+// (`alone`): its elements, one for each output, then follow those of the row before without a gap.
 struct Axis {
   int64_t in, out, kernel, stride, pad, dilation;
+  bool alone;
   int64_t reach;       // the last output of a phase reads this far past itself
   int64_t lead, tail;  // in every phase that is read, elements before `lead` and from `tail` on are zero
   int64_t pitch;       // least distance of rows that leaves what is read intact
 
-  Axis(const SlrcWindow& window, int axis, int64_t size)
+  Axis(const SlrcWindow& window, int axis, int64_t size, bool alone = false)
       : in(size),
         kernel(window.kernel[axis]),
         stride(window.strides[axis]),
         pad(window.pads[axis]),
-        dilation(window.dilations[axis]) {
+        dilation(window.dilations[axis]),
+        alone(alone) {
     const int64_t span = (kernel - 1) * dilation + 1, padded = pad + in + window.pads[axis + 2];
     if (in < 1 || padded < span) throw Error("the window is larger than the padded input");
     out = (padded - span) / stride + 1;
-    reach = (kernel - 1) * dilation / stride;
+    reach = Shift(kernel - 1);
     lead = std::numeric_limits<int64_t>::max();
     tail = 0;
     for (int64_t k = 0; k < kernel; ++k) {
@@ -43,8 +44,9 @@ struct Axis {
     pitch = std::max({tail, out + reach - lead, out});
   }
 
-  int64_t Phase(int64_t tap) const { return tap * dilation % stride; }
-  int64_t Shift(int64_t tap) const { return tap * dilation / stride; }
+  int64_t Phases() const { return alone ? (kernel - 1) * dilation + 1 : stride; }
+  int64_t Phase(int64_t tap) const { return tap * dilation % Phases(); }
+  int64_t Shift(int64_t tap) const { return tap * dilation / Phases(); }
   // A phase's elements that come from the input: [First, End); element q is input q * stride + phase - pad.
   int64_t First(int64_t phase) const { return std::clamp<int64_t>(CeilDiv(pad - phase, stride), 0, out + reach); }
   int64_t End(int64_t phase) const {
@@ -61,8 +63,8 @@ struct Phase {
 
 inline std::vector<Phase> PhasesRead(const Axis& rows, const Axis& columns) {
   std::vector<Phase> phases;
-  for (int64_t r = 0; r < rows.stride; ++r)
-    for (int64_t c = 0; c < columns.stride; ++c) {
+  for (int64_t r = 0; r < rows.Phases(); ++r)
+    for (int64_t c = 0; c < columns.Phases(); ++c) {
       int64_t row_reach = -1, column_reach = -1;
       for (int64_t k = 0; k < rows.kernel; ++k)
         if (rows.Phase(k) == r) row_reach = std::max(row_reach, rows.Shift(k));

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from slrc.backends import Target, get_backend
 from slrc.form_cost import cheapest_form, density_of
-from slrc.forms import DENSE, DEPTHWISE, Form, FormChoice, FormKind, Forms, LayerChoice, candidate_forms
+from slrc.forms import DENSE, LEAST_ZEROS, Form, FormChoice, FormKind, Forms, LayerChoice, candidate_forms
 from slrc.latency_timing import PART_BUDGET_S, WHOLE_BUDGET_S, Clock, Job, cache_folder, whole_job
 from slrc.passes.cut_segments import Segment, cut_segments
 from slrc.pipeline import apply_forms
@@ -73,11 +73,15 @@ def choose_forms(
 
 
 def _possible_forms(program: Program) -> dict[str, list[Form]]:
-    """Return the forms of every layer. Depthwise ones are packed beside other packed layers alone: for their layout."""
+    """Return the forms of every layer. What is packed with no zeros is so for the layout of other packed layers alone."""
     forms = {w: candidate_forms(program.tensors[w], x.op, x.groups) for w, x in program.layers.items()}
-    if any(f.kind is FormKind.PACKED and f != DEPTHWISE for found in forms.values() for f in found):
+    if any(
+        f.kind is FormKind.PACKED and density_of(program.tensors[w], f, program.layers[w].groups) <= 1 - LEAST_ZEROS
+        for w, found in forms.items()
+        for f in found
+    ):
         return forms
-    return {w: [f for f in found if f != DEPTHWISE] for w, found in forms.items()}
+    return {w: [f for f in found if f.kind is not FormKind.PACKED] for w, found in forms.items()}
 
 
 FormTimes = dict[Form, float]

@@ -25,6 +25,9 @@ LEAST_PART_ROWS = 16
 """A layer is not split into more than two parts of fewer outputs: each would cost more than it saves."""
 LEAST_ZEROS = 0.2
 """The share of blocks or channels that must be zero for a form to be worth a trial."""
+FEW_COLUMNS = 32
+"""Up to so many, as those of a 3×3 kernel on an image, a convolution may be packed with no zeros: runtimes are slow on
+few channels."""
 ALIKE = 1.02
 """Forms whose work differs by less count as the same work."""
 
@@ -46,7 +49,7 @@ class FormKind(StrEnum):
 class Form:
     """`dense`, `split:R` and `grouped:R` with R row groups, `packed:M` with blocks of M outputs × 1 column.
 
-    `packed:1` is for depthwise layers, which need no zeros for it.
+    `packed:1` is for depthwise layers. They need no zeros for it, nor do layers of few columns.
     """
 
     kind: FormKind
@@ -75,7 +78,7 @@ def parse_form(text: str) -> Form:
 
 
 def candidate_forms(weight: Tensor, op: str, groups: int = 1) -> list[Form]:
-    """Return the forms that a layer's zeros allow, `dense` first; of a depthwise layer, `packed:1` with none.
+    """Return the forms that a layer allows, `dense` first: by its zeros, or packed with none if that may be faster.
 
     Args:
         weight: `(out, in/groups, *kernel)`.
@@ -95,7 +98,7 @@ def candidate_forms(weight: Tensor, op: str, groups: int = 1) -> list[Form]:
     elif op in ("conv2d", "linear") and weight.shape[1] > 1:
         density = {rows: block_density(weight, rows, groups) for rows in BLOCK_ROWS}
         least = min(density.values())
-        if least <= 1 - LEAST_ZEROS:
+        if least <= 1 - LEAST_ZEROS or (op == "conv2d" and weight[0].numel() <= FEW_COLUMNS):
             forms += [Form(FormKind.PACKED, rows) for rows, d in density.items() if d <= least * ALIKE]
     return forms
 

@@ -61,7 +61,7 @@ struct SeamedOutput {
   bool Find(int64_t channel, const Piece& piece, Place* place) const {
     const int64_t row = piece.start / pitch, column = piece.start % pitch;
     const int64_t at = channel * channel_stride + row * width + column;
-    *place = {y + at, residual ? residual + at : nullptr, channel_stride, width};
+    *place = {y + at, residual ? residual + at : nullptr, channel_stride, width, 1};
     return column + piece.width <= width;
   }
 
@@ -77,15 +77,15 @@ struct SeamedOutput {
 
   void Gather(int64_t channel, int64_t channels, const Piece& piece, float* sums) const {
     ForRuns(piece, [&](int64_t at, int64_t p, int64_t count) {
-      for (int64_t i = 0; i < channels; ++i)
-        CopyFloats(residual + (channel + i) * channel_stride + at, count, sums + i * piece.repeats * piece.width + p);
+      Loops().copy_rows(residual + channel * channel_stride + at, channel_stride, channels, count, sums + p,
+                        piece.repeats * piece.width);
     });
   }
 
   void Scatter(int64_t channel, int64_t channels, const Piece& piece, const float* sums) const {
     ForRuns(piece, [&](int64_t at, int64_t p, int64_t count) {
-      for (int64_t i = 0; i < channels; ++i)
-        CopyFloats(sums + i * piece.repeats * piece.width + p, count, y + (channel + i) * channel_stride + at);
+      Loops().copy_rows(sums + p, piece.repeats * piece.width, channels, count, y + channel * channel_stride + at,
+                        channel_stride);
     });
   }
 };
@@ -102,16 +102,14 @@ struct Layout {
     if (weight.largest_column >= Product(per_group, taps))
       throw Error("column " + std::to_string(weight.largest_column) + " is out of range: the window has " +
                   std::to_string(per_group * taps) + " on an input of " + std::to_string(channels) + " channels");
-    if (ReadsPlanes() && ValuesPerChannel(weight) * static_cast<double>(columns.pitch - columns.out) >=
-                             kRepaysPlane * static_cast<double>(columns.kernel * columns.out))
-      columns = Axis(window, 1, x_shape[3], true);
-    pitch = columns.pitch;
-    phases = PhasesRead(rows, columns);
     const int64_t pixels = Product(rows.in, columns.in);
     const int64_t sharing = std::min(kPanelChannels, kPanelFloats / pixels) / std::max<int64_t>(1, per_group);
     const bool fill = weight.out_channels / weight.group % weight.block == 0;  // their block rows
     if (fill) panel_groups = std::clamp<int64_t>(sharing, 1, weight.group);
     panel_channels = panel_groups * per_group;
+    if (const Axis alone(window, 1, x_shape[3], true); RepaysPlanes(weight, alone)) columns = alone;
+    pitch = columns.pitch;
+    phases = PhasesRead(rows, columns);
     pointwise = taps == 1;
     for (const Axis* axis : {&rows, &columns})
       pointwise = pointwise && axis->stride == 1 && axis->pad == 0 && axis->out == axis->in;
@@ -141,6 +139,13 @@ struct Layout {
   // Surviving values that multiply an input channel.
   double ValuesPerChannel(const Weight& weight) const {
     return static_cast<double>(weight.values.size()) / static_cast<double>(weight.group * per_group);
+  }
+  // Whether a plane for each kernel column saves more than it costs, and there is room for all of them at once.
+  bool RepaysPlanes(const Weight& weight, const Axis& alone) const {
+    const double saved = ValuesPerChannel(weight) * static_cast<double>(columns.pitch - columns.out);
+    const int64_t read = Product(PhasesRead(rows, alone).size(), (rows.out + rows.reach) * alone.pitch);
+    return ReadsPlanes() && saved >= kRepaysPlane * static_cast<double>(columns.kernel * columns.out) &&
+           Product(panel_channels, read) <= BandFloats();
   }
   bool InPlace() const { return pointwise && !tiled; }
   // Whether outputs that follow each other on the flat plane do so in y.

@@ -11,32 +11,6 @@ namespace {
 constexpr int64_t kPanelTokens = 98;  // whole tiles: with a pixel more, of 49, as the tokens of 7 x 7 patches are cut
 constexpr int64_t kFewTokens = 3;  // up to so many are computed one by one, the out channels side by side in a vector
 
-typedef float Four __attribute__((vector_size(16)));
-typedef float LooseFour __attribute__((vector_size(16), aligned(4), may_alias));
-
-// to[j, i] = from[i, j], four by four.
-inline void TransposeFour(const float* from, int64_t from_pitch, float* to, int64_t to_pitch) {
-  Four a = *(const LooseFour*)from, b = *(const LooseFour*)(from + from_pitch);
-  Four c = *(const LooseFour*)(from + 2 * from_pitch), d = *(const LooseFour*)(from + 3 * from_pitch);
-  Four ac_low = __builtin_shufflevector(a, c, 0, 4, 1, 5), ac_high = __builtin_shufflevector(a, c, 2, 6, 3, 7);
-  Four bd_low = __builtin_shufflevector(b, d, 0, 4, 1, 5), bd_high = __builtin_shufflevector(b, d, 2, 6, 3, 7);
-  *(LooseFour*)to = __builtin_shufflevector(ac_low, bd_low, 0, 4, 1, 5);
-  *(LooseFour*)(to + to_pitch) = __builtin_shufflevector(ac_low, bd_low, 2, 6, 3, 7);
-  *(LooseFour*)(to + 2 * to_pitch) = __builtin_shufflevector(ac_high, bd_high, 0, 4, 1, 5);
-  *(LooseFour*)(to + 3 * to_pitch) = __builtin_shufflevector(ac_high, bd_high, 2, 6, 3, 7);
-}
-
-// to (columns, rows) = from (rows, columns) transposed.
-void Transpose(const float* from, int64_t from_pitch, int64_t rows, int64_t columns, float* to, int64_t to_pitch) {
-  const int64_t whole_rows = rows / 4 * 4, whole_columns = columns / 4 * 4;
-  for (int64_t i = 0; i < whole_rows; i += 4)
-    for (int64_t j = 0; j < whole_columns; j += 4)
-      TransposeFour(from + i * from_pitch + j, from_pitch, to + j * to_pitch + i, to_pitch);
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = i < whole_rows ? whole_columns : 0; j < columns; ++j)
-      to[j * to_pitch + i] = from[i * from_pitch + j];
-}
-
 // The pieces of one panel.
 struct PiecesOnStack {
   void push_back(const Piece& piece) { pieces[count++] = piece; }
@@ -46,6 +20,9 @@ struct PiecesOnStack {
   int64_t count = 0;
 };
 
+// One token more than whole vectors is not transposed, but read and written where it is.
+int64_t Apart(const Piece& piece) { return piece.ending == kPixelMore; }
+
 // y is (tokens, channels), the tile (rows, tokens).
 struct TokenOutput {
   float* y;
@@ -54,14 +31,16 @@ struct TokenOutput {
 
   bool Find(int64_t channel, const Piece& piece, Place* place) const {
     const int64_t at = piece.start * channels + channel;
-    *place = {y + at, residual ? residual + at : nullptr, 1, 0};
+    *place = {y + at, residual ? residual + at : nullptr, 1, 0, channels};
     return piece.width == 1;
   }
   void Gather(int64_t channel, int64_t count, const Piece& piece, float* sums) const {
-    Transpose(residual + piece.start * channels + channel, channels, piece.pixels, count, sums, piece.width);
+    Loops().transpose(residual + piece.start * channels + channel, channels, piece.pixels - Apart(piece), count,
+                      sums, piece.width - Apart(piece));
   }
   void Scatter(int64_t channel, int64_t count, const Piece& piece, const float* sums) const {
-    Transpose(sums, piece.width, count, piece.pixels, y + piece.start * channels + channel, channels);
+    Loops().transpose(sums, piece.width - Apart(piece), count, piece.pixels - Apart(piece),
+                      y + piece.start * channels + channel, channels);
   }
 };
 
@@ -71,7 +50,7 @@ Gemm::Gemm(const SlrcBlocks& blocks) : weight_(blocks, 1) {
   const TileLoops& loops = Loops();
   const int rows = LoopsFor(weight_.block);
   const bool pixel_more = loops.strip[kPixelMore][rows][0];
-  width_ = loops.lanes * (loops.max_vectors[rows] + pixel_more);
+  width_ = loops.lanes * loops.max_vectors[rows];
   panel_tokens_ = pixel_more ? kPanelTokens : kPanelTokens / width_ * width_;
   if (weight_.largest_column >= std::numeric_limits<int32_t>::max() / width_)
     throw Error("column " + std::to_string(weight_.largest_column) + " is out of range");
@@ -98,10 +77,13 @@ void Gemm::Run(const float* x, int64_t rows, int64_t inputs, const float* residu
     if (!few) {
       bool fresh;
       panel.step = inputs * width_;
+      panel.more_x = from;
+      panel.more_offsets = weight_.columns.data();
+      panel.more_step = inputs;
       float* tiles = Scratch::Inputs().Get(panel.count * panel.step + kMaxLanes, owner, index, &fresh);
       for (int64_t i = 0; fresh && i < panel.count; ++i)
-        Transpose(from + cut.pieces[i].start * inputs, inputs, cut.pieces[i].pixels, inputs, tiles + i * panel.step,
-                  width_);
+        Loops().transpose(from + cut.pieces[i].start * inputs, inputs, cut.pieces[i].pixels - Apart(cut.pieces[i]),
+                          inputs, tiles + i * panel.step, width_);
       panel.x = tiles;
       panel.offsets = offsets_.data();
     }

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <stdlib.h>
-#include <string.h>
 
 #include <algorithm>
 #include <atomic>
@@ -61,16 +60,6 @@ class Scratch {
 inline uint64_t NewOwner() {
   static std::atomic<uint64_t> last{0};
   return ++last;
-}
-
-// Rows are short: a call of memcpy or memset for each would cost more than it does. The last four may be copied twice.
-inline void CopyFloats(const float* from, int64_t count, float* to) {
-  if (count < 4) {
-    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
-    return;
-  }
-  for (int64_t i = 0; i + 4 < count; i += 4) memcpy(to + i, from + i, 4 * sizeof(float));
-  memcpy(to + count - 4, from + count - 4, 4 * sizeof(float));
 }
 
 // Splits `panels` x `units`, parts of a panel, into tasks, task(panel, first unit, end), panel by panel: a thread that
@@ -182,13 +171,18 @@ struct Panel {
   int64_t together;  // how many pieces one block row may run on before the next one does
   int64_t pitch;     // from one row to the next, of pieces that are repeated
   int64_t window;    // see Strip, for pieces that are repeated
+  // Where a pixel more is apart from the vectors before it (null: beside them): the panel's pixels, `more_step` apart.
+  const float* more_x = nullptr;
+  const int32_t* more_offsets = nullptr;
+  int64_t more_step = 0;
 };
 
-// Where a piece stands in y and the residual (null if there is none): channels `pitch` apart, its repeats `row`.
+// Where a piece stands in y and the residual (null if there is none): channels `pitch` apart, its repeats `row`, its
+// pixels `pixel`.
 struct Place {
   float* y;
   const float* residual;
-  int64_t pitch, row;
+  int64_t pitch, row, pixel;
 };
 
 // Computes block rows [first, last), of one group or of groups that they fill, on a panel. Output finds the place of a
@@ -205,6 +199,8 @@ void RunPanel(const Weight& weight, int64_t first, int64_t last, const Panel& pa
   strip.block = weight.block;
   strip.channels = weight.FirstChannel(last) - channel;
   const bool sliced = panel.slices.count > 1;  // the sums of all pieces wait for the next slice
+  const bool apart = panel.more_x != nullptr;
+  strip.more_offsets = apart ? panel.more_offsets : panel.offsets;
   float* all_sums = nullptr;
   if (sliced) {
     int64_t width = 0;
@@ -222,7 +218,8 @@ void RunPanel(const Weight& weight, int64_t first, int64_t last, const Panel& pa
     float* sums = all_sums;
     for (int64_t i = 0, pieces = 1; i < panel.count; i += pieces, pieces = 1) {
       const Piece& piece = panel.pieces[i];
-      const int64_t width = piece.repeats * piece.width;
+      const int64_t vectors = piece.width - (piece.ending == kPixelMore);
+      const int64_t width = piece.repeats * (apart ? vectors : piece.width);
       Place place, next;
       const bool direct = output.Find(channel, piece, &place);
       if (!sliced && !direct) sums = Scratch::Sums().Get(strip.channels * width);
@@ -253,6 +250,18 @@ void RunPanel(const Weight& weight, int64_t first, int64_t last, const Panel& pa
       const bool done = is_last && direct;
       strip.y = done ? place.y : sums;
       strip.pitch = done ? place.pitch : width;
+      if (apart) {
+        strip.more_x = panel.more_x + (piece.start + vectors) * panel.more_step;
+        strip.more_y = place.y + vectors * place.pixel;
+        strip.more_start = place.residual ? place.residual + vectors * place.pixel : nullptr;
+        strip.more_start_pitch = strip.more_pitch = place.pitch;
+      } else {
+        strip.more_x = strip.x + vectors;
+        strip.more_y = strip.y + vectors;
+        strip.more_start = strip.start ? strip.start + vectors : nullptr;
+        strip.more_start_pitch = strip.start_pitch;
+        strip.more_pitch = strip.pitch;
+      }
       (piece.vectors ? loops.strip[piece.ending][wide][piece.vectors - 1] : loops.pixel[wide])(strip);
       if (is_last && !direct) output.Scatter(channel, strip.channels, piece, sums);
       if (sliced) sums += strip.channels * width;

@@ -1,4 +1,6 @@
 // See tile.h. SLRC_TILE_SET names the set that this compilation defines; the compiler's flags choose the instructions.
+#include <utility>
+
 #include "lanes.h"
 #include "tile.h"
 
@@ -63,7 +65,13 @@ struct Tile {
   float* y;
   int64_t pitch;
   int64_t rows;
-  int64_t x_step, y_step;  // as in Strip
+  int64_t x_step, y_step;  // as in Strip, as what follows
+  const int32_t* more_offsets;
+  const float* more_x;
+  const float* more_start;
+  int64_t more_start_pitch;
+  float* more_y;
+  int64_t more_pitch;
 };
 
 // Calls run(tile, runs) for every `Rows` rows (the last of a block may have fewer), up to `Runs` runs at a time.
@@ -85,14 +93,23 @@ SLRC_INLINE inline void ForTiles(const Strip& s, const Run& run) {
                    s.y + channel * s.pitch,
                    s.pitch,
                    last - channel < Rows ? last - channel : Rows,
-                  s.x_step,
-                  s.y_step};
+                   s.x_step,
+                   s.y_step,
+                   s.more_offsets + begin,
+                   s.more_x,
+                   s.more_start ? s.more_start + channel * s.more_start_pitch : nullptr,
+                   s.more_start_pitch,
+                   s.more_y + channel * s.more_pitch,
+                   s.more_pitch};
       for (int64_t left = s.runs; left > 0;) {
         const int64_t tiles = (left + Runs - 1) / Runs, runs = (left + tiles - 1) / tiles;  // about as many in each
         run(tile, runs);
         tile.x += runs * s.x_step;
         tile.y += runs * s.y_step;
         if (tile.start) tile.start += runs * s.y_step;
+        tile.more_x += runs * s.x_step;
+        tile.more_y += runs * s.y_step;
+        if (tile.more_start) tile.more_start += runs * s.y_step;
         left -= runs;
       }
     }
@@ -109,7 +126,6 @@ SLRC_INLINE inline void RunTile(const Tile& tile, int64_t stride, Activation act
   using V = typename Lanes<kLanes>::Float;
   using L = typename Lanes<Last>::Float;
   constexpr int kSums = Rows * Runs;
-  constexpr int kPixels = Whole * kLanes + Last;
   constexpr int kSide = Rows < kLanes ? Rows : kLanes;  // rows side by side in the sums of a pixel more
   V sums[kSums][Whole ? Whole : 1];
   L lasts[kSums];
@@ -126,8 +142,9 @@ SLRC_INLINE inline void RunTile(const Tile& tile, int64_t stride, Activation act
       const float* start = tile.start + s * (Rows == 1 ? tile.y_step : tile.start_pitch);
       Unroll<Whole>([&](int v) SLRC_INLINE { sums[s][v] += Load<kLanes>(start + v * kLanes); });
       lasts[s] += Load<Last>(start + Whole * kLanes);
-      if constexpr (Pixel > 0) more[s / kSide][s % kSide] += start[kPixels];
     });
+  if (Pixel && tile.more_start)
+    Unroll<kSums>([&](int s) SLRC_INLINE { more[s / kSide][s % kSide] += tile.more_start[s * tile.more_start_pitch]; });
 
   const float* values = tile.values;
   if constexpr (Rows == 1) {
@@ -150,7 +167,8 @@ SLRC_INLINE inline void RunTile(const Tile& tile, int64_t stride, Activation act
       });
     }
   } else {
-    for (const int32_t* offset = tile.offsets; offset != tile.end; ++offset, values += stride) {
+    const int32_t* more_offset = tile.more_offsets;
+    for (const int32_t* offset = tile.offsets; offset != tile.end; ++offset, ++more_offset, values += stride) {
       const float* x = tile.x + *offset;
       V column[Whole ? Whole : 1];
       Unroll<Whole>([&](int v) SLRC_INLINE { column[v] = Load<kLanes>(x + v * kLanes); });
@@ -161,7 +179,7 @@ SLRC_INLINE inline void RunTile(const Tile& tile, int64_t stride, Activation act
         lasts[i] += last * SLRC_VALUE(i);
       });
       if constexpr (Pixel > 0) {
-        const float pixel = x[kPixels];
+        const float pixel = tile.more_x[*more_offset];
         Unroll<Rows / kSide>([&](int q) SLRC_INLINE { more[q] += Load<kSide>(values + q * kSide) * pixel; });
       }
     }
@@ -183,14 +201,18 @@ SLRC_INLINE inline void RunTile(const Tile& tile, int64_t stride, Activation act
     float* y = tile.y + s * y_pitch;
     Unroll<Whole>([&](int v) SLRC_INLINE { Store<kLanes>(y + v * kLanes, sums[s][v]); });
     Store<Last>(y + Whole * kLanes, lasts[s]);
-    if constexpr (Pixel > 0) y[kPixels] = more[s / kSide][s % kSide];
   });
-  if (activation <= kRelu6) return;
-  for (int s = 0; s < kSums; ++s) {
-    float* y = tile.y + s * y_pitch;
-    for (int p = 0; p < kPixels; p += Last) Store<Last>(y + p, Activate<Last>(Load<Last>(y + p), activation, slope));
-    if constexpr (Pixel > 0) y[kPixels] = Activate<4>(All<4>(y[kPixels]), activation, slope)[0];
+  if (activation > kRelu6) {
+    if constexpr (Pixel > 0)
+      Unroll<Rows / kSide>([&](int q) SLRC_INLINE { more[q] = Activate<kSide>(more[q], activation, slope); });
+    for (int s = 0; s < kSums; ++s)
+      for (int p = 0; p < Whole * kLanes + Last; p += Last) {
+        float* y = tile.y + s * y_pitch + p;
+        Store<Last>(y, Activate<Last>(Load<Last>(y), activation, slope));
+      }
   }
+  if constexpr (Pixel > 0)
+    Unroll<kSums>([&](int s) SLRC_INLINE { tile.more_y[s * tile.more_pitch] = more[s / kSide][s % kSide]; });
 }
 
 // A tile of `runs` runs, up to `Most`.
@@ -206,23 +228,28 @@ SLRC_INLINE inline void RunTiles(const Tile& tile, int64_t runs, const Strip& s)
 // A tile of fewer rows is computed whole, aside.
 template <int Rows, int Whole, int Last, int Pixel>
 void RunStrip(const Strip& strip) {
-  constexpr int kPixels = Whole * kLanes + Last + Pixel;
+  constexpr int kPixels = Whole * kLanes + Last;
   const Strip s = strip;  // a copy that no store can reach
   constexpr int kRuns = RunsOf(Rows, Whole + 1);
   ForTiles<Rows, kRuns>(s, [&](Tile tile, int64_t runs) SLRC_INLINE {
-    alignas(64) float aside[Rows * kPixels];
-    float* const y = tile.y;
-    if (tile.rows < Rows) {
-      for (int i = 0; tile.start && i < tile.rows; ++i)
-        for (int p = 0; p < kPixels; ++p) aside[i * kPixels + p] = tile.start[i * tile.start_pitch + p];
-      if (tile.start) tile.start = aside;
-      tile.y = aside;
-      tile.start_pitch = tile.pitch = kPixels;
+    if (tile.rows == Rows) return RunTiles<Rows, kRuns, Whole, Last, Pixel>(tile, runs, s);
+    alignas(64) float aside[Rows * kPixels], more_aside[Rows];
+    Tile whole = tile;
+    for (int i = 0; i < tile.rows; ++i) {
+      for (int p = 0; tile.start && p < kPixels; ++p) aside[i * kPixels + p] = tile.start[i * tile.start_pitch + p];
+      if (Pixel && tile.more_start) more_aside[i] = tile.more_start[i * tile.more_start_pitch];
     }
-    RunTiles<Rows, kRuns, Whole, Last, Pixel>(tile, runs, s);
-    if (tile.rows < Rows)
-      for (int i = 0; i < tile.rows; ++i)
-        for (int p = 0; p < kPixels; ++p) y[i * s.pitch + p] = aside[i * kPixels + p];
+    if (tile.start) whole.start = aside;
+    if (tile.more_start) whole.more_start = more_aside;
+    whole.y = aside;
+    whole.start_pitch = whole.pitch = kPixels;
+    whole.more_y = more_aside;
+    whole.more_start_pitch = whole.more_pitch = 1;
+    RunTiles<Rows, kRuns, Whole, Last, Pixel>(whole, runs, s);
+    for (int i = 0; i < tile.rows; ++i) {
+      for (int p = 0; p < kPixels; ++p) tile.y[i * tile.pitch + p] = aside[i * kPixels + p];
+      if (Pixel) tile.more_y[i * tile.more_pitch] = more_aside[i];
+    }
   });
 }
 
@@ -317,6 +344,89 @@ void Copy(const CopyJob& job) {
   }
 }
 
+// In vectors of N; the last floats may be copied twice. Rows are short: a call of memcpy for each would cost more.
+template <int N>
+SLRC_INLINE inline void CopyRow(const float* from, float* to, int64_t floats) {
+  if constexpr (N == 1) {
+    for (int64_t i = 0; i < floats; ++i) to[i] = from[i];
+  } else if (floats < N) {
+    CopyRow<N == 4 ? 1 : N / 2>(from, to, floats);
+  } else {
+    for (int64_t i = 0; i + N < floats; i += N) Store<N>(to + i, Load<N>(from + i));
+    Store<N>(to + floats - N, Load<N>(from + floats - N));
+  }
+}
+
+void CopyEachRow(const float* from, int64_t from_pitch, int64_t rows, int64_t floats, float* to, int64_t to_pitch) {
+  for (; rows > 0; --rows, from += from_pitch, to += to_pitch) CopyRow<kLanes>(from, to, floats);
+}
+
+// Lane l is lane At(l) of a and b, one after the other.
+template <class Order, int... L>
+SLRC_INLINE inline Lanes<kLanes>::Float Shuffle(Lanes<kLanes>::Float a, Lanes<kLanes>::Float b,
+                                                std::integer_sequence<int, L...>) {
+  return __builtin_shufflevector(a, b, Order::At(L)...);
+}
+
+// Of every four lanes the first two (or, `High`, the last two) of a and b in turn: one by one, or as pairs.
+template <bool High>
+struct Floats {
+  static constexpr int At(int l) { return l / 4 * 4 + 2 * High + l % 4 / 2 + l % 2 * kLanes; }
+};
+template <bool High>
+struct Pairs {
+  static constexpr int At(int l) { return l / 4 * 4 + 2 * High + l % 2 + l % 4 / 2 * kLanes; }
+};
+// The first (last) half of a, then that of b.
+template <bool High>
+struct Halves {
+  static constexpr int At(int l) { return l % (kLanes / 2) + High * kLanes / 2 + l / (kLanes / 2) * kLanes; }
+};
+// Every other four lanes of a, then those of b.
+template <bool High>
+struct Fours {
+  static constexpr int At(int l) { return l / 4 % 2 * 8 + 4 * High + l % 4 + l / 8 * kLanes; }
+};
+
+// rows[r] and rows[r + Apart] become Order<false> and Order<true> of both, for every such pair of each 2 Apart rows.
+template <template <bool> class Order, int Apart>
+SLRC_INLINE inline void Stage(Lanes<kLanes>::Float (&rows)[kLanes]) {
+  constexpr auto kAll = std::make_integer_sequence<int, kLanes>();
+  Unroll<kLanes>([&](int r) SLRC_INLINE {
+    if (r & Apart) return;
+    const auto a = rows[r], b = rows[r + Apart];
+    rows[r] = Shuffle<Order<false>>(a, b, kAll);
+    rows[r + Apart] = Shuffle<Order<true>>(a, b, kAll);
+  });
+}
+
+// Which column rows[r] is after TransposeSquare: bits 0 and 1 of r change places, of 16 rows also bits 2 and 3.
+constexpr int ColumnOf(int r) {
+  const int low = (r & 1) << 1 | (r & 2) >> 1;
+  return low | (kLanes == 16 ? (r & 4) << 1 | (r & 8) >> 1 : r & 4);
+}
+
+// Transposes a square of as many rows as lanes.
+SLRC_INLINE inline void TransposeSquare(Lanes<kLanes>::Float (&rows)[kLanes]) {
+  Stage<Floats, 1>(rows);  // of rows 4 R, 4 R + 1 (4 R + 2, 4 R + 3): columns 4 g, 4 g + 1 (4 g + 2, 4 g + 3) of each
+  Stage<Pairs, 2>(rows);
+  if constexpr (kLanes >= 8) Stage<Halves, 4>(rows);
+  if constexpr (kLanes == 16) Stage<Fours, 8>(rows);
+}
+// Whole lines are read and written: one by one, those of rows a power of two apart would drive each other from the cache.
+void Transpose(const float* from, int64_t from_pitch, int64_t rows, int64_t floats, float* to, int64_t to_pitch) {
+  const int64_t whole_rows = rows / kLanes * kLanes, whole_floats = floats / kLanes * kLanes;
+  for (int64_t i = 0; i < whole_rows; i += kLanes)
+    for (int64_t j = 0; j < whole_floats; j += kLanes) {
+      Lanes<kLanes>::Float square[kLanes];
+      Unroll<kLanes>([&](int r) SLRC_INLINE { square[r] = Load<kLanes>(from + (i + r) * from_pitch + j); });
+      TransposeSquare(square);
+      Unroll<kLanes>([&](int r) SLRC_INLINE { Store<kLanes>(to + (j + ColumnOf(r)) * to_pitch + i, square[r]); });
+    }
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = i < whole_rows ? whole_floats : 0; j < floats; ++j) to[j * to_pitch + i] = from[i * from_pitch + j];
+}
+
 double Spin(int64_t rounds) {
   using V = Lanes<kLanes>::Float;
   constexpr int kSums = 10;
@@ -356,6 +466,8 @@ extern const TileLoops SLRC_TILE_SET = {
     {SLRC_ROWS(kWhole), SLRC_ROWS(kHalf), SLRC_ROWS(kPixelMore)},
     {RunPixel<1>, RunPixel<4>, RunPixel<8>},
     Copy,
+    CopyEachRow,
+    Transpose,
     Spin,
 };
 

@@ -28,6 +28,13 @@ struct Strip {
   float* y;  // (channels, pitch)
   int64_t pitch;
   int64_t runs, x_step, y_step;  // from a run to the next one in x; in y and start
+  // Of a pixel more (kPixelMore) x is more_x[more_offsets[t]], y more_y[i * more_pitch], start (or null) likewise.
+  const int32_t* more_offsets;
+  const float* more_x;
+  const float* more_start;
+  int64_t more_start_pitch;
+  float* more_y;
+  int64_t more_pitch;
   int64_t window;  // 1, or kWindow parts of each block row's columns, all alike, a part x_step after the one before
   Activation activation;
   float slope;  // of kLeakyRelu
@@ -60,6 +67,9 @@ struct CopyJob {
 };
 
 using CopyLoop = void (*)(const CopyJob&);
+// Copies (rows, floats), or transposes it to (floats, rows).
+using MoveRows = void (*)(const float* from, int64_t from_pitch, int64_t rows, int64_t floats, float* to,
+                          int64_t to_pitch);
 
 constexpr int kWindow = 3;
 constexpr int kRowSizes = 3;
@@ -79,6 +89,7 @@ struct TileLoops {
   StripLoop strip[kEndings][kRowSizes][kMaxVectors];  // [ending][rows][vectors - 1]; null where an ending gains nothing
   StripLoop pixel[kRowSizes];                         // runs of one pixel, the rows side by side in a vector
   CopyLoop copy;
+  MoveRows copy_rows, transpose;
   double (*spin)(int64_t rounds);  // independent multiply-adds only; returns the floating-point operations done
 };
 

@@ -4,6 +4,9 @@ Each node comes with a model-local function of standard operators that rebuilds 
 a runtime that knows no `ai.slrc` runs that, and folds the weight to a constant. Where the library of kernels is loaded,
 the runtime calls those instead. A function stands for one activation, with or without a residual, and its name
 says which: overloads would do, but TensorRT's parser takes the first function of a name for all of them.
+
+Pools between packed layers are nodes of the domain too: for a pool of its own, ONNX Runtime would bring what the
+kernels write into another layout and back.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 
 DOMAIN = "ai.slrc"
 VERSION = 1
-CONV, GEMM = "BlockSparseConv", "BlockSparseGemm"
+CONV, GEMM, POOL = "BlockSparseConv", "BlockSparseGemm", "MaxPool2x2"
 
 # The block row of a packed block is the number of row pointers, the first one left out, that are not above its place:
 # no two are equal, since each block row has a block. The weight's shape is an attribute, so that a runtime can fold the
@@ -99,6 +102,7 @@ _OWN = {"block": _INT, "weight_shape": _INTS, "activation": _TEXT, "slope": _FLO
 _ATTRIBUTES = {
     GEMM: _OWN,
     CONV: _OWN | {"strides": _INTS, "pads": _INTS, "dilations": _INTS, "group": _INT},
+    POOL: {},
 }
 """The attributes of each node and their types."""
 
@@ -108,6 +112,7 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
     return {
         torch.ops.slrc.block_sparse_conv.default: _translate_conv,
         torch.ops.slrc.block_sparse_gemm.default: _translate_gemm,
+        torch.ops.slrc.max_pool2x2.default: _translate_pool,
     }
 
 
@@ -121,6 +126,10 @@ def _translate_conv(*arguments: Any) -> Any:
 def _translate_gemm(*arguments: Any) -> Any:
     out_channels, *activation = arguments[6:]
     return _node(GEMM, arguments[:6], [out_channels, int(arguments[0].shape[-1])], *activation)
+
+
+def _translate_pool(x: Any) -> Any:
+    return _op(POOL)(x)
 
 
 def _node(
@@ -141,14 +150,13 @@ def _op(name: str) -> Any:
     whole, number = "tensor(int32)", "tensor(float)"
     required = dict(zip(_OPERANDS, (number, number, whole, whole, number), strict=True))
     optional = OpSchema.FormalParameterOption.Optional
+    inputs = [OpSchema.FormalParameter(n, kind) for n, kind in required.items()]
+    residual = OpSchema.FormalParameter("residual", number, param_option=optional)
     schema = OpSchema(
         name,
         DOMAIN,
         VERSION,
-        inputs=[
-            *(OpSchema.FormalParameter(n, kind) for n, kind in required.items()),
-            OpSchema.FormalParameter("residual", number, param_option=optional),
-        ],
+        inputs=inputs[:1] if name == POOL else [*inputs, residual],
         outputs=[OpSchema.FormalParameter("y", number)],
         attributes=[OpSchema.Attribute(n, getattr(OpSchema.AttrType, kind)) for n, kind in _ATTRIBUTES[name].items()],
     )
@@ -159,22 +167,36 @@ def attach_functions(model: onnx_ir.Model, opset: int) -> bool:
     """Give every packed node of a model its function, in operators of an opset; return whether there is any."""
     import onnx_ir
 
-    variants = set()
+    functions = {}
     for node in model.graph.all_nodes():
         if node.domain == DOMAIN:
-            variant = (node.op_type, node.attributes["activation"].as_string(), len(node.inputs) > len(_OPERANDS))
-            node.op_type = _name(*variant)
-            variants.add(variant)
-    for variant in sorted(variants):
-        function = onnx_ir.serde.deserialize_function(function_of(*variant, opset=opset))
-        model.functions[function.identifier()] = function
-    if variants:
+            if node.op_type == POOL:
+                function = pool_function(opset)
+            else:
+                activation, residual = node.attributes["activation"].as_string(), len(node.inputs) > len(_OPERANDS)
+                function = function_of(node.op_type, activation, residual, opset)
+            node.op_type = function.name
+            functions[function.name] = function
+    for _, function in sorted(functions.items()):
+        deserialized = onnx_ir.serde.deserialize_function(function)
+        model.functions[deserialized.identifier()] = deserialized
+    if functions:
         model.graph.opset_imports[DOMAIN] = VERSION
-    return bool(variants)
+    return bool(functions)
 
 
 def _name(op_type: str, activation: str, residual: bool) -> str:
     return "_".join([op_type, activation, *(["residual"] if residual else [])])
+
+
+def pool_function(opset: int) -> onnx.FunctionProto:
+    """Return the meaning of a pool."""
+    from onnx import parser
+
+    return parser.parse_function(
+        f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
+        f"{POOL} (x) => (y) {{ y = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (x) }}"
+    )
 
 
 def function_of(op_type: str, activation: str, residual: bool, opset: int) -> onnx.FunctionProto:

@@ -30,6 +30,7 @@ class PackBlocks(Transform):
        if nothing else reads
        what comes before, go into the operator.
     3. A layer whose weight or bias is computed, or whose padding is no number, is left alone.
+    4. A 2×2 `max_pool2d` of what a packed convolution computes becomes `slrc::max_pool2x2`, in the same layout.
 
         conv2d ─▶ add(·, shortcut) ─▶ relu          block_sparse_conv(…, residual=shortcut, activation="relu")
     """
@@ -45,6 +46,11 @@ class PackBlocks(Transform):
         layers = [node for node in module.graph.nodes if self._rows(node) and _is_packable(module, node)]
         for layer in layers:
             _pack(module, layer, self._rows(layer))
+        for node in list(module.graph.nodes):
+            if _is_plain_pool(node) and op_name(node.args[0]) == "block_sparse_conv":
+                pool = call_before(node, torch.ops.slrc.max_pool2x2.default, node.args[0])
+                pool.meta["val"] = node.meta["val"]
+                node.replace_all_uses_with(pool)
         return bool(layers)
 
     def _rows(self, node: Node) -> int:
@@ -59,6 +65,15 @@ def _is_packable(module: GraphModule, layer: Node) -> bool:
         return has_plain_bias
     is_conv = op_name(layer) == "conv2d" and layer.args[0].meta["val"].dim() == 4  # type: ignore[union-attr]
     return is_conv and has_plain_bias and not isinstance(argument(layer, 4, "padding", 0), str)
+
+
+def _is_plain_pool(node: Node) -> bool:
+    if op_name(node) != "max_pool2d" or argument(node, 5, "ceil_mode", False):
+        return False
+    kernel = argument(node, 1, "kernel_size", None)
+    stride, padding = argument(node, 2, "stride", None) or kernel, argument(node, 3, "padding", 0)
+    window = [_pair(size) for size in (kernel, stride, padding, argument(node, 4, "dilation", 1))]
+    return window == [[2, 2], [2, 2], [0, 0], [1, 1]]
 
 
 def _pack(module: GraphModule, layer: Node, rows: int) -> None:

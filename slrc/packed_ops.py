@@ -1,5 +1,7 @@
 """`slrc::block_sparse_conv` and `slrc::block_sparse_gemm`: layers with packed blocks, as operators of a program.
 
+And `slrc::max_pool2x2`, which goes on in their memory layout.
+
 Here they mean what they compute, in PyTorch's own operators; a backend replaces them with its kernels. The packed
 form is that of `slrc.forms.PackedWeight`.
 """
@@ -81,6 +83,17 @@ def block_sparse_gemm(
 @block_sparse_gemm.register_fake
 def _(x: Tensor, *others: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], others[5])
+
+
+@torch.library.custom_op("slrc::max_pool2x2", mutates_args=())
+def max_pool2x2(x: Tensor) -> Tensor:
+    """The maxima of 2×2 windows side by side; `x` is `(n, c, h, w)`."""
+    return functional.max_pool2d(x, 2)
+
+
+@max_pool2x2.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:2], x.shape[2] // 2, x.shape[3] // 2)
 
 
 def _finish(y: Tensor, residual: Tensor | None, activation: str, slope: float) -> Tensor:

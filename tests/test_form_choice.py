@@ -87,8 +87,8 @@ def test_the_fastest_form_is_taken(clock: type[FakeClock], says: dict[str, float
     clock.says = says
     program = pruned("columns:2")
     choice = choose_forms(program, ORT, threads=1)
-    assert set(kinds(choice).values()) == {taken}
-    assert set(kinds(choice)) == {"2.weight", "5.weight"}
+    first = "packed" if taken == "packed" else "dense"  # it has no zeros, but few columns
+    assert kinds(choice) == {"0.weight": first, "2.weight": taken, "5.weight": taken}
     assert min(choice.whole_ms, key=lambda name: choice.whole_ms[name]) == choice.taken
     formed = apply_forms(program, choice.forms)
     reference, outputs = (outputs_of(p.module(), p.example_inputs) for p in (program, formed))
@@ -155,7 +155,8 @@ def test_a_target_that_cannot_run_here_goes_by_the_cost_model() -> None:
     target = parse_target(f"ort:{other}")
     choice = choose_forms(pruned("columns:2", 0.5), target)
     assert choice.taken == "cost model"
-    assert all(x.ms == {} and x.form != DENSE for x in choice.layers)
+    assert all(x.ms == {} for x in choice.layers)
+    assert {x.weight for x in choice.layers if x.form != DENSE} == {"2.weight", "5.weight"}
     rtx = choose_forms(pruned("columns:2", 0.5), parse_target("tensorrt-rtx"))
     assert {x.form.kind for x in rtx.layers} <= {FormKind.SPLIT, FormKind.GROUPED}
 

@@ -130,6 +130,9 @@ class Conv {
   mutable std::vector<std::shared_ptr<const Layout>> layouts_;  // of the latest sizes
 };
 
+// y (n, c, h / 2, w / 2) = the maxima of 2 x 2 windows of x (n, c, h, w), side by side.
+void MaxPool2x2(const float* x, const int64_t shape[4], float* y, const Parallel& parallel);
+
 class Gemm {
  public:
   explicit Gemm(const SlrcBlocks& blocks);

@@ -5,6 +5,8 @@
 // activation (text), slope (a float, of leakyrelu alone); of the convolution also strides, pads, dilations (lists) and
 // group.
 // Conv: x (n, c, h, w) -> (n, out channels, h', w'). Gemm: x (..., k) -> (..., out channels).
+//
+// And `ai.slrc::MaxPool2x2`, without attributes: x (n, c, h, w) -> (n, c, h / 2, w / 2).
 #include <stdlib.h>
 #include <string.h>
 
@@ -77,7 +79,7 @@ Tensor View(const OrtValue* value) {
   return tensor;
 }
 
-// What a node says when its kernel is made.
+// What a node with a packed weight says when its kernel is made.
 class Node {
  public:
   Node(const OrtKernelInfo* info, size_t weight_rank) : info_(info) {
@@ -168,10 +170,12 @@ class Node {
 // What a node gets when it runs.
 class Call {
  public:
-  Call(OrtKernelContext* context, bool has_bias) : context_(context) {
+  explicit Call(OrtKernelContext* context) : context_(context) {
     Check(ort->KernelContext_GetInputCount(context, &inputs_));
-    if (!has_bias && Find(kBias)) throw Error("bias must be a constant initializer");
     x = View(Find(kX));
+  }
+  Call(OrtKernelContext* context, bool has_bias) : Call(context) {
+    if (!has_bias && Find(kBias)) throw Error("bias must be a constant initializer");
   }
 
   // Returns the residual, checked to be of y's shape, or null.
@@ -213,7 +217,8 @@ class Call {
 
 struct ConvKernel {
   static constexpr const char* kName = "BlockSparseConv";
-  static constexpr size_t kWeightRank = 4;
+  static constexpr size_t kInputCount = kInputs;
+  explicit ConvKernel(const OrtKernelInfo* info) : ConvKernel(Node(info, 4)) {}
   explicit ConvKernel(const Node& node) : blocks(node.Blocks()), conv(blocks, node.Window()) {}
 
   void Compute(OrtKernelContext* context) const {
@@ -233,7 +238,8 @@ struct ConvKernel {
 
 struct GemmKernel {
   static constexpr const char* kName = "BlockSparseGemm";
-  static constexpr size_t kWeightRank = 2;
+  static constexpr size_t kInputCount = kInputs;
+  explicit GemmKernel(const OrtKernelInfo* info) : GemmKernel(Node(info, 2)) {}
   explicit GemmKernel(const Node& node) : blocks(node.Blocks()), gemm(blocks) {}
 
   void Compute(OrtKernelContext* context) const {
@@ -254,6 +260,22 @@ struct GemmKernel {
   Gemm gemm;
 };
 
+struct PoolKernel {
+  static constexpr const char* kName = "MaxPool2x2";
+  static constexpr size_t kInputCount = 1;
+  explicit PoolKernel(const OrtKernelInfo*) {}
+
+  void Compute(OrtKernelContext* context) const {
+    const Call call(context);
+    std::vector<int64_t> y_shape = call.x.shape;
+    if (y_shape.size() != 4) throw Error("x must have 4 dimensions");
+    for (int axis = 2; axis < 4; ++axis)
+      if ((y_shape[axis] /= 2) < 1) throw Error("x must have at least 2 rows and 2 columns");
+    float* y = call.Output(y_shape);
+    MaxPool2x2(call.x.As<float>(kOrtFloat, "x"), call.x.shape.data(), y, call.Threads());
+  }
+};
+
 struct NamedOp {
   OrtCustomOp op;
   std::string name;
@@ -265,7 +287,7 @@ OrtCustomOp MakeOp() {
   op.version = kOrtVersion;
   op.GetName = [](const OrtCustomOp* self) { return reinterpret_cast<const NamedOp*>(self)->name.c_str(); };
   op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
-  op.GetInputTypeCount = [](const OrtCustomOp*) -> size_t { return kInputs; };
+  op.GetInputTypeCount = [](const OrtCustomOp*) -> size_t { return Kernel::kInputCount; };
   op.GetInputType = [](const OrtCustomOp*, size_t i) -> int {
     return i == kColumns || i == kRowPointers ? kOrtInt32 : kOrtFloat;
   };
@@ -277,7 +299,7 @@ OrtCustomOp MakeOp() {
   op.GetOutputType = [](const OrtCustomOp*, size_t) -> int { return kOrtFloat; };
   op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) -> int { return kOrtRequired; };
   op.CreateKernelV2 = [](const OrtCustomOp*, const OrtApi*, const OrtKernelInfo* info, void** kernel) {
-    return Guarded(Kernel::kName, [&] { *kernel = new Kernel(Node(info, Kernel::kWeightRank)); });
+    return Guarded(Kernel::kName, [&] { *kernel = new Kernel(info); });
   };
   op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
     return Guarded(Kernel::kName, [&] { static_cast<const Kernel*>(kernel)->Compute(context); });
@@ -299,6 +321,7 @@ OrtCustomOpDomain* MakeDomain() {
   static std::deque<NamedOp> ops;  // sessions keep pointers to them
   AddNames<ConvKernel>(&ops);
   AddNames<GemmKernel>(&ops);
+  ops.push_back({MakeOp<PoolKernel>(), PoolKernel::kName});
   OrtCustomOpDomain* domain;
   Check(ort->CreateCustomOpDomain("ai.slrc", &domain));
   for (const NamedOp& op : ops) Check(ort->CustomOpDomain_Add(domain, &op.op));

@@ -362,9 +362,8 @@ void CopyEachRow(const float* from, int64_t from_pitch, int64_t rows, int64_t fl
 }
 
 // Lane l is lane At(l) of a and b, one after the other.
-template <class Order, int... L>
-SLRC_INLINE inline Lanes<kLanes>::Float Shuffle(Lanes<kLanes>::Float a, Lanes<kLanes>::Float b,
-                                                std::integer_sequence<int, L...>) {
+template <class Order, class V, int... L>
+SLRC_INLINE inline V Shuffle(V a, V b, std::integer_sequence<int, L...>) {
   return __builtin_shufflevector(a, b, Order::At(L)...);
 }
 
@@ -427,6 +426,33 @@ void Transpose(const float* from, int64_t from_pitch, int64_t rows, int64_t floa
     for (int64_t j = i < whole_rows ? whole_floats : 0; j < floats; ++j) to[j * to_pitch + i] = from[i * from_pitch + j];
 }
 
+// Keeps a NaN of either.
+template <class V>
+SLRC_INLINE inline V Greater(V a, V b) {
+  return (b > a) | (b != b) ? b : a;
+}
+
+template <bool Odd>
+struct Alternate {
+  static constexpr int At(int l) { return 2 * l + Odd; }
+};
+
+// The windows of two rows from the j-th on, N at a time and then fewer.
+template <int N>
+SLRC_INLINE inline void PoolRows(const float* x, int64_t width, int64_t j, float* y) {
+  constexpr auto kAll = std::make_integer_sequence<int, N>();
+  for (; j + N <= width / 2; j += N) {
+    const auto a = Greater(Load<N>(x + 2 * j), Load<N>(x + 2 * j + width));
+    const auto b = Greater(Load<N>(x + 2 * j + N), Load<N>(x + 2 * j + N + width));
+    Store<N>(y + j, Greater(Shuffle<Alternate<false>>(a, b, kAll), Shuffle<Alternate<true>>(a, b, kAll)));
+  }
+  if constexpr (N > 1) PoolRows<N / 2>(x, width, j, y);
+}
+
+void MaxPool2x2(const float* x, int64_t height, int64_t width, float* y) {
+  for (int64_t o = 0; o < height / 2; ++o) PoolRows<kLanes>(x + 2 * o * width, width, 0, y + o * (width / 2));
+}
+
 double Spin(int64_t rounds) {
   using V = Lanes<kLanes>::Float;
   constexpr int kSums = 10;
@@ -468,6 +494,7 @@ extern const TileLoops SLRC_TILE_SET = {
     Copy,
     CopyEachRow,
     Transpose,
+    MaxPool2x2,
     Spin,
 };
 

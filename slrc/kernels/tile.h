@@ -71,6 +71,9 @@ using CopyLoop = void (*)(const CopyJob&);
 using MoveRows = void (*)(const float* from, int64_t from_pitch, int64_t rows, int64_t floats, float* to,
                           int64_t to_pitch);
 
+// y (height / 2, width / 2) = the maxima of 2 x 2 windows of x (height, width), side by side.
+using PoolLoop = void (*)(const float* x, int64_t height, int64_t width, float* y);
+
 constexpr int kWindow = 3;
 constexpr int kRowSizes = 3;
 constexpr int kTileRows[kRowSizes] = {1, 4, 8};
@@ -90,6 +93,7 @@ struct TileLoops {
   StripLoop pixel[kRowSizes];                         // runs of one pixel, the rows side by side in a vector
   CopyLoop copy;
   MoveRows copy_rows, transpose;
+  PoolLoop max_pool_2x2;
   double (*spin)(int64_t rounds);  // independent multiply-adds only; returns the floating-point operations done
 };
 

@@ -10,12 +10,13 @@ import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import slrc
 from slrc.backends import parse_target
 from slrc.backends.onnx_export import OPSET
 from slrc.backends.ort import OnnxRuntime
-from slrc.backends.packed_onnx import CONV, GEMM, function_of
+from slrc.backends.packed_onnx import CONV, GEMM, POOL, function_of, pool_function
 from slrc.errors import BackendError
 from slrc.forms import DEPTHWISE, Form, FormKind
 from slrc.kernels import build as kernels
@@ -28,7 +29,7 @@ TOLERANCE = 1e-5
 
 
 class Net(nn.Module):
-    """Every activation, with and without a residual; convolutions and matrices, some grouped, strided or dilated."""
+    """Every activation, with and without a residual; convolutions, some grouped, strided or dilated; a pool; matrices."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +46,7 @@ class Net(nn.Module):
         for k, conv in enumerate(self.convs):
             act = list(ACTIVATIONS.values())[k // 2]
             x = act(conv(x) + x, 0.2) if k % 2 else act(conv(x), 0.2)
-        y = self.uneven(self.depthwise(self.grouped(x)))
+        y = functional.max_pool2d(self.uneven(self.depthwise(self.grouped(x))), 2)
         z = y.flatten(2).transpose(1, 2)
         for k, linear in enumerate(self.tokens):
             act = list(ACTIVATIONS.values())[k // 2]
@@ -103,13 +104,13 @@ def test_the_kernels_run_and_a_stock_runtime_sees_dense_layers(artifact: Path, t
             options.register_custom_ops_library(str(next(artifact.glob("*.so"))))
         ort.InferenceSession(str(artifact / "model.onnx"), options, providers=["CPUExecutionProvider"])
         nodes = onnx.load(tmp_path / "optimized.onnx").graph.node
-        assert sum(n.domain == "ai.slrc" for n in nodes) == (0 if stock else 3 + 4 * len(ACTIVATIONS))
+        assert sum(n.domain == "ai.slrc" for n in nodes) == (0 if stock else 4 + 4 * len(ACTIVATIONS))
         assert not {n.op_type for n in nodes} & {"ScatterND", "CumSum", "ScatterElements"}
 
 
 def test_the_file_is_as_small_as_its_weights(program: Program, artifact: Path, tmp_path: Path) -> None:
     model = onnx.load(artifact / "model.onnx")
-    assert {n.op_type.split("_")[0] for n in model.graph.node if n.domain == "ai.slrc"} == {CONV, GEMM}
+    assert {n.op_type.split("_")[0] for n in model.graph.node if n.domain == "ai.slrc"} == {CONV, GEMM, POOL}
     assert {f.domain for f in model.functions} == {"ai.slrc"}
     stored = sum(np.prod(i.dims) * 4 for i in model.graph.initializer)
     kept = sum(t.numel() * t.element_size() for t in program.tensors.values())
@@ -140,6 +141,7 @@ def test_every_function_is_valid_onnx(op_type: str) -> None:
             assert function.domain == "ai.slrc"
             assert function.name.startswith(f"{op_type}_{activation}")
             onnx.checker.check_function(function, context)
+    onnx.checker.check_function(pool_function(OPSET), context)
 
 
 def test_tensorrt_parses_it(artifact: Path) -> None:

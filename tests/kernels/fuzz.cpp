@@ -209,6 +209,24 @@ struct Case {
 
 }  // namespace
 
+// Whether the pool of a random image equals the plain maxima.
+bool PoolAgrees(uint64_t seed) {
+  Random random{std::mt19937_64(seed)};
+  const int64_t shape[4] = {random.Int(1, 2), random.Int(1, 3), random.Int(2, 60), random.Int(2, 80)};
+  const int64_t rows = shape[2] / 2, columns = shape[3] / 2;
+  const auto x = random.Floats(Case::Size(shape));
+  const std::unique_ptr<float[]> y(new float[shape[0] * shape[1] * rows * columns]);
+  slrc::MaxPool2x2(x.get(), shape, y.get(), slrc::kSerial);
+  for (int64_t c = 0; c < shape[0] * shape[1]; ++c)
+    for (int64_t h = 0; h < rows; ++h)
+      for (int64_t w = 0; w < columns; ++w) {
+        const float* window = x.get() + (c * shape[2] + 2 * h) * shape[3] + 2 * w;
+        const float most = std::max({window[0], window[1], window[shape[3]], window[shape[3] + 1]});
+        if (y[(c * rows + h) * columns + w] != most) return false;
+      }
+  return true;
+}
+
 int main(int argc, char** argv) {
   const uint64_t first = argc > 1 ? strtoull(argv[1], nullptr, 10) : 0,
                  count = argc > 2 ? strtoull(argv[2], nullptr, 10) : 1000;
@@ -224,6 +242,7 @@ int main(int argc, char** argv) {
       return 1;
     }
     worst = std::max(worst, difference);
+    if (!PoolAgrees(seed)) return printf("pool %llu differs\n", (unsigned long long)seed), 1;
     Case broken(seed);
     broken.Break();
     refused += broken.Run(error, sizeof error);

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from kernel_layers import Layer, sparse_weight
-from kernel_models import feed, layer_parts, make_model, session
+from kernel_models import feed, layer_parts, make_model, pool_session, session
 from onnx import helper, numpy_helper
 
 
@@ -180,3 +180,11 @@ def test_a_runtime_that_is_too_old_is_refused(library: Path) -> None:
     kernels.RegisterCustomOps.restype = ctypes.c_void_p
     assert kernels.RegisterCustomOps(None, base)
     assert b"1.17 or newer, this is 1.16.3" in said[0]
+
+
+def test_pools_of_the_wrong_shape(library: Path) -> None:
+    running = pool_session(library)
+    for shape, reason in (((3, 9, 9), "4 dimensions"), ((1, 3, 1, 9), "at least 2"), ((1, 3, 9, 0), "at least 2")):
+        with pytest.raises(Exception, match=reason):
+            running.run(None, {"x": np.zeros(shape, np.float32)})
+    assert running.run(None, {"x": np.zeros((0, 3, 9, 9), np.float32)})[0].shape == (0, 3, 4, 4)

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from kernel_layers import ACTIVATIONS, Kernels, Layer, random_conv, random_gemm, sparse_weight
-from kernel_models import feed, layer_parts, make_model, session
+from kernel_models import feed, layer_parts, make_model, pool_session, session
 
 CASES = int(os.environ.get("SLRC_KERNEL_CASES", "240"))
 TOLERANCE = 2e-5
@@ -92,6 +92,8 @@ LAYOUTS = {
     "tiles of pixels": ((64, 300, 1, 1), 8, 0.5, (15, 17), 1, 0),
     "tiles of every second pixel": ((64, 260, 1, 1), 4, 0.5, (31, 29), 2, 0),
     "tiles of every third pixel": ((64, 260, 1, 1), 4, 0.5, (31, 29), 3, 0),
+    "a plane for each kernel column": ((160, 40, 3, 3), 8, 0.5, (7, 7), 1, 1),
+    "phases of a plane for each kernel column": ((160, 40, 3, 3), 4, 0.5, (15, 13), 2, 1),
     "in place": ((64, 20, 1, 1), 8, 0.5, (33, 31), 1, 0),
 }
 
@@ -169,6 +171,19 @@ def test_gemm_takes_any_leading_dimensions(library: Path, shape: tuple[int, ...]
     y = session(make_model([layer_parts(layer)]), library).run(None, feed(layer))[0]
     assert y.shape == (*shape[:-1], 22)
     np.testing.assert_allclose(y, layer.expected(), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_pools_of_random_shapes(library: Path, threads: int) -> None:
+    random = np.random.default_rng(2)
+    running = pool_session(library, threads)
+    for _ in range(60):
+        height, width = random.integers(2, 80, 2)
+        x = random.standard_normal((2, 3, height, width)).astype(np.float32)
+        x[random.random(x.shape) < 0.01] = np.nan
+        even = x[:, :, : height // 2 * 2, : width // 2 * 2]
+        expected = even.reshape(2, 3, height // 2, 2, width // 2, 2).max((3, 5))
+        np.testing.assert_array_equal(running.run(None, {"x": x})[0], expected)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -120,6 +120,28 @@ def test_other_activations_stay(net: Any, randomized: Any) -> None:
         assert len([n for n in result.nodes if not op_name(n).startswith("sym_")]) == 2
 
 
+POOLS: dict[str, tuple[Any, bool]] = {
+    "2x2": (lambda y: F.max_pool2d(y, 2), True),
+    "2x2 in other words": (lambda y: F.max_pool2d(y, (2, 2), 2, padding=(0, 0)), True),
+    "3x3": (lambda y: F.max_pool2d(y, 3, 2), False),
+    "of stride 1": (lambda y: F.max_pool2d(y, 2, 1), False),
+    "padded": (lambda y: F.max_pool2d(y, 2, padding=1), False),
+    "rounded up": (lambda y: F.max_pool2d(y, 2, ceil_mode=True), False),
+    "dilated": (lambda y: F.max_pool2d(y, 2, dilation=2), False),
+    "of something else": (lambda y: F.max_pool2d(y - 1.0, 2), False),
+}
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_a_pool_behind_a_packed_layer(name: str, net: Any, randomized: Any, masked_outputs: Any) -> None:
+    pool, taken = POOLS[name]
+    case: Case = (lambda m, x: pool(m.a(x)), {"a": nn.Conv2d(8, 8, 1)}, (8, 7, 5))
+    model, program, masks, result, _ = packed(case, net, randomized)
+    assert [op_name(n) for n in result.nodes][-1] == ("max_pool2x2" if taken else "max_pool2d")
+    reference = masked_outputs(model, program, masks)
+    compare("masked = packed", reference, outputs_of(result.module(), program.example_inputs), 1e-10)
+
+
 @pytest.mark.parametrize("outputs", [6, 12])
 @pytest.mark.parametrize("kernel", [3, 5])
 def test_a_depthwise_layer_without_zeros(outputs: int, kernel: int, net: Any, randomized: Any) -> None:

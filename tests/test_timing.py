@@ -46,9 +46,10 @@ def test_what_a_latency_holds(measured: tuple[timing.Latency, list[str]]) -> Non
 
 def test_the_two_are_timed_in_turns(measured: tuple[timing.Latency, list[str]]) -> None:
     latency, order = measured
-    timed = order[-2 * latency.runs :]
-    pairs = [tuple(timed[i : i + 2]) for i in range(0, len(timed), 2)]
-    assert set(pairs) == {("dense", "compiled"), ("compiled", "dense")}
+    timed = order[-4 * latency.runs :]
+    turns = [tuple(timed[i : i + 4 : 2]) for i in range(0, len(timed), 4)]
+    assert set(turns) == {("dense", "compiled"), ("compiled", "dense")}
+    assert timed[::2] == timed[1::2]  # each turn: a run that does not count, and one that does
     assert latency.runs >= timing.BLOCKS * timing.PER_BLOCK[0]
     assert order[: len(order) - len(timed)].count("dense") >= 3  # warm-up
 

@@ -291,6 +291,9 @@ def main() -> None:
                 continue
             try:
                 result = run_row(row)
+            except ModuleNotFoundError as error:
+                print(f"{row}: left out, `pip install {str(error.name).replace('_', '-')}` first", flush=True)
+                continue
             except Exception as error:
                 if row.contender != "torch-pruning":  # which cannot do every network
                     raise

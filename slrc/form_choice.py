@@ -73,7 +73,7 @@ def choose_forms(
 
 
 def _possible_forms(program: Program) -> dict[str, list[Form]]:
-    """Return the forms of every layer. What is packed with no zeros is so for the layout of other packed layers alone."""
+    """Return the forms of every layer; what is packed with no zeros is so for other packed layers alone."""
     forms = {w: candidate_forms(program.tensors[w], x.op, x.groups) for w, x in program.layers.items()}
     if any(
         f.kind is FormKind.PACKED and density_of(program.tensors[w], f, program.layers[w].groups) <= 1 - LEAST_ZEROS

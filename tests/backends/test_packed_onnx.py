@@ -29,7 +29,7 @@ TOLERANCE = 1e-5
 
 
 class Net(nn.Module):
-    """Every activation, with and without a residual; convolutions, some grouped, strided or dilated; a pool; matrices."""
+    """Every activation, with and without a residual; convolutions of many kinds, a pool, matrices."""
 
     def __init__(self) -> None:
         super().__init__()

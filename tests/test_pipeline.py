@@ -93,7 +93,8 @@ def alike_rows(*shape: int) -> torch.Tensor:
 def test_forms_follow_structure(program: Program, kind: str) -> None:
     plan, masks, reference = planned(program, Columns(2))
     slim = run_passes(STRUCTURE, program, plan, masks)
-    candidates = {w: candidate_forms(slim.tensors[w], layer.op) for w, layer in slim.layers.items()}
+    pruned = {m.tensor for constraint in plan for m in constraint.members}
+    candidates = {w: candidate_forms(slim.tensors[w], x.op) for w, x in slim.layers.items() if w in pruned}
     forms = {w: f for w, found in candidates.items() for f in found if f.kind == kind and f.size < 8}
     assert list(forms) == ["1.weight", "3.weight"]
     checks: list[Check] = []

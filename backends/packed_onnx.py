@@ -5,7 +5,7 @@ a runtime that knows no `ai.slrc` runs that, and folds the weight to a constant.
 the runtime calls those instead. A function stands for one activation, with or without a residual, and its name
 says which: overloads would do, but TensorRT's parser takes the first function of a name for all of them.
 
-Pools between packed layers are nodes of the domain too: for a pool of its own, ONNX Runtime would bring what the
+Pools behind packed layers are nodes of the domain too: for a pool of its own, ONNX Runtime would bring what the
 kernels write into another layout and back.
 """
 

@@ -41,7 +41,7 @@ from typing import Any
 import torch
 from convergence_contenders import CONTENDERS, Contender, make_contender
 from convergence_tasks import CACHE, Images, Task, load_task
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import slrc
@@ -124,6 +124,8 @@ class Run:
         self.row, self.task, self.epochs = row, task, epochs
         self.steps = len(task.batches)
         self.model = task.make()
+        if task.bfloat16:
+            self.model.to(memory_format=torch.channels_last)
         settings = CONTENDERS[row.contender]
         self.due = update_steps(self.steps, settings.updates_per_epoch)
         self.contender: Contender = make_contender(settings, self.model, plan, epochs * len(self.due), task.example)
@@ -132,6 +134,12 @@ class Run:
         self.recalibration = list(itertools.islice(iter(task.batches), RECALIBRATION_BATCHES))
         self.method_s = self.train_s = 0.0
         self.curve: list[dict[str, float]] = []
+
+    def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Return the loss of a batch, its forward pass in bfloat16 where the task asks for it."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.task.bfloat16):
+            logits = model(x)
+        return cross_entropy(logits.float(), y)
 
     def probe_loss(self) -> float:
         """Return f on fixed batches, in evaluation mode."""
@@ -151,7 +159,7 @@ class Run:
             self.model.train()
             for i, (x, y) in enumerate(self.task.batches, start=1):
                 started = time.perf_counter()
-                cross_entropy(self.model(x), y).backward()
+                self.loss(self.model, x, y).backward()
                 before = time.perf_counter()
                 self.contender.add_penalty_gradient()
                 self.method_s += time.perf_counter() - before
@@ -200,7 +208,7 @@ class Run:
             torch.manual_seed(self.row.seed * 1000 + 500 + epoch)
             model.train()
             for x, y in self.task.batches:
-                cross_entropy(model(x), y).backward()
+                self.loss(model, x, y).backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
@@ -236,6 +244,7 @@ def run_row(row: Row) -> dict[str, Any]:
         },
         "retrained": {e: run.retrain(e) for e in retraining},
         "history": run.contender.summary(),
+        "bfloat16": task.bfloat16,
         "step_ms": round(1e3 * run.train_s / steps, 3),
         "method_ms": round(1e3 * run.method_s / steps, 3),
         "state_kb": round(run.contender.state_bytes() / 1024, 1),

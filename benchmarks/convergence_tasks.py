@@ -45,6 +45,8 @@ class Task:
     validation: Images
     test: Images
     glance: Images
+    bfloat16: bool = False
+    """Whether training computes in bfloat16, by autocast, with channels last."""
 
 
 @lru_cache(maxsize=1)
@@ -145,6 +147,7 @@ def cifar_task(name: str) -> Task:
         validation=Normalized(pixels[held], labels[held], cifar10.normalize),
         test=test,
         glance=test.thin(4),
+        bfloat16=cifar10.has_bfloat16(),
     )
 
 
@@ -173,4 +176,5 @@ def images_task(name: str) -> Task:
         validation=loader("train", still, lambda i: i % 50 == 49),
         test=loader("val", still, lambda i: True),
         glance=loader("val", still, lambda i: i % 10 == 0),
+        bfloat16=cifar10.has_bfloat16(),
     )

@@ -200,7 +200,7 @@ void RunPanel(const Weight& weight, int64_t first, int64_t last, const Panel& pa
   strip.channels = weight.FirstChannel(last) - channel;
   const bool sliced = panel.slices.count > 1;  // the sums of all pieces wait for the next slice
   const bool apart = panel.more_x != nullptr;
-  strip.more_offsets = apart ? panel.more_offsets : panel.offsets;
+  strip.more.offsets = apart ? panel.more_offsets : panel.offsets;
   float* all_sums = nullptr;
   if (sliced) {
     int64_t width = 0;
@@ -251,16 +251,16 @@ void RunPanel(const Weight& weight, int64_t first, int64_t last, const Panel& pa
       strip.y = done ? place.y : sums;
       strip.pitch = done ? place.pitch : width;
       if (apart) {
-        strip.more_x = panel.more_x + (piece.start + vectors) * panel.more_step;
-        strip.more_y = place.y + vectors * place.pixel;
-        strip.more_start = place.residual ? place.residual + vectors * place.pixel : nullptr;
-        strip.more_start_pitch = strip.more_pitch = place.pitch;
+        strip.more.x = panel.more_x + (piece.start + vectors) * panel.more_step;
+        strip.more.y = place.y + vectors * place.pixel;
+        strip.more.start = place.residual ? place.residual + vectors * place.pixel : nullptr;
+        strip.more.start_pitch = strip.more.pitch = place.pitch;
       } else {
-        strip.more_x = strip.x + vectors;
-        strip.more_y = strip.y + vectors;
-        strip.more_start = strip.start ? strip.start + vectors : nullptr;
-        strip.more_start_pitch = strip.start_pitch;
-        strip.more_pitch = strip.pitch;
+        strip.more.x = strip.x + vectors;
+        strip.more.y = strip.y + vectors;
+        strip.more.start = strip.start ? strip.start + vectors : nullptr;
+        strip.more.start_pitch = strip.start_pitch;
+        strip.more.pitch = strip.pitch;
       }
       (piece.vectors ? loops.strip[piece.ending][wide][piece.vectors - 1] : loops.pixel[wide])(strip);
       if (is_last && !direct) output.Scatter(channel, strip.channels, piece, sums);

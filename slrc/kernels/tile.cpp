@@ -65,13 +65,8 @@ struct Tile {
   float* y;
   int64_t pitch;
   int64_t rows;
-  int64_t x_step, y_step;  // as in Strip, as what follows
-  const int32_t* more_offsets;
-  const float* more_x;
-  const float* more_start;
-  int64_t more_start_pitch;
-  float* more_y;
-  int64_t more_pitch;
+  int64_t x_step, y_step;  // as in Strip
+  PixelMore more;
 };
 
 // Calls run(tile, runs) for every `Rows` rows (the last of a block may have fewer), up to `Runs` runs at a time.
@@ -95,21 +90,19 @@ SLRC_INLINE inline void ForTiles(const Strip& s, const Run& run) {
                    last - channel < Rows ? last - channel : Rows,
                    s.x_step,
                    s.y_step,
-                   s.more_offsets + begin,
-                   s.more_x,
-                   s.more_start ? s.more_start + channel * s.more_start_pitch : nullptr,
-                   s.more_start_pitch,
-                   s.more_y + channel * s.more_pitch,
-                   s.more_pitch};
+                   s.more};
+      tile.more.offsets += begin;
+      tile.more.y += channel * s.more.pitch;
+      if (tile.more.start) tile.more.start += channel * s.more.start_pitch;
       for (int64_t left = s.runs; left > 0;) {
         const int64_t tiles = (left + Runs - 1) / Runs, runs = (left + tiles - 1) / tiles;  // about as many in each
         run(tile, runs);
         tile.x += runs * s.x_step;
         tile.y += runs * s.y_step;
         if (tile.start) tile.start += runs * s.y_step;
-        tile.more_x += runs * s.x_step;
-        tile.more_y += runs * s.y_step;
-        if (tile.more_start) tile.more_start += runs * s.y_step;
+        tile.more.x += runs * s.x_step;
+        tile.more.y += runs * s.y_step;
+        if (tile.more.start) tile.more.start += runs * s.y_step;
         left -= runs;
       }
     }
@@ -143,8 +136,8 @@ SLRC_INLINE inline void RunTile(const Tile& tile, int64_t stride, Activation act
       Unroll<Whole>([&](int v) SLRC_INLINE { sums[s][v] += Load<kLanes>(start + v * kLanes); });
       lasts[s] += Load<Last>(start + Whole * kLanes);
     });
-  if (Pixel && tile.more_start)
-    Unroll<kSums>([&](int s) SLRC_INLINE { more[s / kSide][s % kSide] += tile.more_start[s * tile.more_start_pitch]; });
+  if (Pixel && tile.more.start)
+    Unroll<kSums>([&](int s) SLRC_INLINE { more[s / kSide][s % kSide] += tile.more.start[s * tile.more.start_pitch]; });
 
   const float* values = tile.values;
   if constexpr (Rows == 1) {
@@ -167,7 +160,7 @@ SLRC_INLINE inline void RunTile(const Tile& tile, int64_t stride, Activation act
       });
     }
   } else {
-    const int32_t* more_offset = tile.more_offsets;
+    const int32_t* more_offset = tile.more.offsets;
     for (const int32_t* offset = tile.offsets; offset != tile.end; ++offset, ++more_offset, values += stride) {
       const float* x = tile.x + *offset;
       V column[Whole ? Whole : 1];
@@ -179,7 +172,7 @@ SLRC_INLINE inline void RunTile(const Tile& tile, int64_t stride, Activation act
         lasts[i] += last * SLRC_VALUE(i);
       });
       if constexpr (Pixel > 0) {
-        const float pixel = tile.more_x[*more_offset];
+        const float pixel = tile.more.x[*more_offset];
         Unroll<Rows / kSide>([&](int q) SLRC_INLINE { more[q] += Load<kSide>(values + q * kSide) * pixel; });
       }
     }
@@ -212,7 +205,7 @@ SLRC_INLINE inline void RunTile(const Tile& tile, int64_t stride, Activation act
       }
   }
   if constexpr (Pixel > 0)
-    Unroll<kSums>([&](int s) SLRC_INLINE { tile.more_y[s * tile.more_pitch] = more[s / kSide][s % kSide]; });
+    Unroll<kSums>([&](int s) SLRC_INLINE { tile.more.y[s * tile.more.pitch] = more[s / kSide][s % kSide]; });
 }
 
 // A tile of `runs` runs, up to `Most`.
@@ -237,18 +230,18 @@ void RunStrip(const Strip& strip) {
     Tile whole = tile;
     for (int i = 0; i < tile.rows; ++i) {
       for (int p = 0; tile.start && p < kPixels; ++p) aside[i * kPixels + p] = tile.start[i * tile.start_pitch + p];
-      if (Pixel && tile.more_start) more_aside[i] = tile.more_start[i * tile.more_start_pitch];
+      if (Pixel && tile.more.start) more_aside[i] = tile.more.start[i * tile.more.start_pitch];
     }
     if (tile.start) whole.start = aside;
-    if (tile.more_start) whole.more_start = more_aside;
+    if (tile.more.start) whole.more.start = more_aside;
     whole.y = aside;
     whole.start_pitch = whole.pitch = kPixels;
-    whole.more_y = more_aside;
-    whole.more_start_pitch = whole.more_pitch = 1;
+    whole.more.y = more_aside;
+    whole.more.start_pitch = whole.more.pitch = 1;
     RunTiles<Rows, kRuns, Whole, Last, Pixel>(whole, runs, s);
     for (int i = 0; i < tile.rows; ++i) {
       for (int p = 0; p < kPixels; ++p) tile.y[i * tile.pitch + p] = aside[i * kPixels + p];
-      if (Pixel) tile.more_y[i * tile.more_pitch] = more_aside[i];
+      if (Pixel) tile.more.y[i * tile.more.pitch] = more_aside[i];
     }
   });
 }

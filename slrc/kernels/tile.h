@@ -11,6 +11,17 @@ namespace slrc {
 
 enum Activation { kNone, kRelu, kLeakyRelu, kRelu6, kSilu, kGelu, kHardSwish };
 
+// A pixel that a tile computes beside its vectors (kPixelMore), apart from them:
+// y[i * pitch] = activation(bias[i] + start[i * start_pitch] + sum over t of values[t, i] * x[offsets[t]]).
+struct PixelMore {
+  const int32_t* offsets;
+  const float* x;
+  const float* start;  // null if there is none; may be y
+  int64_t start_pitch;
+  float* y;
+  int64_t pitch;
+};
+
 // One block row after the other on `runs` runs of pixels. Of the first run:
 // y[i, p] = activation(bias[i] + start[i, p] + sum over t of values[t, i] * x[offsets[t] + p]),
 // t being the surviving blocks begins[r] ... ends[r] - 1 of i's block row r.
@@ -28,13 +39,7 @@ struct Strip {
   float* y;  // (channels, pitch)
   int64_t pitch;
   int64_t runs, x_step, y_step;  // from a run to the next one in x; in y and start
-  // Of a pixel more (kPixelMore) x is more_x[more_offsets[t]], y more_y[i * more_pitch], start (or null) likewise.
-  const int32_t* more_offsets;
-  const float* more_x;
-  const float* more_start;
-  int64_t more_start_pitch;
-  float* more_y;
-  int64_t more_pitch;
+  PixelMore more;
   int64_t window;  // 1, or kWindow parts of each block row's columns, all alike, a part x_step after the one before
   Activation activation;
   float slope;  // of kLeakyRelu

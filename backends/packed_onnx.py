@@ -5,6 +5,8 @@ a runtime that knows no `ai.slrc` runs that, and folds the weight to a constant.
 the runtime calls those instead. A function stands for one activation, with or without a residual, and its name
 says which: overloads would do, but TensorRT's parser takes the first function of a name for all of them.
 
+The function of two matrix multiplications, one behind the other, calls those of each.
+
 Pools behind packed layers are nodes of the domain too: for a pool of its own, ONNX Runtime would bring what the
 kernels write into another layout and back.
 """
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 DOMAIN = "ai.slrc"
 VERSION = 1
-CONV, GEMM, POOL = "BlockSparseConv", "BlockSparseGemm", "MaxPool2x2"
+CONV, GEMM, MLP, POOL = "BlockSparseConv", "BlockSparseGemm", "BlockSparseMlp", "MaxPool2x2"
 
 # The block row of a packed block is the number of row pointers, the first one left out, that are not above its place:
 # no two are equal, since each block row has a block. The weight's shape is an attribute, so that a runtime can fold the
@@ -84,6 +86,16 @@ _GEMM = """
     product = Add (unbiased, bias)
 """
 
+_MLP = """
+    hidden = ai.slrc.BlockSparseGemm_{activation}
+             <block: int = @block, weight_shape: ints = @weight_shape, activation: string = @activation,
+              slope: float = @slope>
+             (x, values, columns, row_pointers, bias)
+    y = ai.slrc.BlockSparseGemm_none{residual}
+        <block: int = @down_block, weight_shape: ints = @down_weight_shape, activation = "none", slope: float = @slope>
+        (hidden, down_values, down_columns, down_row_pointers, down_bias{residual_input})
+"""
+
 _ACTIVATIONS = {
     "none": "y = Identity (sum)",
     "relu": "y = Relu (sum)",
@@ -96,12 +108,20 @@ _ACTIVATIONS = {
     "gelu": "y = Gelu (sum)",
     "hardswish": "y = HardSwish (sum)",
 }
-_OPERANDS = ("x", "values", "columns", "row_pointers", "bias")
+_WEIGHT_OPERANDS = ("values", "columns", "row_pointers", "bias")
+_OPERANDS = {
+    CONV: ("x", *_WEIGHT_OPERANDS),
+    GEMM: ("x", *_WEIGHT_OPERANDS),
+    MLP: ("x", *_WEIGHT_OPERANDS, *(f"down_{name}" for name in _WEIGHT_OPERANDS)),
+    POOL: ("x",),
+}
+"""The inputs of each node; of all but pools the residual may follow."""
 _INTS, _INT, _FLOAT, _TEXT = "INTS", "INT", "FLOAT", "STRING"
 _OWN = {"block": _INT, "weight_shape": _INTS, "activation": _TEXT, "slope": _FLOAT}
 _ATTRIBUTES = {
     GEMM: _OWN,
     CONV: _OWN | {"strides": _INTS, "pads": _INTS, "dilations": _INTS, "group": _INT},
+    MLP: _OWN | {"down_block": _INT, "down_weight_shape": _INTS},
     POOL: {},
 }
 """The attributes of each node and their types."""
@@ -112,6 +132,7 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
     return {
         torch.ops.slrc.block_sparse_conv.default: _translate_conv,
         torch.ops.slrc.block_sparse_gemm.default: _translate_gemm,
+        torch.ops.slrc.block_sparse_mlp.default: _translate_mlp,
         torch.ops.slrc.max_pool2x2.default: _translate_pool,
     }
 
@@ -128,18 +149,24 @@ def _translate_gemm(*arguments: Any) -> Any:
     return _node(GEMM, arguments[:6], [out_channels, int(arguments[0].shape[-1])], *activation)
 
 
+def _translate_mlp(*arguments: Any) -> Any:
+    hidden_channels, out_channels, *activation = arguments[10:]
+    down = {"down_block": int(arguments[5].shape[1]), "down_weight_shape": [out_channels, hidden_channels]}
+    return _node(MLP, arguments[:10], [hidden_channels, int(arguments[0].shape[-1])], *activation, **down)
+
+
 def _translate_pool(x: Any) -> Any:
     return _op(POOL)(x)
 
 
 def _node(
-    name: str, operands: Sequence[Any], weight_shape: list[int], activation: str, slope: float, **window: Any
+    name: str, operands: Sequence[Any], weight_shape: list[int], activation: str, slope: float, **others: Any
 ) -> Any:
     """Record a node; a residual that is missing is left out."""
     given = [x for x in operands if x is not None]
     block = int(operands[1].shape[1])
     own = dict(zip(_OWN, (block, weight_shape, activation, slope), strict=True))
-    return _op(name)(*given, **own, **window)
+    return _op(name)(*given, **own, **others)
 
 
 def _op(name: str) -> Any:
@@ -147,16 +174,18 @@ def _op(name: str) -> Any:
     from onnx.defs import OpSchema
     from onnxscript.values import Op, Opset
 
-    whole, number = "tensor(int32)", "tensor(float)"
-    required = dict(zip(_OPERANDS, (number, number, whole, whole, number), strict=True))
+    number = "tensor(float)"
+    inputs = [
+        OpSchema.FormalParameter(x, "tensor(int32)" if x.endswith(("columns", "row_pointers")) else number)
+        for x in _OPERANDS[name]
+    ]
     optional = OpSchema.FormalParameterOption.Optional
-    inputs = [OpSchema.FormalParameter(n, kind) for n, kind in required.items()]
     residual = OpSchema.FormalParameter("residual", number, param_option=optional)
     schema = OpSchema(
         name,
         DOMAIN,
         VERSION,
-        inputs=inputs[:1] if name == POOL else [*inputs, residual],
+        inputs=inputs if name == POOL else [*inputs, residual],
         outputs=[OpSchema.FormalParameter("y", number)],
         attributes=[OpSchema.Attribute(n, getattr(OpSchema.AttrType, kind)) for n, kind in _ATTRIBUTES[name].items()],
     )
@@ -170,13 +199,13 @@ def attach_functions(model: onnx_ir.Model, opset: int) -> bool:
     functions = {}
     for node in model.graph.all_nodes():
         if node.domain == DOMAIN:
-            if node.op_type == POOL:
-                function = pool_function(opset)
-            else:
-                activation, residual = node.attributes["activation"].as_string(), len(node.inputs) > len(_OPERANDS)
-                function = function_of(node.op_type, activation, residual, opset)
-            node.op_type = function.name
-            functions[function.name] = function
+            called = [pool_function(opset)]
+            if node.op_type != POOL:
+                activation = node.attributes["activation"].as_string()
+                residual = len(node.inputs) > len(_OPERANDS[node.op_type])
+                called = functions_of(node.op_type, activation, residual, opset)
+            node.op_type = called[0].name
+            functions |= {function.name: function for function in called}
     for _, function in sorted(functions.items()):
         deserialized = onnx_ir.serde.deserialize_function(function)
         model.functions[deserialized.identifier()] = deserialized
@@ -199,16 +228,24 @@ def pool_function(opset: int) -> onnx.FunctionProto:
     )
 
 
-def function_of(op_type: str, activation: str, residual: bool, opset: int) -> onnx.FunctionProto:
-    """Return the meaning of one kind of node."""
+def functions_of(op_type: str, activation: str, residual: bool, opset: int) -> list[onnx.FunctionProto]:
+    """Return the meaning of one kind of node, and that of the nodes in it."""
     from onnx import parser
 
-    body = (_CONV if op_type == CONV else _GEMM).format(weight=_WEIGHT)
-    body += f"    sum = {'Add (product, residual)' if residual else 'Identity (product)'}\n"
     # As many inputs as the node: TensorRT's parser asks for that.
-    inputs = [*_OPERANDS, *(["residual"] if residual else [])]
-    return parser.parse_function(
-        f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
+    inputs = [*_OPERANDS[op_type], *(["residual"] if residual else [])]
+    inner = []
+    if op_type == MLP:
+        added = {"residual": "_residual", "residual_input": ", residual"} if residual else {}
+        body = _MLP.format_map({"activation": activation, "residual": "", "residual_input": ""} | added)
+        inner = [*functions_of(GEMM, activation, False, opset), *functions_of(GEMM, "none", residual, opset)]
+    else:
+        body = (_CONV if op_type == CONV else _GEMM).format(weight=_WEIGHT)
+        body += f"    sum = {'Add (product, residual)' if residual else 'Identity (product)'}\n"
+        body += f"    {_ACTIVATIONS[activation]}\n"
+    function = parser.parse_function(
+        f'<domain: "{DOMAIN}", opset_import: ["" : {opset}, "{DOMAIN}" : {VERSION}]>\n'
         f"{_name(op_type, activation, residual)} <{', '.join(_ATTRIBUTES[op_type])}> ({', '.join(inputs)}) => (y)\n"
-        f"{{{body}    {_ACTIVATIONS[activation]}\n}}"
+        f"{{{body}}}"
     )
+    return [function, *inner]

@@ -14,6 +14,7 @@ from slrc import packed_ops  # noqa: F401, registers the operators
 from slrc.forms import FormKind, Forms, PackedWeight
 from slrc.passes.base import PassResult, Transform
 from slrc.passes.graph_edits import call_before, get_tensor, insert_tensor, layer_bias, sibling
+from slrc.passes.projections import cut_projections
 from slrc.plans import Masks, Plan
 from slrc.program import Program, argument, conv_groups, layer_weight, op_name
 
@@ -27,10 +28,12 @@ class PackBlocks(Transform):
     1. `conv2d(x, w, b)` becomes `slrc::block_sparse_conv(x, values, columns, row_pointers, b, …)`, `linear` becomes
        `slrc::block_sparse_gemm`: only blocks with a weight that is not zero are stored.
     2. An addition of a value of the same shape, and then ReLU, LeakyReLU, ReLU6, SiLU, GELU or HardSwish,
-       if nothing else reads
-       what comes before, go into the operator.
+       if nothing else reads what comes before, go into the operator.
     3. A layer whose weight or bias is computed, or whose padding is no number, is left alone.
-    4. A 2×2 `max_pool2d` of what a packed convolution computes becomes `slrc::max_pool2x2`, in the same layout.
+    4. A packed `linear` of what another one alone computes becomes one operator with it, `slrc::block_sparse_mlp`,
+       unless the first one adds a residual or the second one has an activation.
+    5. Queries, keys and values that one `linear` computes become a packed `linear` each (see `cut_projections`).
+    6. A 2×2 `max_pool2d` of what a packed convolution computes becomes `slrc::max_pool2x2`, in the same layout.
 
         conv2d ─▶ add(·, shortcut) ─▶ relu          block_sparse_conv(…, residual=shortcut, activation="relu")
     """
@@ -45,8 +48,13 @@ class PackBlocks(Transform):
     def _pack_all(self, module: GraphModule) -> bool:
         layers = [node for node in module.graph.nodes if self._rows(node) and _is_packable(module, node)]
         for layer in layers:
-            _pack(module, layer, self._rows(layer))
+            rows = self._rows(layer)
+            for part in cut_projections(module, layer, rows):
+                _pack(module, part, rows)
+        module.graph.eliminate_dead_code()  # so that a layer's users are those that count
         for node in list(module.graph.nodes):
+            if op_name(node) == "block_sparse_gemm" and _is_mlp(node.args[0], node):
+                _join(node.args[0], node)
             if _is_plain_pool(node) and op_name(node.args[0]) == "block_sparse_conv":
                 pool = call_before(node, torch.ops.slrc.max_pool2x2.default, node.args[0])
                 pool.meta["val"] = node.meta["val"]
@@ -108,6 +116,23 @@ def _pack(module: GraphModule, layer: Node, rows: int) -> None:
         )
     node.meta["val"] = last.meta["val"]  # a later layer may add it
     last.replace_all_uses_with(node)
+
+
+def _is_mlp(up: object, down: Node) -> bool:
+    """Tell whether nothing stands between two matrix multiplications but the first one's bias and activation."""
+    if not isinstance(up, Node) or op_name(up) != "block_sparse_gemm" or _only_user(up) is not down:
+        return False
+    residual, activation = up.args[5], down.args[7]
+    return residual is None and activation == "none" and down.args[5] is not up
+
+
+def _join(up: Node, down: Node) -> None:
+    x, *weight, _, hidden_channels, activation, slope = up.args
+    _, *down_weight, residual, out_channels, _, _ = down.args
+    operands = (x, *weight, *down_weight, residual, hidden_channels, out_channels, activation, slope)
+    node = call_before(down, torch.ops.slrc.block_sparse_mlp.default, *operands)
+    node.meta["val"] = down.meta["val"]
+    down.replace_all_uses_with(node)
 
 
 _WINDOW = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))

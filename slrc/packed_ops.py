@@ -1,6 +1,6 @@
 """`slrc::block_sparse_conv` and `slrc::block_sparse_gemm`: layers with packed blocks, as operators of a program.
 
-And `slrc::max_pool2x2`, which goes on in their memory layout.
+`slrc::block_sparse_mlp` is two of the latter, and `slrc::max_pool2x2` goes on in the memory layout of the former.
 
 Here they mean what they compute, in PyTorch's own operators; a backend replaces them with its kernels. The packed
 form is that of `slrc.forms.PackedWeight`.
@@ -83,6 +83,35 @@ def block_sparse_gemm(
 @block_sparse_gemm.register_fake
 def _(x: Tensor, *others: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], others[5])
+
+
+@torch.library.custom_op("slrc::block_sparse_mlp", mutates_args=())
+def block_sparse_mlp(
+    x: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    row_pointers: Tensor,
+    bias: Tensor,
+    down_values: Tensor,
+    down_columns: Tensor,
+    down_row_pointers: Tensor,
+    down_bias: Tensor,
+    residual: Tensor | None,
+    hidden_channels: int,
+    out_channels: int,
+    activation: str,
+    slope: float,
+) -> Tensor:
+    """`linear(activation(linear(x, weight) + bias), down_weight) + down_bias + residual`; `x` is `(..., in)`."""
+    weight = unpack(values, columns, row_pointers, (hidden_channels, x.shape[-1]))
+    hidden = ACTIVATIONS[activation](functional.linear(x, weight, bias), slope)
+    down_weight = unpack(down_values, down_columns, down_row_pointers, (out_channels, hidden_channels))
+    return _finish(functional.linear(hidden, down_weight, down_bias), residual, "none", 0.0)
+
+
+@block_sparse_mlp.register_fake
+def _(x: Tensor, *others: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], others[10])
 
 
 @torch.library.custom_op("slrc::max_pool2x2", mutates_args=())

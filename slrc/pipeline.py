@@ -9,6 +9,7 @@ from torch import Tensor
 from slrc.forms import Forms
 from slrc.passes.apply_masks import ApplyMasks
 from slrc.passes.base import Transform
+from slrc.passes.drop_copies import DropCopies
 from slrc.passes.fold_batch_norm import FoldBatchNorm
 from slrc.passes.pack_blocks import PackBlocks
 from slrc.passes.permute_channels import PermuteChannels
@@ -18,10 +19,10 @@ from slrc.plans import Masks, Plan
 from slrc.program import Program
 from slrc.verify import TOLERANCE_FP32, Check, compare, outputs_of
 
-STRUCTURE: tuple[Transform, ...] = (ApplyMasks(), PermuteChannels(), ShrinkChannels(), FoldBatchNorm())
+STRUCTURE: tuple[Transform, ...] = (ApplyMasks(), PermuteChannels(), ShrinkChannels(), FoldBatchNorm(), DropCopies())
 """From masks to structure, the same for every target. What is left of the masks are zeros in weights."""
 
-DENSE: tuple[Transform, ...] = (FoldBatchNorm(),)
+DENSE: tuple[Transform, ...] = (FoldBatchNorm(), DropCopies())
 """What the dense model gets too, so that only sparsity is measured."""
 
 

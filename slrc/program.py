@@ -36,8 +36,8 @@ aten = torch.ops.aten
 CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution"})
 TRANSPOSED = frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
 WEIGHTED = CONVOLUTIONS | TRANSPOSED | {"linear"}
-PACKED = frozenset({"block_sparse_conv", "block_sparse_gemm"})
-"""Operators of slrc: see `slrc.packed_ops`."""
+PACKED = {"block_sparse_conv": (1,), "block_sparse_gemm": (1,), "block_sparse_mlp": (1, 5)}
+"""Operators of slrc, see `slrc.packed_ops`, and which of their inputs are values of packed weights."""
 MATMULS = frozenset({"matmul", "bmm", "mm"})
 
 
@@ -323,8 +323,8 @@ def node_macs(node: Node, shape_of: Callable[[Node], list[int]] = node_shape) ->
     if name in MATMULS:
         return out * shape[0][-1]
     if name in PACKED:
-        values, outputs = operands[1].meta["val"].numel(), shape_of(node)[1 if name == "block_sparse_conv" else -1]
-        return out // outputs * int(values)
+        values = sum(int(node.args[k].meta["val"].numel()) for k in PACKED[name])  # type: ignore[union-attr]
+        return out // shape_of(node)[1 if name == "block_sparse_conv" else -1] * values
     if name == "addmm":
         return out * shape[1][-1]
     if name == "scaled_dot_product_attention":

@@ -51,6 +51,12 @@ int slrc_block_sparse_gemm(const SlrcBlocks* blocks, const float* x, int64_t row
                        [&] { slrc::Gemm(*blocks).Run(x, rows, inputs, residual, y, slrc::kSerial); });
 }
 
+int slrc_block_sparse_mlp(const SlrcBlocks* up, const SlrcBlocks* down, const float* x, int64_t rows, int64_t inputs,
+                          const float* residual, float* y, char* error, size_t error_size) {
+  return slrc::Guarded(error, error_size,
+                       [&] { slrc::Mlp(*up, *down).Run(x, rows, inputs, residual, y, slrc::kSerial); });
+}
+
 const char* slrc_instruction_set(void) {
   try {
     return slrc::Loops().name;

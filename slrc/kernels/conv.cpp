@@ -54,6 +54,7 @@ bool ReadsPlanes() { return Loops().lanes > 8; }
 
 // The outputs of a band on a plane with seams: flat pixel p is row p / pitch, column p % pitch.
 struct SeamedOutput {
+  static constexpr bool kMoreApart = false;
   float* y;  // the band's first row in the image's first channel
   const float* residual;
   int64_t channel_stride, width, pitch;
@@ -417,7 +418,7 @@ void Conv::Run(const float* x, const int64_t x_shape[4], const float* residual, 
   };
   const int64_t panels = x_shape[0] * group_panels * l.bands;
   const double work = static_cast<double>(weight_.values.size()) * out_plane * x_shape[0];
-  RunTasks(parallel, panels, l.panel_groups * weight_.rows_per_group, work, task);
+  RunTasks(parallel, panels, l.panel_groups * weight_.rows_per_group, 1, work, task);
 }
 
 }  // namespace slrc

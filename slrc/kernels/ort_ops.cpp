@@ -6,6 +6,10 @@
 // group.
 // Conv: x (n, c, h, w) -> (n, out channels, h', w'). Gemm: x (..., k) -> (..., out channels).
 //
+// `ai.slrc::BlockSparseMlp` is two of the latter, the second without an activation. Inputs: x, the first one's four,
+// the second one's four, residual (optional); every bias is there. Attributes of the second: down_block,
+// down_weight_shape.
+//
 // And `ai.slrc::MaxPool2x2`, without attributes: x (n, c, h, w) -> (n, c, h / 2, w / 2).
 #include <stdlib.h>
 #include <string.h>
@@ -21,6 +25,7 @@ namespace slrc {
 namespace {
 
 enum Input { kX, kValues, kColumns, kRowPointers, kBias, kResidual, kInputs };
+enum MlpInput { kDownValues = kResidual, kDownColumns, kDownRowPointers, kDownBias, kMlpResidual, kMlpInputs };
 
 // Set by RegisterCustomOps before any kernel exists.
 const Ort* ort;
@@ -79,19 +84,22 @@ Tensor View(const OrtValue* value) {
   return tensor;
 }
 
-// What a node with a packed weight says when its kernel is made.
+// What a node says of a packed weight when its kernel is made.
 class Node {
  public:
-  Node(const OrtKernelInfo* info, size_t weight_rank) : info_(info) {
-    ReadInput(kValues, "values", &values_);
-    ReadInput(kColumns, "columns", &columns_);
-    ReadInput(kRowPointers, "row_pointers", &row_pointers_);
-    size_t inputs;
-    Check(ort->KernelInfo_GetInputCount(info, &inputs));
-    if (inputs > kBias) has_bias_ = ReadConstant(kBias, &bias_);
-    Integers("weight_shape", weight_shape_, weight_rank);
+  Node(const OrtKernelInfo* info, size_t weight_rank) : Node(info, weight_rank, kValues, "") {
     activation_ = Text("activation");
     if (activation_ == "leakyrelu") Check(ort->KernelInfoGetAttribute_float(info, "slope", &slope_), "slope");
+  }
+  // The weight whose inputs begin with `first`, and whose attributes' names with `prefix`.
+  Node(const OrtKernelInfo* info, size_t weight_rank, size_t first, const char* prefix) : info_(info), prefix_(prefix) {
+    ReadInput(first, "values", &values_);
+    ReadInput(first + 1, "columns", &columns_);
+    ReadInput(first + 2, "row_pointers", &row_pointers_);
+    size_t inputs;
+    Check(ort->KernelInfo_GetInputCount(info, &inputs));
+    if (inputs > first + 3) has_bias_ = ReadConstant(first + 3, &bias_);
+    Integers("weight_shape", weight_shape_, weight_rank);
   }
 
   SlrcBlocks Blocks() const {
@@ -133,20 +141,24 @@ class Node {
   }
 
   void ReadInput(size_t index, const char* name, Tensor* tensor) const {
-    if (!ReadConstant(index, tensor)) throw Error(std::string(name) + " must be a constant initializer");
+    if (!ReadConstant(index, tensor)) throw Error(prefix_ + name + " must be a constant initializer");
   }
 
-  int64_t Integer(const char* name) const {
+  int64_t Integer(const char* of) const {
+    const std::string named = prefix_ + of;
+    const char* name = named.c_str();
     int64_t value;
     Check(ort->KernelInfoGetAttribute_int64(info_, name, &value), name);
     return value;
   }
 
-  void Integers(const char* name, int64_t* values, size_t expected) const {
+  void Integers(const char* of, int64_t* values, size_t expected) const {
+    const std::string named = prefix_ + of;
+    const char* name = named.c_str();
     size_t count = 0;
     Check(ort->KernelInfoGetAttributeArray_int64(info_, name, nullptr, &count), name);
     if (count != expected)
-      throw Error(std::string(name) + " must have " + std::to_string(expected) + " values, got " +
+      throw Error(named + " must have " + std::to_string(expected) + " values, got " +
                   std::to_string(count));
     Check(ort->KernelInfoGetAttributeArray_int64(info_, name, values, &count), name);
   }
@@ -163,7 +175,7 @@ class Node {
   Tensor values_, columns_, row_pointers_, bias_;
   bool has_bias_ = false;
   int64_t weight_shape_[4];
-  std::string activation_;
+  std::string prefix_, activation_ = "none";
   float slope_ = 0;
 };
 
@@ -179,8 +191,8 @@ class Call {
   }
 
   // Returns the residual, checked to be of y's shape, or null.
-  const float* Residual(const std::vector<int64_t>& y_shape) const {
-    const OrtValue* value = Find(kResidual);
+  const float* Residual(const std::vector<int64_t>& y_shape, size_t index = kResidual) const {
+    const OrtValue* value = Find(index);
     if (!value) return nullptr;
     const Tensor residual = View(value);
     if (residual.shape != y_shape) throw Error("residual must have the output's shape");
@@ -217,7 +229,7 @@ class Call {
 
 struct ConvKernel {
   static constexpr const char* kName = "BlockSparseConv";
-  static constexpr size_t kInputCount = kInputs;
+  static constexpr size_t kInputCount = kInputs, kOptional = 2;
   explicit ConvKernel(const OrtKernelInfo* info) : ConvKernel(Node(info, 4)) {}
   explicit ConvKernel(const Node& node) : blocks(node.Blocks()), conv(blocks, node.Window()) {}
 
@@ -236,33 +248,56 @@ struct ConvKernel {
   Conv conv;
 };
 
+// Runs a matrix multiplication, or two, on x (..., inputs).
+template <class Product>
+void RunOnTokens(const Call& call, const Product& product, size_t residual_index) {
+  if (call.x.shape.empty()) throw Error("x must have at least 1 dimension");
+  std::vector<int64_t> y_shape = call.x.shape;
+  const int64_t inputs = y_shape.back();
+  y_shape.back() = product.out_channels();
+  const float* residual = call.Residual(y_shape, residual_index);
+  float* y = call.Output(y_shape);
+  const float* x = call.x.As<float>(kOrtFloat, "x");
+  int64_t rows = 1;
+  for (size_t d = 0; d + 1 < y_shape.size(); ++d) rows *= y_shape[d];
+  if (rows) product.Run(x, rows, inputs, residual, y, call.Threads());
+}
+
 struct GemmKernel {
   static constexpr const char* kName = "BlockSparseGemm";
-  static constexpr size_t kInputCount = kInputs;
+  static constexpr size_t kInputCount = kInputs, kOptional = 2;
   explicit GemmKernel(const OrtKernelInfo* info) : GemmKernel(Node(info, 2)) {}
   explicit GemmKernel(const Node& node) : blocks(node.Blocks()), gemm(blocks) {}
 
   void Compute(OrtKernelContext* context) const {
-    const Call call(context, blocks.bias);
-    if (call.x.shape.empty()) throw Error("x must have at least 1 dimension");
-    std::vector<int64_t> y_shape = call.x.shape;
-    const int64_t inputs = y_shape.back();
-    y_shape.back() = gemm.out_channels();
-    const float* residual = call.Residual(y_shape);
-    float* y = call.Output(y_shape);
-    const float* x = call.x.As<float>(kOrtFloat, "x");
-    int64_t rows = 1;
-    for (size_t d = 0; d + 1 < y_shape.size(); ++d) rows *= y_shape[d];
-    if (rows) gemm.Run(x, rows, inputs, residual, y, call.Threads());
+    RunOnTokens(Call(context, blocks.bias), gemm, kResidual);
   }
 
   SlrcBlocks blocks;  // as above
   Gemm gemm;
 };
 
+struct MlpKernel {
+  static constexpr const char* kName = "BlockSparseMlp";
+  static constexpr size_t kInputCount = kMlpInputs, kOptional = 1;
+  explicit MlpKernel(const OrtKernelInfo* info) : MlpKernel(Node(info, 2), Node(info, 2, kDownValues, "down_")) {}
+  MlpKernel(const Node& up, const Node& down) : mlp(WithBias(up), WithBias(down)) {}
+
+  void Compute(OrtKernelContext* context) const {
+    RunOnTokens(Call(context), mlp, kMlpResidual);
+  }
+  static SlrcBlocks WithBias(const Node& node) {
+    const SlrcBlocks blocks = node.Blocks();
+    if (!blocks.bias) throw Error("bias and down_bias must be constant initializers");
+    return blocks;
+  }
+
+  Mlp mlp;
+};
+
 struct PoolKernel {
   static constexpr const char* kName = "MaxPool2x2";
-  static constexpr size_t kInputCount = 1;
+  static constexpr size_t kInputCount = 1, kOptional = 0;
   explicit PoolKernel(const OrtKernelInfo*) {}
 
   void Compute(OrtKernelContext* context) const {
@@ -289,10 +324,11 @@ OrtCustomOp MakeOp() {
   op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
   op.GetInputTypeCount = [](const OrtCustomOp*) -> size_t { return Kernel::kInputCount; };
   op.GetInputType = [](const OrtCustomOp*, size_t i) -> int {
-    return i == kColumns || i == kRowPointers ? kOrtInt32 : kOrtFloat;
+    const bool index = i == kColumns || i == kRowPointers || i == kDownColumns || i == kDownRowPointers;
+    return index ? kOrtInt32 : kOrtFloat;
   };
   op.GetInputCharacteristic = [](const OrtCustomOp*, size_t i) -> int {
-    return i < kBias ? kOrtRequired : kOrtOptional;
+    return i < Kernel::kInputCount - Kernel::kOptional ? kOrtRequired : kOrtOptional;
   };
   op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
   op.GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
@@ -321,6 +357,7 @@ OrtCustomOpDomain* MakeDomain() {
   static std::deque<NamedOp> ops;  // sessions keep pointers to them
   AddNames<ConvKernel>(&ops);
   AddNames<GemmKernel>(&ops);
+  AddNames<MlpKernel>(&ops);
   ops.push_back({MakeOp<PoolKernel>(), PoolKernel::kName});
   OrtCustomOpDomain* domain;
   Check(ort->CreateCustomOpDomain("ai.slrc", &domain));

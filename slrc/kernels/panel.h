@@ -48,6 +48,10 @@ class Scratch {
     static thread_local Scratch sums;
     return sums;
   }
+  static Scratch& Hidden() {
+    static thread_local Scratch hidden;
+    return hidden;
+  }
 
  private:
   float* data_ = nullptr;
@@ -63,22 +67,26 @@ inline uint64_t NewOwner() {
 }
 
 // Splits `panels` x `units`, parts of a panel, into tasks, task(panel, first unit, end), panel by panel: a thread that
-// goes on with a panel finds it in its scratch memory. `multiply_adds` is the work of all.
+// goes on with a panel finds it in its scratch memory. `multiply_adds` is the work of all; `together` units stay so.
 template <class Task>
-void RunTasks(const Parallel& parallel, int64_t panels, int64_t units, double multiply_adds, const Task& task) {
+void RunTasks(const Parallel& parallel, int64_t panels, int64_t units, int64_t together, double multiply_adds,
+              const Task& task) {
   constexpr double kWorthATask = 5e5;  // some 20 us: far above the cost of handing a task to a thread
   constexpr int64_t kTasks = 64;
   const int64_t wanted = std::min<int64_t>(kTasks, static_cast<int64_t>(multiply_adds / kWorthATask) + 1);
   struct Shared {
     const Task& task;
-    int64_t splits, units;
+    int64_t splits, units, together;
     std::atomic<bool> out_of_memory;
-  } shared{task, std::min(units, (wanted + panels - 1) / panels), units, {false}};
+  } shared{task, std::min(CeilDiv(units, together), CeilDiv(wanted, panels)), units, together, {false}};
   auto one = [](void* data, size_t i) {
     Shared& s = *static_cast<Shared*>(data);
     const int64_t panel = i / s.splits, part = i % s.splits;
+    auto begin = [&s](int64_t k) {
+      return std::min(s.units, k * CeilDiv(s.units, s.together) / s.splits * s.together);
+    };
     try {
-      s.task(panel, part * s.units / s.splits, (part + 1) * s.units / s.splits);
+      s.task(panel, begin(part), begin(part + 1));
     } catch (const std::bad_alloc&) {
       s.out_of_memory = true;  // an exception must not leave a thread that is not ours
     }
@@ -171,7 +179,7 @@ struct Panel {
   int64_t together;  // how many pieces one block row may run on before the next one does
   int64_t pitch;     // from one row to the next, of pieces that are repeated
   int64_t window;    // see Strip, for pieces that are repeated
-  // Where a pixel more is apart from the vectors before it (null: beside them): the panel's pixels, `more_step` apart.
+  // Where x has a pixel more apart from the vectors before it (null: beside them): the panel's pixels, `more_step` apart.
   const float* more_x = nullptr;
   const int32_t* more_offsets = nullptr;
   int64_t more_step = 0;
@@ -187,7 +195,8 @@ struct Place {
 
 // Computes block rows [first, last), of one group or of groups that they fill, on a panel. Output finds the place of a
 // piece, and says whether a tile may be written there; if not, it gathers the residual and scatters sums that are
-// (channels, repeats, piece.width).
+// (channels, repeats, piece.width). If `Output::kMoreApart`, a pixel more is written to its place in any case, and no
+// sums have it.
 template <class Output>
 void RunPanel(const Weight& weight, int64_t first, int64_t last, const Panel& panel, const Output& output) {
   const TileLoops& loops = Loops();
@@ -199,8 +208,7 @@ void RunPanel(const Weight& weight, int64_t first, int64_t last, const Panel& pa
   strip.block = weight.block;
   strip.channels = weight.FirstChannel(last) - channel;
   const bool sliced = panel.slices.count > 1;  // the sums of all pieces wait for the next slice
-  const bool apart = panel.more_x != nullptr;
-  strip.more.offsets = apart ? panel.more_offsets : panel.offsets;
+  strip.more.offsets = panel.more_x ? panel.more_offsets : panel.offsets;
   float* all_sums = nullptr;
   if (sliced) {
     int64_t width = 0;
@@ -219,7 +227,7 @@ void RunPanel(const Weight& weight, int64_t first, int64_t last, const Panel& pa
     for (int64_t i = 0, pieces = 1; i < panel.count; i += pieces, pieces = 1) {
       const Piece& piece = panel.pieces[i];
       const int64_t vectors = piece.width - (piece.ending == kPixelMore);
-      const int64_t width = piece.repeats * (apart ? vectors : piece.width);
+      const int64_t width = piece.repeats * (Output::kMoreApart ? vectors : piece.width);
       Place place, next;
       const bool direct = output.Find(channel, piece, &place);
       if (!sliced && !direct) sums = Scratch::Sums().Get(strip.channels * width);
@@ -250,13 +258,12 @@ void RunPanel(const Weight& weight, int64_t first, int64_t last, const Panel& pa
       const bool done = is_last && direct;
       strip.y = done ? place.y : sums;
       strip.pitch = done ? place.pitch : width;
-      if (apart) {
-        strip.more.x = panel.more_x + (piece.start + vectors) * panel.more_step;
+      strip.more.x = panel.more_x ? panel.more_x + (piece.start + vectors) * panel.more_step : strip.x + vectors;
+      if (Output::kMoreApart) {
         strip.more.y = place.y + vectors * place.pixel;
         strip.more.start = place.residual ? place.residual + vectors * place.pixel : nullptr;
         strip.more.start_pitch = strip.more.pitch = place.pitch;
       } else {
-        strip.more.x = strip.x + vectors;
         strip.more.y = strip.y + vectors;
         strip.more.start = strip.start ? strip.start + vectors : nullptr;
         strip.more.start_pitch = strip.start_pitch;

@@ -10,7 +10,7 @@ void MaxPool2x2(const float* x, const int64_t shape[4], float* y, const Parallel
   auto task = [&](int64_t, int64_t first, int64_t last) {
     for (int64_t p = first; p < last; ++p) Loops().max_pool_2x2(x + p * in_plane, height, width, y + p * out_plane);
   };
-  RunTasks(parallel, 1, planes, 4.0 * planes * in_plane, task);  // reading costs more than multiplying
+  RunTasks(parallel, 1, planes, 1, 4.0 * planes * in_plane, task);  // reading costs more than multiplying
 }
 
 }  // namespace slrc

@@ -16,7 +16,7 @@ import slrc
 from slrc.backends import parse_target
 from slrc.backends.onnx_export import OPSET
 from slrc.backends.ort import OnnxRuntime
-from slrc.backends.packed_onnx import CONV, GEMM, POOL, function_of, pool_function
+from slrc.backends.packed_onnx import CONV, GEMM, MLP, POOL, functions_of, pool_function
 from slrc.errors import BackendError
 from slrc.forms import DEPTHWISE, Form, FormKind
 from slrc.kernels import build as kernels
@@ -131,16 +131,17 @@ def test_kernels_that_are_gone_are_reported(artifact: Path, tmp_path: Path) -> N
     assert OnnxRuntime().load(tmp_path, stock=True)(torch.randn(1, 3, 12, 11))
 
 
-@pytest.mark.parametrize("op_type", [CONV, GEMM])
+@pytest.mark.parametrize("op_type", [CONV, GEMM, MLP])
 def test_every_function_is_valid_onnx(op_type: str) -> None:
     context = onnx.checker.C.CheckerContext()
-    context.ir_version, context.opset_imports = 10, {"": OPSET}
+    context.ir_version, context.opset_imports = 10, {"": OPSET, "ai.slrc": 1}
     for activation in ACTIVATIONS:
         for residual in (False, True):
-            function = function_of(op_type, activation, residual, OPSET)
-            assert function.domain == "ai.slrc"
-            assert function.name.startswith(f"{op_type}_{activation}")
-            onnx.checker.check_function(function, context)
+            functions = functions_of(op_type, activation, residual, OPSET)
+            assert {function.domain for function in functions} == {"ai.slrc"}
+            assert functions[0].name.startswith(f"{op_type}_{activation}")
+            for function in functions:
+                onnx.checker.check_function(function, context)
     onnx.checker.check_function(pool_function(OPSET), context)
 
 

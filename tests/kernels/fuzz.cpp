@@ -227,6 +227,46 @@ bool PoolAgrees(uint64_t seed) {
   return true;
 }
 
+// Two matrix multiplications at once, sound or broken in one place of the second.
+bool MlpAgrees(uint64_t seed, bool broken, long* refused) {
+  Random random{std::mt19937_64(seed)};
+  const int64_t tokens = random.Int(1, random.Chance(30) ? 250 : 6), inputs = random.Int(1, 60);
+  const int64_t hidden = random.Chance(10) ? random.Int(500, 1400) : random.Int(1, 90), outputs = random.Int(1, 60);
+  const int64_t kBlocks[] = {1, 4, 8, 16};
+  const int64_t sizes[] = {inputs, hidden, outputs}, activation = random.Int(0, 6);
+  std::unique_ptr<Packed> packed[2];
+  std::unique_ptr<float[]> bias[2], residual;
+  SlrcBlocks blocks[2];
+  for (int k = 0; k < 2; ++k) {
+    const int64_t block = kBlocks[random.Int(0, 3)], rows = (sizes[k + 1] + block - 1) / block;
+    packed[k].reset(new Packed(random, block, rows, sizes[k]));
+    if (random.Chance(70)) bias[k] = random.Floats(sizes[k + 1]);
+    blocks[k] = {packed[k]->values.get(),   packed[k]->count * block, packed[k]->columns.get(), packed[k]->count,
+                 packed[k]->pointers.get(), rows + 1,                 bias[k].get(),            bias[k] ? sizes[k + 1] : 0,
+                 block,                     sizes[k + 1],             kActivations[k ? 0 : activation], kSlope};
+  }
+  const auto x = random.Floats(tokens * inputs);
+  if (random.Chance(40)) residual = random.Floats(tokens * outputs);
+  const std::unique_ptr<float[]> between(new float[tokens * hidden]), expected(new float[tokens * outputs]),
+      y(new float[tokens * outputs]);
+  char error[256];
+  if (broken) {
+    if (packed[1]->count && random.Chance(50))
+      packed[1]->columns[random.Int(0, packed[1]->count - 1)] = static_cast<int32_t>(random.Odd());
+    else
+      blocks[random.Int(0, 1)].block = random.Odd();
+    *refused += slrc_block_sparse_mlp(blocks, blocks + 1, x.get(), tokens, inputs, residual.get(), y.get(), error, 256);
+    return true;
+  }
+  if (slrc_block_sparse_mlp(blocks, blocks + 1, x.get(), tokens, inputs, residual.get(), y.get(), error, 256) ||
+      slrc_block_sparse_gemm(blocks, x.get(), tokens, inputs, nullptr, between.get(), error, 256) ||
+      slrc_block_sparse_gemm(blocks + 1, between.get(), tokens, hidden, residual.get(), expected.get(), error, 256))
+    return false;
+  for (int64_t i = 0; i < tokens * outputs; ++i)
+    if (!(std::fabs(y[i] - expected[i]) < 1e-3 * (1 + std::fabs(expected[i])))) return false;
+  return true;
+}
+
 int main(int argc, char** argv) {
   const uint64_t first = argc > 1 ? strtoull(argv[1], nullptr, 10) : 0,
                  count = argc > 2 ? strtoull(argv[2], nullptr, 10) : 1000;
@@ -243,11 +283,13 @@ int main(int argc, char** argv) {
     }
     worst = std::max(worst, difference);
     if (!PoolAgrees(seed)) return printf("pool %llu differs\n", (unsigned long long)seed), 1;
+    for (bool broken : {false, true})
+      if (!MlpAgrees(seed, broken, &refused)) return printf("mlp %llu differs\n", (unsigned long long)seed), 1;
     Case broken(seed);
     broken.Break();
     refused += broken.Run(error, sizeof error);
   }
   printf("%s: worst difference %g, %ld of %llu broken cases refused\n", slrc_instruction_set(), worst, refused,
-         (unsigned long long)count);
+         (unsigned long long)(2 * count));
   return 0;
 }

@@ -43,6 +43,21 @@ def layer_parts(layer: Layer, name: str = "") -> tuple[Any, list[Any], list[Any]
     return node, values, initializers, helper.make_tensor_value_info(name + "y", TensorProto.FLOAT, None)
 
 
+def mlp_parts(up: Layer, down: Layer, name: str = "") -> tuple[Any, list[Any], list[Any], Any]:
+    """Return the same of one node for two matrices; both have a bias, and `down.x` is what `up` computes."""
+    first, inputs, tensors, _ = layer_parts(up, name)
+    second, down_inputs, down_tensors, y = layer_parts(down, name + "down_")
+    renamed = {name + "down_residual": name + "residual"}
+    for value in down_inputs[1:]:
+        value.name = renamed[value.name]
+    names = [*first.input, *(renamed.get(n, n) for n in second.input[1:])]
+    attributes = {a.name: helper.get_attribute_value(a) for a in first.attribute}
+    own = {a.name: helper.get_attribute_value(a) for a in second.attribute}
+    attributes |= {"down_block": own["block"], "down_weight_shape": own["weight_shape"]}
+    node = helper.make_node("BlockSparseMlp", names, [y.name], domain="ai.slrc", **attributes)
+    return node, [*inputs, *down_inputs[1:]], [*tensors, *down_tensors], y
+
+
 def make_model(parts: list[tuple[Any, list[Any], list[Any], Any]]) -> onnx.ModelProto:
     """Return a model of independent nodes."""
     nodes, inputs, initializers, outputs = zip(*parts, strict=True)

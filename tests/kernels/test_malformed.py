@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from kernel_layers import Layer, sparse_weight
-from kernel_models import feed, layer_parts, make_model, pool_session, session
+from kernel_models import feed, layer_parts, make_model, mlp_parts, pool_session, session
 from onnx import helper, numpy_helper
 
 
@@ -188,3 +189,17 @@ def test_pools_of_the_wrong_shape(library: Path) -> None:
         with pytest.raises(Exception, match=reason):
             running.run(None, {"x": np.zeros(shape, np.float32)})
     assert running.run(None, {"x": np.zeros((0, 3, 9, 9), np.float32)})[0].shape == (0, 3, 4, 4)
+
+
+def test_two_matrices_that_do_not_fit(library: Path) -> None:
+    up, down = layer((16, 6)), layer((8, 16))
+    assert session(make_model([mlp_parts(up, down)]), library).run(None, feed(up))[0].shape[-1] == 8
+    few = replace(up, weight=up.weight[:8], bias=np.zeros(8, np.float32))
+    with pytest.raises(Exception, match=r"out of range: the input has 8"):
+        session(make_model([mlp_parts(few, down)]), library)
+    for name in ("bias", "down_bias", "down_values"):
+        node, inputs, tensors, output = mlp_parts(up, down)
+        inputs.append(helper.make_tensor_value_info(name, 1, None))
+        kept = [tensor for tensor in tensors if tensor.name != name]
+        with pytest.raises(Exception, match="must be (a )?constant initializer"):
+            session(make_model([(node, inputs, kept, output)]), library)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 import pytest
 from kernel_layers import ACTIVATIONS, Kernels, Layer, random_conv, random_gemm, sparse_weight
-from kernel_models import feed, layer_parts, make_model, pool_session, session
+from kernel_models import feed, layer_parts, make_model, mlp_parts, pool_session, session
 
 CASES = int(os.environ.get("SLRC_KERNEL_CASES", "240"))
 TOLERANCE = 2e-5
@@ -171,6 +172,38 @@ def test_gemm_takes_any_leading_dimensions(library: Path, shape: tuple[int, ...]
     y = session(make_model([layer_parts(layer)]), library).run(None, feed(layer))[0]
     assert y.shape == (*shape[:-1], 22)
     np.testing.assert_allclose(y, layer.expected(), atol=TOLERANCE)
+
+
+def random_mlp(random: np.random.Generator) -> tuple[Layer, Layer]:
+    """Two matrices, the hidden channels now and then more than a cache holds for one panel of tokens."""
+    up = replace(random_gemm(random), residual=None)
+    hidden = up.expected()
+    if random.random() < 0.2:
+        up = replace(up, weight=sparse_weight(random, (1500, up.x.shape[1]), up.block, 0.9), bias=None)
+        hidden = up.expected()
+    size = int(random.integers(1, 70))
+    block = int(random.choice([1, 4, 8, 16]))
+    down = Layer(
+        block=block,
+        weight=sparse_weight(random, (size, hidden.shape[1]), block, float(random.choice([0.0, 0.75, 1.0]))),
+        x=hidden,
+        bias=random.standard_normal(size).astype(np.float32),
+        residual=random.standard_normal((len(hidden), size)).astype(np.float32) if random.random() < 0.5 else None,
+        activation="none",
+    )
+    return replace(up, bias=random.standard_normal(hidden.shape[1]).astype(np.float32)), down
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_two_matrices_at_once(library: Path, threads: int) -> None:
+    random = np.random.default_rng(4)
+    for _ in range(60):
+        up, down = random_mlp(random)
+        down = replace(down, x=up.expected())
+        running = session(make_model([mlp_parts(up, down)]), library, threads)
+        given = feed(up) | ({} if down.residual is None else {"residual": down.residual})
+        for _ in range(2):
+            np.testing.assert_allclose(running.run(None, given)[0], down.expected(), atol=2 * TOLERANCE)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

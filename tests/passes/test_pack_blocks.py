@@ -142,6 +142,72 @@ def test_a_pool_behind_a_packed_layer(name: str, net: Any, randomized: Any, mask
     compare("masked = packed", reference, outputs_of(result.module(), program.example_inputs), 1e-10)
 
 
+def mlp(run: Callable[[Any, Tensor], Tensor], **options: Any) -> Case:
+    return run, {"a": nn.Linear(8, 12, **options), "b": nn.Linear(12, 8)}, (5, 8)
+
+
+MLPS: dict[str, tuple[Case, list[str]]] = {
+    "with a residual": (mlp(lambda m, x: x + m.b(F.gelu(m.a(x)))), ["block_sparse_mlp"]),
+    "without one": (mlp(lambda m, x: m.b(m.a(x)), bias=False), ["block_sparse_mlp"]),
+    "an activation behind": (mlp(lambda m, x: m.b(m.a(x).relu()).relu()), ["block_sparse_gemm"] * 2),
+    "an addition between": (mlp(lambda m, x: m.b(m.a(x) + m.a(x.tanh()))), ["tanh", *["block_sparse_gemm"] * 3]),
+    "what is between is read": (mlp(lambda m, x: m.b(h := m.a(x)) + h[..., :8]), ["block_sparse_gemm"] * 2),
+    "something between": (mlp(lambda m, x: m.b(m.a(x).tanh())), ["block_sparse_gemm", "tanh", "block_sparse_gemm"]),
+}
+
+
+@pytest.mark.parametrize("name", MLPS)
+def test_two_matrices_one_behind_the_other(name: str, net: Any, randomized: Any, masked_outputs: Any) -> None:
+    case, expected = MLPS[name]
+    model, program, masks, result, _ = packed(case, net, randomized)
+    found = [op_name(n) for n in result.nodes]
+    assert [n for n in found if n.startswith("block_") or n == "tanh"] == expected
+    values = {key[0]: t.numel() for key, t in result.tensors.items() if key.endswith("values")}
+    assert result.macs == 5 * (values["a"] * (2 if "addition" in name else 1) + values["b"])
+    reference = masked_outputs(model, program, masks)
+    compare("masked = packed", reference, outputs_of(result.module(), program.example_inputs), 1e-10)
+
+
+def attention(take: Callable[[Tensor], Any], order: tuple[int, ...] = (2, 0, 3, 1, 4)) -> Case:
+    """Two heads of 4 on 5 tokens of width 6."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        q, k, v = take(m.a(x).view(-1, 5, 3, 2, 4).permute(*order))
+        return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+    return run, {"a": nn.Linear(6, 24)}, TOKENS
+
+
+PROJECTIONS: dict[str, tuple[Case, int]] = {
+    "selected": (attention(lambda y: (y[0], y[1], y[2])), 3),
+    "in another order": (attention(lambda y: (y[2], y[0], y[1])), 3),
+    "from the end": (attention(lambda y: (y[-3], y[-2], y[-1])), 1),
+    "unbound": (attention(lambda y: y.unbind(0)), 3),
+    "unbound elsewhere": (attention(lambda y: y.unbind(1), (0, 2, 3, 1, 4)), 3),
+    "one of them unread": (attention(lambda y: (y[0], y[0], y[2])), 1),
+    "one of them read twice": (attention(lambda y: (y[0], y[1], y[1] + y[2])), 3),
+}
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_queries_keys_and_values(name: str, net: Any, randomized: Any, masked_outputs: Any) -> None:
+    case, count = PROJECTIONS[name]
+    model, program, masks, result, _ = packed(case, net, randomized)
+    assert [op_name(n) for n in result.nodes].count("block_sparse_gemm") == count
+    assert result.batch_is_dynamic
+    reference = masked_outputs(model, program, masks)
+    compare("masked = packed", reference, outputs_of(result.module(), program.example_inputs), 1e-10)
+
+
+def test_projections_of_uneven_rows_stay_together(net: Any, randomized: Any) -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        q, k = m.a(x).view(-1, 5, 2, 2, 12).permute(2, 0, 3, 1, 4).unbind(0)
+        return q @ k.transpose(-1, -2)
+
+    result = packed((run, {"a": nn.Linear(6, 48)}, TOKENS), net, randomized, rows=16)[3]
+    assert [op_name(n) for n in result.nodes].count("block_sparse_gemm") == 1
+
+
 @pytest.mark.parametrize("outputs", [6, 12])
 @pytest.mark.parametrize("kernel", [3, 5])
 def test_a_depthwise_layer_without_zeros(outputs: int, kernel: int, net: Any, randomized: Any) -> None:

@@ -201,5 +201,5 @@ def test_two_matrices_that_do_not_fit(library: Path) -> None:
         node, inputs, tensors, output = mlp_parts(up, down)
         inputs.append(helper.make_tensor_value_info(name, 1, None))
         kept = [tensor for tensor in tensors if tensor.name != name]
-        with pytest.raises(Exception, match="must be (a )?constant initializer"):
+        with pytest.raises(Exception, match=r"must be (a )?constant initializer"):
             session(make_model([(node, inputs, kept, output)]), library)

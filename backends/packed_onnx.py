@@ -151,7 +151,7 @@ def _translate_gemm(*arguments: Any) -> Any:
 
 def _translate_mlp(*arguments: Any) -> Any:
     hidden_channels, out_channels, *activation = arguments[10:]
-    down = {"down_block": int(arguments[5].shape[1]), "down_weight_shape": [out_channels, hidden_channels]}
+    down: dict[str, Any] = {"down_block": int(arguments[5].shape[1]), "down_weight_shape": [out_channels, hidden_channels]}
     return _node(MLP, arguments[:10], [hidden_channels, int(arguments[0].shape[-1])], *activation, **down)
 
 
@@ -196,7 +196,7 @@ def attach_functions(model: onnx_ir.Model, opset: int) -> bool:
     """Give every packed node of a model its function, in operators of an opset; return whether there is any."""
     import onnx_ir
 
-    functions = {}
+    functions: dict[str, onnx.FunctionProto] = {}
     for node in model.graph.all_nodes():
         if node.domain == DOMAIN:
             called = [pool_function(opset)]

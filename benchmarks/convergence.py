@@ -5,6 +5,7 @@
     python benchmarks/convergence.py small              # Fashion-MNIST: 5 hours on one core
     python benchmarks/convergence.py middle             # CIFAR-10, ResNet-20: 27 hours on one core without bfloat16
     python benchmarks/convergence.py wide               # CIFAR-10, larger networks: days on such a core, not timed
+    python benchmarks/convergence.py large              # an epoch of ResNet-110, -18 and -50, to see that they run
     SLRC_IMAGES=~/imagenet python benchmarks/convergence.py wide --network images-torchvision:resnet50
     python benchmarks/convergence.py retraining         # 1, 3 and 10 epochs after hard-pruning, small: 2 hours
     python benchmarks/convergence.py ablation           # parts of SLR's default left out or changed: half an hour
@@ -79,12 +80,14 @@ SMALL = {
     "2:4": (0.5,),
 }
 MIDDLE = {"unstructured": (0.8, 0.9), "block:8x1": (0.75,), "columns:2": (0.5,), "channel": (0.5,)}
-WIDE = ("cifar-resnet56", "cifar-vgg16", "cifar-mobilenet_v2")
+WIDE = ("cifar-resnet56", "cifar-vgg16", "cifar-mobilenet_v2", "cifar-swin", "cifar-mixer")
+LARGE = ("cifar-resnet110@random", "cifar-resnet18@random", "cifar-resnet50@random")
 ABLATION = {"unstructured": (0.9,), "block:8x1": (0.75,)}
 MIDDLE_SPARSITIES = {"unstructured": 0.9, "block:8x1": 0.75, "columns:2": 0.5, "channel": 0.5, "2:4": 0.5}
 RETRAINED = ("slr", "admm", "gradual", "magnitude", "torch-pruning")
-EPOCHS = 6
-TIERS = ("short", "small", "middle", "wide", "retraining", "ablation")
+EPOCHS = {"short": 3, "large": 1}
+USUAL_EPOCHS = 6
+TIERS = ("short", "small", "middle", "wide", "large", "retraining", "ablation")
 
 
 def rows_of(tier: str, seeds: int, instead: str | None = None) -> Iterator[Row]:
@@ -95,12 +98,13 @@ def rows_of(tier: str, seeds: int, instead: str | None = None) -> Iterator[Row]:
         "small": (SMALL, FASHION, METHODS),
         "middle": (MIDDLE, ("cifar-resnet20",), ("slr", "admm", "gradual", "ac-dc")),
         "wide": ({"block:8x1": (0.75,)}, WIDE, ("slr", "admm")),
+        "large": ({"block:8x1": (0.75,)}, LARGE, ("slr",)),
         "retraining": ({p: (s,) for p, s in MIDDLE_SPARSITIES.items()}, FASHION, RETRAINED),
         "ablation": (ABLATION, FASHION, ablated),
     }
     patterns, networks, names = cases[tier]
     networks = [instead] if instead else networks
-    for seed in range(1 if tier in ("short", "wide", "retraining", "ablation") else seeds):
+    for seed in range(seeds if tier in ("small", "middle") else 1):
         rows = []
         for pattern, sparsities in patterns.items():
             for sparsity, network, name in itertools.product(sparsities, networks, names):
@@ -227,7 +231,7 @@ def run_row(row: Row) -> dict[str, Any]:
     started = time.perf_counter()
     task = load_task(row.network)
     plan = plan_of(row.network, row.pattern, row.sparsity)
-    run = Run(row, task, plan, 3 if row.tier == "short" else EPOCHS)
+    run = Run(row, task, plan, EPOCHS.get(row.tier, USUAL_EPOCHS))
     dense = run.accuracy(run.model, task.test), run.accuracy(run.model, task.validation)
     run.train()
     steps = run.epochs * run.steps

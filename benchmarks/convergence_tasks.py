@@ -123,9 +123,10 @@ def fashion_task(name: str) -> Task:
 def cifar_task(name: str) -> Task:
     """CIFAR-10: every tenth training image is for validation.
 
-    The dense start comes from `$SLRC_DATA/weights/cifar10_NAME.safetensors` where there is one, and then has seen the
+    A name that ends in `@random` starts without training. Else the dense start comes from `$SLRC_DATA/weights/cifar10_NAME.safetensors` where there is one, and then has seen the
     validation images.
     """
+    name, _, start = name.partition("@")
     data, variant = cifar10.find_data()
     pixels, labels = cifar10.load_images("train")
     held = torch.arange(len(labels)) % 10 == 9
@@ -140,8 +141,11 @@ def cifar_task(name: str) -> Task:
             load_model(model, str(weights))
         cifar10.train_dense(model, batches, lr, epochs, name)
 
+    def trained() -> nn.Module:
+        return start_of(cifar10.NETWORKS[name], f"cifar-{variant}-{name}-{epochs}epochs", train)
+
     return Task(
-        make=lambda: start_of(cifar10.NETWORKS[name], f"cifar-{variant}-{name}-{epochs}epochs", train),
+        make=cifar10.NETWORKS[name] if start == "random" else trained,
         example=cifar10.normalize(test.pixels[:1]).contiguous(),
         batches=batches,
         validation=Normalized(pixels[held], labels[held], cifar10.normalize),

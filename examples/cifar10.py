@@ -1,4 +1,4 @@
-"""CIFAR-10: ResNet-20, -56, -110 and -18, VGG-16 and MobileNetV2 on 32×32 images.
+"""CIFAR-10: ResNet-20, -56, -110, -18 and -50, VGG-16, MobileNetV2, a small Swin and a small MLP-Mixer.
 
     export SLRC_DATA=~/data
     slrc compile examples/cifar10.py --pattern columns:2 --sparsity 0.5 --epochs 10 --out build/resnet20
@@ -104,9 +104,47 @@ class VGG16(nn.Module):
         return self.classifier(self.features(x).flatten(1))
 
 
-def make_resnet18() -> nn.Module:
-    """Return torchvision's ResNet-18 with a 3×3 stem and no pooling after it."""
-    model = models.resnet18(num_classes=10)
+class Mixing(nn.Module):
+    """One layer of an MLP-Mixer: an MLP over patches, then one over channels, both residual."""
+
+    def __init__(self, patches: int, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.tokens = nn.Sequential(nn.Linear(patches, 2 * patches), nn.GELU(), nn.Linear(2 * patches, patches))
+        self.channels = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(n, patches, width)` to the same."""
+        x = x + self.tokens(self.norm1(x).transpose(1, 2)).transpose(1, 2)
+        return x + self.channels(self.norm2(x))
+
+
+class Mixer(nn.Module):
+    """64 patches of 4×4 pixels, 128 channels, six layers (Tolstikhin et al., arXiv 2105.01601)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 128, 4, 4)
+        self.layers = nn.Sequential(*(Mixing(64, 128) for _ in range(6)))
+        self.norm = nn.LayerNorm(128)
+        self.linear = nn.Linear(128, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(n, 3, 32, 32)` to `(n, 10)`."""
+        x = self.layers(self.embed(x).flatten(2).transpose(1, 2))
+        return self.linear(self.norm(x).mean(dim=1))
+
+
+def make_swin() -> nn.Module:
+    """Return torchvision's Swin transformer with patches of 2×2, windows of 4×4 and two stages of 64 and 128."""
+    return models.SwinTransformer(
+        patch_size=[2, 2], embed_dim=64, depths=[2, 4], num_heads=[2, 4], window_size=[4, 4], num_classes=10
+    )
+
+
+def make_resnet(make: Callable[..., models.ResNet]) -> nn.Module:
+    """Return a ResNet of torchvision's with a 3×3 stem and no pooling after it."""
+    model = make(num_classes=10)
     model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
     model.maxpool = nn.Identity()
     return model
@@ -133,9 +171,12 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet20": lambda: ResNet(3),
     "resnet56": lambda: ResNet(9),
     "resnet110": lambda: ResNet(18),
-    "resnet18": make_resnet18,
+    "resnet18": lambda: make_resnet(models.resnet18),
+    "resnet50": lambda: make_resnet(models.resnet50),
     "vgg16": VGG16,
     "mobilenet_v2": make_mobilenet_v2,
+    "swin": make_swin,
+    "mixer": Mixer,
 }
 
 
@@ -314,8 +355,11 @@ resnet20 = partial(make_workload, "resnet20")
 resnet56 = partial(make_workload, "resnet56")
 resnet110 = partial(make_workload, "resnet110")
 resnet18 = partial(make_workload, "resnet18")
+resnet50 = partial(make_workload, "resnet50")
 vgg16 = partial(make_workload, "vgg16")
 mobilenet_v2 = partial(make_workload, "mobilenet_v2")
+swin = partial(make_workload, "swin")
+mixer = partial(make_workload, "mixer")
 
 
 def workload() -> slrc.Workload:

@@ -122,8 +122,7 @@ def _is_mlp(up: object, down: Node) -> bool:
     """Tell whether nothing stands between two matrix multiplications but the first one's bias and activation."""
     if not isinstance(up, Node) or op_name(up) != "block_sparse_gemm" or _only_user(up) is not down:
         return False
-    residual, activation = up.args[5], down.args[7]
-    return residual is None and activation == "none" and down.args[5] is not up
+    return up.args[5] is None and str(down.args[7]) == "none" and down.args[5] is not up
 
 
 def _join(up: Node, down: Node) -> None:

@@ -323,7 +323,8 @@ def node_macs(node: Node, shape_of: Callable[[Node], list[int]] = node_shape) ->
     if name in MATMULS:
         return out * shape[0][-1]
     if name in PACKED:
-        values = sum(int(node.args[k].meta["val"].numel()) for k in PACKED[name])  # type: ignore[union-attr]
+        packed = [node.args[k] for k in PACKED[name]]
+        values = sum(int(a.meta["val"].numel()) for a in packed if isinstance(a, Node))
         return out // shape_of(node)[1 if name == "block_sparse_conv" else -1] * values
     if name == "addmm":
         return out * shape[1][-1]

@@ -80,7 +80,10 @@ def write_pack(folder: Path) -> None:
         ("resnet110", 1_727_962),
         ("resnet18", 11_173_962),
         ("vgg16", 14_724_042),
+        ("resnet50", 23_520_842),
         ("mobilenet_v2", 2_236_682),
+        ("swin", 929_822),
+        ("mixer", 900_618),
     ],
 )
 def test_a_network_maps_images_to_ten_logits(cifar10: ModuleType, name: str, parameters: int) -> None:

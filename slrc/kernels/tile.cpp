@@ -53,6 +53,10 @@ SLRC_INLINE inline void Unroll(const Body& body) {
   }
 }
 
+// How many floats of the values are prefetched ahead: a page, since a processor's own prefetching stops at its end, and
+// weights that were driven from the caches would be waited for at the beginning of each.
+constexpr int64_t kAhead = 1024, kLine = 16;
+
 // Rows of one block row on some runs of pixels.
 struct Tile {
   const float* values;
@@ -166,6 +170,7 @@ SLRC_INLINE inline void RunTile(const Tile& tile, int64_t stride, Activation act
       V column[Whole ? Whole : 1];
       Unroll<Whole>([&](int v) SLRC_INLINE { column[v] = Load<kLanes>(x + v * kLanes); });
       const L last = Load<Last>(x + Whole * kLanes);
+      __builtin_prefetch(values + kAhead);
       SLRC_LOAD_VALUES(Rows, values);
       Unroll<Rows>([&](int i) SLRC_INLINE {
         Unroll<Whole>([&](int v) SLRC_INLINE { sums[i][v] += column[v] * SLRC_VALUE(i); });
@@ -254,9 +259,11 @@ void RunPixel(const Strip& s) {
     V sums[4] = {Load<Rows>(tile.bias)};
     const int64_t count = tile.end - tile.offsets;
     int64_t t = 0;
-    for (; t + 4 <= count; t += 4)
-      for (int k = 0; k < 4; ++k)
-        sums[k] += Load<Rows>(tile.values + (t + k) * s.block) * tile.x[tile.offsets[t + k]];
+    for (; t + 4 <= count; t += 4) {
+      const float* values = tile.values + t * s.block;
+      for (int64_t line = 0; line < 4 * s.block; line += kLine) __builtin_prefetch(values + kAhead + line);
+      for (int k = 0; k < 4; ++k) sums[k] += Load<Rows>(values + k * s.block) * tile.x[tile.offsets[t + k]];
+    }
     for (; t < count; ++t) sums[0] += Load<Rows>(tile.values + t * s.block) * tile.x[tile.offsets[t]];
     V sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     for (int i = 0; tile.start && i < tile.rows; ++i) sum[i] += tile.start[i * tile.start_pitch];

@@ -92,7 +92,7 @@ TIERS = ("short", "small", "middle", "wide", "large", "retraining", "ablation")
 
 def rows_of(tier: str, seeds: int, instead: str | None = None) -> Iterator[Row]:
     """Yield a tier's rows: a seed before the next one, middle sparsities first, so that what there is compares."""
-    ablated = [name for name in CONTENDERS if name not in METHODS]
+    ablated = ["slr", *(name for name in CONTENDERS if name not in METHODS)]
     cases: dict[str, tuple[Mapping[str, tuple[float, ...]], Sequence[str], Sequence[str]]] = {
         "short": ({"channel": (0.5,)}, ("digits-net",), METHODS),
         "small": (SMALL, FASHION, METHODS),

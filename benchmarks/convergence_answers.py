@@ -171,8 +171,9 @@ def ablation_table(results: Results) -> str:
         known = [v for v in values if v is not None], [e for e in early if e is not None]
         return [*(number(v, 2) for v in values), number(mean(known[0]), 2), number(mean(known[1]), 2)]
 
-    rows = [["default", *cells(lambda case: results.rows["small", case[1], case[2]]["slr"])]]
-    rows += [[name, *cells(lambda case, name=name: results.rows[case][name])] for name in names]
+    rows = [
+        [name, *cells(lambda case, name=name: results.rows[case][name])] for name in sorted(names, key="slr".__ne__)
+    ]
     return table(["setting", *(f"{c[1]} {c[2]}" for c in cases), "mean", "mean after 2 epochs (test)"], rows)
 
 

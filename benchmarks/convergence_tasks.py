@@ -123,8 +123,8 @@ def fashion_task(name: str) -> Task:
 def cifar_task(name: str) -> Task:
     """CIFAR-10: every tenth training image is for validation.
 
-    A name that ends in `@random` starts without training. Else the dense start comes from `$SLRC_DATA/weights/cifar10_NAME.safetensors` where there is one, and then has seen the
-    validation images.
+    A name that ends in `@random` starts without training. Else the dense start comes from
+    `$SLRC_DATA/weights/cifar10_NAME.safetensors` where there is one, and then has seen the validation images.
     """
     name, _, start = name.partition("@")
     data, variant = cifar10.find_data()

@@ -5,7 +5,8 @@ a runtime that knows no `ai.slrc` runs that, and folds the weight to a constant.
 the runtime calls those instead. A function stands for one activation, with or without a residual, and its name
 says which: overloads would do, but TensorRT's parser takes the first function of a name for all of them.
 
-The function of two matrix multiplications, one behind the other, calls those of each.
+The function of two matrix multiplications, one behind the other, has the operators of both: TensorRT's parser mixes up
+the values of functions that call functions.
 
 Pools behind packed layers are nodes of the domain too: for a pool of its own, ONNX Runtime would bring what the
 kernels write into another layout and back.
@@ -13,7 +14,7 @@ kernels write into another layout and back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,16 +87,6 @@ _GEMM = """
     product = Add (unbiased, bias)
 """
 
-_MLP = """
-    hidden = ai.slrc.BlockSparseGemm_{activation}
-             <block: int = @block, weight_shape: ints = @weight_shape, activation: string = @activation,
-              slope: float = @slope>
-             (x, values, columns, row_pointers, bias)
-    y = ai.slrc.BlockSparseGemm_none{residual}
-        <block: int = @down_block, weight_shape: ints = @down_weight_shape, activation = "none", slope: float = @slope>
-        (hidden, down_values, down_columns, down_row_pointers, down_bias{residual_input})
-"""
-
 _ACTIVATIONS = {
     "none": "y = Identity (sum)",
     "relu": "y = Relu (sum)",
@@ -151,7 +142,10 @@ def _translate_gemm(*arguments: Any) -> Any:
 
 def _translate_mlp(*arguments: Any) -> Any:
     hidden_channels, out_channels, *activation = arguments[10:]
-    down: dict[str, Any] = {"down_block": int(arguments[5].shape[1]), "down_weight_shape": [out_channels, hidden_channels]}
+    down: dict[str, Any] = {
+        "down_block": int(arguments[5].shape[1]),
+        "down_weight_shape": [out_channels, hidden_channels],
+    }
     return _node(MLP, arguments[:10], [hidden_channels, int(arguments[0].shape[-1])], *activation, **down)
 
 
@@ -199,13 +193,14 @@ def attach_functions(model: onnx_ir.Model, opset: int) -> bool:
     functions: dict[str, onnx.FunctionProto] = {}
     for node in model.graph.all_nodes():
         if node.domain == DOMAIN:
-            called = [pool_function(opset)]
-            if node.op_type != POOL:
+            if node.op_type == POOL:
+                function = pool_function(opset)
+            else:
                 activation = node.attributes["activation"].as_string()
                 residual = len(node.inputs) > len(_OPERANDS[node.op_type])
-                called = functions_of(node.op_type, activation, residual, opset)
-            node.op_type = called[0].name
-            functions |= {function.name: function for function in called}
+                function = function_of(node.op_type, activation, residual, opset)
+            node.op_type = function.name
+            functions[function.name] = function
     for _, function in sorted(functions.items()):
         deserialized = onnx_ir.serde.deserialize_function(function)
         model.functions[deserialized.identifier()] = deserialized
@@ -228,24 +223,47 @@ def pool_function(opset: int) -> onnx.FunctionProto:
     )
 
 
-def functions_of(op_type: str, activation: str, residual: bool, opset: int) -> list[onnx.FunctionProto]:
-    """Return the meaning of one kind of node, and that of the nodes in it."""
+def function_of(op_type: str, activation: str, residual: bool, opset: int) -> onnx.FunctionProto:
+    """Return the meaning of one kind of node."""
     from onnx import parser
 
     # As many inputs as the node: TensorRT's parser asks for that.
     inputs = [*_OPERANDS[op_type], *(["residual"] if residual else [])]
-    inner = []
+    name = _name(op_type, activation, residual)
     if op_type == MLP:
-        added = {"residual": "_residual", "residual_input": ", residual"} if residual else {}
-        body = _MLP.format_map({"activation": activation, "residual": "", "residual_input": ""} | added)
-        inner = [*functions_of(GEMM, activation, False, opset), *functions_of(GEMM, "none", residual, opset)]
-    else:
-        body = (_CONV if op_type == CONV else _GEMM).format(weight=_WEIGHT)
-        body += f"    sum = {'Add (product, residual)' if residual else 'Identity (product)'}\n"
-        body += f"    {_ACTIVATIONS[activation]}\n"
-    function = parser.parse_function(
-        f'<domain: "{DOMAIN}", opset_import: ["" : {opset}, "{DOMAIN}" : {VERSION}]>\n'
-        f"{_name(op_type, activation, residual)} <{', '.join(_ATTRIBUTES[op_type])}> ({', '.join(inputs)}) => (y)\n"
-        f"{{{body}}}"
+        return _mlp_function(name, inputs, activation, residual, opset)
+    body = (_CONV if op_type == CONV else _GEMM).format(weight=_WEIGHT)
+    body += f"    sum = {'Add (product, residual)' if residual else 'Identity (product)'}\n"
+    return parser.parse_function(
+        f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
+        f"{name} <{', '.join(_ATTRIBUTES[op_type])}> ({', '.join(inputs)}) => (y)\n"
+        f"{{{body}    {_ACTIVATIONS[activation]}\n}}"
     )
-    return [function, *inner]
+
+
+def _mlp_function(name: str, inputs: Sequence[str], activation: str, residual: bool, opset: int) -> onnx.FunctionProto:
+    from onnx import helper
+
+    up, down = function_of(GEMM, activation, False, opset), function_of(GEMM, "none", residual, opset)
+    nodes = [
+        *_renamed(up.node, "", {"y": "hidden"}),
+        *_renamed(down.node, "down_", {"x": "hidden", "residual": "residual", "y": "y"}),
+    ]
+    return helper.make_function(
+        DOMAIN, name, inputs, ["y"], nodes, [helper.make_opsetid("", opset)], list(_ATTRIBUTES[MLP])
+    )
+
+
+def _renamed(nodes: Iterable[onnx.NodeProto], prefix: str, names: Mapping[str, str]) -> Iterator[onnx.NodeProto]:
+    """Yield copies of a function's nodes; values that `names` does not have, and attributes, get a prefix."""
+    import onnx
+
+    for node in nodes:
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        copy.input[:] = [names.get(value, prefix + value) for value in node.input]
+        copy.output[:] = [names.get(value, prefix + value) for value in node.output]
+        for attribute in copy.attribute:
+            if attribute.ref_attr_name:
+                attribute.ref_attr_name = prefix + attribute.ref_attr_name
+        yield copy

@@ -3,7 +3,7 @@
     export SLRC_DATA=~/data
     python benchmarks/convergence.py short --out FILE   # half a minute, on scikit-learn's digits
     python benchmarks/convergence.py small              # Fashion-MNIST: 5 hours on one core
-    python benchmarks/convergence.py middle             # CIFAR-10, ResNet-20: 9 hours on a core with bfloat16, 27 without
+    python benchmarks/convergence.py middle             # CIFAR-10, ResNet-20: a core, 9 hours with bfloat16, 27 without
     python benchmarks/convergence.py wide               # CIFAR-10, larger networks: days on such a core, not timed
     python benchmarks/convergence.py large              # an epoch of ResNet-110, -18 and -50, to see that they run
     SLRC_IMAGES=~/imagenet python benchmarks/convergence.py wide --network images-torchvision:resnet50

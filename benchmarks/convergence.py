@@ -5,7 +5,7 @@
     python benchmarks/convergence.py small              # Fashion-MNIST: 5 hours on one core
     python benchmarks/convergence.py middle             # CIFAR-10, ResNet-20: a core, 9 hours with bfloat16, 27 without
     python benchmarks/convergence.py wide               # CIFAR-10, larger networks: days on such a core, not timed
-    python benchmarks/convergence.py large              # an epoch of ResNet-110, -18 and -50, to see that they run
+    python benchmarks/convergence.py large              # an epoch of ResNet-110 (10 minutes), -18, -50 (not timed)
     SLRC_IMAGES=~/imagenet python benchmarks/convergence.py wide --network images-torchvision:resnet50
     python benchmarks/convergence.py retraining         # 1, 3 and 10 epochs after hard-pruning, small: 2 hours
     python benchmarks/convergence.py ablation           # parts of SLR's default left out or changed: half an hour

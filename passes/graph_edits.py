@@ -50,6 +50,11 @@ def reads(module: GraphModule, name: str) -> int:
     return sum(len(n.users) for n in module.graph.nodes if n.op == "get_attr" and n.target == name)
 
 
+def only_user(node: Node) -> Node | None:
+    """Return the operator that alone reads a value, or `None` if there are none or several."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
 def layer_bias(layer: Node) -> Node | None:
     """Return the node of a layer's bias, or `None` if it has none."""
     bias = layer.args[2] if len(layer.args) > 2 else None

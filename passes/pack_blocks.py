@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from slrc import packed_ops  # noqa: F401, registers the operators
 from slrc.forms import FormKind, Forms, PackedWeight
 from slrc.passes.base import PassResult, Transform
-from slrc.passes.graph_edits import call_before, get_tensor, insert_tensor, layer_bias, sibling
+from slrc.passes.graph_edits import call_before, get_tensor, insert_tensor, layer_bias, only_user, sibling
 from slrc.passes.projections import cut_projections
 from slrc.plans import Masks, Plan
 from slrc.program import Program, argument, conv_groups, layer_weight, op_name
@@ -120,7 +120,7 @@ def _pack(module: GraphModule, layer: Node, rows: int) -> None:
 
 def _is_mlp(up: object, down: Node) -> bool:
     """Tell whether nothing stands between two matrix multiplications but the first one's bias and activation."""
-    if not isinstance(up, Node) or op_name(up) != "block_sparse_gemm" or _only_user(up) is not down:
+    if not isinstance(up, Node) or op_name(up) != "block_sparse_gemm" or only_user(up) is not down:
         return False
     return up.args[5] is None and str(down.args[7]) == "none" and down.args[5] is not up
 
@@ -145,18 +145,14 @@ def _pair(value: object) -> list[int]:
 def _tail(layer: Node) -> tuple[Node, Node | None, str, float]:
     """Return the last operator that goes with a layer, the residual that is added, the activation and its slope."""
     last, residual = layer, None
-    follower = _only_user(last)
+    follower = only_user(last)
     if follower is not None and (other := _residual(follower, last)) is not None:
         last, residual = follower, other
-        follower = _only_user(last)
+        follower = only_user(last)
     if follower is not None and (activation := _activation(follower)):
         slope = float(argument(follower, 1, "negative_slope", 0.01)) if activation == "leakyrelu" else 0.0
         return follower, residual, activation, slope
     return last, residual, "none", 0.0
-
-
-def _only_user(node: Node) -> Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _residual(node: Node, layer: Node) -> Node | None:

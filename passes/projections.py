@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from slrc.passes.graph_edits import call_before, get_tensor, insert_tensor, layer_bias, sibling
+from slrc.passes.graph_edits import call_before, get_tensor, insert_tensor, layer_bias, only_user, sibling
 from slrc.program import layer_weight, op_name
 
 VIEWS = frozenset({"view", "_unsafe_view", "reshape"})
@@ -23,8 +23,8 @@ def cut_projections(module: GraphModule, layer: Node, rows: int) -> list[Node]:
 
     A runtime need not split and copy what they compute.
     """
-    view = _only_user(layer)
-    permute = _only_user(view) if view is not None and op_name(view) in VIEWS else None
+    view = only_user(layer)
+    permute = only_user(view) if view is not None and op_name(view) in VIEWS else None
     if view is None or permute is None or op_name(permute) != "permute" or op_name(layer) != "linear":
         return [layer]
     at = layer.meta["val"].dim() - 1
@@ -46,10 +46,6 @@ def cut_projections(module: GraphModule, layer: Node, rows: int) -> list[Node]:
         apart.meta["val"], turned.meta["val"] = view.meta["val"].select(at, 0), node.meta["val"]
         node.replace_all_uses_with(turned)
     return linears
-
-
-def _only_user(node: Node) -> Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _taken(permute: Node, dim: int) -> Iterator[tuple[Node, int]]:

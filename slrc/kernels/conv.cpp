@@ -46,7 +46,11 @@ constexpr size_t kLayoutsKept = 8;
 
 // Of input, in one band: what leaves room in the second-level cache for weights and outputs.
 int64_t BandFloats() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)  // not of every C library
   static const int64_t cache = std::max<int64_t>(kLeastCache, sysconf(_SC_LEVEL2_CACHE_SIZE));
+#else
+  static const int64_t cache = kLeastCache;
+#endif
   return cache / static_cast<int64_t>(sizeof(float)) / 4 * 3;
 }
 
@@ -120,17 +124,19 @@ struct Layout {
     if (const Axis alone(window, 1, x_shape[3], true); RepaysPlanes(weight, alone)) columns = alone;
     pitch = columns.pitch;
     phases = PhasesRead(rows, columns);
+    const int64_t lanes = Loops().lanes;
     pointwise = taps == 1;
     for (const Axis* axis : {&rows, &columns})
       pointwise = pointwise && axis->stride == 1 && axis->pad == 0 && axis->out == axis->in;
     slices = OneSlice(weight);
-    tiled = PlaceTiles(weight, taps);
+    repeating = weight.block == 1 && !pointwise && !Seamless();
+    if (repeating) pitch = CeilDiv(pitch, lanes) * lanes;
+    tiled = !repeating && PlaceTiles(weight, taps);
     if (!tiled) PlacePlanes(hidden ? kHiddenFloats : BandFloats());
     if (std::max(Product(panel_channels, floats), pixels) > std::numeric_limits<int32_t>::max() / 2)
       throw Error("an input plane is too large");
     SetOffsets(weight, taps);
-    if (!tiled && !pointwise) Slice(weight, taps);
-    repeating = weight.block == 1 && !tiled && slices.count == 1 && !Seamless();
+    if (!tiled && !pointwise && !repeating) Slice(weight, taps);
     if (rows.kernel == kWindow && rows.stride == 1 && rows.dilation == 1 && HoldsWindows(weight, taps)) parts = kWindow;
     CutRows(weight, tiled ? rows.out : band, &pieces);
     together = static_cast<int64_t>(pieces.size());
@@ -143,7 +149,7 @@ struct Layout {
       CutRows(weight, rows.out - (bands - 1) * band, &last_pieces);
       for (int64_t b = 0; b < bands; ++b) AddPlaneRuns(b * band);
     }
-    copies.push_back({runs.size(), zeros.size()});
+    copies.push_back(runs.size());
   }
 
   // Surviving values that multiply an input channel.
@@ -192,12 +198,13 @@ struct Layout {
     } else {
       band = rows.out;
     }
-    const int64_t plane = Product(band + rows.reach, pitch);
+    const int64_t plane = Product(band + rows.reach, pitch), lanes = Loops().lanes;
     floats = 0;
     for (Phase& phase : phases) {
-      phase.at = floats;
+      const int64_t first = columns.First(phase.column);
       phase.pitch = pitch;
-      floats += plane + (pointwise ? 0 : Loops().lanes);  // for what a copy writes past its last run
+      phase.at = floats + Room(first) - first;
+      floats += Room(first) + plane + (pointwise ? 0 : lanes);  // for what a copy writes past its last run
     }
   }
 
@@ -269,7 +276,7 @@ struct Layout {
   }
 
   void AddTileRuns(int64_t first_piece) {
-    copies.push_back({runs.size(), zeros.size()});
+    copies.push_back(runs.size());
     const int64_t count = std::min(band, static_cast<int64_t>(pieces.size()) - first_piece);
     for (int64_t i = 0; i < count; ++i)
       for (const Phase& phase : phases) {
@@ -283,13 +290,36 @@ struct Layout {
       }
   }
 
+  // Every row with its right padding, which is the next one's left padding, too.
   void AddPlaneRuns(int64_t first_row) {
-    copies.push_back({runs.size(), zeros.size()});
+    copies.push_back(runs.size());
     const int64_t height = band + rows.reach;
-    for (int64_t row = 0; row < height; ++row)  // all phases of it, while the input's rows are cached
-      for (const Phase& phase : phases) AddRuns(phase, first_row, row * pitch, pitch, phase.at + row * pitch);
-    for (const Phase& phase : phases)  // the last row's right padding
-      zeros.push_back({static_cast<int32_t>(phase.at + height * pitch), Loops().lanes});
+    for (const Phase& phase : phases) {
+      const int64_t first = columns.First(phase.column), count = columns.End(phase.column) - first;
+      const auto row_of = [&](int64_t r) { return (first_row + r) * rows.stride + phase.row - rows.pad; };
+      int64_t top = 0, bottom = height;  // the rows that come from the input
+      while (top < height && row_of(top) < 0) ++top;
+      while (bottom > top && (!count || row_of(bottom - 1) >= rows.in)) --bottom;
+      const int64_t begin = phase.at + first, from = row_of(top) * columns.in + first * columns.stride + phase.column;
+      AddZeros(begin - Room(first), Room(first) + top * pitch);
+      if (top < bottom) {
+        AddRun(from - columns.pad, begin + top * pitch, count, pitch);
+        runs.back().rows = static_cast<int32_t>(bottom - top);
+        runs.back().from_step = static_cast<int32_t>(rows.stride * columns.in);
+        runs.back().to_step = static_cast<int32_t>(pitch);
+      }
+      AddZeros(begin + bottom * pitch, (height - bottom) * pitch + Loops().lanes);
+    }
+  }
+  // Of a plane, before what its first row takes from the input: if rows are to begin with a vector, whole ones.
+  int64_t Room(int64_t first) const { return repeating ? CeilDiv(first, Loops().lanes) * Loops().lanes : first; }
+
+  void AddRun(int64_t from, int64_t to, int64_t floats, int64_t written) {
+    runs.push_back({static_cast<int32_t>(from), static_cast<int32_t>(to), static_cast<int32_t>(floats),
+                    static_cast<int32_t>(written)});
+  }
+  void AddZeros(int64_t to, int64_t floats) {
+    if (floats) AddRun(0, to, 0, floats);
   }
 
   // Copies the pixels from `flat` on of the plane that begins at output row `first_row`.
@@ -305,17 +335,16 @@ struct Layout {
         until = end;
       }
       const int64_t some = std::min(until - column, count);
-      const auto [first_run, first_zeros] = copies.back();
-      Run* const run = runs.size() > first_run ? &runs.back() : nullptr;
-      Zeros* const blank = zeros.size() > first_zeros ? &zeros.back() : nullptr;
-      if (from < 0 && blank && blank->to + blank->floats == to)
-        blank->floats += static_cast<int32_t>(some);
+      Run* const run = runs.size() > copies.back() ? &runs.back() : nullptr;
+      if (from < 0 && run && run->to + run->written == to)
+        run->written += static_cast<int32_t>(some);
       else if (from < 0)
-        zeros.push_back({static_cast<int32_t>(to), static_cast<int32_t>(some)});
-      else if (run && run->from + run->floats * columns.stride == from && run->to + run->floats == to)
-        run->floats += static_cast<int32_t>(some);
+        AddZeros(to, some);
+      else if (run && run->from + run->floats * columns.stride == from && run->to + run->floats == to &&
+               run->written == run->floats)
+        run->written = run->floats += static_cast<int32_t>(some);
       else
-        runs.push_back({static_cast<int32_t>(from), static_cast<int32_t>(to), static_cast<int32_t>(some)});
+        AddRun(from, to, some, some);
       flat += some;
       to += some;
       count -= some;
@@ -328,20 +357,19 @@ struct Layout {
   // The first row of the input that a band's planes hold, and the one after the last.
   std::pair<int64_t, int64_t> RowsRead(int64_t which) const {
     int64_t first = rows.in, end = 0;
-    for (size_t r = copies[which].first; r < copies[which + 1].first; ++r) {
+    for (size_t r = copies[which]; r < copies[which + 1]; ++r) {
+      if (!runs[r].floats) continue;
       first = std::min<int64_t>(first, runs[r].from / columns.in);
-      end = std::max<int64_t>(end, (runs[r].from + (runs[r].floats - 1) * columns.stride) / columns.in + 1);
+      const int64_t last_row = runs[r].from + static_cast<int64_t>(runs[r].rows - 1) * runs[r].from_step;
+      end = std::max<int64_t>(end, (last_row + (runs[r].floats - 1) * columns.stride) / columns.in + 1);
     }
     return {std::min(first, end), end};
   }
 
   // Copies some channels of one band: their tiles, or their planes.
   void Copy(const Channels& from, int64_t which, int64_t count, float* to) const {
-    const auto [run, zero] = copies[which];
-    const auto [run_end, zero_end] = copies[which + 1];
-    const int64_t run_count = static_cast<int64_t>(run_end - run), zeros_count = static_cast<int64_t>(zero_end - zero);
-    Loops().copy({runs.data() + run, run_count, zeros.data() + zero, zeros_count, from.x, columns.stride, from.step, to,
-                  floats, count});
+    const int64_t run_count = static_cast<int64_t>(copies[which + 1] - copies[which]);
+    Loops().copy({runs.data() + copies[which], run_count, from.x, columns.stride, from.step, to, floats, count});
     if (!tiled) std::fill_n(to + count * floats, Slack(), 0.0f);
   }
 
@@ -365,8 +393,7 @@ struct Layout {
   Slices slices;
   std::vector<int32_t> offsets;
   std::vector<Run> runs;
-  std::vector<Zeros> zeros;
-  std::vector<std::pair<size_t, size_t>> copies;  // where those of a band begin; then the ends
+  std::vector<size_t> copies;  // where those of a band begin; then the end
 };
 
 Conv::Conv(const SlrcBlocks& blocks, const SlrcWindow& window, bool of_hidden)

@@ -2,6 +2,10 @@
 // linkage.
 #pragma once
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "tile.h"
 
 namespace slrc {
@@ -30,15 +34,29 @@ inline typename Lanes<N>::Float All(float v) {
   return v - typename Lanes<N>::Float{};
 }
 
-// Both keep a NaN in v.
+// Both keep a NaN in v. (x86's instructions return the second operand then; compilers make two of the comparison.)
 template <int N, typename V = typename Lanes<N>::Float>
 inline V AtLeast(V v, float bound) {
-  return All<N>(bound) > v ? All<N>(bound) : v;
+  const V low = All<N>(bound);
+#if defined(__AVX512F__)
+  if constexpr (N == 16) return _mm512_max_ps(low, v);
+#endif
+#if defined(__AVX__)
+  if constexpr (N == 8) return _mm256_max_ps(low, v);
+#endif
+  return low > v ? low : v;
 }
 
 template <int N, typename V = typename Lanes<N>::Float>
 inline V AtMost(V v, float bound) {
-  return All<N>(bound) < v ? All<N>(bound) : v;
+  const V high = All<N>(bound);
+#if defined(__AVX512F__)
+  if constexpr (N == 16) return _mm512_min_ps(high, v);
+#endif
+#if defined(__AVX__)
+  if constexpr (N == 8) return _mm256_min_ps(high, v);
+#endif
+  return high < v ? high : v;
 }
 
 // Horner's rule, highest power first.

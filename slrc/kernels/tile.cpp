@@ -44,6 +44,15 @@ constexpr int RunsOf(int rows, int vectors) {
 #define SLRC_VALUE(i) values[i]
 #endif
 
+// Returns v, which is not loaded again at each use: of loads that cross a cache line that would be felt.
+template <class V>
+SLRC_INLINE inline V InRegister(V v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
 // Calls body(0), ..., body(Count - 1), written out early enough for the compiler to keep arrays in registers.
 template <int Count, class Body>
 SLRC_INLINE inline void Unroll(const Body& body) {
@@ -152,8 +161,8 @@ SLRC_INLINE inline void RunTile(const Tile& tile, int64_t stride, Activation act
       Unroll<Window>([&](int k) SLRC_INLINE { value[k] = values[k * part * stride]; });
       Unroll<Runs + Window - 1>([&](int r) SLRC_INLINE {
         V column[Whole ? Whole : 1];
-        Unroll<Whole>([&](int v) SLRC_INLINE { column[v] = Load<kLanes>(x + v * kLanes); });
-        const L last = Load<Last>(x + Whole * kLanes);
+        Unroll<Whole>([&](int v) SLRC_INLINE { column[v] = InRegister(Load<kLanes>(x + v * kLanes)); });
+        const L last = InRegister(Load<Last>(x + Whole * kLanes));
         Unroll<Window>([&](int k) SLRC_INLINE {
           const int s = r - k;
           if (s < 0 || s >= Runs) return;
@@ -288,47 +297,52 @@ inline Lanes<kLanes>::Float LoadApart(const float* p) {
 #endif
 }
 
-// Some channels at a time, the innermost loop: then no branch depends on how long a run is.
+// All bits of the first `count` lanes.
+SLRC_INLINE inline Lanes<kLanes>::Bits FirstLanes(int64_t count) {
+  static const uint32_t kMask[2 * kMaxLanes] = {~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u,
+                                                ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u};
+  using Bits = typename Lanes<kLanes>::Bits;
+  return reinterpret_cast<Bits>(Load<kLanes>(reinterpret_cast<const float*>(kMask + kMaxLanes - count)));
+}
+
+// One channel's rows of a run, in whole vectors: reads past their end.
+template <int Stride>
+SLRC_INLINE inline void CopyRows(const float* source, float* target, const Run& run) {
+  using Bits = typename Lanes<kLanes>::Bits;
+  const int64_t whole = run.floats / kLanes * kLanes, rest = run.floats - whole;
+  const Bits mask = FirstLanes(rest);
+  for (int64_t row = 0; row < run.rows; ++row, source += run.from_step, target += run.to_step) {
+    int64_t i = 0;
+    for (; i < whole; i += kLanes) Store<kLanes>(target + i, LoadApart<Stride>(source + i * Stride));
+    if (rest) {
+      const auto last = reinterpret_cast<Bits>(LoadApart<Stride>(source + i * Stride)) & mask;
+      Store<kLanes>(target + i, reinterpret_cast<typename Lanes<kLanes>::Float>(last));
+      i += kLanes;
+    }
+    for (; i < run.written; i += kLanes) Store<kLanes>(target + i, All<kLanes>(0.0f));
+  }
+}
+
 template <int Stride>
 inline void CopyChannels(const CopyJob& given) {
   const CopyJob job = given;
-  constexpr int64_t kChannels = 16;  // small enough to stay cached
-  const int64_t x_step = job.x_step, to_step = job.to_step;
   // The last channels are read no further than they go.
-  const int64_t bounded = Stride ? (Stride * kLanes + x_step - 1) / x_step : job.channels;
-  for (int64_t first = 0; first < job.channels; first += kChannels) {
-    const int64_t count = job.channels - first < kChannels ? job.channels - first : kChannels;
-    const int64_t free = job.channels - bounded - first < count ? job.channels - bounded - first : count;
-    const float* const x = job.x + first * x_step;
-    float* const to = job.to + first * to_step;
-    for (int64_t r = 0; r < job.run_count; ++r) {
-      const Run run = job.runs[r];
-      for (int64_t i = 0; i < run.floats; i += kLanes) {
-        const float* source = x + run.from + i * job.stride;
-        float* target = to + run.to + i;
-        for (int64_t c = 0; c < free; ++c, source += x_step, target += to_step)
-          Store<kLanes>(target, LoadApart<Stride ? Stride : 1>(source));
-      }
-      for (int64_t c = free < 0 ? 0 : free; c < count; ++c) {
-        const float* source = x + c * x_step + run.from;
-        float* target = to + c * to_step + run.to;
-        int64_t i = 0;
-        if constexpr (Stride > 0) {
-          const int64_t left = (job.channels - first - c) * x_step - run.from;
-          for (; i < run.floats && (i + kLanes) * Stride <= left; i += kLanes)
-            Store<kLanes>(target + i, LoadApart<Stride>(source + i * Stride));
+  const int64_t free = Stride ? job.channels - (Stride * kLanes + job.x_step - 1) / job.x_step : 0;
+  const float* x = job.x;
+  float* to = job.to;
+  for (int64_t c = 0; c < job.channels; ++c, x += job.x_step, to += job.to_step) {
+    for (const Run* run = job.runs; run != job.runs + job.run_count; ++run) {
+      if constexpr (Stride > 0)
+        if (c < free) {
+          CopyRows<Stride>(x + run->from, to + run->to, *run);
+          continue;
         }
-        for (; i < run.floats; ++i) target[i] = source[i * job.stride];
+      for (int64_t row = 0; row < run->rows; ++row) {
+        const float* source = x + run->from + row * run->from_step;
+        float* target = to + run->to + row * run->to_step;
+        for (int64_t i = 0; i < run->floats; ++i) target[i] = source[i * job.stride];
+        for (int64_t i = run->floats; i < run->written; ++i) target[i] = 0.0f;
       }
-    }
-    for (int64_t z = 0; z < job.zeros_count; ++z) {
-      const Zeros zeros = job.zeros[z];
-      float* target = to + zeros.to;
-      int64_t i = 0;
-      for (; i + kLanes <= zeros.floats; i += kLanes, target += kLanes)
-        for (int64_t c = 0; c < count; ++c) Store<kLanes>(target + c * to_step, All<kLanes>(0.0f));
-      for (; i < zeros.floats; ++i, ++target)
-        for (int64_t c = 0; c < count; ++c) target[c * to_step] = 0.0f;
     }
   }
 }

@@ -47,22 +47,18 @@ struct Strip {
 
 using StripLoop = void (*)(const Strip&);
 
-// Floats of a copy that follow each other: to[to + i] = x[from + i * stride].
+// Rows of a copy, `from_step` and `to_step` apart. Of the first: to[to + i] = x[from + i * stride] for i < floats, and zero
+// from there up to `written`.
 struct Run {
-  int32_t from, to, floats;
-};
-
-struct Zeros {
-  int32_t to, floats;
+  int32_t from, to, floats, written;
+  int32_t rows = 1, from_step = 0, to_step = 0;
 };
 
 // The same runs of every channel, in order and in whole vectors: a later one overwrites what an earlier one wrote past
-// its end, and then come the zeros. The last channel's last run may be written past its end as well.
+// its end. The last channel's last run may be written past its end as well.
 struct CopyJob {
   const Run* runs;
   int64_t run_count;
-  const Zeros* zeros;
-  int64_t zeros_count;
   const float* x;
   int64_t stride;
   int64_t x_step;  // from a channel to the next one; in the last, nothing is read from here on

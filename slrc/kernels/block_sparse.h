@@ -46,11 +46,6 @@ SLRC_EXPORT int slrc_block_sparse_conv(const SlrcBlocks* blocks, const SlrcWindo
                                        const int64_t x_shape[4], const float* residual, float* y,
                                        const int64_t y_shape[4], char* error, size_t error_size);
 
-// y = depthwise(pointwise(x)), both as above: a 1x1 convolution of stride 1 without padding or groups, and then any one.
-SLRC_EXPORT int slrc_block_sparse_separable_conv(const SlrcBlocks* pointwise, const SlrcBlocks* depthwise,
-                                                 const SlrcWindow* window, const float* x, const int64_t x_shape[4],
-                                                 float* y, const int64_t y_shape[4], char* error, size_t error_size);
-
 // y = activation(x weight^T + bias + residual). x is (rows, inputs), y and residual (rows, out channels).
 SLRC_EXPORT int slrc_block_sparse_gemm(const SlrcBlocks* blocks, const float* x, int64_t rows, int64_t inputs,
                                        const float* residual, float* y, char* error, size_t error_size);
@@ -124,40 +119,19 @@ struct Layout;  // where a convolution finds each column in planes of one size
 
 class Conv {
  public:
-  // `of_hidden`: whether its input is computed part by part.
-  Conv(const SlrcBlocks& blocks, const SlrcWindow& window, bool of_hidden = false);
+  Conv(const SlrcBlocks& blocks, const SlrcWindow& window);
   ~Conv();
   // Returns the shape of y.
   void OutputShape(const int64_t x_shape[4], int64_t y_shape[4]) const;
   void Run(const float* x, const int64_t x_shape[4], const float* residual, float* y, const Parallel& parallel) const;
 
  private:
-  friend class SeparableConv;
   std::shared_ptr<const Layout> FindLayout(const int64_t x_shape[4]) const;
-  // input(image, channel, channels, band) returns those channels, at least the rows that the band reads. At least
-  // `together` block rows are computed in one task.
-  template <class Input>
-  void RunLayout(const Layout& layout, int64_t images, const float* residual, float* y, const Parallel& parallel,
-                 int64_t together, const Input& input) const;
 
   Weight weight_;
   SlrcWindow window_;
-  bool of_hidden_;
   mutable std::mutex mutex_;
   mutable std::vector<std::shared_ptr<const Layout>> layouts_;  // of the latest sizes
-};
-
-// A pointwise convolution and then one whose groups are of few channels, such as a depthwise one: some channels and rows
-// at a time go through both, so that what stands between stays cached.
-class SeparableConv {
- public:
-  SeparableConv(const SlrcBlocks& pointwise, const SlrcBlocks& depthwise, const SlrcWindow& window);
-  // Returns the shape of y.
-  void OutputShape(const int64_t x_shape[4], int64_t y_shape[4]) const;
-  void Run(const float* x, const int64_t x_shape[4], float* y, const Parallel& parallel) const;
-
- private:
-  Conv pointwise_, depthwise_;
 };
 
 // y (n, c, h / 2, w / 2) = the maxima of 2 x 2 windows of x (n, c, h, w), side by side.

@@ -26,16 +26,6 @@ int Guarded(char* error, size_t error_size, const Body& body) {
   }
 }
 
-template <class Conv>
-void CheckOutput(const Conv& conv, const int64_t x_shape[4], const int64_t y_shape[4]) {
-  int64_t expected[4];
-  conv.OutputShape(x_shape, expected);
-  for (int d = 0; d < 4; ++d)
-    if (y_shape[d] != expected[d])
-      throw Error("dimension " + std::to_string(d) + " of y must be " + std::to_string(expected[d]) + ", got " +
-                  std::to_string(y_shape[d]));
-}
-
 }  // namespace
 }  // namespace slrc
 
@@ -45,18 +35,13 @@ int slrc_block_sparse_conv(const SlrcBlocks* blocks, const SlrcWindow* window, c
                            const float* residual, float* y, const int64_t y_shape[4], char* error, size_t error_size) {
   return slrc::Guarded(error, error_size, [&] {
     const slrc::Conv conv(*blocks, *window);
-    slrc::CheckOutput(conv, x_shape, y_shape);
+    int64_t expected[4];
+    conv.OutputShape(x_shape, expected);
+    for (int d = 0; d < 4; ++d)
+      if (y_shape[d] != expected[d])
+        throw slrc::Error("dimension " + std::to_string(d) + " of y must be " + std::to_string(expected[d]) + ", got " +
+                          std::to_string(y_shape[d]));
     conv.Run(x, x_shape, residual, y, slrc::kSerial);
-  });
-}
-
-int slrc_block_sparse_separable_conv(const SlrcBlocks* pointwise, const SlrcBlocks* depthwise, const SlrcWindow* window,
-                                     const float* x, const int64_t x_shape[4], float* y, const int64_t y_shape[4],
-                                     char* error, size_t error_size) {
-  return slrc::Guarded(error, error_size, [&] {
-    const slrc::SeparableConv conv(*pointwise, *depthwise, *window);
-    slrc::CheckOutput(conv, x_shape, y_shape);
-    conv.Run(x, x_shape, y, slrc::kSerial);
   });
 }
 

@@ -40,8 +40,7 @@ constexpr double kRepaysRows = 3.5;            // if it is one run, and if it is
 constexpr double kRepaysPlane = 6;             // saved multiply-adds of vectors, for each vector of a kernel column's plane
 constexpr double kLeastDensity = 0.15;         // of fewer columns most of several rows' copy would stay unread
 constexpr int64_t kPanelChannels = 16;         // of groups of fewer, which share a panel,
-constexpr int64_t kPanelFloats = 32 * 1024;    // and of their input
-constexpr int64_t kHiddenFloats = 32 * 1024;   // of a pointwise convolution's outputs that a depthwise one goes on with
+constexpr int64_t kPanelFloats = 4 * 1024;     // and of their input
 constexpr size_t kLayoutsKept = 8;
 
 // Of input, in one band: what leaves room in the second-level cache for weights and outputs.
@@ -96,17 +95,10 @@ struct SeamedOutput {
   }
 };
 
-// Some channels of an input, `step` apart.
-struct Channels {
-  const float* x;
-  int64_t step;
-};
-
 }  // namespace
 
 struct Layout {
-  // `hidden`: whether the input is computed part by part (see SeparableConv).
-  Layout(const Weight& weight, const SlrcWindow& window, const int64_t x_shape[4], bool hidden)
+  Layout(const Weight& weight, const SlrcWindow& window, const int64_t x_shape[4])
       : channels(x_shape[1]), rows(window, 0, x_shape[2]), columns(window, 1, x_shape[3]) {
     if (channels != Product(channels / window.group, window.group))
       throw Error("group does not divide the input's " + std::to_string(channels) + " channels");
@@ -116,8 +108,7 @@ struct Layout {
       throw Error("column " + std::to_string(weight.largest_column) + " is out of range: the window has " +
                   std::to_string(per_group * taps) + " on an input of " + std::to_string(channels) + " channels");
     const int64_t pixels = Product(rows.in, columns.in);
-    const int64_t most = hidden ? kPanelChannels : std::min(kPanelChannels, kPanelFloats / pixels);
-    const int64_t sharing = most / std::max<int64_t>(1, per_group);
+    const int64_t sharing = std::min(kPanelChannels, kPanelFloats / pixels) / std::max<int64_t>(1, per_group);
     const bool fill = weight.out_channels / weight.group % weight.block == 0;  // their block rows
     if (fill) panel_groups = std::clamp<int64_t>(sharing, 1, weight.group);
     panel_channels = panel_groups * per_group;
@@ -132,7 +123,7 @@ struct Layout {
     repeating = weight.block == 1 && !pointwise && !Seamless();
     if (repeating) pitch = CeilDiv(pitch, lanes) * lanes;
     tiled = !repeating && PlaceTiles(weight, taps);
-    if (!tiled) PlacePlanes(hidden ? kHiddenFloats : BandFloats());
+    if (!tiled) PlacePlanes();
     if (std::max(Product(panel_channels, floats), pixels) > std::numeric_limits<int32_t>::max() / 2)
       throw Error("an input plane is too large");
     SetOffsets(weight, taps);
@@ -189,10 +180,10 @@ struct Layout {
     return density >= kLeastDensity && values >= kRepaysRows * static_cast<double>(floats);
   }
 
-  void PlacePlanes(int64_t most) {
+  void PlacePlanes() {
     if (!pointwise) {
       const int64_t row_floats = Product(Product(panel_channels, phases.size()), pitch);
-      const int64_t fitting = std::max<int64_t>(1, most / std::max<int64_t>(1, row_floats) - rows.reach);
+      const int64_t fitting = std::max<int64_t>(1, BandFloats() / std::max<int64_t>(1, row_floats) - rows.reach);
       band = CeilDiv(rows.out, CeilDiv(rows.out, fitting));
       bands = CeilDiv(rows.out, band);
     } else {
@@ -354,22 +345,10 @@ struct Layout {
   // Of planes, a tile may read up to a vector past the last pixel.
   int64_t Slack() const { return kMaxLanes + (tiled ? 0 : columns.lead + kMaxTilePixels); }
 
-  // The first row of the input that a band's planes hold, and the one after the last.
-  std::pair<int64_t, int64_t> RowsRead(int64_t which) const {
-    int64_t first = rows.in, end = 0;
-    for (size_t r = copies[which]; r < copies[which + 1]; ++r) {
-      if (!runs[r].floats) continue;
-      first = std::min<int64_t>(first, runs[r].from / columns.in);
-      const int64_t last_row = runs[r].from + static_cast<int64_t>(runs[r].rows - 1) * runs[r].from_step;
-      end = std::max<int64_t>(end, (last_row + (runs[r].floats - 1) * columns.stride) / columns.in + 1);
-    }
-    return {std::min(first, end), end};
-  }
-
   // Copies some channels of one band: their tiles, or their planes.
-  void Copy(const Channels& from, int64_t which, int64_t count, float* to) const {
+  void Copy(const float* x, int64_t which, int64_t count, float* to) const {
     const int64_t run_count = static_cast<int64_t>(copies[which + 1] - copies[which]);
-    Loops().copy({runs.data() + copies[which], run_count, from.x, columns.stride, from.step, to, floats, count});
+    Loops().copy({runs.data() + copies[which], run_count, x, columns.stride, rows.in * columns.in, to, floats, count});
     if (!tiled) std::fill_n(to + count * floats, Slack(), 0.0f);
   }
 
@@ -396,8 +375,7 @@ struct Layout {
   std::vector<size_t> copies;  // where those of a band begin; then the end
 };
 
-Conv::Conv(const SlrcBlocks& blocks, const SlrcWindow& window, bool of_hidden)
-    : weight_(blocks, window.group), window_(window), of_hidden_(of_hidden) {
+Conv::Conv(const SlrcBlocks& blocks, const SlrcWindow& window) : weight_(blocks, window.group), window_(window) {
   CheckWindow(window);
 }
 
@@ -414,7 +392,7 @@ std::shared_ptr<const Layout> Conv::FindLayout(const int64_t x_shape[4]) const {
   for (const auto& layout : layouts_)
     if (layout->channels == x_shape[1] && layout->rows.in == x_shape[2] && layout->columns.in == x_shape[3])
       return layout;
-  auto layout = std::make_shared<const Layout>(weight_, window_, x_shape, of_hidden_);
+  auto layout = std::make_shared<const Layout>(weight_, window_, x_shape);
   if (layouts_.size() == kLayoutsKept) layouts_.erase(layouts_.begin());
   layouts_.push_back(layout);
   return layout;
@@ -423,16 +401,9 @@ std::shared_ptr<const Layout> Conv::FindLayout(const int64_t x_shape[4]) const {
 void Conv::Run(const float* x, const int64_t x_shape[4], const float* residual, float* y,
                const Parallel& parallel) const {
   const std::shared_ptr<const Layout> layout = FindLayout(x_shape);
-  const int64_t plane = layout->rows.in * layout->columns.in;
-  RunLayout(*layout, x_shape[0], residual, y, parallel, 1, [&](int64_t image, int64_t channel, int64_t, int64_t) {
-    return Channels{x + (image * layout->channels + channel) * plane, plane};
-  });
-}
-
-template <class Input>
-void Conv::RunLayout(const Layout& l, int64_t images, const float* residual, float* y, const Parallel& parallel,
-                     int64_t together, const Input& input) const {
-  const int64_t group_panels = CeilDiv(weight_.group, l.panel_groups), out_plane = l.rows.out * l.columns.out;
+  const Layout& l = *layout;
+  const int64_t group_panels = CeilDiv(weight_.group, l.panel_groups);
+  const int64_t in_plane = l.rows.in * l.columns.in, out_plane = l.rows.out * l.columns.out;
   const uint64_t owner = NewOwner();
   auto task = [&](int64_t index, int64_t first, int64_t last) {
     const int64_t band = index % l.bands, image = index / l.bands / group_panels;
@@ -441,8 +412,9 @@ void Conv::RunLayout(const Layout& l, int64_t images, const float* residual, flo
     const int64_t begin = group * weight_.rows_per_group + first;
     const int64_t end = std::min(group * weight_.rows_per_group + last, (group + groups) * weight_.rows_per_group);
     if (begin >= end) return;  // the last groups are fewer
+    const float* from = x + (image * l.channels + group * l.per_group) * in_plane;
     int64_t offset = image * weight_.out_channels * out_plane, rows = l.rows.out;
-    Panel panel{nullptr, l.offsets.data(), l.slices, l.pieces.data(), 0, 0, l.together, l.pitch, l.parts};
+    Panel panel{from, l.offsets.data(), l.slices, l.pieces.data(), 0, 0, l.together, l.pitch, l.parts};
     panel.count = static_cast<int64_t>(l.pieces.size());
     if (l.tiled) {
       panel.pieces += band * l.band;
@@ -456,14 +428,11 @@ void Conv::RunLayout(const Layout& l, int64_t images, const float* residual, flo
         panel.count = static_cast<int64_t>(l.last_pieces.size());
       }
     }
-    const int64_t channel = group * l.per_group, channels = groups * l.per_group;
-    if (l.InPlace()) {
-      panel.x = input(image, channel, channels, band).x;
-    } else {
+    if (!l.InPlace()) {
       bool fresh;
       const int64_t copies = l.tiled ? panel.count : 1, floats = copies * l.panel_channels * l.floats + l.Slack();
       float* copied = Scratch::Inputs().Get(floats, owner, index, &fresh);
-      if (fresh) l.Copy(input(image, channel, channels, band), band, channels, copied);
+      if (fresh) l.Copy(from, band, groups * l.per_group, copied);
       panel.x = copied;
     }
     // Without seams a task's pixels are one row: a tile that stands out past them is not written in place.
@@ -472,54 +441,9 @@ void Conv::RunLayout(const Layout& l, int64_t images, const float* residual, flo
     const float* added = residual ? residual + offset : nullptr;
     RunPanel(weight_, begin, end, panel, SeamedOutput{y + offset, added, out_plane, width, pitch});
   };
-  const int64_t panels = images * group_panels * l.bands;
-  const double work = static_cast<double>(weight_.values.size()) * out_plane * images;
-  RunTasks(parallel, panels, l.panel_groups * weight_.rows_per_group, together, work, task);
-}
-
-namespace {
-constexpr SlrcWindow kPointwise = {{1, 1}, {1, 1}, {0, 0, 0, 0}, {1, 1}, 1};
-using Pieces = std::vector<Piece>;
-}  // namespace
-
-SeparableConv::SeparableConv(const SlrcBlocks& pointwise, const SlrcBlocks& depthwise, const SlrcWindow& window)
-    : pointwise_(pointwise, kPointwise), depthwise_(depthwise, window, true) {}
-
-void SeparableConv::OutputShape(const int64_t x_shape[4], int64_t y_shape[4]) const {
-  depthwise_.OutputShape(x_shape, y_shape);
-}
-
-void SeparableConv::Run(const float* x, const int64_t x_shape[4], float* y, const Parallel& parallel) const {
-  const Weight& first = pointwise_.weight_;
-  const int64_t images = x_shape[0], width = x_shape[3], plane = Product(x_shape[2], width);
-  const int64_t hidden_shape[4] = {images, first.out_channels, x_shape[2], width};
-  const std::shared_ptr<const Layout> place = pointwise_.FindLayout(x_shape);
-  const std::shared_ptr<const Layout> layout = depthwise_.FindLayout(hidden_shape);
-  const Layout& l = *layout;
-  bool apart = l.InPlace() || l.tiled || !place->InPlace() || l.panel_channels % first.block;
-  for (int64_t band = 0; !apart && band < l.bands; ++band) {
-    const auto [top, bottom] = l.RowsRead(band);
-    apart = (bottom - top) * width < Loops().lanes;
-  }
-  if (apart) {
-    float* hidden = Scratch::Hidden().Get(Product(Product(images, first.out_channels), plane));
-    pointwise_.Run(x, x_shape, nullptr, hidden, parallel);
-    return depthwise_.Run(hidden, hidden_shape, nullptr, y, parallel);
-  }
-  auto input = [&](int64_t image, int64_t channel, int64_t channels, int64_t band) {
-    const auto [top, bottom] = l.RowsRead(band);
-    const int64_t begin = top * width, length = (bottom - top) * width;
-    float* hidden = Scratch::Hidden().Get(Product(channels, length));
-    Pieces cut;
-    Cut(first.block, begin, length, true, &cut);
-    const Panel panel{x + image * x_shape[1] * plane, place->offsets.data(), OneSlice(first), cut.data(),
-                      static_cast<int64_t>(cut.size()), 0, 1, 0, 1};
-    const PlaneOutput output{hidden - channel * length - begin, length};
-    const int64_t block_row = channel / first.block;
-    RunPanel(first, block_row, CeilDiv(channel + channels, first.block), panel, output);
-    return Channels{hidden - begin, length};
-  };
-  depthwise_.RunLayout(l, images, nullptr, y, parallel, l.panel_groups * depthwise_.weight_.rows_per_group, input);
+  const int64_t panels = x_shape[0] * group_panels * l.bands;
+  const double work = static_cast<double>(weight_.values.size()) * out_plane * x_shape[0];
+  RunTasks(parallel, panels, l.panel_groups * weight_.rows_per_group, 1, work, task);
 }
 
 }  // namespace slrc

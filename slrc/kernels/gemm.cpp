@@ -49,6 +49,20 @@ struct TokenOutput {
   }
 };
 
+// y is (channels, pitch): what the next matrix multiplication reads.
+struct PlaneOutput {
+  static constexpr bool kMoreApart = false;
+  float* y;
+  int64_t pitch;
+
+  bool Find(int64_t channel, const Piece& piece, Place* place) const {
+    *place = {y + channel * pitch + piece.start, nullptr, pitch, 0, 1};
+    return true;
+  }
+  void Gather(int64_t, int64_t, const Piece&, float*) const {}
+  void Scatter(int64_t, int64_t, const Piece&, const float*) const {}
+};
+
 std::vector<int32_t> Offsets(const Weight& weight, int64_t pitch) {
   if (weight.largest_column >= std::numeric_limits<int32_t>::max() / pitch)
     throw Error("column " + std::to_string(weight.largest_column) + " is out of range");

@@ -193,20 +193,6 @@ struct Place {
   int64_t pitch, row, pixel;
 };
 
-// y is (channels, pitch): what another multiplication goes on with.
-struct PlaneOutput {
-  static constexpr bool kMoreApart = false;
-  float* y;
-  int64_t pitch;
-
-  bool Find(int64_t channel, const Piece& piece, Place* place) const {
-    *place = {y + channel * pitch + piece.start, nullptr, pitch, 0, 1};
-    return true;
-  }
-  void Gather(int64_t, int64_t, const Piece&, float*) const {}
-  void Scatter(int64_t, int64_t, const Piece&, const float*) const {}
-};
-
 // Computes block rows [first, last), of one group or of groups that they fill, on a panel. Output finds the place of a
 // piece, and says whether a tile may be written there; if not, it gathers the residual and scatters sums that are
 // (channels, repeats, piece.width). If `Output::kMoreApart`, a pixel more is written to its place in any case, and no

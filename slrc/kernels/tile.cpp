@@ -86,6 +86,8 @@ struct Tile {
 template <int Rows, int Runs, class Run>
 SLRC_INLINE inline void ForTiles(const Strip& s, const Run& run) {
   static const float kZeros[Rows] = {};
+  // About as many runs in each tile, known before the loop: a division takes as long as some columns.
+  const int64_t tiles = (s.runs + Runs - 1) / Runs, few = Runs > 1 ? s.runs / tiles : 1, more = s.runs - few * tiles;
   int64_t first = 0;
   for (int64_t r = 0; first < s.channels; ++r, first += s.block) {
     const int64_t begin = s.begins[r], end = s.ends[r];
@@ -107,8 +109,8 @@ SLRC_INLINE inline void ForTiles(const Strip& s, const Run& run) {
       tile.more.offsets += begin;
       tile.more.y += channel * s.more.pitch;
       if (tile.more.start) tile.more.start += channel * s.more.start_pitch;
-      for (int64_t left = s.runs; left > 0;) {
-        const int64_t tiles = (left + Runs - 1) / Runs, runs = (left + tiles - 1) / tiles;  // about as many in each
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t runs = few + (t < more);
         run(tile, runs);
         tile.x += runs * s.x_step;
         tile.y += runs * s.y_step;
@@ -116,7 +118,6 @@ SLRC_INLINE inline void ForTiles(const Strip& s, const Run& run) {
         tile.more.x += runs * s.x_step;
         tile.more.y += runs * s.y_step;
         if (tile.more.start) tile.more.start += runs * s.y_step;
-        left -= runs;
       }
     }
   }

@@ -62,12 +62,13 @@ struct SeamedOutput {
   float* y;  // the band's first row in the image's first channel
   const float* residual;
   int64_t channel_stride, width, pitch;
+  bool may_stand_out = false;  // rows over the next ones, which are written later
 
   bool Find(int64_t channel, const Piece& piece, Place* place) const {
     const int64_t row = piece.start / pitch, column = piece.start % pitch;
     const int64_t at = channel * channel_stride + row * width + column;
     *place = {y + at, residual ? residual + at : nullptr, channel_stride, width, 1};
-    return column + piece.width <= width;
+    return column + piece.width <= width || (may_stand_out && piece.repeats > 1);
   }
 
   // Calls copy(where in y, where in the tile, how many) for each run of pixels that are outputs.
@@ -439,7 +440,14 @@ void Conv::Run(const float* x, const int64_t x_shape[4], const float* residual, 
     const int64_t width = l.Seamless() ? rows * l.columns.out : l.columns.out;
     const int64_t pitch = l.Seamless() ? out_plane : l.pitch;
     const float* added = residual ? residual + offset : nullptr;
-    RunPanel(weight_, begin, end, panel, SeamedOutput{y + offset, added, out_plane, width, pitch});
+    SeamedOutput output{y + offset, added, out_plane, width, pitch};
+    if (l.repeating && l.bands == 1 && weight_.activation <= kRelu6 && end - begin > 1) {
+      output.may_stand_out = true;  // the last channel's may not: what follows is another task's
+      RunPanel(weight_, begin, end - 1, panel, output);
+      output.may_stand_out = false;
+      return RunPanel(weight_, end - 1, end, panel, output);
+    }
+    RunPanel(weight_, begin, end, panel, output);
   };
   const int64_t panels = x_shape[0] * group_panels * l.bands;
   const double work = static_cast<double>(weight_.values.size()) * out_plane * x_shape[0];

@@ -17,7 +17,8 @@
 //
 // Groups of few channels, as of a depthwise convolution, share a panel: they are computed as if they were one group
 // whose block rows each read their own part of the input. Blocks of one row have no rows to share what is loaded, so
-// their tiles are cut from the rows of the image, the same pixels of several at a time, and never cross a seam.
+// their tiles are cut from the rows of the image, the same pixels of several at a time, and never cross a seam; rows
+// that begin with a whole vector then cost little room and spare stores across cache lines.
 #include <unistd.h>
 
 #include <algorithm>
@@ -116,13 +117,12 @@ struct Layout {
     if (const Axis alone(window, 1, x_shape[3], true); RepaysPlanes(weight, alone)) columns = alone;
     pitch = columns.pitch;
     phases = PhasesRead(rows, columns);
-    const int64_t lanes = Loops().lanes;
     pointwise = taps == 1;
     for (const Axis* axis : {&rows, &columns})
       pointwise = pointwise && axis->stride == 1 && axis->pad == 0 && axis->out == axis->in;
     slices = OneSlice(weight);
     repeating = weight.block == 1 && !pointwise && !Seamless();
-    if (repeating) pitch = CeilDiv(pitch, lanes) * lanes;
+    if (repeating) pitch = CeilDiv(pitch, Loops().lanes) * Loops().lanes;
     tiled = !repeating && PlaceTiles(weight, taps);
     if (!tiled) PlacePlanes();
     if (std::max(Product(panel_channels, floats), pixels) > std::numeric_limits<int32_t>::max() / 2)
@@ -282,7 +282,7 @@ struct Layout {
       }
   }
 
-  // Every row with its right padding, which is the next one's left padding, too.
+  // By rows, each with its right padding, which is the next one's left padding, too.
   void AddPlaneRuns(int64_t first_row) {
     copies.push_back(runs.size());
     const int64_t height = band + rows.reach;
@@ -367,7 +367,7 @@ struct Layout {
   std::vector<Piece> pieces;       // of a band, or of all if tiled
   std::vector<Piece> last_pieces;  // of the last band, which may have fewer rows
   int64_t together = 1;            // see Panel
-  bool repeating;                  // whether pieces are those of one row, repeated on all of a band
+  bool repeating;                  // whether pieces are those of one row, repeated on all of a band (blocks of one row)
   int64_t parts = 1;               // the window of Panel
   std::vector<int32_t> starts;
   Slices slices;

@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from slrc import denormals
 from slrc.backends import Runner
 from slrc.progress import Quiet, Reporter
 
@@ -66,6 +67,7 @@ class Latency(BaseModel):
     predicted_ms: float | None = None
 
 
+@denormals.taken_for_zero()
 def measure(
     target: str,
     dense: Runner,
@@ -77,7 +79,7 @@ def measure(
     """Time two loaded artifacts on the same inputs: warm-up, then A B, B A, A B … in ten blocks.
 
     Each turn is two runs, of which the second counts: a model in use finds its weights where its own last run left
-    them in the caches, not where the other model has driven them out.
+    them in the caches, not where the other model has driven them out. Denormal numbers are taken for zero.
     """
     calls = (dense.prepare(*inputs), compiled.prepare(*inputs))
     pace = max(_warm_up(call) for call in calls)
@@ -108,6 +110,7 @@ def measure(
     )
 
 
+@denormals.taken_for_zero()
 def time_in_turns(calls: Sequence[Callable[[], Any]], budget_s: float) -> list[float]:
     """Return the milliseconds of each call: the lower quartile of runs in turns, which other work disturbs least."""
     pace = sum(_warm_up(call, budget_s / 4 / len(calls)) for call in calls)

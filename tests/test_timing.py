@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from slrc import timing
+from slrc import denormals, lower, timing
+from slrc.backends import get_backend, parse_target
+from slrc.program import capture
 
 
 class Counted:
@@ -52,6 +55,27 @@ def test_the_two_are_timed_in_turns(measured: tuple[timing.Latency, list[str]]) 
     assert timed[::2] == timed[1::2]  # each turn: a run that does not count, and one that does
     assert latency.runs >= timing.BLOCKS * timing.PER_BLOCK[0]
     assert order[: len(order) - len(timed)].count("dense") >= 3  # warm-up
+
+
+def test_denormal_numbers_are_zero_only_while_something_is_timed(quick_timing: None, tmp_path: Path) -> None:
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor always computes them")
+    torch.set_flush_denormal(False)
+    modes: list[bool] = []
+    timing.time_in_turns([lambda: modes.append(denormals.are_zero())], 1e-3)
+    assert set(modes) == {True}
+    assert not denormals.are_zero()
+    tiny_model = capture(nn.Linear(2, 2), (torch.zeros(1, 2),), "tiny")
+    get_backend(parse_target("ort")).load(lower(tiny_model, "ort", tmp_path).folder)  # the option would change the mode
+    assert not denormals.are_zero()
+    with pytest.raises(ValueError, match="inside"), denormals.taken_for_zero():
+        raise ValueError("inside")
+    assert not denormals.are_zero()
+    with denormals.taken_for_zero():
+        with denormals.taken_for_zero():
+            pass
+        assert denormals.are_zero()  # as before, not as by default
+    torch.set_flush_denormal(False)
 
 
 def test_the_environment() -> None:

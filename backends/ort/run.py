@@ -10,6 +10,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
+from slrc import denormals
 from slrc.errors import BackendError
 
 
@@ -24,13 +25,16 @@ class OnnxRuntimeRunner:
         options.log_severity_level = 3
         # Else the threads of the session that ran last would take the cores from the one timed in turn with it.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        options.add_session_config_entry("session.set_denormal_as_zero", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
             options.inter_op_num_threads = 1
         try:
             if kernels is not None:
                 options.register_custom_ops_library(str(kernels))
-            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            # The option is for the session's threads, but the first session sets the one that makes it, too.
+            with denormals.unchanged():
+                self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors share no base class
             raise BackendError(f"ONNX Runtime cannot load `{path}`: {str(error).splitlines()[0]}") from error
         self._inputs = [i.name for i in self._session.get_inputs()]

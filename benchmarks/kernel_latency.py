@@ -196,14 +196,15 @@ def prepare(model: Any, library: Path | None = None) -> Callable[[], Any]:
     random = np.random.default_rng(0)
     sizes = {v.name: [d if isinstance(d, int) else 1 for d in v.shape] for v in session.get_inputs()}
     inputs = {name: random.standard_normal(size).astype(np.float32) for name, size in sizes.items()}
-    outputs = [ort.OrtValue.ortvalue_from_numpy(y) for y in session.run(None, inputs)]
+    arrays = session.run(None, inputs)
+    outputs = [ort.OrtValue.ortvalue_from_numpy(y) for y in arrays]
     binding = session.io_binding()
     for name, array in inputs.items():
         binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
     for value, buffer in zip(session.get_outputs(), outputs, strict=True):
         binding.bind_ortvalue_output(value.name, buffer)
 
-    def call() -> Any:
+    def call(_owned: object = (inputs, arrays)) -> Any:  # bound values do not keep the memory that they name
         session.run_with_iobinding(binding)
         return outputs[0]
 

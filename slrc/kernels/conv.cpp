@@ -280,6 +280,8 @@ struct Layout {
         else
           AddRuns(phase, 0, start, row + phase.row_reach * pitch, to);
       }
+    // First all zeros: written past a channel's end, they would be in the next one's way.
+    std::stable_partition(runs.begin() + copies.back(), runs.end(), [](const Run& run) { return run.floats == 0; });
   }
 
   // By rows, each with its right padding, which is the next one's left padding, too.
@@ -349,7 +351,8 @@ struct Layout {
   // Copies some channels of one band: their tiles, or their planes.
   void Copy(const float* x, int64_t which, int64_t count, float* to) const {
     const int64_t run_count = static_cast<int64_t>(copies[which + 1] - copies[which]);
-    Loops().copy({runs.data() + copies[which], run_count, x, columns.stride, rows.in * columns.in, to, floats, count});
+    Loops().copy({runs.data() + copies[which], run_count, x, columns.stride, rows.in * columns.in, to, floats, count,
+                  tiled});
     if (!tiled) std::fill_n(to + count * floats, Slack(), 0.0f);
   }
 

@@ -331,7 +331,19 @@ inline void CopyChannels(const CopyJob& given) {
   const int64_t free = Stride ? job.channels - (Stride * kLanes + job.x_step - 1) / job.x_step : 0;
   const float* x = job.x;
   float* to = job.to;
-  for (int64_t c = 0; c < job.channels; ++c, x += job.x_step, to += job.to_step) {
+  int64_t c = 0;
+  if constexpr (Stride > 0) {
+    constexpr int64_t kTogether = 16;  // small enough to stay cached
+    for (; job.together && c + kTogether <= free; c += kTogether, x += kTogether * job.x_step, to += kTogether * job.to_step)
+      for (const Run* run = job.runs; run != job.runs + job.run_count; ++run) {
+        Run all = *run;  // the channels as its rows
+        all.rows = kTogether;
+        all.from_step = static_cast<int32_t>(job.x_step);
+        all.to_step = static_cast<int32_t>(job.to_step);
+        CopyRows<Stride>(x + run->from, to + run->to, all);
+      }
+  }
+  for (; c < job.channels; ++c, x += job.x_step, to += job.to_step) {
     for (const Run* run = job.runs; run != job.runs + job.run_count; ++run) {
       if constexpr (Stride > 0)
         if (c < free) {

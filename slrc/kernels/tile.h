@@ -55,7 +55,8 @@ struct Run {
 };
 
 // The same runs of every channel, in order and in whole vectors: a later one overwrites what an earlier one wrote past
-// its end. The last channel's last run may be written past its end as well.
+// its end. The last channel's last run may be written past its end as well. Where every run is one row and only zeros that
+// come first are written past a channel's end, some channels go `together`, one run of all of them after the other.
 struct CopyJob {
   const Run* runs;
   int64_t run_count;
@@ -65,6 +66,7 @@ struct CopyJob {
   float* to;
   int64_t to_step;
   int64_t channels;
+  bool together;
 };
 
 using CopyLoop = void (*)(const CopyJob&);

@@ -349,10 +349,10 @@ struct Layout {
   int64_t Slack() const { return kMaxLanes + (tiled ? 0 : columns.lead + kMaxTilePixels); }
 
   // Copies some channels of one band: their tiles, or their planes.
-  void Copy(const float* x, int64_t which, int64_t count, float* to) const {
+  void Copy(const float* x, int64_t readable, int64_t which, int64_t count, float* to) const {
     const int64_t run_count = static_cast<int64_t>(copies[which + 1] - copies[which]);
-    Loops().copy({runs.data() + copies[which], run_count, x, columns.stride, rows.in * columns.in, to, floats, count,
-                  tiled});
+    Loops().copy({runs.data() + copies[which], run_count, x, readable, columns.stride, rows.in * columns.in, floats, to,
+                  count, tiled});
     if (!tiled) std::fill_n(to + count * floats, Slack(), 0.0f);
   }
 
@@ -436,7 +436,8 @@ void Conv::Run(const float* x, const int64_t x_shape[4], const float* residual, 
       bool fresh;
       const int64_t copies = l.tiled ? panel.count : 1, floats = copies * l.panel_channels * l.floats + l.Slack();
       float* copied = Scratch::Inputs().Get(floats, owner, index, &fresh);
-      if (fresh) l.Copy(from, band, groups * l.per_group, copied);
+      const int64_t readable = x + x_shape[0] * l.channels * in_plane - from;
+      if (fresh) l.Copy(from, readable, band, groups * l.per_group, copied);
       panel.x = copied;
     }
     // Without seams a task's pixels are one row: a tile that stands out past them is not written in place.

@@ -327,8 +327,9 @@ SLRC_INLINE inline void CopyRows(const float* source, float* target, const Run& 
 template <int Stride>
 inline void CopyChannels(const CopyJob& given) {
   const CopyJob job = given;
-  // The last channels are read no further than they go.
-  const int64_t free = Stride ? job.channels - (Stride * kLanes + job.x_step - 1) / job.x_step : 0;
+  // Of so many channels whole vectors may be read (and written); of the others as many as there are floats for.
+  const int64_t readable = Stride ? (job.readable - Stride * kLanes) / job.x_step : 0;
+  const int64_t most = job.channels - job.together, free = readable < most ? readable : most;
   const float* x = job.x;
   float* to = job.to;
   int64_t c = 0;
@@ -353,8 +354,12 @@ inline void CopyChannels(const CopyJob& given) {
       for (int64_t row = 0; row < run->rows; ++row) {
         const float* source = x + run->from + row * run->from_step;
         float* target = to + run->to + row * run->to_step;
-        for (int64_t i = 0; i < run->floats; ++i) target[i] = source[i * job.stride];
-        for (int64_t i = run->floats; i < run->written; ++i) target[i] = 0.0f;
+        int64_t i = 0;
+        if constexpr (Stride > 0)
+          for (; i + kLanes <= run->floats && source + (i + kLanes) * Stride <= job.x + job.readable; i += kLanes)
+            Store<kLanes>(target + i, LoadApart<Stride>(source + i * Stride));
+        for (; i < run->floats; ++i) target[i] = source[i * job.stride];
+        for (; i < run->written; ++i) target[i] = 0.0f;
       }
     }
   }

@@ -56,15 +56,16 @@ struct Run {
 
 // The same runs of every channel, in order and in whole vectors: a later one overwrites what an earlier one wrote past
 // its end. The last channel's last run may be written past its end as well. Where every run is one row and only zeros that
-// come first are written past a channel's end, some channels go `together`, one run of all of them after the other.
+// come first are written past a channel's end, some channels go `together`, one run of all of them after the other, and
+// nothing is written past the last one.
 struct CopyJob {
   const Run* runs;
   int64_t run_count;
   const float* x;
+  int64_t readable;  // floats from x on; some after the last channel spare a copy float by float
   int64_t stride;
-  int64_t x_step;  // from a channel to the next one; in the last, nothing is read from here on
+  int64_t x_step, to_step;  // from a channel to the next one
   float* to;
-  int64_t to_step;
   int64_t channels;
   bool together;
 };

@@ -335,7 +335,8 @@ inline void CopyChannels(const CopyJob& given) {
   int64_t c = 0;
   if constexpr (Stride > 0) {
     constexpr int64_t kTogether = 16;  // small enough to stay cached
-    for (; job.together && c + kTogether <= free; c += kTogether, x += kTogether * job.x_step, to += kTogether * job.to_step)
+    const int64_t x_step = kTogether * job.x_step, to_step = kTogether * job.to_step;
+    for (; job.together && c + kTogether <= free; c += kTogether, x += x_step, to += to_step)
       for (const Run* run = job.runs; run != job.runs + job.run_count; ++run) {
         Run all = *run;  // the channels as its rows
         all.rows = kTogether;

@@ -3,17 +3,18 @@
 // A stride of s splits the plane into phases: phase f holds the padded rows (columns) f, f + s, f + 2 s, ..., and tap k
 // reads phase k d mod s at k d / s, one element for each output. Rows follow each other at a pitch that lets the right
 // padding of one be the left padding of the next, and outputs are computed on the flat plane: the few at the seams
-// are thrown away.
+// are thrown away, as a tile is stored if the instruction set can (AVX-512), else as it is copied to its place.
 //
 // On a small plane the seams are many. If enough outputs share its cost, the plane is made once for each kernel column,
 // of just the elements that this column reads: then there are none.
 //
 // An image is cut into bands of output rows whose plane fits the second-level cache; the task that computes a band makes
 // its plane in the thread's scratch memory. The input of a 1x1 convolution of stride 1 is a plane already and is read as
-// it is. Wide vectors are fast enough on that. Narrow ones would wait: what a tile reads may be more than the first-level
-// cache holds, each row on lines of its own. So if enough block rows follow to repay it, it is copied from the input
-// side by side, channel after channel, and the plane itself is never made; otherwise the input channels are cut into
-// slices that fit the first level, all outputs going on from slice to slice.
+// it is; if most of it is outside that cache, each tile prefetches what the next one reads. Wide vectors are fast enough
+// on planes. Narrow ones would wait: what a tile reads may be more than the first-level cache holds, each row on lines of
+// its own. So if enough block rows follow to repay it, it is copied from the input side by side, channel after channel,
+// and the plane itself is never made; otherwise the input channels are cut into slices that fit the first level, all
+// outputs going on from slice to slice.
 //
 // Groups of few channels, as of a depthwise convolution, share a panel: they are computed as if they were one group
 // whose block rows each read their own part of the input. Blocks of one row have no rows to share what is loaded, so
@@ -22,6 +23,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <deque>
 #include <limits>
 #include <utility>
 
@@ -44,15 +46,18 @@ constexpr int64_t kPanelChannels = 16;         // of groups of fewer, which shar
 constexpr int64_t kPanelFloats = 4 * 1024;     // and of their input
 constexpr size_t kLayoutsKept = 8;
 
-// Of input, in one band: what leaves room in the second-level cache for weights and outputs.
-int64_t BandFloats() {
+// Of the second-level cache.
+int64_t CacheFloats() {
 #if defined(_SC_LEVEL2_CACHE_SIZE)  // not of every C library
   static const int64_t cache = std::max<int64_t>(kLeastCache, sysconf(_SC_LEVEL2_CACHE_SIZE));
 #else
   static const int64_t cache = kLeastCache;
 #endif
-  return cache / static_cast<int64_t>(sizeof(float)) / 4 * 3;
+  return cache / static_cast<int64_t>(sizeof(float));
 }
+
+// Of input, in one band: what leaves room in the cache for weights and outputs.
+int64_t BandFloats() { return CacheFloats() / 4 * 3; }
 
 // Wide vectors read planes as they are.
 bool ReadsPlanes() { return Loops().lanes > 8; }
@@ -67,9 +72,11 @@ struct SeamedOutput {
 
   bool Find(int64_t channel, const Piece& piece, Place* place) const {
     const int64_t row = piece.start / pitch, column = piece.start % pitch;
-    const int64_t at = channel * channel_stride + row * width + column;
-    *place = {y + at, residual ? residual + at : nullptr, channel_stride, width, 1};
-    return column + piece.width <= width || (may_stand_out && piece.repeats > 1);
+    const int64_t at = channel * channel_stride + row * width + std::min(column, width);
+    *place = {y + at, residual ? residual + at : nullptr, channel_stride, width, 1, nullptr};
+    if (column + piece.width <= width || (may_stand_out && piece.repeats > 1)) return true;
+    place->outputs = piece.outputs;
+    return piece.outputs;
   }
 
   // Calls copy(where in y, where in the tile, how many) for each run of pixels that are outputs.
@@ -131,6 +138,7 @@ struct Layout {
     if (!tiled && !pointwise && !repeating) Slice(weight, taps);
     if (rows.kernel == kWindow && rows.stride == 1 && rows.dilation == 1 && HoldsWindows(weight, taps)) parts = kWindow;
     CutRows(weight, tiled ? rows.out : band, &pieces);
+    LeaveGaps(weight, &pieces);
     together = static_cast<int64_t>(pieces.size());
     if (tiled) {
       band = std::clamp<int64_t>(kTilesFloats / std::max<int64_t>(1, panel_channels * floats), 1, 8);
@@ -139,6 +147,7 @@ struct Layout {
       for (int64_t b = 0; b < bands; ++b) AddTileRuns(b * band);
     } else if (!pointwise) {
       CutRows(weight, rows.out - (bands - 1) * band, &last_pieces);
+      LeaveGaps(weight, &last_pieces);
       for (int64_t b = 0; b < bands; ++b) AddPlaneRuns(b * band);
     }
     copies.push_back(runs.size());
@@ -218,6 +227,26 @@ struct Layout {
     }
     if (!by_rows) return Cut(weight.block, 0, (height - 1) * pitch + columns.out, InPlace(), to);
     for (int64_t r = 0; r < height; ++r) Cut(weight.block, r * pitch, columns.out, true, to);
+  }
+
+  // Says of pieces that cross a seam which of their pixels are outputs, if tiles can leave the others out.
+  void LeaveGaps(const Weight& weight, std::vector<Piece>* of) {
+    const int64_t lanes = Loops().lanes;
+    if (!Loops().leaves_gaps || slices.count > 1 || weight.activation > kRelu6 || Seamless() || repeating) return;
+    for (Piece& piece : *of) {
+      int64_t column = piece.start % pitch;
+      if (column + piece.width <= columns.out || !piece.vectors) continue;
+      Outputs found = {};
+      int32_t kept = 0;
+      for (int64_t p = 0; p < piece.width; ++p, column = (column + 1) % pitch) {
+        if (p % lanes == 0) found.at[p / lanes] = kept;
+        if (column >= columns.out || p >= piece.pixels) continue;
+        found.kept[p / lanes] = static_cast<uint16_t>(found.kept[p / lanes] | 1u << p % lanes);
+        ++kept;
+      }
+      outputs.push_back(found);
+      piece.outputs = &outputs.back();
+    }
   }
 
   void Slice(const Weight& weight, int64_t taps) {
@@ -369,6 +398,7 @@ struct Layout {
   int64_t band = 1, bands = 1;     // output rows, or pieces if tiled
   std::vector<Piece> pieces;       // of a band, or of all if tiled
   std::vector<Piece> last_pieces;  // of the last band, which may have fewer rows
+  std::deque<Outputs> outputs;     // of pieces, which point to them
   int64_t together = 1;            // see Panel
   bool repeating;                  // whether pieces are those of one row, repeated on all of a band (blocks of one row)
   int64_t parts = 1;               // the window of Panel
@@ -420,6 +450,7 @@ void Conv::Run(const float* x, const int64_t x_shape[4], const float* residual, 
     int64_t offset = image * weight_.out_channels * out_plane, rows = l.rows.out;
     Panel panel{from, l.offsets.data(), l.slices, l.pieces.data(), 0, 0, l.together, l.pitch, l.parts};
     panel.count = static_cast<int64_t>(l.pieces.size());
+    panel.far = l.InPlace() && ReadsPlanes() && l.per_group * in_plane > CacheFloats() / 2;
     if (l.tiled) {
       panel.pieces += band * l.band;
       panel.count = std::min(l.band, panel.count - band * l.band);

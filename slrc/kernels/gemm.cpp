@@ -36,7 +36,7 @@ struct TokenOutput {
   }
   bool Find(int64_t channel, const Piece& piece, Place* place) const {
     const int64_t at = piece.start * channels + channel;
-    *place = {y + at, residual ? residual + at : nullptr, 1, 0, channels};
+    *place = {y + at, residual ? residual + at : nullptr, 1, 0, channels, nullptr};
     return piece.width == 1;
   }
   void Gather(int64_t channel, int64_t count, const Piece& piece, float* sums) const {
@@ -56,7 +56,7 @@ struct PlaneOutput {
   int64_t pitch;
 
   bool Find(int64_t channel, const Piece& piece, Place* place) const {
-    *place = {y + channel * pitch + piece.start, nullptr, pitch, 0, 1};
+    *place = {y + channel * pitch + piece.start, nullptr, pitch, 0, 1, nullptr};
     return true;
   }
   void Gather(int64_t, int64_t, const Piece&, float*) const {}

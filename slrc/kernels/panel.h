@@ -104,6 +104,7 @@ struct Piece {
   int vectors;
   Ending ending;
   int64_t repeats = 1;  // on so many rows of a plane, each in the same place
+  const Outputs* outputs = nullptr;  // which of its pixels are; null: all, or a tile cannot leave the others out
 };
 
 // Returns the piece that begins at `start`, for tiles of `rows` rows. Where nothing may be written past `end` (`exact`),
@@ -183,6 +184,7 @@ struct Panel {
   const float* more_x = nullptr;
   const int32_t* more_offsets = nullptr;
   int64_t more_step = 0;
+  bool far = false;  // whether most of x is outside the second-level cache: the next piece's is then prefetched
 };
 
 // Where a piece stands in y and the residual (null if there is none): channels `pitch` apart, its repeats `row`, its
@@ -191,6 +193,7 @@ struct Place {
   float* y;
   const float* residual;
   int64_t pitch, row, pixel;
+  const Outputs* outputs;  // as in Strip
 };
 
 // Computes block rows [first, last), of one group or of groups that they fill, on a panel. Output finds the place of a
@@ -235,15 +238,17 @@ void RunPanel(const Weight& weight, int64_t first, int64_t last, const Panel& pa
       strip.x_step = panel.step ? panel.step : piece.width;
       strip.y_step = piece.width;
       strip.runs = piece.repeats;
+      strip.ahead = panel.far ? piece.width : 0;
       strip.window = 1;
+      strip.outputs = direct ? place.outputs : nullptr;
       if (piece.repeats > 1) {
         strip.x_step = panel.pitch;
         if (direct) strip.y_step = place.row;
         strip.window = panel.window;
-      } else if (direct && !sliced) {
+      } else if (direct && !sliced && !place.outputs) {
         for (const Piece* p = &piece + 1; pieces < panel.together && p < panel.pieces + panel.count; ++p, ++pieces) {
           const bool follows = p->start == p[-1].start + piece.width && p->vectors == piece.vectors &&
-                               p->ending == piece.ending && output.Find(channel, *p, &next);
+                               p->ending == piece.ending && output.Find(channel, *p, &next) && !next.outputs;
           if (!follows) break;
         }
         strip.runs = pieces;
@@ -268,6 +273,11 @@ void RunPanel(const Weight& weight, int64_t first, int64_t last, const Panel& pa
         strip.more.start = strip.start ? strip.start + vectors : nullptr;
         strip.more.start_pitch = strip.start_pitch;
         strip.more.pitch = strip.pitch;
+        if (strip.outputs && piece.ending == kPixelMore) {
+          const int64_t at = place.outputs->at[piece.vectors];
+          strip.more.y = strip.y + at;
+          strip.more.start = strip.start && place.outputs->kept[piece.vectors] ? strip.start + at : nullptr;
+        }
       }
       (piece.vectors ? loops.strip[piece.ending][wide][piece.vectors - 1] : loops.pixel[wide])(strip);
       if (is_last && !direct) output.Scatter(channel, strip.channels, piece, sums);

@@ -62,9 +62,33 @@ SLRC_INLINE inline void Unroll(const Body& body) {
   }
 }
 
+// The lanes of v that `kept` has a bit of, side by side; and back, with zeros for the others. (Of other instruction sets
+// nothing does it faster than storing all and copying.)
+#if defined(__AVX512F__)
+constexpr bool kLeavesGaps = true;
+template <int N>
+SLRC_INLINE inline void StoreKept(float* p, typename Lanes<N>::Float v, uint32_t kept) {
+  const uint32_t first = (1u << __builtin_popcount(kept)) - 1;
+  if constexpr (N == 16) _mm512_mask_storeu_ps(p, first, _mm512_maskz_compress_ps(kept, v));
+  else _mm256_mask_storeu_ps(p, first, _mm256_maskz_compress_ps(kept, v));
+}
+template <int N>
+SLRC_INLINE inline typename Lanes<N>::Float LoadKept(const float* p, uint32_t kept) {
+  const uint32_t first = (1u << __builtin_popcount(kept)) - 1;
+  if constexpr (N == 16) return _mm512_maskz_expand_ps(kept, _mm512_maskz_loadu_ps(first, p));
+  else return _mm256_maskz_expand_ps(kept, _mm256_maskz_loadu_ps(first, p));
+}
+#else
+constexpr bool kLeavesGaps = false;
+template <int N>
+void StoreKept(float*, typename Lanes<N>::Float, uint32_t);
+template <int N>
+typename Lanes<N>::Float LoadKept(const float*, uint32_t);
+#endif
+
 // How many floats of the values are prefetched ahead: a page, since a processor's own prefetching stops at its end, and
 // weights that were driven from the caches would be waited for at the beginning of each.
-constexpr int64_t kAhead = 1024, kLine = 16;
+constexpr int kValuesAhead = 1024, kLine = 16;
 
 // Rows of one block row on some runs of pixels.
 struct Tile {
@@ -126,13 +150,17 @@ SLRC_INLINE inline void ForTiles(const Strip& s, const Run& run) {
 // Rows (one run) or runs (one row) x (Whole vectors + one of Last lanes) accumulators in registers. Of several rows a
 // surviving column loads each vector of x once for all; of one row a value is loaded once for all runs, and a vector of
 // x once for all of the `Window` parts of the columns (see Strip). If there is a `Pixel` more, the lanes of its sums are
-// the rows: a multiply-add for each column, not for each column and row.
-template <int Rows, int Runs, int Window, int Whole, int Last, int Pixel>
-SLRC_INLINE inline void RunTile(const Tile& tile, int64_t stride, Activation activation, float slope) {
-  static_assert(Rows == 1 ? !Pixel : Runs == 1 && Window == 1);
+// the rows: a multiply-add for each column, not for each column and row. `Ahead`: x is prefetched (see Strip).
+template <int Rows, int Runs, int Window, int Whole, int Last, int Pixel, bool Ahead>
+SLRC_INLINE inline void RunTile(const Tile& tile, const Strip& strip) {
+  static_assert(Rows == 1 ? !Pixel && !Ahead : Runs == 1 && Window == 1);
+  const int64_t stride = strip.block, ahead = strip.ahead;
+  const Activation activation = strip.activation;
+  const float slope = strip.slope;
   using V = typename Lanes<kLanes>::Float;
   using L = typename Lanes<Last>::Float;
   constexpr int kSums = Rows * Runs;
+  constexpr int kLines = (Whole * kLanes + Last + kLine - 1) / kLine;  // of x, in a run
   constexpr int kSide = Rows < kLanes ? Rows : kLanes;  // rows side by side in the sums of a pixel more
   V sums[kSums][Whole ? Whole : 1];
   L lasts[kSums];
@@ -144,7 +172,18 @@ SLRC_INLINE inline void RunTile(const Tile& tile, int64_t stride, Activation act
     Unroll<Whole>([&](int v) SLRC_INLINE { sums[s][v] = All<kLanes>(bias); });
     lasts[s] = All<Last>(bias);
   });
-  if (tile.start)
+  constexpr bool kMayLeaveGaps = kLeavesGaps && Rows > 1;
+  const Outputs* const outputs = kMayLeaveGaps ? strip.outputs : nullptr;
+  if constexpr (kMayLeaveGaps)
+    if (tile.start && outputs)
+      Unroll<kSums>([&](int s) SLRC_INLINE {
+        const float* start = tile.start + s * tile.start_pitch;
+        Unroll<Whole>([&](int v) SLRC_INLINE {
+          sums[s][v] += LoadKept<kLanes>(start + outputs->at[v], outputs->kept[v]);
+        });
+        lasts[s] += LoadKept<Last>(start + outputs->at[Whole], outputs->kept[Whole]);
+      });
+  if (tile.start && !outputs)
     Unroll<kSums>([&](int s) SLRC_INLINE {
       const float* start = tile.start + s * (Rows == 1 ? tile.y_step : tile.start_pitch);
       Unroll<Whole>([&](int v) SLRC_INLINE { sums[s][v] += Load<kLanes>(start + v * kLanes); });
@@ -180,7 +219,9 @@ SLRC_INLINE inline void RunTile(const Tile& tile, int64_t stride, Activation act
       V column[Whole ? Whole : 1];
       Unroll<Whole>([&](int v) SLRC_INLINE { column[v] = Load<kLanes>(x + v * kLanes); });
       const L last = Load<Last>(x + Whole * kLanes);
-      __builtin_prefetch(values + kAhead);
+      __builtin_prefetch(values + kValuesAhead);
+      if constexpr (Ahead)
+        Unroll<kLines>([&](int line) SLRC_INLINE { __builtin_prefetch(x + ahead + line * kLine); });
       SLRC_LOAD_VALUES(Rows, values);
       Unroll<Rows>([&](int i) SLRC_INLINE {
         Unroll<Whole>([&](int v) SLRC_INLINE { sums[i][v] += column[v] * SLRC_VALUE(i); });
@@ -205,11 +246,20 @@ SLRC_INLINE inline void RunTile(const Tile& tile, int64_t stride, Activation act
   if (activation == kRelu6) apply([](auto v) SLRC_INLINE { return AtMost<sizeof v / sizeof(float)>(v, 6.0f); });
   if (activation == kLeakyRelu) apply([slope](auto v) SLRC_INLINE { return v < 0.0f ? v * slope : v; });
   const int64_t y_pitch = Rows == 1 ? tile.y_step : tile.pitch;
-  Unroll<kSums>([&](int s) SLRC_INLINE {
-    float* y = tile.y + s * y_pitch;
-    Unroll<Whole>([&](int v) SLRC_INLINE { Store<kLanes>(y + v * kLanes, sums[s][v]); });
-    Store<Last>(y + Whole * kLanes, lasts[s]);
-  });
+  if constexpr (kMayLeaveGaps)
+    if (outputs)
+      Unroll<kSums>([&](int s) SLRC_INLINE {
+        float* y = tile.y + s * y_pitch;
+        Unroll<Whole>([&](int v) SLRC_INLINE { StoreKept<kLanes>(y + outputs->at[v], sums[s][v], outputs->kept[v]); });
+        StoreKept<Last>(y + outputs->at[Whole], lasts[s], outputs->kept[Whole]);
+      });
+  if (!outputs)
+    Unroll<kSums>([&](int s) SLRC_INLINE {
+      float* y = tile.y + s * y_pitch;
+      Unroll<Whole>([&](int v) SLRC_INLINE { Store<kLanes>(y + v * kLanes, sums[s][v]); });
+      Store<Last>(y + Whole * kLanes, lasts[s]);
+    });
+  if (Pixel && outputs && !outputs->kept[Whole + 1]) return;
   if (activation > kRelu6) {
     if constexpr (Pixel > 0)
       Unroll<Rows / kSide>([&](int q) SLRC_INLINE { more[q] = Activate<kSide>(more[q], activation, slope); });
@@ -229,8 +279,12 @@ SLRC_INLINE inline void RunTiles(const Tile& tile, int64_t runs, const Strip& s)
   if constexpr (Most > 1)
     if (runs < Most) return RunTiles<Rows, Most - 1, Whole, Last, Pixel>(tile, runs, s);
   if constexpr (Most > 1)
-    if (s.window == kWindow) return RunTile<Rows, Most, kWindow, Whole, Last, 0>(tile, s.block, s.activation, s.slope);
-  RunTile<Rows, Most, 1, Whole, Last, Pixel>(tile, s.block, s.activation, s.slope);
+    if (s.window == kWindow) return RunTile<Rows, Most, kWindow, Whole, Last, 0, false>(tile, s);
+#if !defined(__SANITIZE_ADDRESS__)  // see RunsOf; a prefetch is not checked
+  if constexpr (Rows > 1 && kManyRegisters)
+    if (s.ahead) return RunTile<Rows, Most, 1, Whole, Last, Pixel, true>(tile, s);
+#endif
+  RunTile<Rows, Most, 1, Whole, Last, Pixel, false>(tile, s);
 }
 
 // A tile of fewer rows is computed whole, aside.
@@ -243,8 +297,12 @@ void RunStrip(const Strip& strip) {
     if (tile.rows == Rows) return RunTiles<Rows, kRuns, Whole, Last, Pixel>(tile, runs, s);
     alignas(64) float aside[Rows * kPixels], more_aside[Rows];
     Tile whole = tile;
+    Strip plain = s;
+    plain.outputs = nullptr;
+    const auto is_output = [&](int p) { return !s.outputs || s.outputs->kept[p / kLanes] >> p % kLanes & 1; };
     for (int i = 0; i < tile.rows; ++i) {
-      for (int p = 0; tile.start && p < kPixels; ++p) aside[i * kPixels + p] = tile.start[i * tile.start_pitch + p];
+      for (int p = 0, at = 0; tile.start && p < kPixels; ++p)
+        aside[i * kPixels + p] = is_output(p) ? tile.start[i * tile.start_pitch + at++] : 0.0f;
       if (Pixel && tile.more.start) more_aside[i] = tile.more.start[i * tile.more.start_pitch];
     }
     if (tile.start) whole.start = aside;
@@ -253,10 +311,11 @@ void RunStrip(const Strip& strip) {
     whole.start_pitch = whole.pitch = kPixels;
     whole.more.y = more_aside;
     whole.more.start_pitch = whole.more.pitch = 1;
-    RunTiles<Rows, kRuns, Whole, Last, Pixel>(whole, runs, s);
+    RunTiles<Rows, kRuns, Whole, Last, Pixel>(whole, runs, plain);
     for (int i = 0; i < tile.rows; ++i) {
-      for (int p = 0; p < kPixels; ++p) tile.y[i * tile.pitch + p] = aside[i * kPixels + p];
-      if (Pixel) tile.more.y[i * tile.more.pitch] = more_aside[i];
+      for (int p = 0, at = 0; p < kPixels; ++p)
+        if (is_output(p)) tile.y[i * tile.pitch + at++] = aside[i * kPixels + p];
+      if (Pixel && is_output(kPixels)) tile.more.y[i * tile.more.pitch] = more_aside[i];
     }
   });
 }
@@ -271,7 +330,7 @@ void RunPixel(const Strip& s) {
     int64_t t = 0;
     for (; t + 4 <= count; t += 4) {
       const float* values = tile.values + t * s.block;
-      for (int64_t line = 0; line < 4 * s.block; line += kLine) __builtin_prefetch(values + kAhead + line);
+      for (int64_t line = 0; line < 4 * s.block; line += kLine) __builtin_prefetch(values + kValuesAhead + line);
       for (int k = 0; k < 4; ++k) sums[k] += Load<Rows>(values + k * s.block) * tile.x[tile.offsets[t + k]];
     }
     for (; t < count; ++t) sums[0] += Load<Rows>(tile.values + t * s.block) * tile.x[tile.offsets[t]];
@@ -521,6 +580,7 @@ constexpr StripLoop Loop() {
 extern const TileLoops SLRC_TILE_SET = {
     SLRC_TILE_NAME,
     kLanes,
+    kLeavesGaps,
     {kVectors1, kVectors4, kVectors8},
     {SLRC_ROWS(kWhole), SLRC_ROWS(kHalf), SLRC_ROWS(kPixelMore)},
     {RunPixel<1>, RunPixel<4>, RunPixel<8>},

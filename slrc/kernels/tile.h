@@ -9,6 +9,13 @@
 
 namespace slrc {
 
+constexpr int kWindow = 3;
+constexpr int kRowSizes = 3;
+constexpr int kTileRows[kRowSizes] = {1, 4, 8};
+constexpr int kMaxVectors = 6;
+constexpr int kMaxLanes = 16;
+constexpr int kMaxTilePixels = kMaxVectors * kMaxLanes + 1;
+
 enum Activation { kNone, kRelu, kLeakyRelu, kRelu6, kSilu, kGelu, kHardSwish };
 
 // A pixel that a tile computes beside its vectors (kPixelMore), apart from them:
@@ -20,6 +27,12 @@ struct PixelMore {
   int64_t start_pitch;
   float* y;
   int64_t pitch;
+};
+
+// Which pixels of a run are outputs, a bit for each lane of a vector, and how many are so before that vector.
+struct Outputs {
+  uint16_t kept[kMaxVectors + 1];
+  int32_t at[kMaxVectors + 1];
 };
 
 // One block row after the other on `runs` runs of pixels. Of the first run:
@@ -39,7 +52,9 @@ struct Strip {
   float* y;  // (channels, pitch)
   int64_t pitch;
   int64_t runs, x_step, y_step;  // from a run to the next one in x; in y and start
+  int64_t ahead;                 // of more than one row: so far past what is read of x, it is prefetched; 0: it is not
   PixelMore more;
+  const Outputs* outputs;  // null if all are; else, of one run, start and y have them side by side (if `leaves_gaps`)
   int64_t window;  // 1, or kWindow parts of each block row's columns, all alike, a part x_step after the one before
   Activation activation;
   float slope;  // of kLeakyRelu
@@ -78,13 +93,6 @@ using MoveRows = void (*)(const float* from, int64_t from_pitch, int64_t rows, i
 // y (height / 2, width / 2) = the maxima of 2 x 2 windows of x (height, width), side by side.
 using PoolLoop = void (*)(const float* x, int64_t height, int64_t width, float* y);
 
-constexpr int kWindow = 3;
-constexpr int kRowSizes = 3;
-constexpr int kTileRows[kRowSizes] = {1, 4, 8};
-constexpr int kMaxVectors = 6;
-constexpr int kMaxLanes = 16;
-constexpr int kMaxTilePixels = kMaxVectors * kMaxLanes + 1;
-
 // What a run ends with: a whole vector, one half as wide, or a whole one and a pixel.
 enum Ending { kWhole, kHalf, kPixelMore, kEndings };
 
@@ -92,6 +100,7 @@ enum Ending { kWhole, kHalf, kPixelMore, kEndings };
 struct TileLoops {
   const char* name;
   int lanes;
+  bool leaves_gaps;            // whether a strip may have `outputs`
   int max_vectors[kRowSizes];  // of a run, in registers; 0 where there is no such loop
   StripLoop strip[kEndings][kRowSizes][kMaxVectors];  // [ending][rows][vectors - 1]; null where an ending gains nothing
   StripLoop pixel[kRowSizes];                         // runs of one pixel, the rows side by side in a vector

@@ -7,7 +7,7 @@
     python benchmarks/convergence.py wide               # CIFAR-10, larger networks: days on such a core, not timed
     python benchmarks/convergence.py large              # an epoch of ResNet-110 (10 minutes), -18, -50 (not timed)
     SLRC_IMAGES=~/imagenet python benchmarks/convergence.py wide --network images-torchvision:resnet50
-    python benchmarks/convergence.py retraining         # 1, 3 and 10 epochs after hard-pruning, small: 2 hours
+    python benchmarks/convergence.py retraining         # 1, 3 and 10 epochs after hard-pruning, small: 6 hours
     python benchmarks/convergence.py ablation           # parts of SLR's default left out or changed: half an hour
     python benchmarks/convergence.py small --seeds 1 --only '*unstructured*'
     python benchmarks/convergence.py small & python benchmarks/convergence.py small   # share the rows
@@ -104,7 +104,7 @@ def rows_of(tier: str, seeds: int, instead: str | None = None) -> Iterator[Row]:
     }
     patterns, networks, names = cases[tier]
     networks = [instead] if instead else networks
-    for seed in range(seeds if tier in ("small", "middle") else 1):
+    for seed in range(seeds if tier in ("small", "middle", "retraining") else 1):
         rows = []
         for pattern, sparsities in patterns.items():
             for sparsity, network, name in itertools.product(sparsities, networks, names):

@@ -5,6 +5,10 @@
 // padding of one be the left padding of the next, and outputs are computed on the flat plane: the few at the seams
 // are thrown away, as a tile is stored if the instruction set can (AVX-512), else as it is copied to its place.
 //
+// Where outputs have the input's size, the input is such a plane but for its padding. If the instruction set can leave out
+// lanes of a load (AVX-512) and the input stays in the second-level cache, it is read where it is: a block row's columns
+// are kept in the order of their taps, and for each tap a tile leaves out the lanes that would be padding.
+//
 // On a small plane the seams are many. If enough outputs share its cost, the plane is made once for each kernel column,
 // of just the elements that this column reads: then there are none.
 //
@@ -25,6 +29,7 @@
 #include <algorithm>
 #include <deque>
 #include <limits>
+#include <numeric>
 #include <utility>
 
 #include "panel.h"
@@ -104,6 +109,41 @@ struct SeamedOutput {
   }
 };
 
+constexpr int64_t kMostTaps = 49;
+
+// Where a column's tap stands among all: by kernel column, since of most pieces those of one read the same lanes.
+int64_t TapOrder(const SlrcWindow& window, int32_t column) {
+  const int64_t tap = column % (window.kernel[0] * window.kernel[1]);
+  return tap % window.kernel[1] * window.kernel[0] + tap / window.kernel[1];
+}
+
+// Whether the columns of a weight are kept in the order of their taps: where tiles can leave out lanes, and outputs have
+// the input's size.
+bool ByTap(const Weight& weight, const SlrcWindow& window) {
+  const int64_t taps = window.kernel[0] * window.kernel[1];
+  bool keeps_size = Loops().masks && weight.block > 1 && taps > 1 && taps <= kMostTaps;
+  for (int axis = 0; axis < 2; ++axis)
+    keeps_size = keeps_size && window.strides[axis] == 1 &&
+                 window.pads[axis] + window.pads[axis + 2] == (window.kernel[axis] - 1) * window.dilations[axis];
+  return keeps_size;
+}
+
+void SortByTap(const SlrcWindow& window, Weight* weight) {
+  const Weight before = *weight;
+  std::vector<int32_t> order(before.columns.size());
+  std::iota(order.begin(), order.end(), 0);
+  const auto tap_of = [&](int32_t t) { return TapOrder(window, before.columns[t]); };
+  for (size_t r = 0; r + 1 < before.row_pointers.size(); ++r)
+    std::stable_sort(order.begin() + before.row_pointers[r], order.begin() + before.row_pointers[r + 1],
+                     [&](int32_t a, int32_t b) { return tap_of(a) < tap_of(b); });
+  for (size_t t = 0; t < order.size(); ++t) {
+    weight->columns[t] = before.columns[order[t]];
+    std::copy_n(before.values.begin() + order[t] * before.block, before.block,
+                weight->values.begin() + t * before.block);
+  }
+  weight->sorted = false;
+}
+
 }  // namespace
 
 struct Layout {
@@ -121,8 +161,9 @@ struct Layout {
     const bool fill = weight.out_channels / weight.group % weight.block == 0;  // their block rows
     if (fill) panel_groups = std::clamp<int64_t>(sharing, 1, weight.group);
     panel_channels = panel_groups * per_group;
-    if (const Axis alone(window, 1, x_shape[3], true); RepaysPlanes(weight, alone)) columns = alone;
-    pitch = columns.pitch;
+    masked = ByTap(weight, window) && per_group * pixels <= CacheFloats() / 2 && pixels >= Loops().lanes;
+    if (const Axis alone(window, 1, x_shape[3], true); !masked && RepaysPlanes(weight, alone)) columns = alone;
+    pitch = masked ? columns.in : columns.pitch;
     phases = PhasesRead(rows, columns);
     pointwise = taps == 1;
     for (const Axis* axis : {&rows, &columns})
@@ -130,22 +171,23 @@ struct Layout {
     slices = OneSlice(weight);
     repeating = weight.block == 1 && !pointwise && !Seamless();
     if (repeating) pitch = CeilDiv(pitch, Loops().lanes) * Loops().lanes;
-    tiled = !repeating && PlaceTiles(weight, taps);
+    tiled = !masked && !repeating && PlaceTiles(weight, taps);
     if (!tiled) PlacePlanes();
     if (std::max(Product(panel_channels, floats), pixels) > std::numeric_limits<int32_t>::max() / 2)
       throw Error("an input plane is too large");
-    SetOffsets(weight, taps);
-    if (!tiled && !pointwise && !repeating) Slice(weight, taps);
+    SetOffsets(weight, window, taps);
+    if (!tiled && !InPlace() && !repeating) Slice(weight, taps);
     if (rows.kernel == kWindow && rows.stride == 1 && rows.dilation == 1 && HoldsWindows(weight, taps)) parts = kWindow;
     CutRows(weight, tiled ? rows.out : band, &pieces);
     LeaveGaps(weight, &pieces);
+    if (masked) Mask(weight, window, taps);
     together = static_cast<int64_t>(pieces.size());
     if (tiled) {
       band = std::clamp<int64_t>(kTilesFloats / std::max<int64_t>(1, panel_channels * floats), 1, 8);
       bands = CeilDiv(static_cast<int64_t>(pieces.size()), band);
       together = kTogetherFloats / std::max<int64_t>(1, panel_channels * floats);
       for (int64_t b = 0; b < bands; ++b) AddTileRuns(b * band);
-    } else if (!pointwise) {
+    } else if (!InPlace()) {
       CutRows(weight, rows.out - (bands - 1) * band, &last_pieces);
       LeaveGaps(weight, &last_pieces);
       for (int64_t b = 0; b < bands; ++b) AddPlaneRuns(b * band);
@@ -164,7 +206,7 @@ struct Layout {
     return ReadsPlanes() && saved >= kRepaysPlane * static_cast<double>(columns.kernel * columns.out) &&
            Product(panel_channels, read) <= BandFloats();
   }
-  bool InPlace() const { return pointwise && !tiled; }
+  bool InPlace() const { return masked || (pointwise && !tiled); }
   // Whether outputs that follow each other on the flat plane do so in y.
   bool Seamless() const { return pitch == columns.out; }
 
@@ -191,6 +233,11 @@ struct Layout {
   }
 
   void PlacePlanes() {
+    if (masked) {
+      band = rows.out;
+      floats = rows.in * columns.in;
+      return;
+    }
     if (!pointwise) {
       const int64_t row_floats = Product(Product(panel_channels, phases.size()), pitch);
       const int64_t fitting = std::max<int64_t>(1, BandFloats() / std::max<int64_t>(1, row_floats) - rows.reach);
@@ -232,7 +279,7 @@ struct Layout {
   // Says of pieces that cross a seam which of their pixels are outputs, if tiles can leave the others out.
   void LeaveGaps(const Weight& weight, std::vector<Piece>* of) {
     const int64_t lanes = Loops().lanes;
-    if (!Loops().leaves_gaps || slices.count > 1 || weight.activation > kRelu6 || Seamless() || repeating) return;
+    if (!Loops().masks || slices.count > 1 || weight.activation > kRelu6 || Seamless() || repeating) return;
     for (Piece& piece : *of) {
       int64_t column = piece.start % pitch;
       if (column + piece.width <= columns.out || !piece.vectors) continue;
@@ -247,6 +294,40 @@ struct Layout {
       outputs.push_back(found);
       piece.outputs = &outputs.back();
     }
+  }
+
+  // How far from an output's place in the input a tap reads, where both have one size.
+  static int64_t Down(const SlrcWindow& window, int64_t kh) { return kh * window.dilations[0] - window.pads[0]; }
+  static int64_t Right(const SlrcWindow& window, int64_t kw) { return kw * window.dilations[1] - window.pads[1]; }
+
+  // Says of each piece which lanes each tap reads inside the input, taps that read alike together.
+  void Mask(const Weight& weight, const SlrcWindow& window, int64_t taps) {
+    const int64_t lanes = Loops().lanes, pixels = rows.in * columns.in;
+    while (!pieces.back().vectors) pieces.pop_back();  // a single pixel has no lanes
+    if (const Piece& last = pieces.back(); last.start + last.pixels < pixels)
+      pieces.push_back({pixels - lanes, lanes, lanes, 1, kWhole});
+    for (Piece& piece : pieces) {
+      groups.emplace_back();
+      for (int64_t t = 0; t < taps; ++t) {
+        const int64_t down = Down(window, t % rows.kernel), right = Right(window, t / rows.kernel);
+        Taps one = {static_cast<int32_t>(t + 1), {}};
+        for (int64_t p = 0; p < piece.width; ++p) {
+          const int64_t row = (piece.start + p) / columns.in + down, column = (piece.start + p) % columns.in + right;
+          const bool inside = row >= 0 && row < rows.in && column >= 0 && column < columns.in;
+          one.read[p / lanes] = static_cast<uint16_t>(one.read[p / lanes] | (inside ? 1u << p % lanes : 0u));
+        }
+        std::vector<Taps>& found = groups.back();
+        if (found.empty() || !std::equal(one.read, std::end(one.read), found.back().read)) found.push_back(one);
+        found.back().last = one.last;
+      }
+      piece.groups = groups.back().data();
+      piece.group_count = static_cast<int64_t>(groups.back().size());
+    }
+    for (size_t r = 0; r + 1 < weight.row_pointers.size(); ++r)
+      for (int64_t t = 0, end = weight.row_pointers[r]; t < taps; ++t) {
+        while (end < weight.row_pointers[r + 1] && TapOrder(window, weight.columns[end]) == t) ++end;
+        tap_ends.push_back(static_cast<int32_t>(end));
+      }
   }
 
   void Slice(const Weight& weight, int64_t taps) {
@@ -268,10 +349,14 @@ struct Layout {
   }
 
   // Where a tile finds each column.
-  void SetOffsets(const Weight& weight, int64_t taps) {
+  void SetOffsets(const Weight& weight, const SlrcWindow& window, int64_t taps) {
     std::vector<int32_t> of_tap(taps);
     for (int64_t tap = 0; tap < taps; ++tap) {
       const int64_t kh = tap / columns.kernel, kw = tap % columns.kernel;
+      if (masked) {
+        of_tap[tap] = static_cast<int32_t>(Down(window, kh) * pitch + Right(window, kw));
+        continue;
+      }
       const Phase* phase = phases.data();
       while (phase->row != rows.Phase(kh) || phase->column != columns.Phase(kw)) ++phase;
       of_tap[tap] = static_cast<int32_t>(phase->at + rows.Shift(kh) * phase->pitch + columns.Shift(kw));
@@ -398,7 +483,10 @@ struct Layout {
   int64_t band = 1, bands = 1;     // output rows, or pieces if tiled
   std::vector<Piece> pieces;       // of a band, or of all if tiled
   std::vector<Piece> last_pieces;  // of the last band, which may have fewer rows
-  std::deque<Outputs> outputs;     // of pieces, which point to them
+  bool masked;                     // whether tiles read the input where it is, by tap, and leave out what is padding
+  std::deque<std::vector<Taps>> groups;  // of pieces, which point to them
+  std::vector<int32_t> tap_ends;         // see Strip
+  std::deque<Outputs> outputs;           // of pieces, which point to them
   int64_t together = 1;            // see Panel
   bool repeating;                  // whether pieces are those of one row, repeated on all of a band (blocks of one row)
   int64_t parts = 1;               // the window of Panel
@@ -411,6 +499,7 @@ struct Layout {
 
 Conv::Conv(const SlrcBlocks& blocks, const SlrcWindow& window) : weight_(blocks, window.group), window_(window) {
   CheckWindow(window);
+  if (ByTap(weight_, window_)) SortByTap(window_, &weight_);
 }
 
 Conv::~Conv() = default;
@@ -450,6 +539,10 @@ void Conv::Run(const float* x, const int64_t x_shape[4], const float* residual, 
     int64_t offset = image * weight_.out_channels * out_plane, rows = l.rows.out;
     Panel panel{from, l.offsets.data(), l.slices, l.pieces.data(), 0, 0, l.together, l.pitch, l.parts};
     panel.count = static_cast<int64_t>(l.pieces.size());
+    if (l.masked) {
+      panel.tap_ends = l.tap_ends.data();
+      panel.taps = window_.kernel[0] * window_.kernel[1];
+    }
     panel.far = l.InPlace() && ReadsPlanes() && l.per_group * in_plane > CacheFloats() / 2;
     if (l.tiled) {
       panel.pieces += band * l.band;

@@ -104,6 +104,8 @@ struct Piece {
   int vectors;
   Ending ending;
   int64_t repeats = 1;  // on so many rows of a plane, each in the same place
+  const Taps* groups = nullptr;      // as in Strip, `group_count` of them
+  int64_t group_count = 0;
   const Outputs* outputs = nullptr;  // which of its pixels are; null: all, or a tile cannot leave the others out
 };
 
@@ -184,6 +186,8 @@ struct Panel {
   const float* more_x = nullptr;
   const int32_t* more_offsets = nullptr;
   int64_t more_step = 0;
+  const int32_t* tap_ends = nullptr;  // as in Strip, of all block rows, for pieces that have groups
+  int64_t taps = 0;
   bool far = false;  // whether most of x is outside the second-level cache: the next piece's is then prefetched
 };
 
@@ -211,6 +215,8 @@ void RunPanel(const Weight& weight, int64_t first, int64_t last, const Panel& pa
   strip.block = weight.block;
   strip.channels = weight.FirstChannel(last) - channel;
   const bool sliced = panel.slices.count > 1;  // the sums of all pieces wait for the next slice
+  strip.taps = panel.taps;
+  strip.tap_ends = panel.tap_ends ? panel.tap_ends + first * panel.taps : nullptr;
   strip.more.offsets = panel.more_x ? panel.more_offsets : panel.offsets;
   float* all_sums = nullptr;
   if (sliced) {
@@ -241,14 +247,16 @@ void RunPanel(const Weight& weight, int64_t first, int64_t last, const Panel& pa
       strip.ahead = panel.far ? piece.width : 0;
       strip.window = 1;
       strip.outputs = direct ? place.outputs : nullptr;
+      strip.groups = piece.groups;
+      strip.group_count = piece.group_count;
       if (piece.repeats > 1) {
         strip.x_step = panel.pitch;
         if (direct) strip.y_step = place.row;
         strip.window = panel.window;
-      } else if (direct && !sliced && !place.outputs) {
+      } else if (direct && !sliced && !place.outputs && !piece.groups) {
         for (const Piece* p = &piece + 1; pieces < panel.together && p < panel.pieces + panel.count; ++p, ++pieces) {
           const bool follows = p->start == p[-1].start + piece.width && p->vectors == piece.vectors &&
-                               p->ending == piece.ending && output.Find(channel, *p, &next) && !next.outputs;
+                               p->ending == piece.ending && output.Find(channel, *p, &next) && !next.outputs && !p->groups;
           if (!follows) break;
         }
         strip.runs = pieces;

@@ -65,7 +65,7 @@ SLRC_INLINE inline void Unroll(const Body& body) {
 // The lanes of v that `kept` has a bit of, side by side; and back, with zeros for the others. (Of other instruction sets
 // nothing does it faster than storing all and copying.)
 #if defined(__AVX512F__)
-constexpr bool kLeavesGaps = true;
+constexpr bool kMasks = true;
 template <int N>
 SLRC_INLINE inline void StoreKept(float* p, typename Lanes<N>::Float v, uint32_t kept) {
   const uint32_t first = (1u << __builtin_popcount(kept)) - 1;
@@ -78,17 +78,28 @@ SLRC_INLINE inline typename Lanes<N>::Float LoadKept(const float* p, uint32_t ke
   if constexpr (N == 16) return _mm512_maskz_expand_ps(kept, _mm512_maskz_loadu_ps(first, p));
   else return _mm256_maskz_expand_ps(kept, _mm256_maskz_loadu_ps(first, p));
 }
+// Zeros for the lanes that `read` has no bit of.
+template <int N>
+SLRC_INLINE inline typename Lanes<N>::Float LoadLanes(const float* p, uint32_t read) {
+  if constexpr (N == 16) return _mm512_maskz_loadu_ps(read, p);
+  else return _mm256_maskz_loadu_ps(read, p);
+}
 #else
-constexpr bool kLeavesGaps = false;
+constexpr bool kMasks = false;
 template <int N>
 void StoreKept(float*, typename Lanes<N>::Float, uint32_t);
 template <int N>
 typename Lanes<N>::Float LoadKept(const float*, uint32_t);
+template <int N>
+typename Lanes<N>::Float LoadLanes(const float*, uint32_t);
 #endif
 
 // How many floats of the values are prefetched ahead: a page, since a processor's own prefetching stops at its end, and
 // weights that were driven from the caches would be waited for at the beginning of each.
 constexpr int kValuesAhead = 1024, kLine = 16;
+
+// How a tile reads x: all, all and what the next tile reads ahead, or some lanes, by groups of taps (see Strip).
+enum Reads { kAll, kAhead, kSome };
 
 // Rows of one block row on some runs of pixels.
 struct Tile {
@@ -104,6 +115,7 @@ struct Tile {
   int64_t rows;
   int64_t x_step, y_step;  // as in Strip
   PixelMore more;
+  const int32_t* tap_ends;  // of the block row
 };
 
 // Calls run(tile, runs) for every `Rows` rows (the last of a block may have fewer), up to `Runs` runs at a time.
@@ -129,7 +141,8 @@ SLRC_INLINE inline void ForTiles(const Strip& s, const Run& run) {
                    last - channel < Rows ? last - channel : Rows,
                    s.x_step,
                    s.y_step,
-                   s.more};
+                   s.more,
+                   s.tap_ends ? s.tap_ends + r * s.taps : nullptr};
       tile.more.offsets += begin;
       tile.more.y += channel * s.more.pitch;
       if (tile.more.start) tile.more.start += channel * s.more.start_pitch;
@@ -150,10 +163,10 @@ SLRC_INLINE inline void ForTiles(const Strip& s, const Run& run) {
 // Rows (one run) or runs (one row) x (Whole vectors + one of Last lanes) accumulators in registers. Of several rows a
 // surviving column loads each vector of x once for all; of one row a value is loaded once for all runs, and a vector of
 // x once for all of the `Window` parts of the columns (see Strip). If there is a `Pixel` more, the lanes of its sums are
-// the rows: a multiply-add for each column, not for each column and row. `Ahead`: x is prefetched (see Strip).
-template <int Rows, int Runs, int Window, int Whole, int Last, int Pixel, bool Ahead>
+// the rows: a multiply-add for each column, not for each column and row.
+template <int Rows, int Runs, int Window, int Whole, int Last, int Pixel, Reads Read>
 SLRC_INLINE inline void RunTile(const Tile& tile, const Strip& strip) {
-  static_assert(Rows == 1 ? !Pixel && !Ahead : Runs == 1 && Window == 1);
+  static_assert(Rows == 1 ? !Pixel && Read == kAll : Runs == 1 && Window == 1);
   const int64_t stride = strip.block, ahead = strip.ahead;
   const Activation activation = strip.activation;
   const float slope = strip.slope;
@@ -172,7 +185,7 @@ SLRC_INLINE inline void RunTile(const Tile& tile, const Strip& strip) {
     Unroll<Whole>([&](int v) SLRC_INLINE { sums[s][v] = All<kLanes>(bias); });
     lasts[s] = All<Last>(bias);
   });
-  constexpr bool kMayLeaveGaps = kLeavesGaps && Rows > 1;
+  constexpr bool kMayLeaveGaps = kMasks && Rows > 1;
   const Outputs* const outputs = kMayLeaveGaps ? strip.outputs : nullptr;
   if constexpr (kMayLeaveGaps)
     if (tile.start && outputs)
@@ -213,23 +226,34 @@ SLRC_INLINE inline void RunTile(const Tile& tile, const Strip& strip) {
       });
     }
   } else {
-    const int32_t* more_offset = tile.more.offsets;
-    for (const int32_t* offset = tile.offsets; offset != tile.end; ++offset, ++more_offset, values += stride) {
-      const float* x = tile.x + *offset;
-      V column[Whole ? Whole : 1];
-      Unroll<Whole>([&](int v) SLRC_INLINE { column[v] = Load<kLanes>(x + v * kLanes); });
-      const L last = Load<Last>(x + Whole * kLanes);
-      __builtin_prefetch(values + kValuesAhead);
-      if constexpr (Ahead)
-        Unroll<kLines>([&](int line) SLRC_INLINE { __builtin_prefetch(x + ahead + line * kLine); });
-      SLRC_LOAD_VALUES(Rows, values);
-      Unroll<Rows>([&](int i) SLRC_INLINE {
-        Unroll<Whole>([&](int v) SLRC_INLINE { sums[i][v] += column[v] * SLRC_VALUE(i); });
-        lasts[i] += last * SLRC_VALUE(i);
-      });
-      if constexpr (Pixel > 0) {
-        const float pixel = tile.more.x[*more_offset];
-        Unroll<Rows / kSide>([&](int q) SLRC_INLINE { more[q] += Load<kSide>(values + q * kSide) * pixel; });
+    const int32_t *offset = tile.offsets, *more_offset = tile.more.offsets;
+    const int64_t groups = Read == kSome ? strip.group_count : 1;
+    for (int64_t g = 0; g < groups; ++g) {
+      const Taps* const taps = Read == kSome ? strip.groups + g : nullptr;
+      const int32_t* const end = Read == kSome ? strip.offsets + tile.tap_ends[taps->last - 1] : tile.end;
+      const auto load = [&](auto* vector, const float* x, int v) SLRC_INLINE {
+        constexpr int kCount = sizeof *vector / sizeof(float);
+        if constexpr (Read == kSome) *vector = LoadLanes<kCount>(x + v * kLanes, taps->read[v]);
+        else *vector = Load<kCount>(x + v * kLanes);
+      };
+      for (; offset != end; ++offset, ++more_offset, values += stride) {
+        const float* x = tile.x + *offset;
+        V column[Whole ? Whole : 1];
+        L last;
+        Unroll<Whole>([&](int v) SLRC_INLINE { load(&column[v], x, v); });
+        load(&last, x, Whole);
+        __builtin_prefetch(values + kValuesAhead);
+        if constexpr (Read == kAhead)
+          Unroll<kLines>([&](int line) SLRC_INLINE { __builtin_prefetch(x + ahead + line * kLine); });
+        SLRC_LOAD_VALUES(Rows, values);
+        Unroll<Rows>([&](int i) SLRC_INLINE {
+          Unroll<Whole>([&](int v) SLRC_INLINE { sums[i][v] += column[v] * SLRC_VALUE(i); });
+          lasts[i] += last * SLRC_VALUE(i);
+        });
+        if constexpr (Pixel > 0) {
+          const float pixel = Read != kSome || taps->read[Whole + 1] ? tile.more.x[*more_offset] : 0.0f;
+          Unroll<Rows / kSide>([&](int q) SLRC_INLINE { more[q] += Load<kSide>(values + q * kSide) * pixel; });
+        }
       }
     }
   }
@@ -279,12 +303,14 @@ SLRC_INLINE inline void RunTiles(const Tile& tile, int64_t runs, const Strip& s)
   if constexpr (Most > 1)
     if (runs < Most) return RunTiles<Rows, Most - 1, Whole, Last, Pixel>(tile, runs, s);
   if constexpr (Most > 1)
-    if (s.window == kWindow) return RunTile<Rows, Most, kWindow, Whole, Last, 0, false>(tile, s);
+    if (s.window == kWindow) return RunTile<Rows, Most, kWindow, Whole, Last, 0, kAll>(tile, s);
 #if !defined(__SANITIZE_ADDRESS__)  // see RunsOf; a prefetch is not checked
   if constexpr (Rows > 1 && kManyRegisters)
-    if (s.ahead) return RunTile<Rows, Most, 1, Whole, Last, Pixel, true>(tile, s);
+    if (s.ahead) return RunTile<Rows, Most, 1, Whole, Last, Pixel, kAhead>(tile, s);
 #endif
-  RunTile<Rows, Most, 1, Whole, Last, Pixel, false>(tile, s);
+  if constexpr (Rows > 1 && kMasks)
+    if (s.groups) return RunTile<Rows, Most, 1, Whole, Last, Pixel, kSome>(tile, s);
+  RunTile<Rows, Most, 1, Whole, Last, Pixel, kAll>(tile, s);
 }
 
 // A tile of fewer rows is computed whole, aside.
@@ -580,7 +606,7 @@ constexpr StripLoop Loop() {
 extern const TileLoops SLRC_TILE_SET = {
     SLRC_TILE_NAME,
     kLanes,
-    kLeavesGaps,
+    kMasks,
     {kVectors1, kVectors4, kVectors8},
     {SLRC_ROWS(kWhole), SLRC_ROWS(kHalf), SLRC_ROWS(kPixelMore)},
     {RunPixel<1>, RunPixel<4>, RunPixel<8>},

@@ -35,6 +35,13 @@ struct Outputs {
   int32_t at[kMaxVectors + 1];
 };
 
+// Taps up to `last` - 1, from the last group's on: of what their columns read of x for a run, which lanes of each vector
+// are; the others count as zero and are not touched.
+struct Taps {
+  int32_t last;
+  uint16_t read[kMaxVectors + 1];
+};
+
 // One block row after the other on `runs` runs of pixels. Of the first run:
 // y[i, p] = activation(bias[i] + start[i, p] + sum over t of values[t, i] * x[offsets[t] + p]),
 // t being the surviving blocks begins[r] ... ends[r] - 1 of i's block row r.
@@ -54,7 +61,11 @@ struct Strip {
   int64_t runs, x_step, y_step;  // from a run to the next one in x; in y and start
   int64_t ahead;                 // of more than one row: so far past what is read of x, it is prefetched; 0: it is not
   PixelMore more;
-  const Outputs* outputs;  // null if all are; else, of one run, start and y have them side by side (if `leaves_gaps`)
+  const Taps* groups;  // null if all lanes of x are read; else (group_count), the columns of each block row by tap
+  int64_t group_count;
+  const int32_t* tap_ends;  // (block rows, taps): up to where the surviving blocks of a tap stand
+  int64_t taps;
+  const Outputs* outputs;  // null if all are; else, of one run, start and y have them side by side (if `masks`)
   int64_t window;  // 1, or kWindow parts of each block row's columns, all alike, a part x_step after the one before
   Activation activation;
   float slope;  // of kLeakyRelu
@@ -100,7 +111,7 @@ enum Ending { kWhole, kHalf, kPixelMore, kEndings };
 struct TileLoops {
   const char* name;
   int lanes;
-  bool leaves_gaps;            // whether a strip may have `outputs`
+  bool masks;                  // whether a strip may have `groups` and `outputs`
   int max_vectors[kRowSizes];  // of a run, in registers; 0 where there is no such loop
   StripLoop strip[kEndings][kRowSizes][kMaxVectors];  // [ending][rows][vectors - 1]; null where an ending gains nothing
   StripLoop pixel[kRowSizes];                         // runs of one pixel, the rows side by side in a vector

@@ -83,6 +83,7 @@ struct Case {
     gemm = random.Chance(25);
     const bool pointwise = gemm || random.Chance(30);  // read in place: drawn apart, chance alone would hardly make one
     const bool depthwise = !gemm && random.Chance(25);
+    const bool keeps_size = !pointwise && random.Chance(40);  // read in place, too
     window.group = gemm ? 1 : depthwise ? random.Int(1, 40) : random.Int(1, 3);
     for (int a = 0; a < 2; ++a) {
       window.kernel[a] = pointwise ? 1 : random.Int(1, 5);
@@ -91,6 +92,11 @@ struct Case {
       window.pads[a] = pointwise ? 0 : random.Int(0, 3);
       window.pads[a + 2] = pointwise ? 0 : random.Int(0, 3);
       const int64_t span = (window.kernel[a] - 1) * window.dilations[a] + 1;
+      if (keeps_size) {
+        window.strides[a] = 1;
+        window.pads[a] = random.Chance(70) ? span / 2 : random.Int(0, span - 1);
+        window.pads[a + 2] = span - 1 - window.pads[a];
+      }
       const int64_t least = std::max<int64_t>(1, span - window.pads[a] - window.pads[a + 2]);
       x_shape[2 + a] = gemm ? 1 : random.Int(least, least + (random.Chance(30) ? 30 : 5));
       y_shape[2 + a] = (x_shape[2 + a] + window.pads[a] + window.pads[a + 2] - span) / window.strides[a] + 1;

@@ -7,7 +7,7 @@
 //
 // Where outputs have the input's size, the input is such a plane but for its padding. If the instruction set can leave out
 // lanes of a load (AVX-512) and the input stays in the second-level cache, it is read where it is: a block row's columns
-// are kept in the order of their taps, and for each tap a tile leaves out the lanes that would be padding.
+// are put in the order of their taps, and for each tap a tile leaves out the lanes that would be padding.
 //
 // On a small plane the seams are many. If enough outputs share its cost, the plane is made once for each kernel column,
 // of just the elements that this column reads: then there are none.
@@ -117,9 +117,8 @@ int64_t TapOrder(const SlrcWindow& window, int32_t column) {
   return tap % window.kernel[1] * window.kernel[0] + tap / window.kernel[1];
 }
 
-// Whether the columns of a weight are kept in the order of their taps: where tiles can leave out lanes, and outputs have
-// the input's size.
-bool ByTap(const Weight& weight, const SlrcWindow& window) {
+// Whether tiles can leave out lanes, and outputs have the input's size.
+bool MayBeMasked(const Weight& weight, const SlrcWindow& window) {
   const int64_t taps = window.kernel[0] * window.kernel[1];
   bool keeps_size = Loops().masks && weight.block > 1 && taps > 1 && taps <= kMostTaps;
   for (int axis = 0; axis < 2; ++axis)
@@ -128,20 +127,23 @@ bool ByTap(const Weight& weight, const SlrcWindow& window) {
   return keeps_size;
 }
 
-void SortByTap(const SlrcWindow& window, Weight* weight) {
-  const Weight before = *weight;
-  std::vector<int32_t> order(before.columns.size());
+// Returns the weight with the columns of each block row in the order of their taps. (Where a plane is copied, those of one
+// channel stay together: they read the same lines.)
+Weight SortedByTap(const SlrcWindow& window, const Weight& weight) {
+  Weight sorted = weight;
+  std::vector<int32_t> order(weight.columns.size());
   std::iota(order.begin(), order.end(), 0);
-  const auto tap_of = [&](int32_t t) { return TapOrder(window, before.columns[t]); };
-  for (size_t r = 0; r + 1 < before.row_pointers.size(); ++r)
-    std::stable_sort(order.begin() + before.row_pointers[r], order.begin() + before.row_pointers[r + 1],
+  const auto tap_of = [&](int32_t t) { return TapOrder(window, weight.columns[t]); };
+  for (size_t r = 0; r + 1 < weight.row_pointers.size(); ++r)
+    std::stable_sort(order.begin() + weight.row_pointers[r], order.begin() + weight.row_pointers[r + 1],
                      [&](int32_t a, int32_t b) { return tap_of(a) < tap_of(b); });
   for (size_t t = 0; t < order.size(); ++t) {
-    weight->columns[t] = before.columns[order[t]];
-    std::copy_n(before.values.begin() + order[t] * before.block, before.block,
-                weight->values.begin() + t * before.block);
+    sorted.columns[t] = weight.columns[order[t]];
+    std::copy_n(weight.values.begin() + order[t] * weight.block, weight.block,
+                sorted.values.begin() + t * weight.block);
   }
-  weight->sorted = false;
+  sorted.sorted = false;
+  return sorted;
 }
 
 }  // namespace
@@ -161,7 +163,7 @@ struct Layout {
     const bool fill = weight.out_channels / weight.group % weight.block == 0;  // their block rows
     if (fill) panel_groups = std::clamp<int64_t>(sharing, 1, weight.group);
     panel_channels = panel_groups * per_group;
-    masked = ByTap(weight, window) && per_group * pixels <= CacheFloats() / 2 && pixels >= Loops().lanes;
+    masked = MayBeMasked(weight, window) && per_group * pixels <= CacheFloats() / 2 && pixels >= Loops().lanes;
     if (const Axis alone(window, 1, x_shape[3], true); !masked && RepaysPlanes(weight, alone)) columns = alone;
     pitch = masked ? columns.in : columns.pitch;
     phases = PhasesRead(rows, columns);
@@ -175,12 +177,13 @@ struct Layout {
     if (!tiled) PlacePlanes();
     if (std::max(Product(panel_channels, floats), pixels) > std::numeric_limits<int32_t>::max() / 2)
       throw Error("an input plane is too large");
-    SetOffsets(weight, window, taps);
+    if (masked) by_tap = std::make_unique<const Weight>(SortedByTap(window, weight));
+    SetOffsets(by_tap ? *by_tap : weight, window, taps);
     if (!tiled && !InPlace() && !repeating) Slice(weight, taps);
     if (rows.kernel == kWindow && rows.stride == 1 && rows.dilation == 1 && HoldsWindows(weight, taps)) parts = kWindow;
     CutRows(weight, tiled ? rows.out : band, &pieces);
     LeaveGaps(weight, &pieces);
-    if (masked) Mask(weight, window, taps);
+    if (masked) Mask(*by_tap, window, taps);
     together = static_cast<int64_t>(pieces.size());
     if (tiled) {
       band = std::clamp<int64_t>(kTilesFloats / std::max<int64_t>(1, panel_channels * floats), 1, 8);
@@ -483,6 +486,7 @@ struct Layout {
   int64_t band = 1, bands = 1;     // output rows, or pieces if tiled
   std::vector<Piece> pieces;       // of a band, or of all if tiled
   std::vector<Piece> last_pieces;  // of the last band, which may have fewer rows
+  std::unique_ptr<const Weight> by_tap;  // the weight in the order of its taps, if masked
   bool masked;                     // whether tiles read the input where it is, by tap, and leave out what is padding
   std::deque<std::vector<Taps>> groups;  // of pieces, which point to them
   std::vector<int32_t> tap_ends;         // see Strip
@@ -499,7 +503,6 @@ struct Layout {
 
 Conv::Conv(const SlrcBlocks& blocks, const SlrcWindow& window) : weight_(blocks, window.group), window_(window) {
   CheckWindow(window);
-  if (ByTap(weight_, window_)) SortByTap(window_, &weight_);
 }
 
 Conv::~Conv() = default;
@@ -525,18 +528,19 @@ void Conv::Run(const float* x, const int64_t x_shape[4], const float* residual, 
                const Parallel& parallel) const {
   const std::shared_ptr<const Layout> layout = FindLayout(x_shape);
   const Layout& l = *layout;
-  const int64_t group_panels = CeilDiv(weight_.group, l.panel_groups);
+  const Weight& weight = l.by_tap ? *l.by_tap : weight_;
+  const int64_t group_panels = CeilDiv(weight.group, l.panel_groups);
   const int64_t in_plane = l.rows.in * l.columns.in, out_plane = l.rows.out * l.columns.out;
   const uint64_t owner = NewOwner();
   auto task = [&](int64_t index, int64_t first, int64_t last) {
     const int64_t band = index % l.bands, image = index / l.bands / group_panels;
     const int64_t group = index / l.bands % group_panels * l.panel_groups;
-    const int64_t groups = std::min(l.panel_groups, weight_.group - group);
-    const int64_t begin = group * weight_.rows_per_group + first;
-    const int64_t end = std::min(group * weight_.rows_per_group + last, (group + groups) * weight_.rows_per_group);
+    const int64_t groups = std::min(l.panel_groups, weight.group - group);
+    const int64_t begin = group * weight.rows_per_group + first;
+    const int64_t end = std::min(group * weight.rows_per_group + last, (group + groups) * weight.rows_per_group);
     if (begin >= end) return;  // the last groups are fewer
     const float* from = x + (image * l.channels + group * l.per_group) * in_plane;
-    int64_t offset = image * weight_.out_channels * out_plane, rows = l.rows.out;
+    int64_t offset = image * weight.out_channels * out_plane, rows = l.rows.out;
     Panel panel{from, l.offsets.data(), l.slices, l.pieces.data(), 0, 0, l.together, l.pitch, l.parts};
     panel.count = static_cast<int64_t>(l.pieces.size());
     if (l.masked) {
@@ -569,17 +573,17 @@ void Conv::Run(const float* x, const int64_t x_shape[4], const float* residual, 
     const int64_t pitch = l.Seamless() ? out_plane : l.pitch;
     const float* added = residual ? residual + offset : nullptr;
     SeamedOutput output{y + offset, added, out_plane, width, pitch};
-    if (l.repeating && l.bands == 1 && weight_.activation <= kRelu6 && end - begin > 1) {
+    if (l.repeating && l.bands == 1 && weight.activation <= kRelu6 && end - begin > 1) {
       output.may_stand_out = true;  // the last channel's may not: what follows is another task's
-      RunPanel(weight_, begin, end - 1, panel, output);
+      RunPanel(weight, begin, end - 1, panel, output);
       output.may_stand_out = false;
-      return RunPanel(weight_, end - 1, end, panel, output);
+      return RunPanel(weight, end - 1, end, panel, output);
     }
-    RunPanel(weight_, begin, end, panel, output);
+    RunPanel(weight, begin, end, panel, output);
   };
   const int64_t panels = x_shape[0] * group_panels * l.bands;
-  const double work = static_cast<double>(weight_.values.size()) * out_plane * x_shape[0];
-  RunTasks(parallel, panels, l.panel_groups * weight_.rows_per_group, 1, work, task);
+  const double work = static_cast<double>(weight.values.size()) * out_plane * x_shape[0];
+  RunTasks(parallel, panels, l.panel_groups * weight.rows_per_group, 1, work, task);
 }
 
 }  // namespace slrc

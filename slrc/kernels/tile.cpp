@@ -7,7 +7,10 @@
 namespace slrc {
 namespace {
 
-#if defined(__AVX512F__)
+// With a sanitizer's checks compilers take many minutes for tiles of so many sizes; fewer go through the same lines.
+#if defined(__AVX512F__) && defined(__SANITIZE_ADDRESS__)
+constexpr int kLanes = 16, kVectors4 = 1, kVectors8 = 2;
+#elif defined(__AVX512F__)
 constexpr int kLanes = 16, kVectors4 = 6, kVectors8 = 3;
 #elif defined(__AVX2__)
 constexpr int kLanes = 8, kVectors4 = 3, kVectors8 = 0;
@@ -19,8 +22,7 @@ constexpr int kLanes = 4, kVectors4 = 3, kVectors8 = 0;
 constexpr int kVectors1 = 2;  // of several runs
 constexpr bool kManyRegisters = kVectors8 > 0;  // 32, not 16
 
-// How many runs a tile takes: one row alone keeps too few sums for multiply-adds not to wait for each other. With a
-// sanitizer's checks compilers take minutes for tiles of so many sizes; two runs go through the same lines.
+// How many runs a tile takes: one row alone keeps too few sums for multiply-adds not to wait for each other.
 constexpr int RunsOf(int rows, int vectors) {
 #if defined(__SANITIZE_ADDRESS__)
   constexpr int kSums = 2;
@@ -304,7 +306,7 @@ SLRC_INLINE inline void RunTiles(const Tile& tile, int64_t runs, const Strip& s)
     if (runs < Most) return RunTiles<Rows, Most - 1, Whole, Last, Pixel>(tile, runs, s);
   if constexpr (Most > 1)
     if (s.window == kWindow) return RunTile<Rows, Most, kWindow, Whole, Last, 0, kAll>(tile, s);
-#if !defined(__SANITIZE_ADDRESS__)  // see RunsOf; a prefetch is not checked
+#if !defined(__SANITIZE_ADDRESS__)  // a prefetch is not checked
   if constexpr (Rows > 1 && kManyRegisters)
     if (s.ahead) return RunTile<Rows, Most, 1, Whole, Last, Pixel, kAhead>(tile, s);
 #endif

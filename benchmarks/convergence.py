@@ -80,7 +80,7 @@ SMALL = {
     "2:4": (0.5,),
 }
 MIDDLE = {"unstructured": (0.8, 0.9), "block:8x1": (0.75,), "columns:2": (0.5,), "channel": (0.5,)}
-WIDE = ("cifar-resnet56", "cifar-vgg16", "cifar-mobilenet_v2", "cifar-swin", "cifar-mixer")
+WIDE = ("cifar-resnet56", "cifar-vgg16", "imagenette-mobilenet_v2", "cifar-swin", "cifar-mixer")
 LARGE = ("cifar-resnet110@random", "cifar-resnet18@random", "cifar-resnet50@random")
 ABLATION = {"unstructured": (0.9,), "block:8x1": (0.75,)}
 MIDDLE_SPARSITIES = {"unstructured": 0.9, "block:8x1": 0.75, "columns:2": 0.5, "channel": 0.5, "2:4": 0.5}

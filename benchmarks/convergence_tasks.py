@@ -24,7 +24,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import cifar10
 import digits
 import fashion_mnist
+import imagenette
 
+CIFAR_SCRATCH_EPOCHS = 15
+"""Of a dense start on CIFAR-10 without weights: half of what the example takes."""
 CACHE = Path(os.environ.get("SLRC_CACHE", "~/.cache/slrc")).expanduser()
 Images = Iterable[tuple[Tensor, Tensor]]
 """Batches `(x, y)` that can be read again and again."""
@@ -53,7 +56,13 @@ class Task:
 def load_task(network: str) -> Task:
     """Return the task of a network, such as `fashion-resnet`, `cifar-resnet20` or `images-torchvision:resnet50`."""
     data, name = network.split("-", 1)
-    makers = {"digits": digits_task, "fashion": fashion_task, "cifar": cifar_task, "images": images_task}
+    makers = {
+        "digits": digits_task,
+        "fashion": fashion_task,
+        "cifar": cifar_task,
+        "imagenette": imagenette_task,
+        "images": images_task,
+    }
     return makers[data](name)
 
 
@@ -134,7 +143,7 @@ def cifar_task(name: str) -> Task:
     test = Normalized(*cifar10.load_images("test"), cifar10.normalize)
     weights = data.parent / "weights" / f"cifar10_{name}.safetensors"
     adapts = weights.exists()
-    epochs, lr = (cifar10.ADAPT_EPOCHS, cifar10.ADAPT_LR) if adapts else (cifar10.SCRATCH_EPOCHS, cifar10.SCRATCH_LR)
+    epochs, lr = (cifar10.ADAPT_EPOCHS, cifar10.ADAPT_LR) if adapts else (CIFAR_SCRATCH_EPOCHS, cifar10.SCRATCH_LR)
 
     def train(model: nn.Module) -> None:
         if adapts:
@@ -149,6 +158,32 @@ def cifar_task(name: str) -> Task:
         example=cifar10.normalize(test.pixels[:1]).contiguous(),
         batches=batches,
         validation=Normalized(pixels[held], labels[held], cifar10.normalize),
+        test=test,
+        glance=test.thin(4),
+        bfloat16=cifar10.has_bfloat16(),
+    )
+
+
+def imagenette_task(name: str) -> Task:
+    """Imagenette at 96×96 pixels: every tenth training image is for validation; only `mobilenet_v2`."""
+    pixels, labels = imagenette.load_images("train")
+    held = torch.arange(len(labels)) % 10 == 9
+    batches = cifar10.Batches(pixels[~held], labels[~held], scale=imagenette.normalize)
+    test = Normalized(*imagenette.load_images("val"), imagenette.normalize)
+    epochs = imagenette.usual_epochs()
+
+    def make() -> nn.Module:
+        return start_of(
+            imagenette.mobilenet_v2,
+            f"imagenette-{name}-{epochs}epochs",
+            lambda model: imagenette.train_mobilenet(model, batches, epochs),
+        )
+
+    return Task(
+        make=make,
+        example=imagenette.normalize(test.pixels[:1]).contiguous(),
+        batches=batches,
+        validation=Normalized(pixels[held], labels[held], imagenette.normalize),
         test=test,
         glance=test.thin(4),
         bfloat16=cifar10.has_bfloat16(),

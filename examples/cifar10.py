@@ -181,19 +181,22 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 
 class Batches:
-    """Shuffled, randomly cropped and mirrored batches `(x, y)`: `(n, 3, 32, 32)` and `(n,)`.
+    """Shuffled, randomly cropped and mirrored batches `(x, y)`: `(n, 3, height, width)` and `(n,)`.
 
     What an epoch holds is drawn from torch's global generator as it starts. The last images, too few for a
     batch, are left out.
 
     Args:
-        pixels: uint8 `(images, 32, 32, 3)`.
+        pixels: uint8 `(images, height, width, 3)`.
         labels: int64 `(images,)`.
         batch_size: images in a batch.
+        scale: turns uint8 `(n, h, w, 3)` into a network's input; `normalize` unless given.
     """
 
-    def __init__(self, pixels: Tensor, labels: Tensor, batch_size: int = 128) -> None:
-        self.pixels, self.labels, self.batch_size = pixels, labels, batch_size
+    def __init__(
+        self, pixels: Tensor, labels: Tensor, batch_size: int = 128, scale: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self.pixels, self.labels, self.batch_size, self.scale = pixels, labels, batch_size, scale or normalize
 
     def __len__(self) -> int:
         return max(1, len(self.labels) // self.batch_size)
@@ -206,7 +209,7 @@ class Batches:
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             part = slice(start, start + self.batch_size)
             pixels = crop(self.pixels[order[part]], corners[:, part], mirrored[part])
-            yield normalize(pixels), self.labels[order[part]]
+            yield self.scale(pixels), self.labels[order[part]]
 
 
 def crop(pixels: Tensor, corners: Tensor, mirrored: Tensor) -> Tensor:
@@ -281,12 +284,18 @@ def read_pack(file: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     return np.load(cached), labels
 
 
-def accuracy(model: nn.Module, pixels: Tensor, labels: Tensor, batch_size: int = 500) -> float:
+def accuracy(
+    model: nn.Module,
+    pixels: Tensor,
+    labels: Tensor,
+    batch_size: int = 500,
+    scale: Callable[[Tensor], Tensor] = normalize,
+) -> float:
     """Return the share of images that a model in evaluation mode gets right, on the device that it is on."""
     device = next(model.parameters(), pixels).device
     right = 0
     for x, y in zip(pixels.split(batch_size), labels.split(batch_size), strict=True):
-        right += int((model(normalize(x).to(device)).argmax(1).cpu() == y).sum())
+        right += int((model(scale(x).to(device)).argmax(1).cpu() == y).sum())
     return right / len(labels)
 
 

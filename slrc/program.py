@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import linecache
+import logging
 import math
 import re
 import sysconfig
@@ -344,6 +345,7 @@ def source_line(node: Node) -> str:
 
 def _export(module: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
     """Export with a dynamic batch if that works, else with the shapes as they are."""
+    logging.getLogger("torch._export").setLevel(logging.ERROR)  # it warns of each input whose batch is always 1
     leaves = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim() > 0]
     doubled = pytree.tree_map_only(Tensor, _two, inputs) if all(x.shape[0] == 1 for x in leaves) else inputs
     shapes = ShapesCollection()

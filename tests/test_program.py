@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -170,11 +171,12 @@ def test_a_batch_that_the_model_fixes_is_reported(run: Any, example_batch: int, 
     )
 
 
-def test_an_input_without_a_batch_stays_as_it_is_beside_one_with() -> None:
+def test_an_input_without_a_batch_stays_as_it_is_beside_one_with(caplog: pytest.LogCaptureFixture) -> None:
     program = capture(Function(lambda layer, x, prior: layer(x) + prior), (torch.randn(2, 5, 4), torch.randn(1, 4)))
     shapes = [n.meta["val"].shape for n in program.graph_module.graph.nodes if n.op == "placeholder"]
     assert shapes[1] == (1, 4)
     assert program.batch_is_dynamic
+    assert not [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]  # it would only puzzle
 
 
 class Tied(nn.Module):

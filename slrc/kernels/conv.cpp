@@ -130,7 +130,7 @@ bool MayBeMasked(const Weight& weight, const SlrcWindow& window) {
 // Returns the weight with the columns of each block row in the order of their taps. (Where a plane is copied, those of one
 // channel stay together: they read the same lines.)
 Weight SortedByTap(const SlrcWindow& window, const Weight& weight) {
-  Weight sorted = weight;
+  Weight by_tap = weight;
   std::vector<int32_t> order(weight.columns.size());
   std::iota(order.begin(), order.end(), 0);
   const auto tap_of = [&](int32_t t) { return TapOrder(window, weight.columns[t]); };
@@ -138,12 +138,11 @@ Weight SortedByTap(const SlrcWindow& window, const Weight& weight) {
     std::stable_sort(order.begin() + weight.row_pointers[r], order.begin() + weight.row_pointers[r + 1],
                      [&](int32_t a, int32_t b) { return tap_of(a) < tap_of(b); });
   for (size_t t = 0; t < order.size(); ++t) {
-    sorted.columns[t] = weight.columns[order[t]];
+    by_tap.columns[t] = weight.columns[order[t]];
     std::copy_n(weight.values.begin() + order[t] * weight.block, weight.block,
-                sorted.values.begin() + t * weight.block);
+                by_tap.values.begin() + t * weight.block);
   }
-  sorted.sorted = false;
-  return sorted;
+  return by_tap;
 }
 
 }  // namespace
@@ -163,9 +162,10 @@ struct Layout {
     const bool fill = weight.out_channels / weight.group % weight.block == 0;  // their block rows
     if (fill) panel_groups = std::clamp<int64_t>(sharing, 1, weight.group);
     panel_channels = panel_groups * per_group;
-    masked = MayBeMasked(weight, window) && per_group * pixels <= CacheFloats() / 2 && pixels >= Loops().lanes;
-    if (const Axis alone(window, 1, x_shape[3], true); !masked && RepaysPlanes(weight, alone)) columns = alone;
-    pitch = masked ? columns.in : columns.pitch;
+    if (MayBeMasked(weight, window) && per_group * pixels <= CacheFloats() / 2 && pixels >= Loops().lanes)
+      by_tap = std::make_unique<const Weight>(SortedByTap(window, weight));
+    if (const Axis alone(window, 1, x_shape[3], true); !by_tap && RepaysPlanes(weight, alone)) columns = alone;
+    pitch = by_tap ? columns.in : columns.pitch;
     phases = PhasesRead(rows, columns);
     pointwise = taps == 1;
     for (const Axis* axis : {&rows, &columns})
@@ -173,17 +173,16 @@ struct Layout {
     slices = OneSlice(weight);
     repeating = weight.block == 1 && !pointwise && !Seamless();
     if (repeating) pitch = CeilDiv(pitch, Loops().lanes) * Loops().lanes;
-    tiled = !masked && !repeating && PlaceTiles(weight, taps);
+    tiled = !by_tap && !repeating && PlaceTiles(weight, taps);
     if (!tiled) PlacePlanes();
     if (std::max(Product(panel_channels, floats), pixels) > std::numeric_limits<int32_t>::max() / 2)
       throw Error("an input plane is too large");
-    if (masked) by_tap = std::make_unique<const Weight>(SortedByTap(window, weight));
     SetOffsets(by_tap ? *by_tap : weight, window, taps);
     if (!tiled && !InPlace() && !repeating) Slice(weight, taps);
     if (rows.kernel == kWindow && rows.stride == 1 && rows.dilation == 1 && HoldsWindows(weight, taps)) parts = kWindow;
     CutRows(weight, tiled ? rows.out : band, &pieces);
     LeaveGaps(weight, &pieces);
-    if (masked) Mask(*by_tap, window, taps);
+    if (by_tap) Mask(*by_tap, window, taps);
     together = static_cast<int64_t>(pieces.size());
     if (tiled) {
       band = std::clamp<int64_t>(kTilesFloats / std::max<int64_t>(1, panel_channels * floats), 1, 8);
@@ -209,7 +208,7 @@ struct Layout {
     return ReadsPlanes() && saved >= kRepaysPlane * static_cast<double>(columns.kernel * columns.out) &&
            Product(panel_channels, read) <= BandFloats();
   }
-  bool InPlace() const { return masked || (pointwise && !tiled); }
+  bool InPlace() const { return by_tap || (pointwise && !tiled); }
   // Whether outputs that follow each other on the flat plane do so in y.
   bool Seamless() const { return pitch == columns.out; }
 
@@ -236,7 +235,7 @@ struct Layout {
   }
 
   void PlacePlanes() {
-    if (masked) {
+    if (by_tap) {
       band = rows.out;
       floats = rows.in * columns.in;
       return;
@@ -356,7 +355,7 @@ struct Layout {
     std::vector<int32_t> of_tap(taps);
     for (int64_t tap = 0; tap < taps; ++tap) {
       const int64_t kh = tap / columns.kernel, kw = tap % columns.kernel;
-      if (masked) {
+      if (by_tap) {
         of_tap[tap] = static_cast<int32_t>(Down(window, kh) * pitch + Right(window, kw));
         continue;
       }
@@ -486,8 +485,8 @@ struct Layout {
   int64_t band = 1, bands = 1;     // output rows, or pieces if tiled
   std::vector<Piece> pieces;       // of a band, or of all if tiled
   std::vector<Piece> last_pieces;  // of the last band, which may have fewer rows
-  std::unique_ptr<const Weight> by_tap;  // the weight in the order of its taps, if masked
-  bool masked;                     // whether tiles read the input where it is, by tap, and leave out what is padding
+  // The weight in the order of its taps, if tiles read the input where it is and leave out what is padding; else null.
+  std::unique_ptr<const Weight> by_tap;
   std::deque<std::vector<Taps>> groups;  // of pieces, which point to them
   std::vector<int32_t> tap_ends;         // see Strip
   std::deque<Outputs> outputs;           // of pieces, which point to them
@@ -543,7 +542,7 @@ void Conv::Run(const float* x, const int64_t x_shape[4], const float* residual, 
     int64_t offset = image * weight.out_channels * out_plane, rows = l.rows.out;
     Panel panel{from, l.offsets.data(), l.slices, l.pieces.data(), 0, 0, l.together, l.pitch, l.parts};
     panel.count = static_cast<int64_t>(l.pieces.size());
-    if (l.masked) {
+    if (l.by_tap) {
       panel.tap_ends = l.tap_ends.data();
       panel.taps = window_.kernel[0] * window_.kernel[1];
     }

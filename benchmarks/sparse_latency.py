@@ -8,7 +8,7 @@
 Random weights, pruned by magnitude in one shot: how fast a network is does not depend on what it has learnt. The first
 layer, the classifier and depthwise layers are not pruned. The form of each layer is chosen by timing, as a compile
 does; dense and compiled are then timed in turns, the same inputs, threads and precision; with more threads than one,
-the compiled network also against itself on one. Rows go to
+each also against itself on one. Rows go to
 `benchmarks/results/sparse_latency.json` as they come, and a second run goes on with what is missing. All takes about
 two hours on two quiet cores. Where the package `deepsparse` is found by `--deepsparse PYTHON`, another interpreter's,
 it is measured beside, on the masked network.
@@ -154,9 +154,9 @@ def measure_row(name: str, pattern: str, sparsity: float, threads: int, batch: i
             "layers": layer_rows(slim, choice),
         }
         if threads > 1:
-            alone = measure("ort", backend.load(lowered.folder, threads=1), runners[1], inputs, threads)
-            row["over_one_thread"] = alone.speedup
-            row["over_one_thread_spread"] = alone.speedup_spread
+            for k, kind in enumerate(("dense", "compiled")):
+                alone = measure("ort", backend.load(Path(folder) / str(k), threads=1), runners[k], inputs, threads)
+                row[f"{kind}_over_one_thread"] = [alone.speedup, *alone.speedup_spread]
         if deepsparse:
             masked = slrc.lower(slim, "ort", Path(folder) / "masked")
             row["deepsparse_ms"] = time_deepsparse(deepsparse, masked.folder, batch, threads, list(inputs[0].shape))
@@ -272,7 +272,11 @@ def main() -> None:
                 aside.write_text(json.dumps({"rows": rows, "environment": environment()}, indent=1) + "\n")
                 aside.replace(args.results)
             row = rows[row_key]
-            scaled = f", {row['over_one_thread']:.2f}x over one thread" if "over_one_thread" in row else ""
+            scaled = ""
+            if "compiled_over_one_thread" in row:
+                most = "{:.2f}x ({:.2f} to {:.2f})"
+                mine, theirs = (most.format(*row[f"{k}_over_one_thread"]) for k in ("compiled", "dense"))
+                scaled = f", over one thread {mine}, dense {theirs}"
             print(
                 f"{name:14} {pattern:10} {sparsity:6.0%} {threads:3} {batch:5} {row['dense_ms']:6.2f} ms "
                 f"{row['compiled_ms']:6.2f} ms {row['speedup']:6.2f}x  {row['taken']}{scaled}",

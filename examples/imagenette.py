@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cifar10 import ADAPT_EPOCHS, ADAPT_LR, SCRATCH_EPOCHS, SCRATCH_LR, Batches, accuracy, cache_folder, train_dense
+from cifar10 import ADAPT_EPOCHS, SCRATCH_EPOCHS, SCRATCH_LR, Batches, accuracy, cache_folder, train_dense
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ CLASSES = (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)
 """ImageNet's numbers of the ten classes, in the order of the folders' names."""
 SIDE = 96
 CALIBRATION_BATCHES = 8
+FILTER_NORM, LEAST_NORM = 4.0, 1e-3
+FINE_TUNING_LR = 0.01
 
 
 def mobilenet_v2() -> nn.Module:
@@ -48,9 +50,10 @@ def mobilenet_v2() -> nn.Module:
 
 
 def load_folded(model: nn.Module, file: Path, batches: Batches) -> None:
-    """Load weights with batch norm folded into them; the model's own batch norm is set so that it changes nothing.
+    """Load weights with batch norm folded into them, and set the model's own batch norm so that it changes nothing.
 
-    Its statistics are then those of some training batches, so that training finds what it expects.
+    Its statistics are those of some training batches. Filters are scaled to one norm, which it undoes: some are so
+    small once folded that usual steps of training would be far too large for them.
     """
     weights = load_file(file)
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
@@ -61,7 +64,8 @@ def load_folded(model: nn.Module, file: Path, batches: Batches) -> None:
         model.classifier[1].bias.copy_(weights[f"{len(convs):02}.bias"][kept])
         for i, (conv, norm) in enumerate(zip(convs, norms, strict=True)):
             conv.weight.copy_(weights[f"{i:02}.weight"])
-            set_statistics(norm, torch.zeros_like(norm.bias), torch.ones_like(norm.bias), weights[f"{i:02}.bias"])
+            norm.bias.copy_(weights[f"{i:02}.bias"])
+            norm.weight.fill_((1 + norm.eps) ** 0.5)  # undoes a variance of 1
         seen: dict[nn.Module, list[Tensor]] = {norm: [] for norm in norms}
         hooks = [norm.register_forward_pre_hook(lambda norm, x: seen[norm].append(moments(x[0]))) for norm in norms]
         model.eval()
@@ -69,22 +73,19 @@ def load_folded(model: nn.Module, file: Path, batches: Batches) -> None:
             model(x)
         for hook in hooks:
             hook.remove()
-        for norm, found in seen.items():
-            mean, square = torch.stack(found).mean(0)
-            set_statistics(norm, mean, square - mean**2, norm.bias.clone())
+        for conv, norm in zip(convs, norms, strict=True):
+            mean, square = torch.stack(seen[norm]).mean(0)
+            size = conv.weight.flatten(1).norm(dim=1).clamp_min(LEAST_NORM) / FILTER_NORM
+            conv.weight.div_(size[:, None, None, None])
+            norm.running_mean.copy_(mean / size)
+            norm.running_var.copy_((square - mean**2) / size**2)
+            norm.weight.copy_((norm.running_var + norm.eps).sqrt() * size)
+            norm.bias.add_(mean)
 
 
 def moments(x: Tensor) -> Tensor:
     """Return the means of each channel of `(n, c, h, w)` and of its square: `(2, c)`."""
     return torch.stack([x.mean((0, 2, 3)), x.square().mean((0, 2, 3))])
-
-
-def set_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, bias: Tensor) -> None:
-    """Make batch norm, in evaluation, add `bias` `(c,)` and no more, for inputs of this mean and variance."""
-    norm.running_mean.copy_(mean)
-    norm.running_var.copy_(variance)
-    norm.weight.copy_((variance + norm.eps).sqrt())
-    norm.bias.copy_(bias + mean)
 
 
 def normalize(pixels: Tensor) -> Tensor:
@@ -155,7 +156,7 @@ def train_mobilenet(model: nn.Module, batches: Batches, epochs: int) -> None:
     adapts = weights_file().exists()
     if adapts:
         load_folded(model, weights_file(), batches)
-    train_dense(model, batches, ADAPT_LR if adapts else SCRATCH_LR, epochs, "mobilenet_v2")
+    train_dense(model, batches, FINE_TUNING_LR if adapts else SCRATCH_LR, epochs, "mobilenet_v2")
 
 
 def usual_epochs() -> int:

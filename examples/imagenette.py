@@ -78,7 +78,7 @@ def load_folded(model: nn.Module, file: Path, batches: Batches) -> None:
             size = conv.weight.flatten(1).norm(dim=1).clamp_min(LEAST_NORM) / FILTER_NORM
             conv.weight.div_(size[:, None, None, None])
             norm.running_mean.copy_(mean / size)
-            norm.running_var.copy_((square - mean**2) / size**2)
+            norm.running_var.copy_((square - mean**2).clamp_min(0) / size**2)
             norm.weight.copy_((norm.running_var + norm.eps).sqrt() * size)
             norm.bias.add_(mean)
 

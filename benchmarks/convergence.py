@@ -4,7 +4,7 @@
     python benchmarks/convergence.py short --out FILE   # half a minute, on scikit-learn's digits
     python benchmarks/convergence.py small              # Fashion-MNIST: 5 hours on one core
     python benchmarks/convergence.py middle             # CIFAR-10, ResNet-20: a core, 9 hours with bfloat16, 27 without
-    python benchmarks/convergence.py wide               # larger networks: some 7 hours on a core, by their epochs' seconds
+    python benchmarks/convergence.py wide               # larger networks: some 7 hours on a core
     python benchmarks/convergence.py large              # an epoch of ResNet-110 (10 minutes), -18, -50 (not timed)
     SLRC_IMAGES=~/imagenet python benchmarks/convergence.py wide --network images-torchvision:resnet50
     python benchmarks/convergence.py retraining         # 1, 3 and 10 epochs after hard-pruning, small: 6 hours

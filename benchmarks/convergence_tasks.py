@@ -130,62 +130,59 @@ def fashion_task(name: str) -> Task:
 
 
 def cifar_task(name: str) -> Task:
-    """CIFAR-10: every tenth training image is for validation.
+    """CIFAR-10. A name that ends in `@random` starts without training.
 
-    A name that ends in `@random` starts without training. Else the dense start comes from
-    `$SLRC_DATA/weights/cifar10_NAME.safetensors` where there is one, and then has seen the validation images.
+    Else the dense start comes from `$SLRC_DATA/weights/cifar10_NAME.safetensors` where there is one, and then has seen
+    the validation images.
     """
     name, _, start = name.partition("@")
     data, variant = cifar10.find_data()
-    pixels, labels = cifar10.load_images("train")
-    held = torch.arange(len(labels)) % 10 == 9
-    batches = cifar10.Batches(pixels[~held], labels[~held])
-    test = Normalized(*cifar10.load_images("test"), cifar10.normalize)
     weights = data.parent / "weights" / f"cifar10_{name}.safetensors"
     adapts = weights.exists()
     epochs, lr = (cifar10.ADAPT_EPOCHS, cifar10.ADAPT_LR) if adapts else (CIFAR_SCRATCH_EPOCHS, cifar10.SCRATCH_LR)
 
-    def train(model: nn.Module) -> None:
-        if adapts:
-            load_model(model, str(weights))
-        cifar10.train_dense(model, batches, lr, epochs, name)
+    def make(batches: cifar10.Batches) -> nn.Module:
+        def train(model: nn.Module) -> None:
+            if adapts:
+                load_model(model, str(weights))
+            cifar10.train_dense(model, batches, lr, epochs, name)
 
-    def trained() -> nn.Module:
+        if start == "random":
+            return cifar10.NETWORKS[name]()
         return start_of(cifar10.NETWORKS[name], f"cifar-{variant}-{name}-{epochs}epochs", train)
 
-    return Task(
-        make=cifar10.NETWORKS[name] if start == "random" else trained,
-        example=cifar10.normalize(test.pixels[:1]).contiguous(),
-        batches=batches,
-        validation=Normalized(pixels[held], labels[held], cifar10.normalize),
-        test=test,
-        glance=test.thin(4),
-        bfloat16=cifar10.has_bfloat16(),
-    )
+    return validated_task(make, cifar10.load_images("train"), cifar10.load_images("test"), cifar10.normalize)
 
 
 def imagenette_task(name: str) -> Task:
-    """Imagenette at 96×96 pixels: every tenth training image is for validation; only `mobilenet_v2`."""
-    pixels, labels = imagenette.load_images("train")
-    held = torch.arange(len(labels)) % 10 == 9
-    batches = cifar10.Batches(pixels[~held], labels[~held], scale=imagenette.normalize)
-    test = Normalized(*imagenette.load_images("val"), imagenette.normalize)
+    """Imagenette at 96×96 pixels."""
     epochs = imagenette.usual_epochs()
 
-    def make() -> nn.Module:
-        return start_of(
-            imagenette.mobilenet_v2,
-            f"imagenette-{name}-{epochs}epochs",
-            lambda model: imagenette.train_mobilenet(model, batches, epochs),
-        )
+    def make(batches: cifar10.Batches) -> nn.Module:
+        cached = f"imagenette-{name}-{epochs}epochs"
+        return start_of(imagenette.NETWORKS[name], cached, lambda m: imagenette.train_dense(m, batches, epochs))
 
+    return validated_task(make, imagenette.load_images("train"), imagenette.load_images("val"), imagenette.normalize)
+
+
+def validated_task(
+    make: Callable[[cifar10.Batches], nn.Module],
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    normalize: Callable[[Tensor], Tensor],
+) -> Task:
+    """Return a task on pixels and labels; every tenth training image is for validation. `make` gets the others."""
+    pixels, labels = train
+    held = torch.arange(len(labels)) % 10 == 9
+    batches = cifar10.Batches(pixels[~held], labels[~held], scale=normalize)
+    images = Normalized(*test, normalize)
     return Task(
-        make=make,
-        example=imagenette.normalize(test.pixels[:1]).contiguous(),
+        make=lambda: make(batches),
+        example=normalize(images.pixels[:1]).contiguous(),
         batches=batches,
-        validation=Normalized(pixels[held], labels[held], imagenette.normalize),
-        test=test,
-        glance=test.thin(4),
+        validation=Normalized(pixels[held], labels[held], normalize),
+        test=images,
+        glance=images.thin(4),
         bfloat16=cifar10.has_bfloat16(),
     )
 

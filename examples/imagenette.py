@@ -18,9 +18,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import cifar10
 import numpy as np
 import torch
-from cifar10 import ADAPT_EPOCHS, SCRATCH_EPOCHS, SCRATCH_LR, Batches, accuracy, cache_folder, train_dense
+from cifar10 import ADAPT_EPOCHS, SCRATCH_EPOCHS, SCRATCH_LR, Batches, accuracy, cache_folder
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -47,6 +48,9 @@ def mobilenet_v2() -> nn.Module:
             conv.padding = (0, 0)
             layer[0] = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), conv)
     return model
+
+
+NETWORKS = {"mobilenet_v2": mobilenet_v2}
 
 
 def load_folded(model: nn.Module, file: Path, batches: Batches) -> None:
@@ -151,12 +155,12 @@ def weights_file() -> Path:
     return find_data().parent / "weights" / "imagenet_mobilenet_v2.safetensors"
 
 
-def train_mobilenet(model: nn.Module, batches: Batches, epochs: int) -> None:
+def train_dense(model: nn.Module, batches: Batches, epochs: int) -> None:
     """Train in place, from ImageNet's weights where they are found."""
     adapts = weights_file().exists()
     if adapts:
         load_folded(model, weights_file(), batches)
-    train_dense(model, batches, FINE_TUNING_LR if adapts else SCRATCH_LR, epochs, "mobilenet_v2")
+    cifar10.train_dense(model, batches, FINE_TUNING_LR if adapts else SCRATCH_LR, epochs, "mobilenet_v2")
 
 
 def usual_epochs() -> int:
@@ -171,7 +175,7 @@ def workload() -> slrc.Workload:
     dense = cache_folder() / f"imagenette{SIDE}-mobilenet_v2-{epochs}epochs.safetensors"
     with torch.random.fork_rng():  # what compile draws must not depend on whether the cache was filled
         torch.manual_seed(0)
-        model = slrc.cached_weights(mobilenet_v2(), dense, lambda m: train_mobilenet(m, batches, epochs))
+        model = slrc.cached_weights(mobilenet_v2(), dense, lambda m: train_dense(m, batches, epochs))
     return slrc.Workload(
         model=model,
         example_inputs=(normalize(test[0][:1]).contiguous(),),

@@ -51,4 +51,6 @@ def test_the_short_form_measures_resumes_and_answers(tmp_path: Path) -> None:
     assert f"{slr['final']['hard_bn']:.2f}" in answers
     assert (tmp_path / "answers" / "convergence.md").read_text() == answers.removesuffix("\n")
     assert "SLR" in answers
-    assert "<svg" in (tmp_path / "answers" / "convergence_curves.svg").read_text()
+    plots = {path.stem for path in (tmp_path / "answers").glob("*.svg") if "<svg" in path.read_text()}
+    questions = ("curves", "sparsity", "epochs", "retraining", "sensitivity", "residual")
+    assert plots == {f"convergence_{question}" for question in questions}

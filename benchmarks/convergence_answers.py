@@ -18,6 +18,7 @@ from convergence import METHODS, RESULTS, read_rows
 from convergence_plots import write_plots
 from convergence_reading import (
     COMPARED,
+    PACED,
     RIVALS,
     Case,
     Result,
@@ -62,7 +63,7 @@ def epochs_table(results: Results) -> str:
     """
     rows = []
     for rival in RIVALS:
-        pairs = list(results.pairs(rival, ("small", "middle")))
+        pairs = list(results.pairs(rival, PACED))
         cells = [rival]
         for margin in (1.0, 0.5):
             ratios = [ratio_of_epochs(*pair, margin) for pair in pairs]
@@ -78,7 +79,7 @@ def share_of_run_table(results: Results) -> str:
     """The share of all epochs after which SLR is within a point of a rival's accuracy at its end."""
     rows = []
     for rival in RIVALS:
-        shares = [share_of_run(*pair, 1.0) for pair in results.pairs(rival, ("small", "middle"))]
+        shares = [share_of_run(*pair, 1.0) for pair in results.pairs(rival, PACED)]
         rows.append([rival, number(median(shares), 2), up_to_a_third(shares)])
     return table(["rival", "share of the epochs, median", "at most 1/3"], rows)
 
@@ -109,11 +110,12 @@ def retraining_table(results: Results) -> str:
 
 def sparsity_table(results: Results) -> str:
     """The greatest sparsity that was tried with an accuracy within a point of the dense one."""
-    dense = {(case[1], case[2].split("@")[0]): by_name["slr"][0]["dense"] for case, by_name in results.cases(COMPARED)}
-    rows = []
+    dense, rows = results.dense(), []
     for key, by_method in results.sparsities().items():
         if key[1] != "2:4":
-            near = [[s for s, accuracy in by_method[name].items() if accuracy >= dense[key] - 1.0] for name in METHODS]
+            near = [
+                [s for s, accuracy in by_method[name].items() if accuracy >= dense[key[0]] - 1.0] for name in METHODS
+            ]
             rows.append([*key, *(f"{100 * max(found):.0f} %" if found else "–" for found in near)])
     return table(["network", "pattern", *METHODS], rows)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import matplotlib.style
 from convergence import METHODS
-from convergence_reading import COMPARED, Results, final, mean, ratio_of_epochs, share_of_run
+from convergence_reading import COMPARED, PACED, RIVALS, Results, final, mean, ratio_of_epochs, share_of_run
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -71,7 +71,7 @@ def curves(results: Results) -> Figure:
 def sparsity(results: Results) -> Figure:
     """Hard-pruned accuracy over sparsity, and a point below dense."""
     found = {key: value for key, value in results.sparsities().items() if len(value["slr"]) > 1}
-    dense = {case[1]: by_name["slr"][0]["dense"] for case, by_name in results.cases(COMPARED)}
+    dense = results.dense()
     titles = [", ".join(key) for key in found]
     figure, every = panels(titles, "sparsity; dotted: a point below dense", "accuracy, hard-pruned, %")
     for axes, ((network, _), by_method) in zip(every, found.items(), strict=True):
@@ -91,9 +91,9 @@ def epochs(results: Results) -> Figure:
     titles = ["share of all epochs", "over the rival's own epochs to there"]
     figure, every = panels(titles, "epochs to within a point of a rival's final accuracy", "share of pairs")
     for axes, ratio in zip(every, (share_of_run, ratio_of_epochs), strict=True):
-        for name in reversed(METHODS):
-            values = sorted(ratio(*pair, 1.0) for pair in results.pairs(name, ("small", "middle")))
-            if name != "slr" and values:
+        for name in reversed(RIVALS):
+            values = sorted(ratio(*pair, 1.0) for pair in results.pairs(name, PACED))
+            if values:
                 axes.step(
                     values,
                     [(i + 1) / len(values) for i in range(len(values))],

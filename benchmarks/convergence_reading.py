@@ -14,6 +14,8 @@ Case = tuple[str, str, str]
 """Tier, network, pattern@sparsity."""
 COMPARED = ("small", "middle", "wide")
 """Tiers in which methods are compared."""
+PACED = ("small", "middle")
+"""Those in which epochs are counted, and sparsities compared."""
 RIVALS = [name for name in METHODS if name != "slr"]
 
 
@@ -40,10 +42,14 @@ class Results:
             theirs = {row["row"].rsplit("/", 1)[1]: row for row in by_name[rival]}
             yield from ((mine[seed], theirs[seed]) for seed in sorted(mine.keys() & theirs.keys()))
 
+    def dense(self) -> dict[str, float]:
+        """Return each network's accuracy before pruning, in percent."""
+        return {network: by_name["slr"][0]["dense"] for (_, network, _), by_name in self.cases(COMPARED)}
+
     def sparsities(self) -> dict[tuple[str, str], dict[str, dict[float, float]]]:
         """Return each network's and pattern's mean accuracies: method, sparsity, percent."""
         found: dict[tuple[str, str], dict[str, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
-        for (_, network, case), by_name in self.cases(("small", "middle")):
+        for (_, network, case), by_name in self.cases(PACED):
             pattern, sparsity = case.rsplit("@", 1)
             for name in METHODS:
                 accuracy = mean(map(final, by_name[name]))

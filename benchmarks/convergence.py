@@ -6,6 +6,7 @@
     python benchmarks/convergence.py middle             # CIFAR-10, ResNet-20: a core, 9 hours with bfloat16, 27 without
     python benchmarks/convergence.py wide               # larger networks: some 7 hours on a core
     python benchmarks/convergence.py large              # an epoch of ResNet-110 (10 minutes), -18, -50 (not timed)
+    python benchmarks/convergence.py budget-1           # small and middle in one epoch; also budget-2 and budget-3
     SLRC_IMAGES=~/imagenet python benchmarks/convergence.py wide --network images-torchvision:resnet50
     python benchmarks/convergence.py retraining         # 1, 3 and 10 epochs after hard-pruning, small: 6 hours
     python benchmarks/convergence.py ablation           # parts of SLR's default left out or changed: half an hour
@@ -85,31 +86,39 @@ LARGE = ("cifar-resnet110@random", "cifar-resnet18@random", "cifar-resnet50@rand
 ABLATION = {"unstructured": (0.9,), "block:8x1": (0.75,)}
 MIDDLE_SPARSITIES = {"unstructured": 0.9, "block:8x1": 0.75, "columns:2": 0.5, "channel": 0.5, "2:4": 0.5}
 RETRAINED = ("slr", "admm", "gradual", "magnitude", "torch-pruning")
-EPOCHS = {"short": 3, "large": 1}
+BUDGETS = {f"budget-{epochs}": epochs for epochs in (1, 2, 3)}
+EPOCHS = {"short": 3, "large": 1, **BUDGETS}
 USUAL_EPOCHS = 6
-TIERS = ("short", "small", "middle", "wide", "large", "retraining", "ablation")
+TIERS = ("short", "small", "middle", "wide", "large", *BUDGETS, "retraining", "ablation")
+ONE_SEED = ("short", "wide", "large", "ablation")
+Cases = tuple[Mapping[str, tuple[float, ...]], Sequence[str], Sequence[str]]
+"""Sparsities by pattern, networks, contenders: all are combined."""
 
 
 def rows_of(tier: str, seeds: int, instead: str | None = None) -> Iterator[Row]:
     """Yield a tier's rows: a seed before the next one, middle sparsities first, so that what there is compares."""
     ablated = ["slr", *(name for name in CONTENDERS if name not in METHODS)]
-    cases: dict[str, tuple[Mapping[str, tuple[float, ...]], Sequence[str], Sequence[str]]] = {
-        "short": ({"channel": (0.5,)}, ("digits-net",), METHODS),
-        "small": (SMALL, FASHION, METHODS),
-        "middle": (MIDDLE, ("cifar-resnet20",), ("slr", "admm", "gradual", "ac-dc")),
-        "wide": ({"block:8x1": (0.75,)}, WIDE, ("slr", "admm")),
-        "large": ({"block:8x1": (0.75,)}, LARGE, ("slr",)),
-        "retraining": ({p: (s,) for p, s in MIDDLE_SPARSITIES.items()}, FASHION, RETRAINED),
-        "ablation": (ABLATION, FASHION, ablated),
+    budget: list[Cases] = [
+        (SMALL, FASHION, ("slr", "admm", "admm-rising")),
+        (MIDDLE, ("cifar-resnet20",), ("slr", "admm")),
+    ]
+    cases: dict[str, list[Cases]] = {
+        "short": [({"channel": (0.5,)}, ("digits-net",), METHODS)],
+        "small": [(SMALL, FASHION, METHODS)],
+        "middle": [(MIDDLE, ("cifar-resnet20",), ("slr", "admm", "gradual", "ac-dc"))],
+        "wide": [({"block:8x1": (0.75,)}, WIDE, ("slr", "admm"))],
+        "large": [({"block:8x1": (0.75,)}, LARGE, ("slr",))],
+        "retraining": [({p: (s,) for p, s in MIDDLE_SPARSITIES.items()}, FASHION, RETRAINED)],
+        "ablation": [(ABLATION, FASHION, ablated)],
+        **dict.fromkeys(BUDGETS, budget),
     }
-    patterns, networks, names = cases[tier]
-    networks = [instead] if instead else networks
-    for seed in range(seeds if tier in ("small", "middle", "retraining") else 1):
+    for seed in range(1 if tier in ONE_SEED else seeds):
         rows = []
-        for pattern, sparsities in patterns.items():
-            for sparsity, network, name in itertools.product(sparsities, networks, names):
-                if name != "torch-pruning" or pattern == "channel":
-                    rows.append(Row(tier, network, pattern, sparsity, name, seed))
+        for patterns, networks, names in cases[tier]:
+            for pattern, sparsities in patterns.items():
+                for sparsity, network, name in itertools.product(sparsities, [instead] if instead else networks, names):
+                    if name != "torch-pruning" or pattern == "channel":
+                        rows.append(Row(tier, network, pattern, sparsity, name, seed))
         yield from sorted(rows, key=lambda row: MIDDLE_SPARSITIES[row.pattern] != row.sparsity)
 
 

@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from convergence import METHODS, RESULTS, read_rows
+from convergence import BUDGETS, METHODS, RESULTS, USUAL_EPOCHS, read_rows
 from convergence_plots import write_plots
 from convergence_reading import (
     COMPARED,
@@ -25,10 +25,13 @@ from convergence_reading import (
     Results,
     cost,
     final,
+    least_budget,
     mean,
     ratio_of_epochs,
     share_of_run,
 )
+
+EPOCHS_OF_RUNS = (*BUDGETS.values(), USUAL_EPOCHS)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -82,6 +85,27 @@ def share_of_run_table(results: Results) -> str:
         shares = [share_of_run(*pair, 1.0) for pair in results.pairs(rival, PACED)]
         rows.append([rival, number(median(shares), 2), up_to_a_third(shares)])
     return table(["rival", "share of the epochs, median", "at most 1/3"], rows)
+
+
+def budget_table(results: Results) -> str:
+    """Accuracy at the end of whole runs of few epochs, and the shortest within a point of ADMM's usual one."""
+    names, rows = ("slr", "admm", "admm-rising"), []
+    ratios: dict[str, list[float]] = {name: [] for name in names}
+    for case, by_name in results.budgets():
+        cells = []
+        for name in names:
+            seeds = by_name[name].values()
+            means = [mean(final(run[epochs]) for run in seeds) for epochs in EPOCHS_OF_RUNS]
+            cells.append(", ".join(number(value) for value in means) if seeds else "–")
+            for seed, run in by_name[name].items():
+                if seed in by_name["slr"]:
+                    goal = final(run[USUAL_EPOCHS]) - 1.0
+                    ratios[name].append(least_budget(by_name["slr"][seed], goal) / least_budget(run, goal))
+        rows.append([case[1], case[2], str(len(by_name["slr"])), *cells])
+    rows.append(["least budget, ratio (median)", "", "", "", *(number(median(ratios[n]), 2) for n in names[1:])])
+    rows.append(["ratio at most 1/3", "", "", "", *(up_to_a_third(ratios[n]) for n in names[1:])])
+    epochs = ", ".join(map(str, EPOCHS_OF_RUNS))
+    return table(["network", "pattern", "seeds", *(f"{name}: {epochs} epochs" for name in names)], rows)
 
 
 def median(values: Sequence[float]) -> float | None:
@@ -159,6 +183,7 @@ SECTIONS: tuple[tuple[str, Callable[[Results], str]], ...] = (
     ("Hard-pruned accuracy without retraining", accuracy_table),
     ("Epochs to come near a rival's final accuracy, over the rival's own", epochs_table),
     ("Share of the run after which SLR is within 1 point of a rival's final accuracy", share_of_run_table),
+    ("Whole runs of few epochs, each with its own schedule", budget_table),
     ("After masked retraining", retraining_table),
     ("Greatest sparsity within 1 point of dense", sparsity_table),
     ("Parts of the default, and its sensitivity (validation images)", ablation_table),

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from convergence import METHODS, TIERS
+from convergence import BUDGETS, METHODS, TIERS, USUAL_EPOCHS
 
 Result = dict[str, Any]
 Case = tuple[str, str, str]
 """Tier, network, pattern@sparsity."""
+Budgeted = Mapping[int, Result]
+"""Rows of one case, contender and seed, by the epochs of the whole run."""
 COMPARED = ("small", "middle", "wide")
 """Tiers in which methods are compared."""
 PACED = ("small", "middle")
@@ -41,6 +43,24 @@ class Results:
             mine = {row["row"].rsplit("/", 1)[1]: row for row in by_name["slr"]}
             theirs = {row["row"].rsplit("/", 1)[1]: row for row in by_name[rival]}
             yield from ((mine[seed], theirs[seed]) for seed in sorted(mine.keys() & theirs.keys()))
+
+    def budgets(self) -> Iterator[tuple[Case, dict[str, dict[str, Budgeted]]]]:
+        """Yield the cases that were run with every budget of epochs: rows by contender, seed and epochs."""
+        for (tier, network, case), usual in self.cases(PACED):
+            by_name: dict[str, dict[str, Budgeted]] = defaultdict(dict)
+            for name, rows in usual.items():
+                for row in rows:
+                    seed = row["row"].rsplit("/", 1)[1]
+                    shorter = {
+                        epochs: found
+                        for budget, epochs in BUDGETS.items()
+                        for found in self.rows[budget, network, case][name]
+                        if found["row"].endswith(f"/{seed}")
+                    }
+                    if len(shorter) == len(BUDGETS):
+                        by_name[name][seed] = {**shorter, USUAL_EPOCHS: row}
+            if "slr" in by_name:
+                yield (tier, network, case), by_name
 
     def dense(self) -> dict[str, float]:
         """Return each network's accuracy before pruning, in percent."""
@@ -82,6 +102,11 @@ def ratio_of_epochs(mine: Result, theirs: Result, margin: float) -> float:
 def share_of_run(mine: Result, theirs: Result, margin: float) -> float:
     """Return the epochs to come within some points of a rival's end, over all epochs; or infinity."""
     return reached(mine, theirs["curve"][-1]["hard_bn"] - margin) / float(mine["curve"][-1]["epoch"])
+
+
+def least_budget(rows: Budgeted, accuracy: float) -> float:
+    """Return the epochs of the shortest run that ends with an accuracy; or infinity."""
+    return min((epochs for epochs, row in rows.items() if final(row) >= accuracy), default=float("inf"))
 
 
 def mean(values: Iterable[float]) -> float | None:

@@ -139,7 +139,9 @@ def cifar_task(name: str) -> Task:
     data, variant = cifar10.find_data()
     weights = data.parent / "weights" / f"cifar10_{name}.safetensors"
     adapts = weights.exists()
-    epochs, lr = (cifar10.ADAPT_EPOCHS, cifar10.ADAPT_LR) if adapts else (CIFAR_SCRATCH_EPOCHS, cifar10.SCRATCH_LR)
+    epochs, lr = CIFAR_SCRATCH_EPOCHS, cifar10.SCRATCH_LR.get(name, cifar10.USUAL_LR)
+    if adapts:
+        epochs, lr = cifar10.ADAPT_EPOCHS, cifar10.ADAPT_LR
 
     def make(batches: cifar10.Batches) -> nn.Module:
         def train(model: nn.Module) -> None:

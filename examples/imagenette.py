@@ -21,7 +21,7 @@ from pathlib import Path
 import cifar10
 import numpy as np
 import torch
-from cifar10 import ADAPT_EPOCHS, SCRATCH_EPOCHS, SCRATCH_LR, Batches, accuracy, cache_folder
+from cifar10 import ADAPT_EPOCHS, SCRATCH_EPOCHS, USUAL_LR, Batches, accuracy, cache_folder
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -160,7 +160,7 @@ def train_dense(model: nn.Module, batches: Batches, epochs: int) -> None:
     adapts = weights_file().exists()
     if adapts:
         load_folded(model, weights_file(), batches)
-    cifar10.train_dense(model, batches, FINE_TUNING_LR if adapts else SCRATCH_LR, epochs, "mobilenet_v2")
+    cifar10.train_dense(model, batches, FINE_TUNING_LR if adapts else USUAL_LR, epochs, "mobilenet_v2")
 
 
 def usual_epochs() -> int:

@@ -14,10 +14,12 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from convergence import BUDGETS, METHODS, RESULTS, USUAL_EPOCHS, read_rows
+from convergence import METHODS, RESULTS, USUAL_EPOCHS, read_rows
 from convergence_plots import write_plots
 from convergence_reading import (
+    BUDGETED,
     COMPARED,
+    EPOCHS_OF_RUNS,
     PACED,
     RIVALS,
     Case,
@@ -30,8 +32,6 @@ from convergence_reading import (
     ratio_of_epochs,
     share_of_run,
 )
-
-EPOCHS_OF_RUNS = (*BUDGETS.values(), USUAL_EPOCHS)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -88,24 +88,26 @@ def share_of_run_table(results: Results) -> str:
 
 
 def budget_table(results: Results) -> str:
-    """Accuracy at the end of whole runs of few epochs, and the shortest within a point of ADMM's usual one."""
-    names, rows = ("slr", "admm", "admm-rising"), []
-    ratios: dict[str, list[float]] = {name: [] for name in names}
+    """Accuracy at the end of whole runs of few epochs, and the shortest within a point of a rival's usual run."""
+    rows = []
+    shares: dict[str, list[float]] = {name: [] for name in BUDGETED}
+    ratios: dict[str, list[float]] = {name: [] for name in BUDGETED}
     for case, by_name in results.budgets():
         cells = []
-        for name in names:
-            seeds = by_name[name].values()
-            means = [mean(final(run[epochs]) for run in seeds) for epochs in EPOCHS_OF_RUNS]
-            cells.append(", ".join(number(value) for value in means) if seeds else "–")
-            for seed, run in by_name[name].items():
-                if seed in by_name["slr"]:
-                    goal = final(run[USUAL_EPOCHS]) - 1.0
-                    ratios[name].append(least_budget(by_name["slr"][seed], goal) / least_budget(run, goal))
+        for name in BUDGETED:
+            seeds = by_name[name].items()
+            means = [mean(final(runs[epochs]) for _, runs in seeds) for epochs in EPOCHS_OF_RUNS]
+            cells.append(", ".join(map(number, means)))
+            for mine, theirs in ((by_name["slr"][seed], runs) for seed, runs in seeds if seed in by_name["slr"]):
+                goal = final(theirs[USUAL_EPOCHS]) - 1.0
+                shares[name].append(least_budget(mine, goal) / USUAL_EPOCHS)
+                ratios[name].append(least_budget(mine, goal) / least_budget(theirs, goal))
         rows.append([case[1], case[2], str(len(by_name["slr"])), *cells])
-    rows.append(["least budget, ratio (median)", "", "", "", *(number(median(ratios[n]), 2) for n in names[1:])])
-    rows.append(["ratio at most 1/3", "", "", "", *(up_to_a_third(ratios[n]) for n in names[1:])])
+    for what, found in (("share of the rival's usual run", shares), ("ratio to the rival's shortest run", ratios)):
+        cells = [f"{number(median(found[name]), 2)}; {up_to_a_third(found[name])}" for name in BUDGETED[1:]]
+        rows.append([f"SLR's shortest run, {what}: median; at most 1/3", "", "", "", *cells])
     epochs = ", ".join(map(str, EPOCHS_OF_RUNS))
-    return table(["network", "pattern", "seeds", *(f"{name}: {epochs} epochs" for name in names)], rows)
+    return table(["network", "pattern", "seeds", *(f"{name}: {epochs} epochs" for name in BUDGETED)], rows)
 
 
 def median(values: Sequence[float]) -> float | None:

@@ -8,7 +8,18 @@ from pathlib import Path
 
 import matplotlib.style
 from convergence import METHODS
-from convergence_reading import COMPARED, PACED, RIVALS, Results, final, mean, ratio_of_epochs, share_of_run
+from convergence_reading import (
+    BUDGETED,
+    COMPARED,
+    EPOCHS_OF_RUNS,
+    PACED,
+    RIVALS,
+    Results,
+    final,
+    mean,
+    ratio_of_epochs,
+    share_of_run,
+)
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -107,6 +118,27 @@ def epochs(results: Results) -> Figure:
     return figure
 
 
+def budgets(results: Results) -> Figure:
+    """Accuracy at the end of whole runs, over their epochs."""
+    cases = list(results.budgets())
+    titles = [f"{case[1]}, {case[2]}" for case, _ in cases]
+    figure, every = panels(
+        titles, "epochs of the run; dotted: a point below ADMM's longest", "accuracy, hard-pruned, %"
+    )
+    for axes, (_, by_name) in zip(every, cases, strict=True):
+        for name in reversed(BUDGETED):
+            runs = by_name[name].values()
+            if runs:
+                ends = [statistics.fmean(final(run[epochs]) for run in runs) for epochs in EPOCHS_OF_RUNS]
+                draw(axes, name, EPOCHS_OF_RUNS, ends, "o")
+                if name == "admm":
+                    axes.axhline(ends[-1] - 1, color="#888888", lw=0.8, ls=":")
+        top = max(final(run[EPOCHS_OF_RUNS[-1]]) for run in by_name["slr"].values())
+        axes.set_ylim(max(0, top - 25), top + 2)
+    explain(figure)
+    return figure
+
+
 def retraining(results: Results) -> Figure:
     """Accuracy over epochs of masked retraining."""
     cases = list(results.cases(("retraining",)))
@@ -163,7 +195,7 @@ def residual(results: Results) -> Figure:
     return figure
 
 
-PLOTS: tuple[Callable[[Results], Figure], ...] = (curves, sparsity, epochs, retraining, sensitivity, residual)
+PLOTS: tuple[Callable[[Results], Figure], ...] = (curves, sparsity, epochs, budgets, retraining, sensitivity, residual)
 
 
 def write_plots(results: Results, folder: Path) -> None:

@@ -18,6 +18,9 @@ COMPARED = ("small", "middle", "wide")
 """Tiers in which methods are compared."""
 PACED = ("small", "middle")
 """Those in which epochs are counted, and sparsities compared."""
+EPOCHS_OF_RUNS = (*BUDGETS.values(), USUAL_EPOCHS)
+"""Of the runs in `Budgeted`."""
+BUDGETED = ("slr", "admm", "admm-rising")
 RIVALS = [name for name in METHODS if name != "slr"]
 
 

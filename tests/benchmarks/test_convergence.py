@@ -52,5 +52,5 @@ def test_the_short_form_measures_resumes_and_answers(tmp_path: Path) -> None:
     assert (tmp_path / "answers" / "convergence.md").read_text() == answers.removesuffix("\n")
     assert "SLR" in answers
     plots = {path.stem for path in (tmp_path / "answers").glob("*.svg") if "<svg" in path.read_text()}
-    questions = ("curves", "sparsity", "epochs", "retraining", "sensitivity", "residual")
+    questions = ("curves", "sparsity", "epochs", "budgets", "retraining", "sensitivity", "residual")
     assert plots == {f"convergence_{question}" for question in questions}

@@ -114,9 +114,10 @@ def rows_of(tier: str, seeds: int, instead: str | None = None) -> Iterator[Row]:
     }
     for seed in range(1 if tier in ONE_SEED else seeds):
         rows = []
-        for patterns, networks, names in cases[tier]:
+        for patterns, usual, names in cases[tier]:
+            networks = [instead] if instead else usual
             for pattern, sparsities in patterns.items():
-                for sparsity, network, name in itertools.product(sparsities, [instead] if instead else networks, names):
+                for sparsity, network, name in itertools.product(sparsities, networks, names):
                     if name != "torch-pruning" or pattern == "channel":
                         rows.append(Row(tier, network, pattern, sparsity, name, seed))
         yield from sorted(rows, key=lambda row: MIDDLE_SPARSITIES[row.pattern] != row.sparsity)

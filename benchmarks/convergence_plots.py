@@ -122,9 +122,8 @@ def budgets(results: Results) -> Figure:
     """Accuracy at the end of whole runs, over their epochs."""
     cases = list(results.budgets())
     titles = [f"{case[1]}, {case[2]}" for case, _ in cases]
-    figure, every = panels(
-        titles, "epochs of the run; dotted: a point below ADMM's longest", "accuracy, hard-pruned, %"
-    )
+    y = "accuracy, hard-pruned, %; dotted: a point below ADMM's longest run"
+    figure, every = panels(titles, "epochs of the run", y)
     for axes, (_, by_name) in zip(every, cases, strict=True):
         for name in reversed(BUDGETED):
             runs = by_name[name].values()

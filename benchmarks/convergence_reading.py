@@ -43,8 +43,8 @@ class Results:
     def pairs(self, rival: str, tiers: Sequence[str] = COMPARED) -> Iterator[tuple[Result, Result]]:
         """Yield SLR's and a rival's rows of the same case and seed."""
         for _, by_name in self.cases(tiers):
-            mine = {row["row"].rsplit("/", 1)[1]: row for row in by_name["slr"]}
-            theirs = {row["row"].rsplit("/", 1)[1]: row for row in by_name[rival]}
+            mine = {seed_of(row): row for row in by_name["slr"]}
+            theirs = {seed_of(row): row for row in by_name[rival]}
             yield from ((mine[seed], theirs[seed]) for seed in sorted(mine.keys() & theirs.keys()))
 
     def budgets(self) -> Iterator[tuple[Case, dict[str, dict[str, Budgeted]]]]:
@@ -53,15 +53,14 @@ class Results:
             by_name: dict[str, dict[str, Budgeted]] = defaultdict(dict)
             for name, rows in usual.items():
                 for row in rows:
-                    seed = row["row"].rsplit("/", 1)[1]
                     shorter = {
                         epochs: found
                         for budget, epochs in BUDGETS.items()
                         for found in self.rows[budget, network, case][name]
-                        if found["row"].endswith(f"/{seed}")
+                        if seed_of(found) == seed_of(row)
                     }
                     if len(shorter) == len(BUDGETS):
-                        by_name[name][seed] = {**shorter, USUAL_EPOCHS: row}
+                        by_name[name][seed_of(row)] = {**shorter, USUAL_EPOCHS: row}
             if "slr" in by_name:
                 yield (tier, network, case), by_name
 
@@ -79,6 +78,11 @@ class Results:
                 if accuracy is not None:
                     found[network, pattern][name][float(sparsity)] = accuracy
         return found
+
+
+def seed_of(row: Result) -> str:
+    """Return the seed, the last part of a row's name."""
+    return str(row["row"]).rsplit("/", 1)[1]
 
 
 def final(row: Result) -> float:

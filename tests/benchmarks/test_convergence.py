@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+BUDGETS = ("budget-1", "budget-2", "budget-3")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -46,9 +47,11 @@ def test_the_short_form_measures_resumes_and_answers(tmp_path: Path) -> None:
     assert len(rows.read_text().splitlines()) == 2
     assert run("convergence.py", *both, cache=tmp_path) == ""
 
-    rows.write_text(rows.read_text().replace("short/", "small/"))
+    measured = rows.read_text()
+    rows.write_text("".join(measured.replace("short/", f"{tier}/") for tier in ("small", *BUDGETS)))
     answers = run("convergence_answers.py", "--rows", str(rows), "--out", str(tmp_path / "answers"), cache=tmp_path)
     assert f"{slr['final']['hard_bn']:.2f}" in answers
+    assert ", ".join([f"{slr['final']['hard_bn']:.1f}"] * 4) in answers  # runs of 1, 2, 3 and 6 epochs
     assert (tmp_path / "answers" / "convergence.md").read_text() == answers.removesuffix("\n")
     assert "SLR" in answers
     plots = {path.stem for path in (tmp_path / "answers").glob("*.svg") if "<svg" in path.read_text()}

@@ -160,5 +160,5 @@ class LoweredProgram:
 
     @property
     def size_bytes(self) -> int:
-        """The size of the model file."""
-        return (self.folder / self.artifact.model_file).stat().st_size
+        """The size of the model, with the weights that lie in a file beside it."""
+        return sum(path.stat().st_size for path in self.folder.glob(f"{self.artifact.model_file}*"))

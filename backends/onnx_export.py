@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import warnings
@@ -11,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument
+from torch.fx import Node
 
 from slrc.backends.packed_onnx import attach_functions, translation_table
 from slrc.errors import BackendError
@@ -33,7 +36,7 @@ def export_onnx(program: Program, path: Path) -> bool:
     import onnx
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    exported_program = _with_plain_attention(program)
+    exported_program = _without_constant_outputs(_with_plain_attention(program))
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
@@ -64,6 +67,19 @@ def _with_plain_attention(program: Program) -> ExportedProgram:
     if all(node.target is not fused or node.meta["val"].dim() == 4 for node in program.nodes):
         return program.exported
     return program.exported.run_decompositions({fused: _attention})
+
+
+def _without_constant_outputs(exported: ExportedProgram) -> ExportedProgram:
+    """Write `None`, which ONNX leaves out, for the numbers and texts among the outputs: it has no form for them."""
+    if all(isinstance(x, Node) or x is None for x in exported.graph.output_node().args[0]):
+        return exported
+    exported = copy.deepcopy(exported)
+    output = exported.graph.output_node()
+    output.args = (tuple(x if isinstance(x, Node) else None for x in output.args[0]),)
+    for spec in exported.graph_signature.output_specs:
+        if isinstance(spec.arg, ConstantArgument):
+            spec.arg = ConstantArgument(name="", value=None)
+    return exported
 
 
 def _attention(

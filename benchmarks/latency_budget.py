@@ -20,7 +20,7 @@ from typing import Any
 from zoo import load, load_dense, make
 
 import slrc
-from slrc.latency_timing import cache_folder
+from slrc.cache import cache_folder
 from slrc.pipeline import STRUCTURE, run_passes
 from slrc.plans import Masks
 from slrc.program import Program, capture

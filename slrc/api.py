@@ -59,7 +59,7 @@ def plan(
     latency_budget: float | None = None,
     target: str | Sequence[str] = "ort",
     threads: int | None = None,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     reporter: Reporter | None = None,
 ) -> Plan:
     """Return what to constrain in a program and how much of it to keep. See `allocate_sparsity`.
@@ -83,15 +83,16 @@ def plan(
             "permute": permute,
         }
     )
-    return plan_from(program, made, cache=cache, reporter=reporter)
+    return plan_from(program, made, cache=Path(cache) if cache else None, reporter=reporter)
 
 
-def train(workload: Workload, plan: Plan, *, checkpoints: Path | None = None, **options: Any) -> Trained:
+def train(workload: Workload, plan: Plan, *, checkpoints: str | Path | None = None, **options: Any) -> Trained:
     """Train the workload's model in place under the plan and prune it hard.
 
     `options` are those of `CompileConfig`, such as `method="slr"`, `epochs=5`, `retrain_epochs=0`.
     """
-    return training.train(workload, plan, make_config(options), checkpoints=checkpoints)
+    folder = Path(checkpoints) if checkpoints else None
+    return training.train(workload, plan, make_config(options), checkpoints=folder)
 
 
 def structure(program: Program, plan: Plan, trained: Trained | Masks) -> Program:
@@ -125,7 +126,7 @@ def compile(
     out: str | Path = "build",
     *,
     config: CompileConfig | None = None,
-    config_file: Path | None = None,
+    config_file: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     reporter: Reporter | None = None,
@@ -145,7 +146,7 @@ def compile(
     """
     if config is not None and (options or config_file):
         raise ConfigError("give either `config`, or options and `config_file`, not both")
-    config = config or make_config(options, config_file)
+    config = config or make_config(options, Path(config_file) if config_file else None)
     targets = [_emittable(text) for text in config.target]
     loaded_plan = Plan.load(config.plan) if config.plan else None
     spec = model if isinstance(model, str) else model.name
@@ -167,13 +168,14 @@ def compile(
                     checked_plan(program, loaded_plan) if loaded_plan else plan_from(program, config, reporter=reporter)
                 )
             )
+        dense = baseline(program)
+        dense_lowered = run.lower_dense(program, dense) if leads else []
         trained = run.train(program, chosen)
         if not leads:
             processes.wait_for_everyone()
             return Report.load(Path(out))
         slim = run.structure(program, chosen, trained)
-        dense = baseline(program)
-        lowered = run.lower(dense, slim)
+        lowered = run.lower(dense_lowered, slim)
         report = run.report(program, dense, slim, chosen, trained, lowered)
         report = run.publish(report, chosen, trained, slim)
         processes.wait_for_everyone()

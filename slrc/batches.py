@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from slrc.errors import SlrcError
 from slrc.workload import user_error
@@ -36,6 +36,8 @@ def seed_epoch(batches: Any, seed: int, phase: str, epoch: int) -> None:
             generator.manual_seed(mixed)
     if callable(getattr(batches, "set_epoch", None)):
         batches.set_epoch(epoch)
+    if getattr(batches, "persistent_workers", False):
+        batches._iterator = None  # else the workers go on from the random state of the epoch before
 
 
 def count_steps(batches: Iterable[Any], processes: int, seed: int) -> int:
@@ -45,17 +47,26 @@ def count_steps(batches: Iterable[Any], processes: int, seed: int) -> int:
     except TypeError:  # none, or a DataLoader over an iterable dataset
         seed_epoch(batches, seed, "count", 0)
         steps = sum(1 for _ in read(batches))
-    even = math.ceil(steps / processes) if isinstance(batches, DataLoader) else steps // processes
+    even = math.ceil(steps / processes) if _is_plain_loader(batches) else steps // processes
     return max(1, even)
 
 
 def share_out(batches: Iterable[Any], accelerator: Accelerator) -> Iterable[Any]:
-    """Give each process its share of the batches; `accelerate` does so for a `DataLoader` only."""
-    if isinstance(batches, DataLoader):
-        return accelerator.prepare(batches)
+    """Give each process its share of the batches; one process alone reads the user's own."""
     if accelerator.num_processes == 1:
         return batches
+    if _is_plain_loader(batches):
+        return accelerator.prepare(batches)
     return _Shard(batches, accelerator.process_index, accelerator.num_processes)
+
+
+def _is_plain_loader(batches: Iterable[Any]) -> bool:
+    """Whether `accelerate` may deal out the samples: it makes a loader of its own, and cuts batches it cannot index."""
+    return (
+        isinstance(batches, DataLoader)
+        and type(batches).__iter__ is DataLoader.__iter__
+        and not isinstance(batches.dataset, IterableDataset)
+    )
 
 
 def update_steps(steps: int, updates: int) -> set[int]:

@@ -30,7 +30,7 @@ class EpochRecord(BaseModel):
     Epoch 0 is the dense start, before any step.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
     phase: str
     epoch: int

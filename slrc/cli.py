@@ -271,7 +271,8 @@ def main() -> None:
     except SystemExit as stop:
         if stop.code != INTERRUPTED:  # what typer makes of Ctrl-C
             raise
-        _fail("interrupted", "`slrc compile --resume` goes on after the last whole epoch", INTERRUPTED, debug)
+        hint = "`slrc compile --resume` goes on after the last whole epoch, if there was one"
+        _fail("interrupted", hint, INTERRUPTED, debug)
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
         _fail(

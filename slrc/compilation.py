@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from slrc.backends import Artifact, LoweredProgram, Target, get_backend, parse_target
+from slrc.backends import Artifact, LoweredProgram, Runner, Target, get_backend, parse_target
 from slrc.checkpoints import disk_error
 from slrc.config import CompileConfig
 from slrc.errors import BackendError, OutputError, WorkloadError
@@ -85,11 +85,24 @@ class Compilation:
             )
         self.workload.model.load_state_dict(kept, strict=False)
 
-    def train(self, program: Program, plan: Plan) -> Trained:
-        """Check the capture against the eager module, then train."""
+    def lower_dense(self, program: Program, dense: Program) -> list[LoweredProgram]:
+        """Check the capture against the eager module, and emit it: what a target cannot take is said before training.
+
+        `dense` is the program with all that the compiled one gets besides sparsity.
+        """
         reference = outputs_of(self.workload.model.cpu(), program.example_inputs)
         outputs = outputs_of(program.module(), program.example_inputs)
         self.checks.append(compare("eager module = captured program", reference, outputs, TOLERANCE_FP32))
+        self.workspace.new_result()
+        lowered = []
+        for target in self.targets:
+            lowered.append(self._emit(dense, target, "dense"))
+            if not get_backend(target).available(target).why_not_run:
+                self._prove_equal(f"dense program = {target}", reference, lowered[-1], dense)
+        return lowered
+
+    def train(self, program: Program, plan: Plan) -> Trained:
+        """Train the workload's model in place under the plan."""
         if not program.batch_is_dynamic:
             self.note("the model fixes its batch size: the compiled one takes the example's batch only")
         if plan.shortfall:
@@ -111,35 +124,21 @@ class Compilation:
     def structure(self, program: Program, plan: Plan, trained: Trained) -> Program:
         """Turn masks into structure, each step checked against the user's own module with its weights masked."""
         module = self.workload.model.cpu()
-        module.load_state_dict(trained.tensors)
+        module.load_state_dict(trained.tensors, strict=False)  # extra state that is no tensor stays
         reference = outputs_of(module, program.example_inputs)
         masked = program.with_tensors(trained.tensors)
         return run_passes(STRUCTURE, masked, plan, trained.masks, reference, self.checks)
 
-    def lower(self, dense: Program, slim: Program) -> list[Lowered]:
-        """Emit both programs for every target, the compiled one with its layers in their forms there."""
+    def lower(self, dense: Sequence[LoweredProgram], slim: Program) -> list[Lowered]:
+        """Emit the slim program for every target, with its layers in their forms there."""
         reference = outputs_of(self.workload.model.cpu(), slim.example_inputs)
-        result = self.workspace.new_result()
         lowered = []
-        for target in self.targets:
-            backend = get_backend(target)
-            reasons = [backend.available(target).why_not_emit, *backend.check(slim)]
-            if reason := next(filter(None, reasons), None):
-                raise BackendError(f"target `{target}` cannot be built here: {reason}")
+        for target, beside in zip(self.targets, dense, strict=True):
             choice = choose_forms(slim, target, threads=self.config.threads, reporter=self.reporter)
             if choice.lost:
                 self.note(f"on {target} layers stay dense that could be packed: {choice.lost}")
             formed = apply_forms(slim, choice.forms, reference, self.checks)
-            pair = []
-            for name, one in (("dense", dense), ("compiled", formed)):
-                folder = result / target.folder / name
-                folder.mkdir(parents=True)
-                self.reporter.note(f"emitting {target} ({name})")
-                try:
-                    pair.append(LoweredProgram(backend.lower(one, target, folder), folder, target))
-                except OSError as error:
-                    raise disk_error(folder, error) from error
-            lowered.append(Lowered(target, pair[0], pair[1], formed, choice))
+            lowered.append(Lowered(target, beside, self._emit(formed, target, "compiled"), formed, choice))
         return lowered
 
     def report(
@@ -230,23 +229,45 @@ class Compilation:
             self.note(f"`{name}` was not written: {str(error).partition(chr(10))[0]}")
             return None
 
+    def _emit(self, program: Program, target: Target, name: str) -> LoweredProgram:
+        backend = get_backend(target)
+        reasons = [backend.available(target).why_not_emit, *backend.check(program)]
+        if reason := next(filter(None, reasons), None):
+            raise BackendError(f"target `{target}` cannot be built here: {reason}")
+        folder = self.workspace.result / target.folder / name
+        folder.mkdir(parents=True)
+        self.reporter.note(f"emitting {target} ({name})")
+        try:
+            return LoweredProgram(backend.lower(program, target, folder), folder, target)
+        except OSError as error:
+            raise disk_error(folder, error) from error
+
+    def _prove_equal(
+        self, step: str, reference: Sequence[Tensor], lowered: LoweredProgram, program: Program
+    ) -> tuple[Runner, list[Tensor]]:
+        """Run an artifact on the program's inputs and compare; return the runner and its outputs."""
+        backend = get_backend(lowered.target)
+        runner = backend.load(lowered.folder, threads=self.config.threads)
+        outputs = runner(*program.flat_inputs())
+        self.checks.append(compare(step, reference, outputs, backend.tolerance(lowered.artifact)))
+        return runner, outputs
+
     def _prove(self, slim: Program, pair: Lowered, metric: tuple[str, float] | None) -> tuple[str, float] | None:
-        backend = get_backend(pair.target)
-        runner = backend.load(pair.compiled.folder, threads=self.config.threads)
-        tolerance, outputs = backend.tolerance(pair.compiled.artifact), runner(*slim.flat_inputs())
         reference = outputs_of(slim.module(), slim.example_inputs)
-        self.checks.append(compare(f"slim program = {pair.target}", reference, outputs, tolerance))
-        if pair.compiled.artifact.kernels is not None:
+        runner, outputs = self._prove_equal(f"slim program = {pair.target}", reference, pair.compiled, slim)
+        backend, artifact = get_backend(pair.target), pair.compiled.artifact
+        tolerance = backend.tolerance(artifact)
+        if artifact.kernels is not None:
             stock = backend.load(pair.compiled.folder, threads=self.config.threads, stock=True)
             step = f"{pair.target} with kernels = without"
             self.checks.append(compare(step, outputs, stock(*slim.flat_inputs()), tolerance))
         if metric is None:
             return None
-        out_spec = slim.exported.call_spec.out_spec
-        measured = self.workload.measure(RunnerModule(runner, pair.compiled.artifact, out_spec))
+        measured = self.workload.measure(RunnerModule(runner, artifact, slim))
         if measured is None or not math.isfinite(measured[1]):
             raise WorkloadError(f"`evaluate` returned {measured} for the compiled model")
-        self.checks.append(compare_metric(f"{metric[0]}: masked module = {pair.target}", metric[1], measured[1]))
+        step = f"{metric[0]}: masked module = {pair.target}"
+        self.checks.append(compare_metric(step, metric[1], measured[1], tolerance))
         return measured
 
     def _measure(self, slim: Program, pair: Lowered, forecast: LatencyForecast | None) -> Latency:

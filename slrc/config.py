@@ -38,6 +38,21 @@ _NUMBERS = (
 )
 
 
+PLANNING = (
+    "pattern",
+    "sparsity",
+    "allocate",
+    "latency_budget",
+    "skip",
+    "keep_ends",
+    "round_to",
+    "attention",
+    "layer_norm",
+    "permute",
+)
+"""Options that make a plan; a plan that is given has them decided."""
+
+
 class CompileConfig(MethodSettings):
     """Everything that `slrc compile` can be told. Field names are the option names, with underscores."""
 
@@ -100,8 +115,18 @@ class CompileConfig(MethodSettings):
         return self
 
     @model_validator(mode="after")
+    def _plan_decides(self) -> CompileConfig:
+        decided = [name for name in PLANNING if name in self.model_fields_set]
+        if self.plan is not None and decided:
+            raise ConfigError(
+                f"`--plan` and `--{decided[0].replace('_', '-')}` exclude each other: the plan says what to prune",
+                hint="leave one out, or write the plan anew with `slrc inspect --plan-out`",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _permute_goes_with_blocks(self) -> CompileConfig:
-        if self.permute and self.plan is None and not (isinstance(self.pattern, Block) and self.pattern.cols == 1):
+        if self.permute and not (isinstance(self.pattern, Block) and self.pattern.cols == 1):
             raise ConfigError(
                 f"`--permute` reorders channels for blocks of one column, got `--pattern {self.pattern}`",
                 hint="use `--pattern block:8x1`, or leave `--permute` out",

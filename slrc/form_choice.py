@@ -16,9 +16,10 @@ from pathlib import Path
 from torch import Tensor
 
 from slrc.backends import Target, get_backend
+from slrc.cache import cache_folder
 from slrc.form_cost import cheapest_form, density_of
 from slrc.forms import DENSE, LEAST_ZEROS, Form, FormChoice, FormKind, Forms, LayerChoice, candidate_forms
-from slrc.latency_timing import PART_BUDGET_S, WHOLE_BUDGET_S, Clock, Job, cache_folder, whole_job
+from slrc.latency_timing import PART_BUDGET_S, WHOLE_BUDGET_S, Clock, Job, whole_job
 from slrc.passes.cut_segments import Segment, cut_segments
 from slrc.pipeline import apply_forms
 from slrc.program import Program, layer_weight

@@ -80,6 +80,8 @@ def parse_form(text: str) -> Form:
 def candidate_forms(weight: Tensor, op: str, groups: int = 1) -> list[Form]:
     """Return the forms that a layer allows, `dense` first: by its zeros, or packed with none if that may be faster.
 
+    Packed forms are for float32 alone.
+
     Args:
         weight: `(out, in/groups, *kernel)`.
         op: the ATen operator's bare name, such as `conv2d`.
@@ -93,6 +95,8 @@ def candidate_forms(weight: Tensor, op: str, groups: int = 1) -> list[Form]:
         kept = kept_channels(weight, parts).sum(dim=1)
         if op != "linear" and parts > 1 and bool((kept == kept[0]).all()):
             forms.append(Form(FormKind.GROUPED, parts))
+    if weight.dtype != torch.float32:  # as the kernels are
+        return forms
     if op == "conv2d" and groups > 1 and weight.shape[1] == 1:
         forms.append(DEPTHWISE)
     elif op in ("conv2d", "linear") and weight.shape[1] > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slrc.backends import Runner, Target, get_backend
-from slrc.checkpoints import disk_error
+from slrc.cache import cache_folder
 from slrc.errors import BackendError, PlanError
 from slrc.kernels.build import sources_digest
 from slrc.latency import LatencyTable, SegmentLatency, WholeLatency
@@ -94,11 +95,6 @@ class LatencyMeter:
         return run_passes(STRUCTURE, self._program, plan, Masks.project(plan, self._program.tensors))
 
 
-def cache_folder() -> Path:
-    """Return where measured times are kept: `$SLRC_CACHE`, else `~/.cache/slrc`."""
-    return Path(os.environ.get("SLRC_CACHE", "~/.cache/slrc")).expanduser()
-
-
 Job = tuple[str, Callable[[], Program], Sequence[Any]]
 """What to time: a name for its content, how to make it, and its inputs."""
 
@@ -142,13 +138,11 @@ class Clock:
         return runner.prepare(*inputs)
 
     def _write(self, path: Path, ms: Sequence[float]) -> None:
-        try:
+        with contextlib.suppress(OSError):  # a cache that cannot be written: the next run measures anew
             path.parent.mkdir(parents=True, exist_ok=True)
             aside = path.with_suffix(f".{os.getpid()}")
             aside.write_text(json.dumps({"ms": ms, "machine": self.machine}))
             aside.replace(path)
-        except OSError as error:
-            raise disk_error(path, error) from error
 
 
 def _read(path: Path, count: int) -> tuple[float, ...] | None:

@@ -223,19 +223,19 @@ class Plan(_Data):
         partly = [c.model_copy(update={"keep": k}) for c, k in zip(self.constraints, keeps, strict=True)]
         return self.model_copy(update={"constraints": tuple(partly)})
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
-        path.write_text(self.model_dump_json(indent=1) + "\n")
+        Path(path).write_text(self.model_dump_json(indent=1) + "\n")
 
     @staticmethod
-    def load(path: Path) -> Plan:
+    def load(path: str | Path) -> Plan:
         """Read a plan that `save` wrote, perhaps edited since.
 
         Raises:
             PlanError: the file is missing, is not JSON, or does not have a plan's fields.
         """
         try:
-            data = json.loads(path.read_text())
+            data = json.loads(Path(path).read_text())
         except FileNotFoundError:
             raise PlanError(f"plan `{path}` does not exist", hint="check the path given to `--plan`") from None
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -360,12 +360,12 @@ class Masks:
         """Return which units of a coupled group survive, `(units,)`."""
         return constraint.surviving_units(self.tensors)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the masks as safetensors."""
         save_file({n: m.contiguous() for n, m in self.tensors.items()}, path)
 
     @staticmethod
-    def load(path: Path) -> Masks:
+    def load(path: str | Path) -> Masks:
         """Read masks that `save` wrote.
 
         Raises:

@@ -16,9 +16,9 @@ import re
 import sysconfig
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +98,9 @@ class Program:
 
     @cached_property
     def batch(self) -> int:
-        """The batch size that `macs` counts are relative to: 1 where the batch is dynamic."""
-        leaves = [x for x in pytree.tree_leaves(self.example_inputs) if isinstance(x, Tensor) and x.dim() > 0]
-        return 1 if self.batch_is_dynamic or not leaves else int(leaves[0].shape[0])
+        """The batch size that `macs` counts are relative to: 1 where the batch is dynamic, or inputs differ in it."""
+        sizes = {x.shape[0] for x in pytree.tree_leaves(self.example_inputs) if isinstance(x, Tensor) and x.dim() > 0}
+        return 1 if self.batch_is_dynamic or len(sizes) != 1 else int(sizes.pop())
 
     @cached_property
     def layers(self) -> Mapping[str, Layer]:
@@ -148,6 +148,29 @@ class Program:
         """Multiply-accumulates of one sample: convolutions, linear layers, matrix products and attention."""
         return sum(node_macs(node) for node in self.nodes) // self.batch
 
+    def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """Return the tensors of a call, in the order of the graph's inputs; arguments may be given by name.
+
+        Raises:
+            TypeError: the arguments are not those of the example inputs.
+            ValueError: a container is not like the example's.
+        """
+        in_spec = self.exported.call_spec.in_spec
+        assert in_spec is not None
+        leaves = in_spec.flatten_up_to((_in_order(self._input_names, args, kwargs), {}))  # dicts in any order of keys
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def unflatten(self, outputs: Sequence[Tensor]) -> Any:
+        """Return what the model returns, made of the tensors that the graph's outputs are."""
+        out_spec = self.exported.call_spec.out_spec
+        assert out_spec is not None
+        (stored,), tensors = self.graph_module.graph.output_node().args, iter(outputs)
+        return pytree.tree_unflatten([next(tensors) if isinstance(x, Node) else x for x in stored], out_spec)
+
+    @property
+    def _input_names(self) -> tuple[str, ...]:
+        return tuple(self.graph_module.graph._codegen.pytree_info.orig_args)  # type: ignore[attr-defined]
+
     def flat_inputs(self) -> list[Tensor]:
         """Return the example inputs as a flat list of tensors."""
         return [x.contiguous() for x in pytree.tree_leaves(self.example_inputs) if isinstance(x, Tensor)]
@@ -162,6 +185,8 @@ class Program:
         module = copy.deepcopy(self.graph_module)
         for parameter in module.parameters():
             parameter.requires_grad_(trainable and parameter.is_floating_point())
+        hook = partial(_arguments_in_order, self._input_names)
+        module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
         return module
 
     def save(self, folder: str | Path) -> None:
@@ -343,39 +368,64 @@ def source_line(node: Node) -> str:
     return f"{_short(frames[-1][0])}:{frames[-1][1]}: {frames[-1][2]}" if frames else ""
 
 
+def _in_order(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return the arguments of a call, some given by name, as a tuple."""
+    named = names[len(args) :]
+    if len(args) > len(names) or set(named) != set(kwargs):
+        given = [*names[: len(args)], *("…" for _ in args[len(names) :]), *kwargs]
+        raise TypeError(f"the model was captured with the arguments ({', '.join(names)}), got ({', '.join(given)})")
+    return (*args, *(kwargs[name] for name in named))
+
+
+def _arguments_in_order(
+    names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A hook before `forward`: a graph takes its arguments by position."""
+    return _in_order(names, args, kwargs), {}
+
+
 def _export(module: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
     """Export with a dynamic batch if that works, else with the shapes as they are."""
     logging.getLogger("torch._export").setLevel(logging.ERROR)  # it warns of each input whose batch is always 1
-    leaves = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim() > 0]
-    doubled = pytree.tree_map_only(Tensor, _two, inputs) if all(x.shape[0] == 1 for x in leaves) else inputs
-    shapes = ShapesCollection()
-    for x in pytree.tree_leaves(doubled):
-        if isinstance(x, Tensor) and x.dim() > 0:
-            shapes[x] = {0: Dim.AUTO}
-    attempts: list[tuple[tuple[Any, ...], Any]] = [(doubled, shapes), (inputs, None)]
+    sizes = [x.shape[0] for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim() > 0]
+    attempts: list[tuple[tuple[Any, ...], Any]] = [(inputs, None)]
+    if any(size != 1 for size in sizes):
+        attempts.insert(0, (inputs, _any_batch(inputs)))
+    if 1 in sizes:
+        doubled = pytree.tree_map_only(Tensor, _two, inputs)
+        attempts.insert(0, (doubled, _any_batch(doubled)))
     failures: list[Exception] = []
     for args, dynamic_shapes in attempts:
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
                 exported = torch.export.export(module, args, dynamic_shapes=dynamic_shapes)
-            if args is inputs or not _has_fixed_batch(exported):
+            if args is inputs or not _has_fixed_batch(exported, sizes):
                 return exported
         except Exception as error:  # whatever the user's forward raises
             failures.append(error)
     raise _capture_error(failures[-1]) from failures[-1]
 
 
+def _any_batch(inputs: tuple[Any, ...]) -> ShapesCollection:
+    shapes = ShapesCollection()
+    for x in pytree.tree_leaves(inputs):
+        if isinstance(x, Tensor) and x.dim() > 0:
+            shapes[x] = {0: Dim.AUTO}
+    return shapes
+
+
 def _two(x: Tensor) -> Tensor:
     """`torch.export` takes a dimension of size 1 for a constant: show it a batch of 2."""
-    return torch.cat([x, x]) if x.dim() > 0 else x
+    return torch.cat([x, x]) if x.dim() > 0 and x.shape[0] == 1 else x
 
 
-def _has_fixed_batch(exported: ExportedProgram) -> bool:
-    """Whether the model took the size of an input's first dimension for a constant."""
+def _has_fixed_batch(exported: ExportedProgram, sizes: Sequence[int]) -> bool:
+    """Whether the model took the first dimension of an input for a constant, of those where it was 1."""
     inputs = set(exported.graph_signature.user_inputs)
     values = [n.meta.get("val") for n in exported.graph.nodes if n.op == "placeholder" and n.name in inputs]
-    return any(isinstance(v, Tensor) and v.dim() > 0 and not _is_free(v.shape[0]) for v in values)
+    firsts = [v.shape[0] for v in values if isinstance(v, Tensor) and v.dim() > 0]
+    return any(size == 1 and not _is_free(first) for first, size in zip(firsts, sizes, strict=True))
 
 
 def _capture_error(error: Exception) -> CaptureError:

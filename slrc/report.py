@@ -19,7 +19,8 @@ T = TypeVar("T")
 
 
 class _Data(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A perplexity may be infinite for a while: as null it could not be read back.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class Pair(_Data, Generic[T]):
@@ -92,18 +93,18 @@ class Report(_Data):
     config: dict[str, Any]
     environment: dict[str, Any]
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write `report.json`."""
-        (folder / "report.json").write_text(self.model_dump_json(indent=1) + "\n")
+        (Path(folder) / "report.json").write_text(self.model_dump_json(indent=1) + "\n")
 
     @staticmethod
-    def load(folder: Path) -> Report:
+    def load(folder: str | Path) -> Report:
         """Read the report of an output folder.
 
         Raises:
             OutputError: there is none, or it has another schema version.
         """
-        path = folder / "report.json"
+        path = Path(folder) / "report.json"
         try:
             return Report.model_validate_json(path.read_text())
         except FileNotFoundError:

@@ -7,6 +7,7 @@ one did, bit by bit, as long as the user's batches depend on torch's, numpy's an
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from accelerate.utils import DataLoaderConfiguration, send_to_device
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils import _pytree as pytree
 
 from slrc.batch_norm import recalibrate_batch_norm
 from slrc.batches import count_steps, read, seed_epoch, share_out, update_steps
@@ -151,6 +153,7 @@ class _Trainer:
 
     def run(self) -> Trained:
         """Sparse epochs, projection, retraining; what the newest checkpoint has done already is not done again."""
+        self._check_storable()
         in_retraining = self.snapshot is not None and self.snapshot.phase == RETRAIN
         if in_retraining:
             assert self.snapshot is not None
@@ -168,7 +171,7 @@ class _Trainer:
             _unwrap(self.model)  # as the copies that were measured
             self._recalibrate(self.model)
         return Trained(
-            tensors={n: t.detach().cpu().clone() for n, t in self.model.state_dict().items()},
+            tensors={n: t.detach().cpu().clone() for n, t in self.model.state_dict().items() if isinstance(t, Tensor)},
             masks=self.masks,
             method=str(self.method_name),
             dense=self.curve[0].metric,
@@ -176,6 +179,14 @@ class _Trainer:
             curve=tuple(self.curve),
             history=tuple(self.method.history),
         )
+
+    def _check_storable(self) -> None:
+        objects = [n for n, value in self.model.state_dict().items() if not isinstance(value, Tensor)]
+        if self.folder and objects and self.workload.train_batches is not None:
+            raise WorkloadError(
+                f"the model's state holds `{objects[0]}`, which is no tensor: checkpoints take tensors only",
+                hint="return a tensor from `get_extra_state`, or leave it out while compiling",
+            )
 
     def _run_sparse_phase(self) -> None:
         epochs = self.config.epochs if self.workload.train_batches is not None else 0
@@ -187,6 +198,11 @@ class _Trainer:
             self._load_method(self.snapshot)
         else:
             self.curve.append(self._measure(str(self.method_name), 0, None, 0.0))
+            if (dense := self.curve[0].metric) is not None and not math.isfinite(dense):
+                raise WorkloadError(
+                    f"`evaluate` returned {dense} for the model as it was given",
+                    hint="its leading metric must be finite: look for a division by zero, or a loss that overflows",
+                )
             if epochs:
                 self.method.start(self.probe_loss)
         if epochs:
@@ -252,6 +268,11 @@ class _Trainer:
             raise WorkloadError(
                 "`Workload.scheduler` must return a schedule of its own, got ReduceLROnPlateau",
                 hint="the schedule is stepped after every batch, without a metric: try OneCycleLR or CosineAnnealingLR",
+            )
+        if inspect.signature(optimizer.step).parameters["closure"].default is inspect.Parameter.empty:
+            raise WorkloadError(
+                f"`Workload.optimizer` made a {type(optimizer).__name__}, whose steps need a closure",
+                hint="give one that steps by the gradients there are, such as SGD or AdamW",
             )
         self.accelerator.free_memory()
         model, optimizer, scheduler = self.accelerator.prepare(self.model, optimizer, scheduler)
@@ -354,7 +375,9 @@ class _Trainer:
 
     def _twin(self) -> nn.Module:
         """A copy of the model without the wrapper that casts to the training precision."""
-        twin = copy.deepcopy(self.model)
+        # A tensor with a gradient that `forward` kept, such as an auxiliary loss, cannot be copied as it is.
+        held = [t for m in self.model.modules() for t in pytree.tree_leaves(vars(m)) if isinstance(t, Tensor)]
+        twin = copy.deepcopy(self.model, {id(t): t.detach().clone() for t in held if not t.is_leaf})
         _unwrap(twin)
         return twin
 

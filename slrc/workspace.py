@@ -20,6 +20,10 @@ from slrc.plans import Plan
 
 REPORT = "report.json"
 RUN = "run.json"
+WRITTEN = frozenset(
+    {REPORT, "report.html", "plan.json", "masks.safetensors", "inputs.safetensors", "model.pt2", "program"}
+)
+"""What an output holds besides a folder for each target."""
 LOCK = "lock"
 
 
@@ -56,8 +60,14 @@ class Workspace:
             self._open(out, run, resume, overwrite)
 
     def _open(self, out: Path, run: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
-        if self.out.exists() and not _is_ours(self.out):
-            raise _foreign(out)
+        if self.out.exists():
+            if not _is_ours(self.out):
+                raise _foreign(out)
+            if added := _added(self.out):
+                raise OutputError(
+                    f"`{out / added}` was not written by slrc, and would be lost with the old output",
+                    hint="move it away, or choose another folder with `--out`",
+                )
         if self.work.is_dir() and any(self.work.iterdir()) and not (self.work / LOCK).exists():
             raise _foreign(self.work)
         try:
@@ -212,6 +222,16 @@ def _is_ours(out: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(report, dict) and {"schema_version", "pattern", "sparsity", "checks"} <= report.keys()
+
+
+def _added(out: Path) -> str:
+    """Return the name of an entry that a compile does not write, of a folder that is one's own; empty if none."""
+    try:
+        report = json.loads((out / REPORT).read_text())
+    except FileNotFoundError:
+        return ""
+    known = WRITTEN | {target["folder"] for target in report.get("targets", ())}
+    return next((name for name in sorted(p.name for p in out.iterdir()) if name not in known), "")
 
 
 def _foreign(folder: Path) -> OutputError:

@@ -74,13 +74,15 @@ def test_every_pattern_end_to_end(
     assert report.params.compiled < report.params.dense
 
     # The three things that were written compute the same: the program, its artifact, and what the report says of both.
-    program = torch.export.load(out / "model.pt2")
+    program = slrc.Program.load(out / "program")
+    archived = torch.export.load(out / "model.pt2").module()
     folder = out / "ort" / "compiled"
     x = torch.randn(5, 4, 6, 6)
-    torch.testing.assert_close(OnnxRuntime().load(folder)(x)[0], program.module()(x), atol=1e-5, rtol=1e-4)
+    for module in (archived, program.module()):
+        torch.testing.assert_close(OnnxRuntime().load(folder)(x)[0], module(x), atol=1e-5, rtol=1e-4)
     accuracy = report.accuracy
     assert accuracy is not None
-    runner = RunnerModule(OnnxRuntime().load(folder), Artifact.read(folder), program.call_spec.out_spec)
+    runner = RunnerModule(OnnxRuntime().load(folder), Artifact.read(folder), program)
     assert tiny_workload().measure(runner) == (accuracy.metric, accuracy.final)
     assert report.size_bytes.compiled == (folder / "model.onnx").stat().st_size
 
@@ -322,6 +324,65 @@ def test_a_model_that_returns_a_dict(tiny_workload: MakeWorkload, tiny_data: Any
     assert report.accuracy is not None
     assert report.accuracy.metric == "accuracy"
     assert report.accuracy.hard_pruned == report.accuracy.final
+
+
+class Loose(Outputs):
+    """Returns what is no tensor besides, and takes its input by name."""
+
+    def forward(self, images: Tensor) -> Any:
+        return super().forward(images)["logits"], None, 3
+
+
+def test_outputs_that_are_no_tensors_and_inputs_by_name(
+    tiny_workload: MakeWorkload, tiny_data: Any, tmp_path: Path
+) -> None:
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        x, y = tiny_data.tensors
+        logits, nothing, number = model(images=x)
+        assert (nothing, number) == (None, 3)
+        return {"accuracy": (logits.argmax(1) == y).float().mean().item()}
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[0])[0], batch[1])
+
+    report = slrc.compile(tiny_workload(model=Loose(), evaluate=evaluate, loss=loss), tmp_path / "out", epochs=1)
+    assert report.accuracy is not None
+    assert report.accuracy.hard_pruned == report.accuracy.final
+
+
+class Sorts(Outputs):
+    """Holds an operator that ONNX does not have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.svdvals(super().forward(x)["logits"].unsqueeze(1))
+
+
+def test_what_a_target_cannot_take_is_said_before_training(tiny_workload: MakeWorkload, tmp_path: Path) -> None:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        raise AssertionError("trained first")
+
+    with pytest.raises(BackendError, match="cannot be exported to ONNX"):
+        slrc.compile(tiny_workload(model=Sorts(), loss=loss, evaluate=None), tmp_path / "out", epochs=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_metric_may_be_infinite_for_a_while(tiny_workload: MakeWorkload, tmp_path: Path) -> None:
+    values = iter([1.0, float("inf")])
+    workload = tiny_workload(evaluate=lambda model: {"perplexity": next(values, 3.0)})
+    report = slrc.compile(workload, str(tmp_path / "out"), method="magnitude", epochs=0, retrain_epochs=1)
+    assert report.accuracy is not None
+    assert report.accuracy.hard_pruned == float("inf")
+    assert Report.load(str(tmp_path / "out")) == report
+
+
+def test_a_cache_that_cannot_be_written(
+    tiny_workload: MakeWorkload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SLRC_CACHE", str(tmp_path / "file" / "cache"))
+    workload = tiny_workload(train_batches=None, evaluate=None)
+    report = slrc.compile(workload, tmp_path / "out", pattern="columns:2", target="ort:stock")
+    assert report.latency
 
 
 def test_without_data_and_evaluate(tiny_workload: MakeWorkload, tmp_path: Path) -> None:

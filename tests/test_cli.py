@@ -225,6 +225,8 @@ def assert_mistake(result: Result, message: str, hint: str) -> None:
         (["--skip", "layer9"], "`--skip layer9` matches no layer", "layers are named like"),
         (["--config", "none.toml"], "configuration file `none.toml` does not exist", "--config"),
         (["--plan", "none.json"], "plan `none.json` does not exist", "--plan"),
+        (["--plan", "p.json", "--pattern", "2:4"], "`--plan` and `--pattern` exclude each other", "leave one out"),
+        (["--plan", "p.json", "--skip", "x"], "`--plan` and `--skip` exclude each other", "leave one out"),
         (["--resume"], "there is no unfinished run of `build` to resume", "run without `--resume`"),
     ],
 )

@@ -112,5 +112,8 @@ def test_the_cost_model() -> None:
     assert density_of(columns([[0, 1, 2], [2, 3]]), Form(FormKind.SPLIT, 2)) == pytest.approx(5 / 12)
     depthwise = torch.ones(16, 1, 3, 3)
     assert cheapest_form(depthwise, candidate_forms(depthwise, "conv2d", 16), 16) == DEPTHWISE
+    for weight, groups in ((depthwise, 16), (sparse, 1)):
+        kinds = {form.kind for form in candidate_forms(weight.double(), "conv2d", groups)}
+        assert FormKind.PACKED not in kinds
     assert layer_kind(depthwise, 16) == "depthwise"
     assert [layer_kind(torch.ones(s)) for s in ((2, 3), (2, 3, 1, 1), (2, 3, 1, 3))] == ["linear", "1x1", "window"]

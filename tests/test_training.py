@@ -428,6 +428,7 @@ class ReturnsDict(nn.Module):
         ({"model": ReturnsDict(), "evaluate": None}, "a model that returns logits, got a dict with keys 'logits'"),
         ({"train_batches": [torch.zeros(8, 4, 6, 6)]}, r"needs batches `\(x, y\)`, got a Tensor"),
         ({"optimizer": lambda p: 1 / 0}, "`Workload.optimizer` failed at .*ZeroDivisionError"),
+        ({"optimizer": torch.optim.LBFGS}, "`Workload.optimizer` made a LBFGS, whose steps need a closure"),
         ({"optimizer": lambda p: None}, "`Workload.optimizer` must return a Optimizer, got NoneType"),
         ({"scheduler": lambda o, n: None}, "`Workload.scheduler` must return a LRScheduler, got NoneType"),
         (
@@ -438,12 +439,53 @@ class ReturnsDict(nn.Module):
         ({"evaluate": lambda m: {}}, "`evaluate` must return"),
         ({"evaluate": lambda m: {"accuracy": None}}, "`evaluate` must return numbers, got a NoneType"),
         ({"evaluate": lambda m: {"accuracy": torch.zeros(2)}}, "`evaluate` must return numbers, got a Tensor"),
+        ({"evaluate": lambda m: {"loss": float("nan")}}, "`evaluate` returned nan for the model as it was given"),
         ({"evaluate": lambda m: m.nope()}, "`evaluate` failed at .*AttributeError"),
     ],
 )
 def test_what_a_user_can_get_wrong(tiny_workload: MakeWorkload, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(WorkloadError, match=message):
         run(tiny_workload(**fields))
+
+
+class KeepsItsLoss(ReturnsDict):
+    """Keeps tensors with a gradient on itself and in a container, as models with auxiliary losses do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[str, Any] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(x)["logits"]
+        self.extra = logits.square().mean()
+        self.kept["all"] = [self.extra]
+        return logits
+
+
+def test_a_model_may_keep_tensors_with_a_gradient(tiny_workload: MakeWorkload) -> None:
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        return slrc.cross_entropy(model, batch) + 0.01 * model.extra
+
+    trained = run(tiny_workload(model=KeepsItsLoss(), loss=loss))
+    assert len(trained.curve) == 3
+
+
+class WithExtraState(ReturnsDict):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)["logits"]
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 1}
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+def test_state_that_is_no_tensor(tiny_workload: MakeWorkload, tmp_path: Path) -> None:
+    workload = tiny_workload(model=WithExtraState())
+    with pytest.raises(WorkloadError, match="holds `_extra_state`, which is no tensor"):
+        run(workload, checkpoints=tmp_path)
+    assert "_extra_state" not in run(workload).tensors
 
 
 def test_a_model_whose_parameters_are_frozen(tiny_workload: MakeWorkload) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from slrc.backends import Artifact
 from slrc.errors import VerificationError
+from slrc.program import capture
 from slrc.verify import METRIC_TOLERANCE, RunnerModule, compare, compare_metric, outputs_of
 
 NAN, INF = float("nan"), float("inf")
@@ -67,6 +67,8 @@ def test_integer_outputs_are_compared() -> None:
 def test_a_metric_may_move_a_little() -> None:
     assert compare_metric("accuracy", 0.9, 0.9 * (1 + METRIC_TOLERANCE / 2)).passed
     assert compare_metric("accuracy", 0.0, 0.0).passed
+    assert compare_metric("bias", 1e-9, 2e-9).passed
+    assert compare_metric("accuracy", 359 / 360, 358 / 360, outputs_tolerance=1e-2).passed  # one sample, in float16
 
 
 @pytest.mark.parametrize(("reference", "value"), [(0.9, 0.89), (0.9, 0.91), (0.0, 0.1), (0.9, NAN), (-5.0, -5.1)])
@@ -105,12 +107,18 @@ class Doubles:
         return lambda: self(*inputs)
 
 
+class Pair(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Any]:
+        return {"double": x * 2, "next": (y + 1,), "note": "text", "none": None}
+
+
 def as_module(dynamic: bool, max_batch: int | None) -> tuple[RunnerModule, Doubles]:
     runner = Doubles()
     artifact = Artifact(
         target="ort", model_file="m", dynamic_batch=dynamic, max_batch=max_batch, inputs=("x", "y"), outputs=("a", "b")
     )
-    return RunnerModule(runner, artifact, pytree.tree_structure({"double": 0, "next": (0,)})), runner
+    example = 1 if max_batch is None else max_batch
+    return RunnerModule(runner, artifact, capture(Pair(), (torch.zeros(example, 3), torch.zeros(example, 2)))), runner
 
 
 @pytest.mark.parametrize(
@@ -132,6 +140,58 @@ def test_batches_are_run_in_pieces(dynamic: bool, max_batch: int | None, batch: 
     assert runner.batches == expected
     assert torch.equal(result["double"], x * 2)
     assert torch.equal(result["next"][0], y + 1)
+    assert (result["note"], result["none"]) == ("text", None)
+
+
+@pytest.mark.parametrize("call", [lambda m, x, y: m(x, y=y), lambda m, x, y: m(y=y, x=x)])
+def test_arguments_may_be_given_by_name(call: Callable[..., Any]) -> None:
+    module, _ = as_module(True, None)
+    x, y = torch.randn(3, 3), torch.randn(3, 2)
+    assert torch.equal(call(module, x, y)["double"], x * 2)
+    with pytest.raises(TypeError, match=r"captured with the arguments \(x, y\), got \(x, z\)"):
+        module(x, z=y)
+    with pytest.raises(TypeError, match=r"got \(x, y, …\)"):
+        module(x, y, x)
+
+
+def test_an_input_of_the_examples_size_goes_to_each_piece_whole() -> None:
+    class Graph(nn.Module):
+        def forward(self, adjacency: Tensor, x: Tensor) -> Tensor:
+            return (adjacency @ x)[0] if x.shape[0] == 4 else adjacency @ x  # fixes the batch
+
+    class Product:
+        def __call__(self, *inputs: Tensor) -> list[Tensor]:
+            assert [len(x) for x in inputs] == [5, 2]
+            return [inputs[0] @ inputs[1]]
+
+        def prepare(self, *inputs: Tensor) -> Callable[[], Any]:
+            return lambda: self(*inputs)
+
+    adjacency, x = torch.randn(5, 5), torch.randn(7, 5, 3)
+    artifact = Artifact(
+        target="ort", model_file="m", dynamic_batch=False, max_batch=2, inputs=("a", "x"), outputs=("y",)
+    )
+    module = RunnerModule(Product(), artifact, capture(Graph(), (adjacency, x[:2])))
+    torch.testing.assert_close(module(adjacency, x), adjacency @ x)
+
+
+def test_dicts_may_have_another_order_of_keys() -> None:
+    class Difference(nn.Module):
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            return batch["a"] - batch["b"]
+
+    class Runs:
+        def __call__(self, *inputs: Tensor) -> list[Tensor]:
+            return [inputs[0] - inputs[1]]
+
+        def prepare(self, *inputs: Tensor) -> Callable[[], Any]:
+            return lambda: self(*inputs)
+
+    a, b = torch.randn(2, 3), torch.randn(2, 3)
+    artifact = Artifact(target="ort", model_file="m", dynamic_batch=True, inputs=("a", "b"), outputs=("y",))
+    program = capture(Difference(), ({"a": a, "b": b},))
+    for module in (RunnerModule(Runs(), artifact, program), program.module()):
+        assert torch.equal(module({"b": b, "a": a}), a - b)
 
 
 def test_an_evaluate_may_ask_the_module_what_it_asks_a_model() -> None:

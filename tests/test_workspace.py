@@ -33,24 +33,32 @@ def unfinished(out: Path, run: dict[str, Any] = RUN) -> None:
 def finished(out: Path, text: str) -> None:
     workspace = Workspace(out, RUN)
     (workspace.result / "report.json").write_text(REPORT)
-    (workspace.result / "model.txt").write_text(text)
-    assert text not in [p.read_text() for p in out.glob("*.txt")]
+    (workspace.result / "model.pt2").write_text(text)
+    assert text not in [p.read_text() for p in out.glob("*.pt2")]
     workspace.publish()
     workspace.close()
 
 
 def test_the_result_appears_whole(out: Path) -> None:
     finished(out, "first")
-    assert (out / "model.txt").read_text() == "first"
+    assert (out / "model.pt2").read_text() == "first"
     assert [p.name for p in out.parent.iterdir()] == ["build"]
 
 
 def test_an_older_output_is_replaced(out: Path) -> None:
     finished(out, "first")
-    (out / "only-in-first").touch()
+    (out / "plan.json").touch()
     finished(out, "second")
-    assert sorted(p.name for p in out.iterdir()) == ["model.txt", "report.json"]
-    assert (out / "model.txt").read_text() == "second"
+    assert sorted(p.name for p in out.iterdir()) == ["model.pt2", "report.json"]
+    assert (out / "model.pt2").read_text() == "second"
+
+
+def test_a_users_file_in_an_older_output_is_not_lost(out: Path) -> None:
+    finished(out, "first")
+    (out / "notes.txt").write_text("keep me")
+    with pytest.raises(OutputError, match=r"build/notes\.txt` was not written by slrc, and would be lost"):
+        Workspace(out, RUN)
+    assert (out / "notes.txt").read_text() == "keep me"
 
 
 def test_an_older_output_comes_back_if_the_new_one_cannot(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +74,7 @@ def test_an_older_output_comes_back_if_the_new_one_cannot(out: Path, monkeypatch
     monkeypatch.setattr(Path, "rename", fails)
     with pytest.raises(OutputError, match="No space left"):
         workspace.publish()
-    assert (out / "model.txt").read_text() == "first"
+    assert (out / "model.pt2").read_text() == "first"
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", "report.json"])
@@ -97,7 +105,7 @@ def test_the_root_folder_is_refused() -> None:
 def test_an_empty_folder_will_do(out: Path) -> None:
     out.mkdir(parents=True)
     finished(out, "first")
-    assert (out / "model.txt").exists()
+    assert (out / "model.pt2").exists()
 
 
 @pytest.mark.parametrize("flags", [{}, {"overwrite": True}, {"resume": True}])

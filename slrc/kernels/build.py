@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from slrc.cache import cache_folder
 from slrc.errors import BackendError
 
 SOURCES = Path(__file__).parent
@@ -49,20 +50,28 @@ def build(target: str | None = None, cache: Path | None = None) -> Path:
     Args:
         target: a processor family or a triple that begins with one, such as `aarch64-linux-gnu`; this machine's own
             if `None`.
-        cache: the folder to keep libraries in; `$SLRC_CACHE` or `~/.cache/slrc` if `None`.
+        cache: the folder to keep libraries in; `cache_folder()` if `None`.
 
     Raises:
-        BackendError: there are no kernels or no compiler for the target, or the compiler fails.
+        BackendError: there are no kernels or no compiler for the target, the compiler fails, or the library cannot be
+            written.
     """
     family = _family(target)
     compiler = find_compiler(family)
-    path = (cache or _cache()) / f"libslrc_kernels_{family}_{_key(family, compiler)}.so"
-    if not path.exists():
+    path = (cache or cache_folder()) / f"libslrc_kernels_{family}_{_key(family, compiler)}.so"
+    if path.exists():
+        return path
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
             compile_library(compiler, family, Path(folder), made)
             made.replace(path)
+    except OSError as error:
+        raise BackendError(
+            f"the block-sparse kernels cannot be written to `{path.parent}`: {error.strerror}",
+            hint="free some space, or name another folder in SLRC_CACHE",
+        ) from error
     return path
 
 
@@ -152,10 +161,6 @@ def sources_digest() -> str:
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("SLRC_CACHE") or Path.home() / ".cache" / "slrc")
 
 
 def _run(compiler: Compiler, *arguments: str) -> None:

@@ -47,7 +47,7 @@ def two_inputs(batch: int) -> tuple[Tensor, dict[str, Tensor]]:
 
 def module_of(program: Program, folder: Path) -> RunnerModule:
     runner = OnnxRuntime().load(folder, threads=1)
-    return RunnerModule(runner, Artifact.read(folder), program.exported.call_spec.out_spec)
+    return RunnerModule(runner, Artifact.read(folder), program)
 
 
 @pytest.fixture(scope="module")

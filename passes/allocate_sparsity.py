@@ -8,6 +8,7 @@ from enum import StrEnum
 from fnmatch import fnmatch
 
 import numpy as np
+from torch.fx import Node
 
 from slrc.errors import ConfigError, PatternError, PlanError
 from slrc.latency import LatencyForecast
@@ -16,7 +17,10 @@ from slrc.passes.label_indices import ChannelGroup, IndexLabels, label_indices
 from slrc.passes.order_channels import order_channels, takes_order
 from slrc.patterns import AnyPattern, Unstructured
 from slrc.plans import Attention, Constraint, LayerNorm, LeftOut, Plan, Slice
-from slrc.program import Layer, Program
+from slrc.program import WEIGHTED, Layer, Program, layer_weight, op_name
+
+MOST_REASONS = 6
+"""How many layers an error names where nothing can be pruned."""
 
 
 class Allocation(StrEnum):
@@ -73,10 +77,9 @@ def allocate_sparsity(
     else:
         candidates, left_out = _layer_constraints(program, pattern, skip, keep_ends)
     if not candidates:
-        reasons = "; ".join(f"{x.name}: {x.reason}" for x in left_out[:3]) or "it has no layers with weights"
         raise PlanError(
-            f"nothing in {program.name} can be pruned by {pattern}: {reasons}",
-            hint="see `slrc inspect` for every layer, or try another pattern",
+            f"nothing in {program.name} can be pruned by {pattern}: {_reasons(left_out)}",
+            hint="try another pattern, or `--prune-ends` where only the first layer and the classifier are left",
         )
     weights = np.array([c.num_weights(program.tensors) for c in candidates], dtype=np.int64)
     groups = np.array([c.groups for c in candidates], dtype=np.int64)
@@ -161,7 +164,7 @@ def _layer_constraints(
         groups = one.energies(program.tensors).shape[1]
         keep = groups if pattern.fixed_sparsity is None else round(groups * (1 - pattern.fixed_sparsity))
         chosen.append(one.model_copy(update={"groups": groups, "keep": keep}))
-    return chosen, left_out
+    return chosen, left_out + _computed(program)
 
 
 def _coupled_constraints(
@@ -193,7 +196,26 @@ def _coupled_constraints(
             )
         )
     left_out += [LeftOut(name=p.layer, reason=p.reason) for p in labels.pinned]
-    return chosen, left_out
+    return chosen, left_out + _computed(program)
+
+
+def _computed(program: Program) -> list[LeftOut]:
+    """Return the layers whose weight is not a parameter but made of some, as by a weight norm."""
+    made = [(n, n.args[1]) for n in program.nodes if op_name(n) in WEIGHTED and layer_weight(n) is None]
+    return [
+        LeftOut(name=node.name, reason=f"its weight is computed, by {op_name(weight)}")
+        for node, weight in made
+        if isinstance(weight, Node)
+    ]
+
+
+def _reasons(left_out: Sequence[LeftOut]) -> str:
+    """Return why layers are left out, those at the ends last."""
+    told = sorted(left_out, key=lambda x: "by default" in x.reason)
+    shown = [f"{x.name}: {x.reason}" for x in told[:MOST_REASONS]]
+    if len(told) > MOST_REASONS:
+        shown.append(f"and {len(told) - MOST_REASONS} more")
+    return "; ".join(shown) or "it has no layers with weights"
 
 
 def _producers(program: Program, group: ChannelGroup) -> list[Layer]:

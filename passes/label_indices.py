@@ -265,7 +265,7 @@ def _pinned_layers(
     """Say for every layer whose outputs are pinned what pins them."""
     pinned = []
     for weight, layer in program.layers.items():
-        dim = 1 if layer.op.startswith("conv_transpose") else 0
+        dim = 1 if layer.op.startswith("conv_transpose") and not layer.is_depthwise else 0
         labels = table.tensors[weight][dim]
         if labels is None:
             pinned.append(PinnedChannels(layer.name, "it has one output only", ""))

@@ -98,7 +98,7 @@ def _pack(module: GraphModule, layer: Node, rows: int) -> None:
     bias = layer_bias(layer)
     if bias is None:
         zeros = nn.Parameter(weight.new_zeros(weight.shape[0]), requires_grad=False)
-        bias = insert_tensor(module, layer, sibling(name, "bias"), zeros)
+        bias = insert_tensor(module, layer, sibling(name, "no_bias"), zeros)  # another call may have one
     operands = (layer.args[0], *tensors, bias, residual, weight.shape[0])
     if op_name(layer) == "linear":
         node = call_before(last, torch.ops.slrc.block_sparse_gemm.default, *operands, activation, slope)

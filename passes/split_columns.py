@@ -13,7 +13,7 @@ from slrc.forms import FormKind, Forms, kept_channels
 from slrc.passes.base import PassResult, Transform
 from slrc.passes.graph_edits import call_before, get_tensor, insert_tensor, layer_bias, sibling
 from slrc.plans import Masks, Plan
-from slrc.program import Program, layer_weight, op_name
+from slrc.program import Program, layer_weight, node_shape, op_name
 
 aten = torch.ops.aten
 
@@ -58,10 +58,17 @@ def _has_plain_bias(layer: Node) -> bool:
     return bias is None or bias.op == "get_attr"
 
 
+def _channel_dim(layer: Node) -> int:
+    """Return where the channels lie, from the end: a convolution may also be given one sample without a batch."""
+    weight = layer.args[1]
+    assert isinstance(weight, Node)
+    return -1 if op_name(layer) == "linear" else 1 - len(node_shape(weight))
+
+
 def _split(module: GraphModule, layer: Node, kept: Tensor) -> None:
     """`kept` is `(R, in)`: the input channels of each row group."""
     name, bias = str(layer_weight(layer)), layer_bias(layer)
-    channel_dim = -1 if op_name(layer) == "linear" else 1
+    channel_dim = _channel_dim(layer)
     if bool((kept == kept[:1]).all()):
         kept = kept[:1]
     parts = []
@@ -87,7 +94,7 @@ def _group(module: GraphModule, layer: Node, kept: Tensor) -> None:
     indices = [channels.nonzero().flatten() for channels in kept]
     weight = torch.cat([w.index_select(1, index) for w, index in zip(weights, indices, strict=True)])
     weight_node = _insert(module, layer, sibling(name, "grouped_weight"), weight)
-    gathered = _gather(module, layer, sibling(name, "index"), 1, torch.cat(indices))
+    gathered = _gather(module, layer, sibling(name, "index"), _channel_dim(layer), torch.cat(indices))
     assert isinstance(layer.target, torch._ops.OpOverload)
     defaults = [a.default_value for a in layer.target._schema.arguments]
     window = [*layer.args[3:], *defaults[max(len(layer.args), 3) :]]

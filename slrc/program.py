@@ -16,7 +16,7 @@ import re
 import sysconfig
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -164,7 +164,8 @@ class Program:
         """Return what the model returns, made of the tensors that the graph's outputs are."""
         out_spec = self.exported.call_spec.out_spec
         assert out_spec is not None
-        (stored,), tensors = self.graph_module.graph.output_node().args, iter(outputs)
+        stored, tensors = self.graph_module.graph.output_node().args[0], iter(outputs)
+        assert isinstance(stored, (tuple, list))
         return pytree.tree_unflatten([next(tensors) if isinstance(x, Node) else x for x in stored], out_spec)
 
     @property
@@ -241,6 +242,8 @@ class Program:
         module = copy.deepcopy(self.graph_module)
         if not edit(module):
             return self, False
+        for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+            node.target = torch.ops.aten.reshape.default  # attention of other widths may lay its result out otherwise
         module.graph.eliminate_dead_code()
         _drop_unused_tensors(module)
         module.graph.lint()
@@ -285,7 +288,9 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], name: str = "mode
 
 
 def op_name(node: Node) -> str:
-    """Return an operator's bare name: `conv2d` for `aten.conv2d.default`."""
+    """Return an operator's bare name: `conv2d` for `aten.conv2d.default`; empty for inputs, tensors and the output."""
+    if node.op != "call_function":
+        return ""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.split("::")[-1]
@@ -322,11 +327,14 @@ def is_transposed(node: Node) -> bool:
 
 
 def concrete(size: int | torch.SymInt) -> int:
-    """Return a size with every symbolic dimension (the batch) counted as 1."""
+    """Return a size with every symbolic dimension (the batch) counted as 1, and parts of it as 1 at least."""
     if isinstance(size, int):
         return size
     expr = size.node.expr
-    return int(expr.subs(dict.fromkeys(expr.free_symbols, 1)))
+    try:
+        return max(1, int(expr.subs(dict.fromkeys(expr.free_symbols, 1))))
+    except (ZeroDivisionError, TypeError):  # frames folded into the batch: `s // (s // 8)`
+        return int(size.node.hint or 1)
 
 
 def node_shape(node: Node) -> list[int]:
@@ -391,9 +399,10 @@ def _export(module: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
     attempts: list[tuple[tuple[Any, ...], Any]] = [(inputs, None)]
     if any(size != 1 for size in sizes):
         attempts.insert(0, (inputs, _any_batch(inputs)))
-    if 1 in sizes:
-        doubled = pytree.tree_map_only(Tensor, _two, inputs)
-        attempts.insert(0, (doubled, _any_batch(doubled)))
+    if 1 in sizes:  # `torch.export` takes a dimension of size 1 for a constant: show it a batch of 2
+        single = {id(x): torch.cat([x, x]) for x in pytree.tree_leaves(inputs) if _is_single(x)}
+        doubled = pytree.tree_map(lambda x: single.get(id(x), x), inputs)
+        attempts.insert(0, (doubled, _any_batch(single.values())))
     failures: list[Exception] = []
     for args, dynamic_shapes in attempts:
         try:
@@ -407,17 +416,16 @@ def _export(module: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
     raise _capture_error(failures[-1]) from failures[-1]
 
 
-def _any_batch(inputs: tuple[Any, ...]) -> ShapesCollection:
+def _any_batch(inputs: Iterable[Any]) -> ShapesCollection:
     shapes = ShapesCollection()
-    for x in pytree.tree_leaves(inputs):
+    for x in pytree.tree_leaves(list(inputs)):
         if isinstance(x, Tensor) and x.dim() > 0:
             shapes[x] = {0: Dim.AUTO}
     return shapes
 
 
-def _two(x: Tensor) -> Tensor:
-    """`torch.export` takes a dimension of size 1 for a constant: show it a batch of 2."""
-    return torch.cat([x, x]) if x.dim() > 0 and x.shape[0] == 1 else x
+def _is_single(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == 1
 
 
 def _has_fixed_batch(exported: ExportedProgram, sizes: Sequence[int]) -> bool:
@@ -469,26 +477,35 @@ def _is_free(size: int | torch.SymInt) -> bool:
 
 
 def _downstream_of_inputs(nodes: Iterator[Node], inputs: set[Node]) -> set[Node]:
-    """Layers that see an input with no other layer between."""
-    fresh, layers = set(inputs), set()
+    """Layers that see inputs, and nothing that comes after another layer.
+
+    The stream of a transformer begins at an embedding, which is no layer: its first block alone is the first.
+    """
+    fresh, layers, after = set(inputs), set(), set()
     for node in nodes:
-        if any(a in fresh for a in node.all_input_nodes) and not isinstance(node.meta.get("val"), torch.SymInt):
+        if any(a in after for a in node.all_input_nodes):
+            after.add(node)
+        elif any(a in fresh for a in node.all_input_nodes) and not isinstance(node.meta.get("val"), torch.SymInt):
             if layer_weight(node) is not None:
                 layers.add(node)
+                after.add(node)
             elif op_name(node) not in WEIGHTED:  # whose weight may be computed
                 fresh.add(node)
     return layers
 
 
 def _upstream_of_output(module: GraphModule) -> set[Node]:
-    """Layers whose result reaches an output with no other layer between."""
-    late, layers = set(), set()
+    """Layers whose result reaches an output, by nothing that another layer reads."""
+    late, layers, before = set(), set(), set()
     for node in reversed(module.graph.nodes):
-        if node.op == "output" or any(user in late for user in node.users):
-            if node.op == "call_function" and layer_weight(node) is not None:
-                layers.add(node)
-            elif op_name(node) not in WEIGHTED:
-                late.add(node)
+        reaches_output = node.op == "output" or any(user in late for user in node.users)
+        if reaches_output and layer_weight(node) is not None:
+            layers.add(node)
+            before.add(node)
+        elif any(user in before for user in node.users):
+            before.add(node)
+        elif reaches_output and op_name(node) not in WEIGHTED:
+            late.add(node)
     return layers
 
 

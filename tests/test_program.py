@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+import slrc
 from slrc.errors import CaptureError
 from slrc.program import Program, capture, op_name, source_line
 from slrc.verify import compare, outputs_of
@@ -266,6 +268,90 @@ def test_first_and_last_layers() -> None:
     layers = capture(TwoEnds(), (torch.randn(2, 4), torch.randn(2, 4))).layers.values()
     assert [layer.name for layer in layers if layer.is_first] == ["left", "right"]
     assert [layer.name for layer in layers if layer.is_last] == ["head", "second"]
+
+
+class Stream(nn.Module):
+    """Blocks that add to an embedding, and no head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 4)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)) for _ in range(3))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def test_the_ends_of_a_stream_are_its_first_and_last_block() -> None:
+    layers = capture(Stream(), (torch.zeros(2, 5, dtype=torch.long),)).layers.values()
+    assert [layer.name for layer in layers if layer.is_first] == ["blocks.0.0"]
+    assert [layer.name for layer in layers if layer.is_last] == ["blocks.2.2"]
+
+
+class Named(nn.Module):
+    """Inputs and a parameter that are called like operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.pad = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, roll: Tensor, slice: Tensor, batch_norm: Tensor) -> Tensor:
+        return self.head(torch.relu(self.linear(roll + slice) * self.pad + batch_norm))
+
+
+def test_names_of_operators_are_names_like_others(tmp_path: Path) -> None:
+    x = torch.randn(2, 4)
+    workload = slrc.Workload(model=Named(), example_inputs=(x, x, x))
+    program = slrc.capture(workload)
+    plan = slrc.plan(program, "unstructured", 0.5, keep_ends=False)
+    slim = slrc.structure(program, plan, slrc.Masks.project(plan, program.tensors))
+    assert slrc.lower(slim, "ort", tmp_path).artifact.inputs == ("roll", "slice", "batch_norm")
+
+
+class Frames(nn.Module):
+    """Frames folded into the batch, eight for each video."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.stem(x))
+        y = y.view(y.shape[0] // 8, 8, *y.shape[1:])
+        y = torch.cat([y[:, 1:, :2], y[:, :1, :2]], 1)
+        y = torch.cat([y, y, y, y], 2).view(x.shape[0], 8, *x.shape[2:])
+        return self.head(y)
+
+
+def test_frames_folded_into_the_batch() -> None:
+    model, x = Frames(), torch.randn(16, 3, 4, 4)
+    program = capture(model, (x,))
+    assert program.macs > 0
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+class Graph(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, adjacency: Tensor, x: Tensor) -> Tensor:
+        return self.head(adjacency @ x)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_an_input_may_have_no_batch(batch: int) -> None:
+    model, adjacency = Graph(), torch.randn(10, 10)
+    program = capture(model, (adjacency, torch.randn(batch, 10, 8)))
+    assert program.batch_is_dynamic
+    if batch == 1:  # else the first input may vary, too
+        assert program.macs == 10 * 10 * 8 + 10 * 8 * 4
+    x = torch.randn(5, 10, 8)
+    torch.testing.assert_close(program.module()(adjacency, x), model(adjacency, x))
 
 
 class Nested(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 from torch.fx import Node
 
 from slrc.passes.index_rules.table import LabelTable, Rule, Value, covers, tensor_args
-from slrc.program import argument
+from slrc.program import argument, op_name
 
 ZERO_TO_ZERO = [
     "relu",
@@ -76,23 +76,16 @@ ZERO_TO_OTHER = [
     "exp2",
     "cos",
     "cosh",
-    "log",
-    "log2",
-    "rsqrt",
-    "reciprocal",
     "softplus",
     "bitwise_not",
     "logical_not",
     "acos",
     "acosh",
-    "log10",
     "sinc",
     "erfc",
-    "logit",
     "isfinite",
-    "lgamma",
-    "digamma",
 ]
+NO_VALUE_AT_ZERO = ["log", "log2", "log10", "logit", "rsqrt", "reciprocal", "lgamma", "digamma"]
 BINARY = [
     "eq",
     "ne",
@@ -111,9 +104,6 @@ BINARY = [
     "__and__",
     "__or__",
     "__xor__",
-    "floor_divide",
-    "remainder",
-    "fmod",
     "atan2",
     "hypot",
     "logaddexp",
@@ -134,6 +124,18 @@ def zero_to_zero(node: Node, table: LabelTable) -> Value:
 def zero_to_other(node: Node, table: LabelTable) -> Value:
     """`y = f(x)` with `f(0) ≠ 0`: what was zero is so no longer."""
     return Value(table.dims(tensor_args(node)[0]), vanishes=False)
+
+
+def no_value_at_zero(node: Node, table: LabelTable) -> Value:
+    """`y = f(x)` with no finite `f(0)`: the masked model would compute infinity at removed indices, so they stay."""
+    x = table.value(tensor_args(node)[0])
+    _keep_from_zero(x, node, table)
+    return Value(x.dims, vanishes=False)
+
+
+def _keep_from_zero(x: Value, node: Node, table: LabelTable) -> None:
+    if x.vanishes:
+        table.pin_all(x, f"{op_name(node)} where removed indices are zero", node)
 
 
 def clamp(node: Node, table: LabelTable) -> Value:
@@ -179,9 +181,11 @@ def multiply(node: Node, table: LabelTable) -> Value:
 
 
 def divide(node: Node, table: LabelTable) -> Value:
-    """`a / b`: zero where `a` is, provided that `b` is not."""
+    """`a / b`, or its remainder: zero where `a` is, provided that `b` is not."""
     operands = tensor_args(node)
     dims, dividend = table.broadcast(node, operands), table.value(operands[0])
+    for divisor in operands[1:]:
+        _keep_from_zero(table.value(divisor), node, table)
     divisor_is_plain = len(operands) == 1 or all(d is None for d in table.dims(operands[1]))
     return Value(dims, divisor_is_plain and dividend.vanishes and covers(dividend, dims))
 
@@ -199,6 +203,8 @@ def power(node: Node, table: LabelTable) -> Value:
     """`x ** p`: zero where `x` is, for a positive number `p`."""
     if isinstance(node.args[0], Node) and isinstance(exponent := node.args[1], (int, float)):
         x = table.value(node.args[0])
+        if exponent < 0:
+            _keep_from_zero(x, node, table)
         return Value(x.dims, x.vanishes and bool(exponent > 0))
     return other_binary(node, table)
 
@@ -237,13 +243,14 @@ def other_binary(node: Node, table: LabelTable) -> Value:
 RULES: dict[str, Rule] = {
     **dict.fromkeys(ZERO_TO_ZERO, zero_to_zero),
     **dict.fromkeys(ZERO_TO_OTHER, zero_to_other),
+    **dict.fromkeys(NO_VALUE_AT_ZERO, no_value_at_zero),
     **dict.fromkeys(BINARY, other_binary),
     **dict.fromkeys(["hardtanh", "clamp", "clip", "clamp_min"], clamp),
     "clamp_max": clamp_max,
     "prelu": prelu,
     **dict.fromkeys(["add", "sub", "maximum", "minimum"], add),
     "mul": multiply,
-    "div": divide,
+    **dict.fromkeys(["div", "floor_divide", "remainder", "fmod"], divide),
     "pow": power,
     "where": where,
     "threshold": threshold,

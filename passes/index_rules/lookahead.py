@@ -26,8 +26,12 @@ KEEPS_SHAPE = frozenset(
         "rms_norm",
     }
 )
-FAR = 8
-"""Operators to follow: an attention's heads are split a few steps before its product."""
+MOVES = frozenset(
+    {"permute", "transpose", "unsqueeze", "getitem", "squeeze", "slice", "expand", "view", "reshape", "_unsafe_view"}
+)
+"""Between an attention's projection and its product, as where grouped keys are repeated for every query."""
+FAR = 12
+"""Operators to follow: an attention's heads are split some steps before its product."""
 
 
 def is_taken_apart(node: Node, dim: int, steps: int = FAR) -> bool:
@@ -63,8 +67,7 @@ def feeds_attention(node: Node, steps: int = FAR) -> bool:
         name = op_name(user) if user.op == "call_function" else ""
         if name in ATTENDS:
             return True
-        follows = name in KEEPS_SHAPE | TAKES_APART | {"permute", "transpose", "unsqueeze", "getitem", "squeeze"}
-        if follows and feeds_attention(user, steps - 1):
+        if name in KEEPS_SHAPE | TAKES_APART | MOVES and feeds_attention(user, steps - 1):
             return True
     return False
 

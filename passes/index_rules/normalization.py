@@ -15,12 +15,21 @@ def batch_norm(node: Node, table: LabelTable) -> Value | list[Value]:
     assert isinstance(x, Node)
     dims = table.dims(x)
     given = _join_parameters(node, table, dims, first=1)
-    affine = len(given) == 4 and all(table.value(p).vanishes for p in given[:2])
+    affine = len(given) >= 2 and all(table.value(p).vanishes for p in given[:2])
     result = Value(dims, vanishes=affine and all(d is None for d in (dims[0], *dims[2:])))
     outputs = node.meta["val"]
     if not isinstance(outputs, (tuple, list)):
         return result
     return [result, *(Value([None] * t.dim()) for t in outputs[1:])]
+
+
+def batch_statistics(node: Node, table: LabelTable) -> Value | list[Value]:
+    """`batch_norm` by the statistics of its own input: channels pass through, all else is mixed."""
+    x = node.args[0]
+    assert isinstance(x, Node)
+    for labels in (table.dims(x)[0], *table.dims(x)[2:]):
+        table.pin(labels, "normalised over by batch_norm", node)
+    return batch_norm(node, table)
 
 
 def _join_parameters(node: Node, table: LabelTable, dims: Dims, first: int) -> list[Node]:
@@ -100,5 +109,6 @@ RULES: dict[str, Rule] = {
     "instance_norm": instance_norm,
     "batch_norm": batch_norm,
     "_native_batch_norm_legit_no_training": batch_norm,
+    "_native_batch_norm_legit": batch_statistics,
     **dict.fromkeys(["layer_norm", "rms_norm"], layer_norm),
 }

@@ -60,7 +60,7 @@ def reduction(node: Node, table: LabelTable) -> Value:
         if least or name not in KNOWS_ZEROS or not value.vanishes:
             table.pin(value.dims[d], f"reduced over by {name}", node)
     kept = [None if d in over else value.dims[d] for d in range(rank) if keepdim or d not in over]
-    return Value(kept, value.vanishes)
+    return Value(kept, value.vanishes and name != "logsumexp")
 
 
 def reduced_dims(node: Node) -> list[int]:
@@ -84,6 +84,6 @@ def softmax(node: Node, table: LabelTable) -> Value:
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(POOLING, pooling),
-    **dict.fromkeys(["mean", "sum", "amax", "amin", "linalg_vector_norm"], reduction),
+    **dict.fromkeys(sorted(KNOWS_ZEROS | {"std", "var", "prod", "logsumexp"}), reduction),
     **dict.fromkeys(["softmax", "_softmax", "log_softmax", "_log_softmax"], softmax),
 }

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from slrc.errors import PatternError, PlanError
 from slrc.passes.allocate_sparsity import Allocation, allocate_sparsity
@@ -183,6 +184,10 @@ def test_nothing_to_prune_says_why() -> None:
         allocate_sparsity(capture(nn.ReLU(), (torch.randn(2, 4),)), Unstructured())
     with pytest.raises(PlanError, match="0: an output of the model"):
         allocate_sparsity(mlp(4, 4), Channel())
+    normed = nn.Sequential(nn.Linear(4, 4), weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
+    expected = r"linear_1: its weight is computed, by \w+; 0: the first layer .*; 2: the final classifier"
+    with pytest.raises(PlanError, match=expected):
+        allocate_sparsity(capture(normed, (torch.randn(2, 4),)), Unstructured())
 
 
 def test_a_group_of_one_unit_is_left_out(net: Any) -> None:

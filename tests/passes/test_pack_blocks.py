@@ -51,6 +51,11 @@ CASES: dict[str, Case] = {
         IMAGE,
     ),
     "tied weights, a bias each": (lambda m, x: m.b(torch.relu(m.a(m.first(x)))), tied(), IMAGE),
+    "with its bias and without": (
+        lambda m, x: m.a(x.relu()) + nn.functional.conv2d(x, m.a.weight),
+        {"a": nn.Conv2d(6, 8, 1)},
+        IMAGE,
+    ),
     "weight read elsewhere": (lambda m, x: m.a(x) + m.a.weight.sum(), {"a": nn.Conv2d(6, 4, 1)}, IMAGE),
     "input used twice": (lambda m, x: m.a(x) * m.b(x), {"a": nn.Conv2d(6, 4, 1), "b": nn.Conv2d(6, 4, 1)}, IMAGE),
     "residual that comes later": (

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from slrc.passes.allocate_sparsity import allocate_sparsity
 from slrc.passes.label_indices import label_indices
 from slrc.patterns import Channel
-from slrc.plans import Attention
+from slrc.pipeline import STRUCTURE, run_passes
+from slrc.plans import Attention, Masks
 from slrc.program import Program, capture
 
 F = nn.functional
@@ -178,6 +179,34 @@ def test_query_heads_go_with_the_key_head_that_they_share(net: Any, randomized: 
         "v.weight": (2 * HEAD_WIDTH, 4),
         "o.weight": (3, 4 * HEAD_WIDTH),
     }
+
+
+def repeated_keys(m: Any, x: Tensor) -> Tensor:
+    """Keys and values written out for every query that shares them."""
+    q, k, v = split_heads(m.q(x), 6), split_heads(m.k(x), 3), split_heads(m.v(x), 3)
+    k, v = (y[:, :, None].expand(-1, 3, 2, 5, HEAD_WIDTH).reshape(-1, 6, 5, HEAD_WIDTH) for y in (k, v))
+    return m.o(merge_heads(F.scaled_dot_product_attention(q, k, v)))
+
+
+def test_query_heads_go_with_a_key_head_that_is_repeated(net: Any, randomized: Any, slim_equals_masked: Any) -> None:
+    case: Case = (repeated_keys, q_k_v(queries=6 * HEAD_WIDTH, keys=3 * HEAD_WIDTH), TOKENS)
+    model, program = captured(case, net, randomized)
+    plan = allocate_sparsity(program, Channel(), 0.3, keep_ends=False)
+    assert [(c.groups, c.keep) for c in plan] == [(3, 2)]
+    slim_equals_masked(model, program, plan)
+
+
+def test_values_narrower_than_keys(net: Any, randomized: Any) -> None:
+    """The kernel that attention runs by, and how its result lies in memory, depend on the widths."""
+    model, program = captured((separate, q_k_v(), TOKENS), net, randomized)
+    model, program = model.float(), capture(model.float(), (torch.randn(2, *TOKENS),))
+    plan = allocate_sparsity(program, Channel(), 0.5, keep_ends=False, attention=Attention.WIDTH, skip=["v"])
+    masks = Masks.project(plan, program.tensors)
+    slim = run_passes(STRUCTURE, program, plan, masks)
+    masks.apply_(dict(model.named_parameters()))
+    x = torch.randn(3, *TOKENS)
+    torch.testing.assert_close(slim.module()(x), model(x), atol=1e-4, rtol=1e-4)
+    assert slim.tensors["q.weight"].shape != slim.tensors["v.weight"].shape
 
 
 def test_multi_head_attention_of_torch(net: Any, randomized: Any, slim_equals_masked: Any) -> None:

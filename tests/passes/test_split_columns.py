@@ -62,6 +62,8 @@ CASES: dict[str, Case] = {
     "linear on tokens": only(nn.Linear(6, 4, bias=False), TOKENS),
     "module called twice": (lambda m, x: m.a(torch.relu(m.a(x))), {"a": nn.Conv2d(6, 6, 1)}, IMAGE),
     "tied weights, a bias each": (lambda m, x: m.b(torch.relu(m.a(x))), tied(), IMAGE),
+    "without a batch": (lambda m, x: m.a(x[0])[None], {"a": nn.Conv2d(6, 4, 3)}, IMAGE),
+    "a sequence without a batch": (lambda m, x: m.a(x[0])[None], {"a": nn.Conv1d(6, 4, 3)}, (6, 5)),
     "weight read elsewhere": (lambda m, x: m.a(x) + m.a.weight.sum(), {"a": nn.Conv2d(6, 4, 1)}, IMAGE),
     "input used twice": (
         lambda m, x: m.a(x) * m.b(x),

@@ -40,6 +40,8 @@ WEIGHTED = CONVOLUTIONS | TRANSPOSED | {"linear"}
 PACKED = {"block_sparse_conv": (1,), "block_sparse_gemm": (1,), "block_sparse_mlp": (1, 5)}
 """Operators of slrc, see `slrc.packed_ops`, and which of their inputs are values of packed weights."""
 MATMULS = frozenset({"matmul", "bmm", "mm"})
+BROADCASTING = frozenset({"add", "sub", "mul", "div", "maximum", "minimum"})
+"""Operators of two operands that torch and ONNX broadcast alike."""
 
 
 @dataclass(frozen=True)
@@ -283,8 +285,9 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], name: str = "mode
         tensor.requires_grad_(False)
         tensor.data = tensor.data.contiguous()
     inputs = pytree.tree_map_only(Tensor, lambda x: x.detach().cpu().contiguous(), example_inputs)
-    exported = _export(twin, inputs)
-    return Program(exported.run_decompositions({}), inputs, name)
+    exported = _export(twin, inputs).run_decompositions({})
+    _drop_expansions(exported)
+    return Program(exported, inputs, name)
 
 
 def op_name(node: Node) -> str:
@@ -414,6 +417,25 @@ def _export(module: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
         except Exception as error:  # whatever the user's forward raises
             failures.append(error)
     raise _capture_error(failures[-1]) from failures[-1]
+
+
+def _drop_expansions(exported: ExportedProgram) -> None:
+    """Let operators broadcast what is written out for them, as a norm to all that it divides: copies have no labels."""
+    for node in exported.graph.find_nodes(op="call_function", target=torch.ops.aten.expand.default):
+        # A tensor without dimensions would have another say in the type of the result.
+        has_dims = node.args[0].meta["val"].dim() > 0
+        if has_dims and node.users and all(_broadcasts(user, node) for user in node.users):
+            node.replace_all_uses_with(node.args[0])
+            exported.graph.erase_node(node)
+    exported.graph_module.recompile()
+
+
+def _broadcasts(user: Node, operand: Node) -> bool:
+    """Whether an operator's other operand has the shape of its result, so that this one may be broadcast."""
+    if op_name(user) not in BROADCASTING:
+        return False
+    others = [a for a in user.args[:2] if isinstance(a, Node) and a is not operand]
+    return len(others) == 1 and str(others[0].meta["val"].shape) == str(user.meta["val"].shape)
 
 
 def _any_batch(inputs: Iterable[Any]) -> ShapesCollection:

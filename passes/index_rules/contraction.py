@@ -81,7 +81,7 @@ def consume_parameters(table: LabelTable, summed: Sequence[tuple[Node, int]]) ->
 def parameter_dim(node: Node, dim: int) -> tuple[Node, int] | None:
     """Return the parameter that a value is, perhaps transposed, and which of its dimensions stands at `dim`."""
     dim %= len(shape_of(node))
-    while node.op == "call_function" and op_name(node) in ("t", "transpose", "permute"):
+    while op_name(node) in ("t", "transpose", "permute"):
         rank, source = len(shape_of(node)), node.args[0]
         assert isinstance(source, Node)
         if op_name(node) == "permute":

@@ -42,7 +42,7 @@ def is_taken_apart(node: Node, dim: int, steps: int = FAR) -> bool:
     if steps == 0:
         return False
     for user in node.users:
-        name = op_name(user) if user.op == "call_function" else ""
+        name = op_name(user)
         if name in TAKES_APART | NORMALISES and _asked_dim(user, name) == dim:
             return True
         moved = _moved(user, name, dim, len(shape_of(node)))
@@ -61,14 +61,13 @@ def _asked_dim(node: Node, name: str) -> int | None:
 
 def feeds_attention(node: Node, steps: int = FAR) -> bool:
     """Return whether a value soon enters a product of two activations or a softmax."""
-    if steps == 0:
-        return False
-    for user in node.users:
-        name = op_name(user) if user.op == "call_function" else ""
-        if name in ATTENDS:
+    reached, seen = {node}, {node}
+    for _ in range(steps):
+        users = {user for value in reached for user in value.users} - seen
+        if any(op_name(user) in ATTENDS for user in users):
             return True
-        if name in KEEPS_SHAPE | TAKES_APART | MOVES and feeds_attention(user, steps - 1):
-            return True
+        seen |= users
+        reached = {user for user in users if op_name(user) in KEEPS_SHAPE | TAKES_APART | MOVES}
     return False
 
 

@@ -103,6 +103,8 @@ REMOVABLE: dict[str, Case] = {
         },
         IMAGE,
     ),
+    "normalised features": tokens(lambda m, x: F.normalize(m.a(x), dim=-1)),
+    "mean, written out": image(lambda m, x: m.a(x) * m.a(x).mean(1, keepdim=True).expand(-1, 8, -1, -1)),
     "deviation of each channel": image(lambda m, x: m.a(x) * m.a(x).std((2, 3), keepdim=True)),
     "smooth maximum of each channel": image(lambda m, x: m.a(x) * m.a(x).logsumexp((2, 3), keepdim=True)),
     "norm by the statistics of its input": (

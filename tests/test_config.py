@@ -54,7 +54,6 @@ skip = ["head", "blocks.*"]
 keep-ends = false
 threads = 2
 seed = 7
-plan = "plan.json"
 
 [slr]
 rho = 0.2
@@ -73,9 +72,15 @@ rho = 0.3
     assert config.precision is Precision.BF16
     assert config.permute
     assert (config.target, config.skip) == (("ort", "tensorrt-rtx:sm86"), ("head", "blocks.*"))
-    assert (config.keep_ends, config.threads, config.seed, config.plan) == (False, 2, 7, Path("plan.json"))
+    assert (config.keep_ends, config.threads, config.seed) == (False, 2, 7)
     assert (config.slr.rho, config.slr.s0, config.slr.M, config.slr.r) == (0.2, 0.02, 200.0, 0.2)
     assert config.admm.rho == 0.3
+
+
+def test_a_plan_has_decided_what_to_prune(toml: Any) -> None:
+    assert make_config({"plan": Path("plan.json")}, toml("epochs = 3")).plan == Path("plan.json")
+    with pytest.raises(ConfigError, match="`--plan` and `--keep-ends` exclude each other"):
+        make_config({"plan": Path("plan.json")}, toml("keep-ends = false"))
 
 
 def test_the_command_line_wins(toml: Any) -> None:

@@ -269,7 +269,8 @@ class _Trainer:
                 "`Workload.scheduler` must return a schedule of its own, got ReduceLROnPlateau",
                 hint="the schedule is stepped after every batch, without a metric: try OneCycleLR or CosineAnnealingLR",
             )
-        if inspect.signature(optimizer.step).parameters["closure"].default is inspect.Parameter.empty:
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
             raise WorkloadError(
                 f"`Workload.optimizer` made a {type(optimizer).__name__}, whose steps need a closure",
                 hint="give one that steps by the gradients there are, such as SGD or AdamW",
@@ -332,7 +333,10 @@ class _Trainer:
             if self.config.precision is Precision.FP16:
                 self.accelerator.unscale_gradients(optimizer)
             phase.after_backward()
-        optimizer.step()
+        try:
+            optimizer.step()
+        except Exception as error:
+            raise user_error("`step` of `Workload.optimizer`", error) from error
         scheduler.step()
         optimizer.zero_grad()
         phase.after_step()

@@ -407,6 +407,15 @@ def raising_loss(model: nn.Module, batch: Any) -> torch.Tensor:
     return model(batch["image"])
 
 
+class WithoutClosure(torch.optim.SGD):
+    def step(self) -> None:  # type: ignore[override]
+        super().step()
+
+
+def without_closure(parameters: Any) -> torch.optim.Optimizer:
+    return WithoutClosure(parameters, lr=0.01)
+
+
 class ReturnsDict(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -429,6 +438,7 @@ class ReturnsDict(nn.Module):
         ({"train_batches": [torch.zeros(8, 4, 6, 6)]}, r"needs batches `\(x, y\)`, got a Tensor"),
         ({"optimizer": lambda p: 1 / 0}, "`Workload.optimizer` failed at .*ZeroDivisionError"),
         ({"optimizer": torch.optim.LBFGS}, "`Workload.optimizer` made a LBFGS, whose steps need a closure"),
+        ({"optimizer": without_closure}, r"`step` of `Workload.optimizer` failed.*takes 1 positional argument"),
         ({"optimizer": lambda p: None}, "`Workload.optimizer` must return a Optimizer, got NoneType"),
         ({"scheduler": lambda o, n: None}, "`Workload.scheduler` must return a LRScheduler, got NoneType"),
         (

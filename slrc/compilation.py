@@ -256,18 +256,16 @@ class Compilation:
         reference = outputs_of(slim.module(), slim.example_inputs)
         runner, outputs = self._prove_equal(f"slim program = {pair.target}", reference, pair.compiled, slim)
         backend, artifact = get_backend(pair.target), pair.compiled.artifact
-        tolerance = backend.tolerance(artifact)
         if artifact.kernels is not None:
             stock = backend.load(pair.compiled.folder, threads=self.config.threads, stock=True)
             step = f"{pair.target} with kernels = without"
-            self.checks.append(compare(step, outputs, stock(*slim.flat_inputs()), tolerance))
+            self.checks.append(compare(step, outputs, stock(*slim.flat_inputs()), backend.tolerance(artifact)))
         if metric is None:
             return None
         measured = self.workload.measure(RunnerModule(runner, artifact, slim))
         if measured is None or not math.isfinite(measured[1]):
             raise WorkloadError(f"`evaluate` returned {measured} for the compiled model")
-        step = f"{metric[0]}: masked module = {pair.target}"
-        self.checks.append(compare_metric(step, metric[1], measured[1], tolerance))
+        self.checks.append(compare_metric(f"{metric[0]}: masked module = {pair.target}", metric[1], measured[1]))
         return measured
 
     def _measure(self, slim: Program, pair: Lowered, forecast: LatencyForecast | None) -> Latency:

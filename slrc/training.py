@@ -181,8 +181,9 @@ class _Trainer:
         )
 
     def _check_storable(self) -> None:
+        trains = self.workload.train_batches is not None and self.config.epochs + self.config.retrain_epochs > 0
         objects = [n for n, value in self.model.state_dict().items() if not isinstance(value, Tensor)]
-        if self.folder and objects and self.workload.train_batches is not None:
+        if self.folder and trains and objects:
             raise WorkloadError(
                 f"the model's state holds `{objects[0]}`, which is no tensor: checkpoints take tensors only",
                 hint="return a tensor from `get_extra_state`, or leave it out while compiling",

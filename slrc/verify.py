@@ -78,24 +78,20 @@ def compare(step: str, reference: Sequence[Tensor], outputs: Sequence[Tensor], t
     return check
 
 
-def compare_metric(step: str, reference: float, value: float, outputs_tolerance: float = TOLERANCE_FP32) -> Check:
-    """Compare a metric of two programs on evaluation data.
-
-    Of thousands of samples a few on the edge may fall either way. Where outputs may differ by more, as in float16, so
-    may the metric; and what is below 1e-6 counts as rounding.
+def compare_metric(step: str, reference: float, value: float) -> Check:
+    """Compare a metric of two programs on evaluation data; of thousands of samples a few on the edge may differ.
 
     Raises:
-        VerificationError: they differ by more than 0.2 % of the metric, or by more than the outputs may.
+        VerificationError: they differ by more than 0.2 % of the metric, and by more than rounding, 1e-6.
     """
     error = abs(reference - value)
     relative = error / abs(reference) if reference else error
-    tolerance = max(METRIC_TOLERANCE, outputs_tolerance)
     check = Check(
         step=step,
         max_abs_error=error,
         max_rel_error=relative,
-        tolerance=tolerance,
-        passed=relative <= tolerance or error <= ROUNDING,
+        tolerance=METRIC_TOLERANCE,
+        passed=relative <= METRIC_TOLERANCE or error <= ROUNDING,
     )
     if not check.passed:
         raise VerificationError(

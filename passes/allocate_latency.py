@@ -11,10 +11,11 @@ from torch.fx import Node
 
 from slrc.errors import PlanError
 from slrc.latency import LatencyForecast, LatencyTable
+from slrc.nodes import node_macs, node_shape
 from slrc.passes.cut_segments import anchors
 from slrc.passes.label_indices import IndexLabels
 from slrc.plans import Constraint
-from slrc.program import Program, node_macs, node_shape
+from slrc.program import Program
 
 
 @dataclass(frozen=True)

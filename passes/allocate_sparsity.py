@@ -12,12 +12,13 @@ from torch.fx import Node
 
 from slrc.errors import ConfigError, PatternError, PlanError
 from slrc.latency import LatencyForecast
+from slrc.nodes import WEIGHTED, layer_weight, op_name
 from slrc.passes.allocate_latency import LatencyGoal, keep_for_latency
 from slrc.passes.label_indices import ChannelGroup, IndexLabels, label_indices
 from slrc.passes.order_channels import order_channels, takes_order
 from slrc.patterns import AnyPattern, Unstructured
 from slrc.plans import Attention, Constraint, LayerNorm, LeftOut, Plan, Slice
-from slrc.program import WEIGHTED, Layer, Program, layer_weight, op_name
+from slrc.program import Layer, Program
 
 MOST_REASONS = 6
 """How many layers an error names where nothing can be pruned."""

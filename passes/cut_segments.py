@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
-from slrc.program import Program, node_macs
+from slrc.nodes import node_macs
+from slrc.program import Program
 
 aten = torch.ops.aten
 

@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
+from slrc.nodes import argument, op_name
 from slrc.passes.base import PassResult, Transform
 from slrc.passes.graph_edits import call_before, insert_tensor
 from slrc.plans import Masks, Plan
-from slrc.program import Program, argument, op_name
+from slrc.program import Program
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from slrc.nodes import is_transposed, layer_weight, op_name
 from slrc.passes.base import PassResult, Transform
 from slrc.passes.graph_edits import get_tensor, insert_tensor, layer_bias, reads, sibling
 from slrc.plans import Masks, Plan
-from slrc.program import Program, is_transposed, layer_weight, op_name
+from slrc.program import Program
 
 BATCH_NORMS = ("_native_batch_norm_legit_no_training", "batch_norm")
 

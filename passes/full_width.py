@@ -12,8 +12,8 @@ import math
 import torch
 from torch.fx import Node
 
+from slrc.nodes import argument
 from slrc.passes.graph_edits import call_before, wrap_result
-from slrc.program import argument
 
 aten = torch.ops.aten
 

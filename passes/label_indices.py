@@ -23,9 +23,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.fx import Node
 
+from slrc.nodes import op_name
 from slrc.passes.index_rules import RULES, Dims, LabelTable, Value
 from slrc.plans import Attention, LayerNorm, Slice
-from slrc.program import Program, op_name, source_line
+from slrc.program import Program
+from slrc.tracing import source_line
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from torch.fx import GraphModule, Node
 
 from slrc import packed_ops  # noqa: F401, registers the operators
 from slrc.forms import FormKind, Forms, PackedWeight
+from slrc.nodes import argument, conv_groups, layer_weight, op_name
 from slrc.passes.base import PassResult, Transform
 from slrc.passes.graph_edits import call_before, get_tensor, insert_tensor, layer_bias, only_user, sibling
 from slrc.passes.projections import cut_projections
 from slrc.plans import Masks, Plan
-from slrc.program import Program, argument, conv_groups, layer_weight, op_name
+from slrc.program import Program
 
 MOST_STRIDE = 64
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.fx import Node
 
 from slrc.errors import PlanError
+from slrc.nodes import TRANSPOSED, argument, op_name
 from slrc.passes.base import PassResult, Transform
 from slrc.passes.label_indices import IndexLabels, label_indices
 from slrc.plans import Constraint, Masks, Plan
-from slrc.program import TRANSPOSED, Program, argument, op_name
+from slrc.program import Program
 
 Orders = Mapping[int, tuple[int, ...]]
 """For groups by their number: place `i` takes unit `order[i]`."""

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from slrc.nodes import layer_weight, op_name
 from slrc.passes.graph_edits import call_before, get_tensor, insert_tensor, layer_bias, only_user, sibling
-from slrc.program import layer_weight, op_name
 
 VIEWS = frozenset({"view", "_unsafe_view", "reshape"})
 

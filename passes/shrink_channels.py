@@ -14,6 +14,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from slrc.errors import PlanError
+from slrc.nodes import CONVOLUTIONS, TRANSPOSED, argument, is_transposed, op_name
 from slrc.passes import full_width
 from slrc.passes.base import PassResult, Transform
 from slrc.passes.graph_edits import get_tensor, set_tensor
@@ -23,7 +24,7 @@ from slrc.passes.index_rules.reduction import reduced_dims
 from slrc.passes.index_rules.shape import squeezed_dims
 from slrc.passes.label_indices import IndexLabels, label_indices
 from slrc.plans import Constraint, Masks, Plan
-from slrc.program import CONVOLUTIONS, TRANSPOSED, Program, argument, is_transposed, op_name
+from slrc.program import Program
 
 aten = torch.ops.aten
 

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from slrc.forms import FormKind, Forms, kept_channels
+from slrc.nodes import layer_weight, node_shape, op_name
 from slrc.passes.base import PassResult, Transform
 from slrc.passes.graph_edits import call_before, get_tensor, insert_tensor, layer_bias, sibling
 from slrc.plans import Masks, Plan
-from slrc.program import Program, layer_weight, node_shape, op_name
+from slrc.program import Program
 
 aten = torch.ops.aten
 

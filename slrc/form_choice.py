@@ -20,9 +20,10 @@ from slrc.cache import cache_folder
 from slrc.form_cost import cheapest_form, density_of
 from slrc.forms import DENSE, LEAST_ZEROS, Form, FormChoice, FormKind, Forms, LayerChoice, candidate_forms
 from slrc.latency_timing import PART_BUDGET_S, WHOLE_BUDGET_S, Clock, Job, whole_job
+from slrc.nodes import layer_weight
 from slrc.passes.cut_segments import Segment, cut_segments
 from slrc.pipeline import apply_forms
-from slrc.program import Program, layer_weight
+from slrc.program import Program
 from slrc.progress import Quiet, Reporter
 
 

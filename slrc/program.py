@@ -9,14 +9,7 @@ signatures are always those of the graph as it stands.
 from __future__ import annotations
 
 import copy
-import linecache
-import logging
-import math
-import re
-import sysconfig
-import traceback
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,23 +18,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from slrc.errors import CaptureError, OutputError, SlrcError
+from slrc.nodes import WEIGHTED, conv_groups, is_free, layer_weight, node_macs, op_name
 from slrc.program_file import StoredProgram
-
-aten = torch.ops.aten
-
-CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution"})
-TRANSPOSED = frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
-WEIGHTED = CONVOLUTIONS | TRANSPOSED | {"linear"}
-PACKED = {"block_sparse_conv": (1,), "block_sparse_gemm": (1,), "block_sparse_mlp": (1, 5)}
-"""Operators of slrc, see `slrc.packed_ops`, and which of their inputs are values of packed weights."""
-MATMULS = frozenset({"matmul", "bmm", "mm"})
-BROADCASTING = frozenset({"add", "sub", "mul", "div", "maximum", "minimum"})
-"""Operators of two operands that torch and ONNX broadcast alike."""
+from slrc.tracing import drop_expansions, export
 
 
 @dataclass(frozen=True)
@@ -96,7 +80,7 @@ class Program:
     def batch_is_dynamic(self) -> bool:
         """Whether the first dimension of the inputs may vary."""
         values = [n.meta.get("val") for n in self.graph_module.graph.nodes if n.op == "placeholder"]
-        return any(isinstance(v, Tensor) and v.dim() > 0 and _is_free(v.shape[0]) for v in values)
+        return any(isinstance(v, Tensor) and v.dim() > 0 and is_free(v.shape[0]) for v in values)
 
     @cached_property
     def batch(self) -> int:
@@ -216,7 +200,7 @@ class Program:
         stored = StoredProgram.read(Path(folder))
         try:
             inputs = stored.example_inputs()
-            program = Program(_export(stored.module(), inputs), inputs, stored.graph.name)
+            program = Program(export(stored.module(), inputs), inputs, stored.graph.name)
             stored.check(program.graph_module)
         except SlrcError as error:
             raise OutputError(f"program `{folder}` cannot be rebuilt: {error.message}", error.hint) from error
@@ -250,7 +234,7 @@ class Program:
         _drop_unused_tensors(module)
         module.graph.lint()
         module.recompile()
-        return Program(_export(module, self.example_inputs), self.example_inputs, self.name), True
+        return Program(export(module, self.example_inputs), self.example_inputs, self.name), True
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Program:
         """Return the same graph with other values for some of its parameters and buffers."""
@@ -285,98 +269,9 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], name: str = "mode
         tensor.requires_grad_(False)
         tensor.data = tensor.data.contiguous()
     inputs = pytree.tree_map_only(Tensor, lambda x: x.detach().cpu().contiguous(), example_inputs)
-    exported = _export(twin, inputs).run_decompositions({})
-    _drop_expansions(exported)
+    exported = export(twin, inputs).run_decompositions({})
+    drop_expansions(exported)
     return Program(exported, inputs, name)
-
-
-def op_name(node: Node) -> str:
-    """Return an operator's bare name: `conv2d` for `aten.conv2d.default`; empty for inputs, tensors and the output."""
-    if node.op != "call_function":
-        return ""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.split("::")[-1]
-    return getattr(target, "__name__", str(target))
-
-
-def layer_weight(node: Node) -> str | None:
-    """Return the name of the weight if `node` is a convolution or linear layer with a parameter as its weight."""
-    if op_name(node) not in WEIGHTED or len(node.args) < 2:
-        return None
-    weight = node.args[1]
-    if isinstance(weight, Node) and weight.op == "get_attr":
-        return str(weight.target)
-    return None
-
-
-def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
-    """Return an operator's argument, given by position or by name."""
-    if len(node.args) > position:
-        return node.args[position]
-    return node.kwargs.get(name, default)
-
-
-def conv_groups(node: Node) -> int:
-    """Return a convolution's number of groups; 1 for other operators."""
-    name = op_name(node)
-    position = 8 if name == "convolution" else 6
-    return int(argument(node, position, "groups", 1)) if name in CONVOLUTIONS | TRANSPOSED else 1
-
-
-def is_transposed(node: Node) -> bool:
-    """Return whether a convolution is transposed, so that its weight is `(in, out/groups, *kernel)`."""
-    return op_name(node) in TRANSPOSED or (op_name(node) == "convolution" and bool(node.args[6]))
-
-
-def concrete(size: int | torch.SymInt) -> int:
-    """Return a size with every symbolic dimension (the batch) counted as 1, and parts of it as 1 at least."""
-    if isinstance(size, int):
-        return size
-    expr = size.node.expr
-    try:
-        return max(1, int(expr.subs(dict.fromkeys(expr.free_symbols, 1))))
-    except (ZeroDivisionError, TypeError):  # frames folded into the batch: `s // (s // 8)`
-        return int(size.node.hint or 1)
-
-
-def node_shape(node: Node) -> list[int]:
-    """Return the sizes of a single-tensor value, a symbolic batch counted as 1."""
-    return [concrete(s) for s in node.meta["val"].shape]
-
-
-def node_macs(node: Node, shape_of: Callable[[Node], list[int]] = node_shape) -> int:
-    """Return the multiply-accumulates of one operator; `shape_of` says how large its value and operands are."""
-    name = op_name(node)
-    if not isinstance(node.meta.get("val"), Tensor):
-        return 0
-    out = math.prod(shape_of(node))
-    operands = [a for a in node.args[:2] if isinstance(a, Node) and isinstance(a.meta.get("val"), Tensor)]
-    shape = [shape_of(a) for a in operands]
-    if name in TRANSPOSED or (name == "convolution" and node.args[6]):
-        return math.prod(shape[0]) * math.prod(shape[1][1:])
-    if name in CONVOLUTIONS or name == "linear":
-        return out * math.prod(shape[1][1:])
-    if name in MATMULS:
-        return out * shape[0][-1]
-    if name in PACKED:
-        packed = [node.args[k] for k in PACKED[name]]
-        values = sum(int(a.meta["val"].numel()) for a in packed if isinstance(a, Node))
-        return out // shape_of(node)[1 if name == "block_sparse_conv" else -1] * values
-    if name == "addmm":
-        return out * shape[1][-1]
-    if name == "scaled_dot_product_attention":
-        return (math.prod(shape[0]) + out) * shape[1][-2]
-    return 0
-
-
-def source_line(node: Node) -> str:
-    """Return `file:line: code` of the user's source that an operator came from, or an empty string."""
-    frames = re.findall(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)', node.meta.get("stack_trace") or "")
-    for file, line, code in reversed(frames):
-        if not _is_library(file):
-            return f"{_short(file)}:{line}: {code}"
-    return f"{_short(frames[-1][0])}:{frames[-1][1]}: {frames[-1][2]}" if frames else ""
 
 
 def _in_order(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -393,109 +288,6 @@ def _arguments_in_order(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A hook before `forward`: a graph takes its arguments by position."""
     return _in_order(names, args, kwargs), {}
-
-
-def _export(module: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
-    """Export with a dynamic batch if that works, else with the shapes as they are."""
-    logging.getLogger("torch._export").setLevel(logging.ERROR)  # it warns of each input whose batch is always 1
-    sizes = [x.shape[0] for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim() > 0]
-    attempts: list[tuple[tuple[Any, ...], Any]] = [(inputs, None)]
-    if any(size != 1 for size in sizes):
-        attempts.insert(0, (inputs, _any_batch(inputs)))
-    if 1 in sizes:  # `torch.export` takes a dimension of size 1 for a constant: show it a batch of 2
-        single = {id(x): torch.cat([x, x]) for x in pytree.tree_leaves(inputs) if _is_single(x)}
-        doubled = pytree.tree_map(lambda x: single.get(id(x), x), inputs)
-        attempts.insert(0, (doubled, _any_batch(single.values())))
-    failures: list[Exception] = []
-    for args, dynamic_shapes in attempts:
-        try:
-            with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("ignore")
-                exported = torch.export.export(module, args, dynamic_shapes=dynamic_shapes)
-            if args is inputs or not _has_fixed_batch(exported, sizes):
-                return exported
-        except Exception as error:  # whatever the user's forward raises
-            failures.append(error)
-    raise _capture_error(failures[-1]) from failures[-1]
-
-
-def _drop_expansions(exported: ExportedProgram) -> None:
-    """Let operators broadcast what is written out for them, as a norm to all that it divides: copies have no labels."""
-    for node in exported.graph.find_nodes(op="call_function", target=torch.ops.aten.expand.default):
-        # A tensor without dimensions would have another say in the type of the result.
-        has_dims = node.args[0].meta["val"].dim() > 0
-        if has_dims and node.users and all(_broadcasts(user, node) for user in node.users):
-            node.replace_all_uses_with(node.args[0])
-            exported.graph.erase_node(node)
-    exported.graph_module.recompile()
-
-
-def _broadcasts(user: Node, operand: Node) -> bool:
-    """Whether an operator's other operand has the shape of its result, so that this one may be broadcast."""
-    if op_name(user) not in BROADCASTING:
-        return False
-    others = [a for a in user.args[:2] if isinstance(a, Node) and a is not operand]
-    return len(others) == 1 and str(others[0].meta["val"].shape) == str(user.meta["val"].shape)
-
-
-def _any_batch(inputs: Iterable[Any]) -> ShapesCollection:
-    shapes = ShapesCollection()
-    for x in pytree.tree_leaves(list(inputs)):
-        if isinstance(x, Tensor) and x.dim() > 0:
-            shapes[x] = {0: Dim.AUTO}
-    return shapes
-
-
-def _is_single(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == 1
-
-
-def _has_fixed_batch(exported: ExportedProgram, sizes: Sequence[int]) -> bool:
-    """Whether the model took the first dimension of an input for a constant, of those where it was 1."""
-    inputs = set(exported.graph_signature.user_inputs)
-    values = [n.meta.get("val") for n in exported.graph.nodes if n.op == "placeholder" and n.name in inputs]
-    firsts = [v.shape[0] for v in values if isinstance(v, Tensor) and v.dim() > 0]
-    return any(size == 1 and not _is_free(first) for first, size in zip(firsts, sizes, strict=True))
-
-
-def _capture_error(error: Exception) -> CaptureError:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_library(f.filename)]
-    where = ""
-    if frames:
-        last = frames[-1]
-        code = linecache.getline(last.filename, last.lineno or 0).strip() or last.line
-        where = f" at {_short(last.filename)}:{last.lineno}: `{code}`"
-    operator = re.search(r"aten[.:]+\w+(\.\w+)?|torch\.ops\.[\w.]+|\w+::\w+", str(error))
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    named = f" (operator {operator.group(0)})" if operator else ""
-    return CaptureError(
-        f"the model cannot be captured{where}{named}: {type(error).__name__}: {first}",
-        hint="control flow must not depend on a tensor's values; see `--debug` for the whole trace",
-    )
-
-
-_HERE = Path(__file__).parent
-_OWN = tuple(p.resolve() for p in (Path(torch.__file__).parent, _HERE, _HERE / "passes", _HERE / "backends"))
-_STANDARD, _PACKAGES = (Path(sysconfig.get_paths()[key]).resolve() for key in ("stdlib", "purelib"))
-
-
-def _is_library(file: str) -> bool:
-    """Whether a source file belongs to torch, slrc or Python: models of other packages count as the user's."""
-    path = Path(file).resolve()
-    in_standard = path.is_relative_to(_STANDARD) and not path.is_relative_to(_PACKAGES)
-    return file.startswith("<") or any(path.is_relative_to(own) for own in _OWN) or in_standard
-
-
-def _short(file: str) -> str:
-    try:
-        return str(Path(file).resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return re.sub(r".*/site-packages/", "", file)
-
-
-def _is_free(size: int | torch.SymInt) -> bool:
-    """Whether a size may vary: a model that fixes its batch leaves a symbol that equals a constant."""
-    return not isinstance(size, int) and size.node.maybe_as_int() is None
 
 
 def _downstream_of_inputs(nodes: Iterator[Node], inputs: set[Node]) -> set[Node]:

@@ -27,6 +27,7 @@ DRIVER = (
     "report",
     "latency_timing",
 )
+CORE = ("program", "nodes", "tracing", "program_file", "graph_values", "plans", "patterns", "latency", "errors")
 
 
 def sources(*folders: str) -> list[Path]:
@@ -70,10 +71,9 @@ def test_passes_and_backends_do_not_import_the_driver(folder: str) -> None:
     assert not found
 
 
-@pytest.mark.parametrize("name", ["program", "program_file", "graph_values", "plans", "patterns", "latency", "errors"])
+@pytest.mark.parametrize("name", CORE)
 def test_the_core_imports_only_itself(name: str) -> None:
-    names = ("program", "program_file", "graph_values", "plans", "patterns", "latency", "errors")
-    core = tuple(f"slrc.{n}" for n in names)
+    core = tuple(f"slrc.{n}" for n in CORE)
     found = {n for n in imports(ROOT / "slrc" / f"{name}.py") if within(n, "slrc") and not within(n, *core)}
     assert not found
 

@@ -17,9 +17,10 @@ from slrc.backends import parse_target
 from slrc.form_choice import choose_forms
 from slrc.forms import DENSE, DEPTHWISE, FormKind
 from slrc.kernels import build as kernels
+from slrc.nodes import op_name
 from slrc.pipeline import STRUCTURE, apply_forms, run_passes
 from slrc.plans import Masks
-from slrc.program import Program, capture, op_name
+from slrc.program import Program, capture
 from slrc.verify import compare, outputs_of
 
 ORT = parse_target("ort")

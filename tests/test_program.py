@@ -14,7 +14,9 @@ from torch.fx import GraphModule
 
 import slrc
 from slrc.errors import CaptureError
-from slrc.program import Program, capture, op_name, source_line
+from slrc.nodes import op_name
+from slrc.program import Program, capture
+from slrc.tracing import source_line
 from slrc.verify import compare, outputs_of
 
 F = nn.functional

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from slrc.nodes import argument
 from slrc.passes.index_rules.contraction import consume_parameters
 from slrc.passes.index_rules.table import Dims, Labels, LabelTable, Rule, Value, is_one, shape_of, tensor_args
-from slrc.program import argument
 
 
 def scaled_dot_product_attention(node: Node, table: LabelTable) -> Value:

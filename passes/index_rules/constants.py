@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from slrc.nodes import argument, op_name
 from slrc.passes.index_rules.table import LabelTable, Rule, Value, shape_of, tensor_args
-from slrc.program import argument, op_name
 
 SIZE_POSITION = {"zeros": 0, "ones": 0, "full": 0, "new_zeros": 1, "new_ones": 1, "new_full": 1}
 """Where each operator takes the sizes of its result."""

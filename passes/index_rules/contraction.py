@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch.fx import Node
 
+from slrc.nodes import argument, op_name
 from slrc.passes.index_rules.table import Dims, LabelTable, Rule, Value, covers, is_one, shape_of, tensor_args
-from slrc.program import argument, op_name
 
 
 def linear(node: Node, table: LabelTable) -> Value:

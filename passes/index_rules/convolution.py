@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from torch.fx import Node
 
+from slrc.nodes import conv_groups, is_transposed
 from slrc.passes.index_rules.table import Dims, LabelTable, Rule, Value, shape_of
-from slrc.program import conv_groups, is_transposed
 
 
 def convolution(node: Node, table: LabelTable) -> Value:

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch.fx import Node
 
+from slrc.nodes import argument, op_name
 from slrc.passes.index_rules.table import LabelTable, Rule, Value, covers, tensor_args
-from slrc.program import argument, op_name
 
 ZERO_TO_ZERO = [
     "relu",

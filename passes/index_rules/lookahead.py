@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from slrc.nodes import argument, op_name
 from slrc.passes.index_rules.table import shape_of
-from slrc.program import argument, op_name
 
 TAKES_APART = frozenset({"unbind", "select", "split", "split_with_sizes", "chunk"})
 NORMALISES = frozenset({"softmax", "_softmax", "log_softmax", "_log_softmax"})

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from slrc.nodes import argument, op_name
 from slrc.passes.index_rules.table import Dims, LabelTable, Rule, Value
 from slrc.plans import LayerNorm
-from slrc.program import argument, op_name
 
 
 def batch_norm(node: Node, table: LabelTable) -> Value | list[Value]:

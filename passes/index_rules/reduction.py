@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from slrc.nodes import argument, op_name
 from slrc.passes.index_rules.table import LabelTable, Rule, Value, shape_of
-from slrc.program import argument, op_name
 
 KNOWS_ZEROS = frozenset({"sum", "linalg_vector_norm", "mean", "amax", "amin"})
 """Reductions to which zeros add nothing, or whose result over more zeros follows from that over the rest."""

@@ -7,9 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch.fx import Node
 
+from slrc.nodes import argument, op_name
 from slrc.passes.index_rules.elementwise import add
 from slrc.passes.index_rules.table import Dims, Labels, LabelTable, Rule, Value, is_one, shape_of, tensor_args
-from slrc.program import argument, op_name
 
 
 def split(node: Node, table: LabelTable) -> list[Value]:

@@ -9,10 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch.fx import Node
 
+from slrc.nodes import argument
 from slrc.passes.index_rules.lookahead import feeds_attention, is_taken_apart
 from slrc.passes.index_rules.table import Dims, LabelTable, Rule, Value, is_one, shape_of, tensor_args
 from slrc.plans import Attention
-from slrc.program import argument
 
 PRIME = 1_000_003
 """Stands for the symbolic batch when sizes are factored: no product of real sizes contains it."""

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from slrc.nodes import op_name
 from slrc.passes.drop_copies import DropCopies
 from slrc.plans import Masks, Plan
-from slrc.program import capture, op_name
+from slrc.program import capture
 from slrc.verify import compare, outputs_of
 
 F = nn.functional

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from slrc.nodes import op_name
 from slrc.passes.fold_batch_norm import FoldBatchNorm
 from slrc.plans import Masks, Plan
-from slrc.program import Program, capture, op_name
+from slrc.program import Program, capture
 from slrc.verify import compare, outputs_of
 
 F = nn.functional

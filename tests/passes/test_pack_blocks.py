@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from slrc.forms import DEPTHWISE, Form, FormKind, Forms
+from slrc.nodes import op_name
 from slrc.passes.allocate_sparsity import allocate_sparsity
 from slrc.passes.apply_masks import ApplyMasks
 from slrc.passes.pack_blocks import PackBlocks
 from slrc.patterns import Block
 from slrc.plans import Masks, Plan
-from slrc.program import Program, capture, op_name
+from slrc.program import Program, capture
 from slrc.verify import compare, outputs_of
 
 F = nn.functional

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from slrc.api import checked_plan
 from slrc.errors import PlanError
+from slrc.nodes import op_name
 from slrc.passes.allocate_sparsity import allocate_sparsity
 from slrc.passes.label_indices import label_indices
 from slrc.passes.shrink_channels import ShrinkChannels
 from slrc.patterns import Channel
 from slrc.plans import Attention, LayerNorm, Masks, Plan
-from slrc.program import Program, capture, op_name
+from slrc.program import Program, capture
 from slrc.verify import outputs_of
 
 F = nn.functional

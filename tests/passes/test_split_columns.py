@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from slrc.forms import Form, FormKind, Forms
+from slrc.nodes import op_name
 from slrc.passes.allocate_sparsity import allocate_sparsity
 from slrc.passes.apply_masks import ApplyMasks
 from slrc.passes.split_columns import SplitColumns
 from slrc.patterns import Columns
 from slrc.plans import Masks, Plan
-from slrc.program import Program, capture, op_name
+from slrc.program import Program, capture
 from slrc.verify import compare, outputs_of
 
 F = nn.functional

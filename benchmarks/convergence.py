@@ -3,9 +3,9 @@
     export SLRC_DATA=~/data
     python benchmarks/convergence.py short --out FILE   # half a minute, on scikit-learn's digits
     python benchmarks/convergence.py small              # Fashion-MNIST: 5 hours on one core
-    python benchmarks/convergence.py middle             # CIFAR-10, ResNet-20: a core, 9 hours with bfloat16, 27 without
+    python benchmarks/convergence.py middle             # CIFAR-10, ResNet-20: 13 hours on a core, 27 without bfloat16
     python benchmarks/convergence.py wide               # larger networks: some 9 hours on a core
-    python benchmarks/convergence.py large              # an epoch of ResNet-110 (10 minutes), -18 (38), -50 (not timed)
+    python benchmarks/convergence.py large              # an epoch of ResNet-110 (10 minutes), -18 (38), -50 (95)
     python benchmarks/convergence.py budget-1           # runs of one epoch; also budget-2 and budget-3: 8 hours in all
     SLRC_IMAGES=~/imagenet python benchmarks/convergence.py wide --network images-torchvision:resnet50
     python benchmarks/convergence.py retraining         # 1, 3 and 10 epochs after hard-pruning, small: 6 hours

@@ -26,7 +26,11 @@ BROADCASTING = frozenset({"add", "sub", "mul", "div", "maximum", "minimum"})
 
 
 def export(module: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
-    """Export with a dynamic batch if that works, else with the shapes as they are."""
+    """Export with a dynamic batch if that works, else with the shapes as they are.
+
+    Raises:
+        CaptureError: `torch.export` cannot trace it; the message names the user's source line.
+    """
     logging.getLogger("torch._export").setLevel(logging.ERROR)  # it warns of each input whose batch is always 1
     sizes = [x.shape[0] for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim() > 0]
     attempts: list[tuple[tuple[Any, ...], Any]] = [(inputs, None)]

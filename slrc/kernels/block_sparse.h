@@ -54,6 +54,11 @@ SLRC_EXPORT int slrc_block_sparse_gemm(const SlrcBlocks* blocks, const float* x,
 SLRC_EXPORT int slrc_block_sparse_mlp(const SlrcBlocks* up, const SlrcBlocks* down, const float* x, int64_t rows,
                                       int64_t inputs, const float* residual, float* y, char* error, size_t error_size);
 
+// Returns 0 if the kernels take a layer of these sizes, or 1 with the reason in error. Reads no array of the weight.
+// window is null for a matrix multiplication, whose x_shape is (rows, inputs).
+SLRC_EXPORT int slrc_check_sizes(const SlrcBlocks* blocks, const SlrcWindow* window, const int64_t* x_shape,
+                                 char* error, size_t error_size);
+
 // The instruction set in use: "avx512", "avx2", "neon" or "portable".
 SLRC_EXPORT const char* slrc_instruction_set(void);
 
@@ -92,6 +97,10 @@ const TileLoops& Loops();
 
 // By the value of Activation; then null.
 extern const char* const kActivationNames[];
+
+// What a packed weight's sizes alone tell of it, and how many columns an out channel may have (see limits.h).
+void CheckSizes(const SlrcBlocks& blocks, int64_t group);
+void CheckColumns(int64_t columns);
 
 // A packed weight, checked and copied.
 class Weight {

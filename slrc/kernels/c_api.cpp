@@ -1,10 +1,10 @@
 // The plain C functions of block_sparse.h.
 #include <stdio.h>
 
+#include <algorithm>
 #include <chrono>
-#include <new>
 
-#include "block_sparse.h"
+#include "window.h"
 
 namespace slrc {
 
@@ -55,6 +55,16 @@ int slrc_block_sparse_mlp(const SlrcBlocks* up, const SlrcBlocks* down, const fl
                           const float* residual, float* y, char* error, size_t error_size) {
   return slrc::Guarded(error, error_size,
                        [&] { slrc::Mlp(*up, *down).Run(x, rows, inputs, residual, y, slrc::kSerial); });
+}
+
+int slrc_check_sizes(const SlrcBlocks* blocks, const SlrcWindow* window, const int64_t* x_shape, char* error,
+                     size_t error_size) {
+  return slrc::Guarded(error, error_size, [&] {
+    slrc::CheckSizes(*blocks, window ? window->group : 1);
+    if (!window) return slrc::CheckColumns(x_shape[1]);
+    slrc::CheckWindow(*window);
+    slrc::CheckInput(*window, x_shape);
+  });
 }
 
 const char* slrc_instruction_set(void) {

@@ -150,15 +150,14 @@ Weight SortedByTap(const SlrcWindow& window, const Weight& weight) {
 struct Layout {
   Layout(const Weight& weight, const SlrcWindow& window, const int64_t x_shape[4])
       : channels(x_shape[1]), rows(window, 0, x_shape[2]), columns(window, 1, x_shape[3]) {
-    if (channels != Product(channels / window.group, window.group))
-      throw Error("group does not divide the input's " + std::to_string(channels) + " channels");
+    CheckInput(window, x_shape);
     per_group = channels / window.group;
     const int64_t taps = rows.kernel * columns.kernel;
-    if (weight.largest_column >= Product(per_group, taps))
+    if (weight.largest_column >= per_group * taps)
       throw Error("column " + std::to_string(weight.largest_column) + " is out of range: the window has " +
                   std::to_string(per_group * taps) + " on an input of " + std::to_string(channels) + " channels");
-    const int64_t pixels = Product(rows.in, columns.in);
-    const int64_t sharing = std::min(kPanelChannels, kPanelFloats / pixels) / std::max<int64_t>(1, per_group);
+    const int64_t pixels = rows.in * columns.in, most = kMostInput / MostPlaneFloats(window, x_shape);
+    const int64_t sharing = std::min({kPanelChannels, kPanelFloats / pixels, most}) / std::max<int64_t>(1, per_group);
     const bool fill = weight.out_channels / weight.group % weight.block == 0;  // their block rows
     if (fill) panel_groups = std::clamp<int64_t>(sharing, 1, weight.group);
     panel_channels = panel_groups * per_group;
@@ -175,8 +174,6 @@ struct Layout {
     if (repeating) pitch = CeilDiv(pitch, Loops().lanes) * Loops().lanes;
     tiled = !by_tap && !repeating && PlaceTiles(weight, taps);
     if (!tiled) PlacePlanes();
-    if (std::max(Product(panel_channels, floats), pixels) > std::numeric_limits<int32_t>::max() / 2)
-      throw Error("an input plane is too large");
     SetOffsets(by_tap ? *by_tap : weight, window, taps);
     if (!tiled && !InPlace() && !repeating) Slice(weight, taps);
     if (rows.kernel == kWindow && rows.stride == 1 && rows.dilation == 1 && HoldsWindows(weight, taps)) parts = kWindow;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "limits.h"
 #include "panel.h"
 
 namespace slrc {
@@ -64,14 +65,14 @@ struct PlaneOutput {
 };
 
 std::vector<int32_t> Offsets(const Weight& weight, int64_t pitch) {
-  if (weight.largest_column >= std::numeric_limits<int32_t>::max() / pitch)
-    throw Error("column " + std::to_string(weight.largest_column) + " is out of range");
+  static_assert(kMostColumns * (kPanelTokens + kMaxLanes) <= std::numeric_limits<int32_t>::max(), "offsets are int32");
   std::vector<int32_t> offsets;
   for (int32_t column : weight.columns) offsets.push_back(static_cast<int32_t>(column * pitch));
   return offsets;
 }
 
 void CheckInputs(const Weight& weight, int64_t inputs) {
+  CheckColumns(inputs);
   if (weight.largest_column >= inputs)
     throw Error("column " + std::to_string(weight.largest_column) + " is out of range: the input has " +
                 std::to_string(inputs));

@@ -3,13 +3,13 @@
 #include <string.h>
 
 #include <algorithm>
-#include <limits>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
 
 #include "block_sparse.h"
+#include "limits.h"
 
 namespace slrc {
 
@@ -75,23 +75,35 @@ const TileLoops& Loops() {
   return *chosen;
 }
 
+void CheckSizes(const SlrcBlocks& blocks, int64_t group) {
+  const int64_t block = blocks.block, out_channels = blocks.out_channels, count = blocks.column_count;
+  if (block != 1 && block != 4 && block != 8 && block != 16)
+    throw Error("block must be 1, 4, 8 or 16, got " + std::to_string(block));
+  if (out_channels < 1 || out_channels > kMostChannels || group < 1 || out_channels % group)
+    throw Error("out_channels must be a positive multiple of group, got " + std::to_string(out_channels) + " and " +
+                std::to_string(group));
+  const int64_t rows = CeilDiv(out_channels / group, block) * group;
+  Expect(blocks.row_pointer_count == rows + 1, "row pointers", rows + 1, blocks.row_pointer_count);
+  Expect(count >= 0 && count <= kMostBlocks && blocks.value_count == count * block, "values",
+         std::clamp<int64_t>(count, 0, kMostBlocks) * block, blocks.value_count);
+  if (blocks.bias) Expect(blocks.bias_count == out_channels, "bias values", out_channels, blocks.bias_count);
+}
+
+void CheckColumns(int64_t columns) {
+  if (columns > kMostColumns)
+    throw Error("columns are out of range: an out channel has at most " + std::to_string(kMostColumns) + ", got " +
+                std::to_string(columns));
+}
+
 Weight::Weight(const SlrcBlocks& blocks, int64_t groups)
     : block(blocks.block),
       out_channels(blocks.out_channels),
       group(groups),
       activation(ParseActivation(blocks.activation)),
       slope(blocks.slope) {
-  if (block != 1 && block != 4 && block != 8 && block != 16)
-    throw Error("block must be 1, 4, 8 or 16, got " + std::to_string(block));
-  if (out_channels < 1 || out_channels > std::numeric_limits<int32_t>::max() || group < 1 || out_channels % group)
-    throw Error("out_channels must be a positive multiple of group, got " + std::to_string(out_channels) + " and " +
-                std::to_string(group));
-  rows_per_group = (out_channels / group + block - 1) / block;
+  CheckSizes(blocks, group);
+  rows_per_group = CeilDiv(out_channels / group, block);
   const int64_t rows = rows_per_group * group, count = blocks.column_count;
-  Expect(blocks.row_pointer_count == rows + 1, "row pointers", rows + 1, blocks.row_pointer_count);
-  Expect(count >= 0 && count <= std::numeric_limits<int32_t>::max() / 16 && blocks.value_count == count * block,
-         "values", count * block, blocks.value_count);
-  if (blocks.bias) Expect(blocks.bias_count == out_channels, "bias values", out_channels, blocks.bias_count);
 
   const int32_t* pointers = blocks.row_pointers;
   Expect(pointers[0] == 0, "the first row pointer", 0, pointers[0]);
@@ -102,6 +114,7 @@ Weight::Weight(const SlrcBlocks& blocks, int64_t groups)
     if (blocks.columns[t] < 0) throw Error("columns must not be negative, got " + std::to_string(blocks.columns[t]));
     largest_column = std::max<int64_t>(largest_column, blocks.columns[t]);
   }
+  CheckColumns(largest_column + 1);
 
   for (int64_t r = 0; r < rows; ++r)
     sorted = sorted && std::is_sorted(blocks.columns + pointers[r], blocks.columns + pointers[r + 1]);

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "block_sparse.h"
+#include "limits.h"
 
 namespace slrc {
 
@@ -76,14 +77,32 @@ inline std::vector<Phase> PhasesRead(const Axis& rows, const Axis& columns) {
 }
 
 inline void CheckWindow(const SlrcWindow& window) {
-  constexpr int64_t kMost = 1 << 15;  // keeps every sum and product of two of them far from overflow
-  auto in_range = [](int64_t value, int64_t least) { return value >= least && value <= kMost; };
+  auto in_range = [](int64_t value, int64_t least, int64_t most) { return value >= least && value <= most; };
   bool good = window.group >= 1;
   for (int axis = 0; axis < 2; ++axis)
-    good = good && in_range(window.kernel[axis], 1) && in_range(window.strides[axis], 1) &&
-           in_range(window.dilations[axis], 1) && in_range(window.pads[axis], 0) && in_range(window.pads[axis + 2], 0);
-  if (!good || window.strides[0] > 64 || window.strides[1] > 64)
+    good = good && in_range(window.kernel[axis], 1, kMostWindow) && in_range(window.strides[axis], 1, kMostStride) &&
+           in_range(window.dilations[axis], 1, kMostWindow) && in_range(window.pads[axis], 0, kMostWindow) &&
+           in_range(window.pads[axis + 2], 0, kMostWindow);
+  if (!good)
     throw Error("kernel sizes, strides (up to 64), dilations and group must be positive, pads not negative, none huge");
+}
+
+// No layout of one channel takes more floats.
+inline int64_t MostPlaneFloats(const SlrcWindow& window, const int64_t x_shape[4]) {
+  int64_t floats = 1;
+  for (int axis = 0; axis < 2; ++axis)
+    floats = Product(floats, x_shape[2 + axis] + window.pads[axis] + window.pads[axis + 2] +
+                                 kStrideMargin[axis] * window.strides[axis]);
+  return floats;
+}
+
+inline void CheckInput(const SlrcWindow& window, const int64_t x_shape[4]) {
+  const int64_t channels = x_shape[1], per_group = channels / window.group;
+  if (channels != per_group * window.group)
+    throw Error("group does not divide the input's " + std::to_string(channels) + " channels");
+  CheckColumns(Product(per_group, window.kernel[0] * window.kernel[1]));
+  if (Product(std::max<int64_t>(1, per_group), MostPlaneFloats(window, x_shape)) > kMostInput)
+    throw Error("an input plane is too large");
 }
 
 }  // namespace slrc

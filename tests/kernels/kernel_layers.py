@@ -126,7 +126,9 @@ def random_gemm(random: np.random.Generator) -> Layer:
     )
 
 
-class _Blocks(ctypes.Structure):
+class Blocks(ctypes.Structure):
+    """`SlrcBlocks`."""
+
     _fields_ = (
         ("values", ctypes.c_void_p),
         ("value_count", ctypes.c_int64),
@@ -143,7 +145,9 @@ class _Blocks(ctypes.Structure):
     )
 
 
-class _Window(ctypes.Structure):
+class Window(ctypes.Structure):
+    """`SlrcWindow`."""
+
     _fields_ = (
         ("kernel", ctypes.c_int64 * 2),
         ("strides", ctypes.c_int64 * 2),
@@ -170,7 +174,7 @@ class Kernels:
     def run(self, layer: Layer) -> NDArray[np.float32]:
         """Compute a layer; the result stands between two guard zones, which are checked."""
         error = ctypes.create_string_buffer(512)
-        blocks = _Blocks(
+        blocks = Blocks(
             *(part for array in layer.packed.values() for part in (array.ctypes.data, array.size)),
             None if layer.bias is None else layer.bias.ctypes.data, 0 if layer.bias is None else layer.bias.size,
             layer.block, layer.weight.shape[0], layer.activation.encode(), layer.slope,
@@ -188,7 +192,7 @@ class Kernels:
                 ctypes.byref(blocks), pointers[0], tokens, inputs, pointers[1], pointers[2], error, ctypes.c_size_t(512)
             )
         else:
-            window = _Window(layer.weight.shape[2:], layer.strides, layer.pads, layer.dilations, layer.groups)
+            window = Window(layer.weight.shape[2:], layer.strides, layer.pads, layer.dilations, layer.groups)
             shapes = [(ctypes.c_int64 * 4)(*s) for s in (layer.x.shape, shape)]
             failed = self.library.slrc_block_sparse_conv(
                 ctypes.byref(blocks), ctypes.byref(window), pointers[0], shapes[0], pointers[1], pointers[2], shapes[1],

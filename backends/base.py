@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from slrc.errors import BackendError
-from slrc.program import Program
+from slrc.ir.program import Program
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION: Final = 1

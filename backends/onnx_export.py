@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from slrc.backends.packed_onnx import attach_functions, translation_table
 from slrc.errors import BackendError
-from slrc.program import Program
+from slrc.ir.program import Program
 
 aten = torch.ops.aten
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from slrc import packed_ops  # noqa: F401, registers the operators
+from slrc.forms import packed_ops  # noqa: F401, registers the operators
 
 if TYPE_CHECKING:
     import onnx

@@ -25,10 +25,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 from zoo import make
 
-from slrc.passes.label_indices import label_indices
-from slrc.plots import COMPILED, DENSE, GRID, INK, MUTED, STYLE
-from slrc.program import Program, capture
-from slrc.timing import environment
+from slrc.ir.program import Program, capture
+from slrc.measuring.timing import environment
+from slrc.passes.analysis.label_indices import label_indices
+from slrc.reporting.plots import COMPILED, DENSE, GRID, INK, MUTED, STYLE
 
 RESULTS = Path(__file__).parent / "results" / "analysis_growth.json"
 REPEATS = 3

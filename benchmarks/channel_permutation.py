@@ -27,9 +27,10 @@ from safetensors.torch import load_file, load_model
 from torch import nn
 
 import slrc
-from slrc.plans import Masks, Plan
-from slrc.program import Program, capture
-from slrc.timing import environment
+from slrc.ir.program import Program, capture
+from slrc.measuring.timing import environment
+from slrc.sparsity.masks import Masks
+from slrc.sparsity.plans import Plan
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "channel_permutation.json"

@@ -27,9 +27,9 @@ import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from slrc.forms import PackedWeight
+from slrc.forms.packed_weight import PackedWeight
 from slrc.kernels.build import build
-from slrc.timing import environment
+from slrc.measuring.timing import environment
 
 RESULTS = Path(__file__).parent / "results" / "kernel_latency.json"
 WARM_UP_S = 0.1

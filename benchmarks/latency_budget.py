@@ -20,11 +20,11 @@ from typing import Any
 from zoo import load, load_dense, make
 
 import slrc
-from slrc.cache import cache_folder
+from slrc.ir.program import Program, capture
+from slrc.machine.cache import cache_folder
+from slrc.measuring.timing import environment, measure
 from slrc.pipeline import STRUCTURE, run_passes
-from slrc.plans import Masks
-from slrc.program import Program, capture
-from slrc.timing import environment, measure
+from slrc.sparsity.masks import Masks
 
 RESULTS = Path(__file__).parent / "results" / "latency_budget.json"
 MODELS = [f"torchvision:{n}" for n in ("resnet18", "resnet50", "vgg16", "mobilenet_v2", "swin_t")]

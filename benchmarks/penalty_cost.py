@@ -20,7 +20,7 @@ import torchvision
 from torch import nn
 
 import slrc
-from slrc.timing import environment
+from slrc.measuring.timing import environment
 
 RESULTS = Path(__file__).parent / "results" / "penalty_cost.json"
 

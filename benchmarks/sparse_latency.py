@@ -32,13 +32,13 @@ from torch import Tensor, nn
 
 import slrc
 from slrc.backends import get_backend, parse_target
-from slrc.form_choice import choose_forms
-from slrc.form_cost import layer_kind
-from slrc.forms import FormChoice
+from slrc.forms.cost import layer_kind
+from slrc.forms.form import FormChoice
+from slrc.ir.program import Program, capture
+from slrc.measuring.choose_forms import choose_forms
+from slrc.measuring.timing import environment, measure
 from slrc.pipeline import STRUCTURE, apply_forms, baseline, run_passes
-from slrc.plans import Masks
-from slrc.program import Program, capture
-from slrc.timing import environment, measure
+from slrc.sparsity.masks import Masks
 from slrc.verify import outputs_of
 
 RESULTS = Path(__file__).parent / "results" / "sparse_latency.json"
@@ -187,7 +187,7 @@ def time_deepsparse(python: str, folder: Path, batch: int, threads: int, shape: 
 
 
 def fit(rows: dict[str, Any]) -> Iterator[str]:
-    """Yield the lines of `slrc.form_cost.FITTED`: least squares on the layers of the rows meant for a form."""
+    """Yield the lines of `slrc.forms.cost.FITTED`: least squares on the layers of the rows meant for a form."""
     points: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for name, row in rows.items():
         meant = ("split", "grouped") if "columns" in name else ("packed",)

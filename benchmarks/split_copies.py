@@ -18,7 +18,7 @@ import numpy as np
 from kernel_latency import SHAPES, Shape, in_turns, prepare
 from onnx import TensorProto, helper, numpy_helper
 
-from slrc.timing import environment
+from slrc.measuring.timing import environment
 
 RESULTS = Path(__file__).parent / "results" / "split_copies.json"
 GROUPS = 2

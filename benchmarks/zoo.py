@@ -89,9 +89,9 @@ def make(name: str) -> tuple[Any, tuple[Any, ...]]:
 
 def measure_model(name: str, levels: list[float], latency: bool) -> dict[str, Any]:
     """Return one row: the analysis, and for each level what was left and how exact it is."""
-    from slrc.passes.label_indices import label_indices
-    from slrc.plans import LayerNorm
-    from slrc.program import capture
+    from slrc.ir.program import capture
+    from slrc.passes.analysis.label_indices import label_indices
+    from slrc.sparsity.plans import LayerNorm
 
     layer_norm = LayerNorm.NARROW if name.endswith(NARROW) else LayerNorm.KEEP
 
@@ -134,10 +134,10 @@ def load(program: Any, folder: Path) -> Any:
 def measure_level(program: Any, level: float, layer_norm: Any, dense: Any) -> dict[str, Any]:
     """Prune by magnitude in one shot; compare masked, slim and ONNX Runtime; time the latter and `dense` in turns."""
     import slrc
-    from slrc.passes.apply_masks import ApplyMasks
+    from slrc.measuring.timing import time_in_turns
+    from slrc.passes.structure.apply_masks import ApplyMasks
     from slrc.pipeline import STRUCTURE, run_passes
-    from slrc.plans import Masks
-    from slrc.timing import time_in_turns
+    from slrc.sparsity.masks import Masks
     from slrc.verify import compare, outputs_of
 
     plan = slrc.plan(program, "channel", level, layer_norm=layer_norm)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar, NamedTuple
 
-from slrc.plans import Masks, Plan
-from slrc.program import Program
+from slrc.ir.program import Program
+from slrc.sparsity.masks import Masks
+from slrc.sparsity.plans import Plan
 
 
 class PassResult(NamedTuple):

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from slrc.api import capture, compile, form, lower, plan, structure, train
     from slrc.config import CompileConfig
     from slrc.errors import SlrcError
+    from slrc.ir.program import Program
     from slrc.methods import ADMM, SLR, ADMMSettings, Magnitude, SLRSettings
-    from slrc.plans import Masks, Plan
-    from slrc.program import Program
-    from slrc.report import Report
+    from slrc.reporting.report import Report
+    from slrc.sparsity.masks import Masks
+    from slrc.sparsity.plans import Plan
     from slrc.workload import Workload, cached_weights, cross_entropy
 
 __version__ = version("slrc")
@@ -40,10 +41,10 @@ _HOME = {
     "Magnitude": "methods",
     "SLR": "methods",
     "SLRSettings": "methods",
-    "Masks": "plans",
-    "Plan": "plans",
-    "Program": "program",
-    "Report": "report",
+    "Masks": "sparsity.masks",
+    "Plan": "sparsity.plans",
+    "Program": "ir.program",
+    "Report": "reporting.report",
     "Workload": "workload",
     "cached_weights": "workload",
     "cross_entropy": "workload",

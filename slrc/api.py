@@ -10,25 +10,26 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import set_seed
 
-from slrc import training
 from slrc.backends import LoweredProgram, Target, get_backend, parse_target
 from slrc.compilation import Compilation
 from slrc.config import CompileConfig, make_config
 from slrc.errors import BackendError, ConfigError, PlanError
-from slrc.form_choice import choose_forms
-from slrc.latency_timing import LatencyMeter
-from slrc.passes.allocate_latency import LatencyGoal
-from slrc.passes.allocate_sparsity import Allocation, allocate_sparsity
-from slrc.passes.label_indices import label_indices
-from slrc.passes.permute_channels import check_orders
-from slrc.patterns import AnyPattern
+from slrc.ir.program import Program
+from slrc.ir.program import capture as capture_module
+from slrc.measuring.choose_forms import choose_forms
+from slrc.measuring.choose_widths import LatencyGoal
+from slrc.measuring.latency_timing import LatencyMeter
+from slrc.passes.allocation.allocate_sparsity import allocate_sparsity
+from slrc.passes.analysis.label_indices import label_indices
+from slrc.passes.structure.permute_channels import check_orders
 from slrc.pipeline import STRUCTURE, apply_forms, baseline, run_passes
-from slrc.plans import Attention, LayerNorm, Masks, Plan
-from slrc.program import Program
-from slrc.program import capture as capture_module
 from slrc.progress import Quiet, Reporter
-from slrc.report import Report
-from slrc.training import Trained
+from slrc.reporting.report import Report
+from slrc.sparsity.masks import Masks
+from slrc.sparsity.patterns import AnyPattern
+from slrc.sparsity.plans import Allocation, Attention, LayerNorm, Plan
+from slrc.training import loop as training
+from slrc.training.loop import Trained
 from slrc.workload import Workload, load_workload
 from slrc.workspace import Workspace
 
@@ -214,7 +215,7 @@ def plan_from(
             attention=config.attention,
             layer_norm=config.layer_norm,
             permute=config.permute,
-            goal=goal,
+            choose_widths=goal,
         )
 
     if config.latency_budget is None:

@@ -120,7 +120,7 @@ def compile_command(
     """
     from slrc import api
     from slrc.config import make_config
-    from slrc.tables import report_table
+    from slrc.reporting.tables import report_table
 
     given = {
         "pattern": pattern,
@@ -170,8 +170,8 @@ def inspect(
     """Show what is prunable and what is pinned, and why: layers, groups, parameters, multiply-accumulates."""
     from slrc import api
     from slrc.config import make_config
-    from slrc.passes.label_indices import label_indices
-    from slrc.tables import inspect_tables
+    from slrc.passes.analysis.label_indices import label_indices
+    from slrc.reporting.tables import inspect_tables
     from slrc.workload import load_workload
 
     given = {
@@ -209,8 +209,8 @@ def bench(
     debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False,
 ) -> None:
     """Measure a compiled model again: compiled against dense, in turns, in one process."""
-    from slrc.compilation import bench_output
-    from slrc.tables import latency_table
+    from slrc.reporting.bench import bench_output
+    from slrc.reporting.tables import latency_table
 
     result = bench_output(folder, threads, _reporter())
     if as_json:
@@ -222,7 +222,7 @@ def bench(
 @app.command()
 def targets(debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False) -> None:
     """Show which backends can emit and run here, and why the others cannot."""
-    from slrc.tables import targets_table
+    from slrc.reporting.tables import targets_table
 
     _console().print(targets_table())
 

@@ -4,38 +4,34 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from slrc.backends import Artifact, LoweredProgram, Runner, Target, get_backend, parse_target
-from slrc.checkpoints import disk_error
+from slrc.backends import LoweredProgram, Runner, Target, get_backend
 from slrc.config import CompileConfig
 from slrc.errors import BackendError, OutputError, WorkloadError
-from slrc.form_choice import choose_forms
-from slrc.forms import FormChoice
-from slrc.latency import LatencyForecast
+from slrc.forms.form import FormChoice
+from slrc.ir.program import Program
+from slrc.measuring.choose_forms import choose_forms
+from slrc.measuring.timing import Latency, environment, time_pair
 from slrc.pipeline import STRUCTURE, apply_forms, run_passes
-from slrc.plans import Masks, Plan
-from slrc.program import Program
 from slrc.progress import Reporter
-from slrc.report import Accuracy, LayerSparsity, Pair, Report, Sparsity, TargetResult
-from slrc.report_page import write_page
-from slrc.timing import Latency, environment, measure
-from slrc.training import Trained, train
+from slrc.reporting.bench import INPUTS
+from slrc.reporting.page import write_page
+from slrc.reporting.report import Accuracy, LayerSparsity, Pair, Report, Sparsity, TargetResult
+from slrc.sparsity.masks import Masks
+from slrc.sparsity.plans import LatencyForecast, Plan
+from slrc.training.checkpoints import disk_error
+from slrc.training.loop import Trained, train
 from slrc.verify import TOLERANCE_FP32, Check, RunnerModule, compare, compare_metric, outputs_of
 from slrc.workload import Workload
 from slrc.workspace import Workspace
 
-INPUTS = "inputs.safetensors"
 PROGRAM = "program"
 T = TypeVar("T")
 FORECAST_TOLERANCE = 0.15
@@ -284,57 +280,6 @@ class Compilation:
                 "its layers are too small for what the pattern costs; `--skip` the smallest or try `--pattern channel`"
             )
         return latency
-
-
-def time_pair(
-    dense: LoweredProgram,
-    compiled: LoweredProgram,
-    inputs: Sequence[Tensor],
-    threads: int | None,
-    reporter: Reporter | None = None,
-) -> Latency:
-    """Load both artifacts of a target and time them in turns."""
-    backend = get_backend(compiled.target)
-    count = threads or len(os.sched_getaffinity(0))
-    runners = [backend.load(p.folder, threads=count) for p in (dense, compiled)]
-    return measure(str(compiled.target), runners[0], runners[1], inputs, count, reporter)
-
-
-class BenchResult(BaseModel):
-    """What `slrc bench` measured, and where."""
-
-    model_config = ConfigDict(frozen=True)
-
-    model: str
-    latency: tuple[Latency, ...]
-    not_run: tuple[str, ...]
-    environment: dict[str, Any]
-
-
-def bench_output(folder: Path, threads: int | None, reporter: Reporter) -> BenchResult:
-    """Time every target of an output folder again.
-
-    Raises:
-        OutputError: the folder is not the output of a compile, or a file in it is damaged.
-    """
-    report = Report.load(folder)
-    try:
-        stored = load_file(folder / INPUTS)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"`{folder / INPUTS}` cannot be read: {error}") from None
-    inputs = [stored[f"input_{i}"] for i in range(len(stored))]
-    latency, not_run = [], []
-    for result in report.targets:
-        target = parse_target(result.target)
-        if why_not := get_backend(target).available(target).why_not_run:
-            not_run.append(f"{target}: {why_not}")
-            continue
-        dense, compiled = (
-            LoweredProgram(Artifact.read(path), path, target)
-            for path in (folder / result.folder / "dense", folder / result.folder / "compiled")
-        )
-        latency.append(time_pair(dense, compiled, inputs, threads, reporter))
-    return BenchResult(model=report.model, latency=tuple(latency), not_run=tuple(not_run), environment=environment())
 
 
 def _archive(program: Program) -> bytes:

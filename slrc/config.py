@@ -12,9 +12,8 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from slrc.errors import ConfigError, SlrcError
 from slrc.methods import MethodName, MethodSettings
-from slrc.passes.allocate_sparsity import Allocation
-from slrc.patterns import AnyPattern, Block, Channel
-from slrc.plans import Attention, LayerNorm, PatternField
+from slrc.sparsity.patterns import AnyPattern, Block, Channel
+from slrc.sparsity.plans import Allocation, Attention, LayerNorm, PatternField
 
 
 class Precision(StrEnum):

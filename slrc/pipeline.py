@@ -6,17 +6,18 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from slrc.forms import Forms
-from slrc.passes.apply_masks import ApplyMasks
+from slrc.forms.form import Forms
+from slrc.ir.program import Program
 from slrc.passes.base import Transform
-from slrc.passes.drop_copies import DropCopies
-from slrc.passes.fold_batch_norm import FoldBatchNorm
-from slrc.passes.pack_blocks import PackBlocks
-from slrc.passes.permute_channels import PermuteChannels
-from slrc.passes.shrink_channels import ShrinkChannels
-from slrc.passes.split_columns import SplitColumns
-from slrc.plans import Masks, Plan
-from slrc.program import Program
+from slrc.passes.forms.pack_blocks import PackBlocks
+from slrc.passes.forms.split_columns import SplitColumns
+from slrc.passes.structure.apply_masks import ApplyMasks
+from slrc.passes.structure.drop_copies import DropCopies
+from slrc.passes.structure.fold_batch_norm import FoldBatchNorm
+from slrc.passes.structure.permute_channels import PermuteChannels
+from slrc.passes.structure.shrink_channels import ShrinkChannels
+from slrc.sparsity.masks import Masks
+from slrc.sparsity.plans import Plan
 from slrc.verify import TOLERANCE_FP32, Check, compare, outputs_of
 
 STRUCTURE: tuple[Transform, ...] = (ApplyMasks(), PermuteChannels(), ShrinkChannels(), FoldBatchNorm(), DropCopies())

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from slrc.backends import Artifact, Runner
 from slrc.errors import VerificationError
-from slrc.program import Program
+from slrc.ir.program import Program
 
 TOLERANCE_FP32 = 1e-4
 METRIC_TOLERANCE = 2e-3

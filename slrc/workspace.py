@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from slrc.checkpoints import DISK_ERRORS, disk_error
 from slrc.errors import OutputError
-from slrc.plans import Plan
+from slrc.sparsity.plans import Plan
+from slrc.training.checkpoints import DISK_ERRORS, disk_error
 
 REPORT = "report.json"
 RUN = "run.json"

@@ -15,7 +15,7 @@ from torch.export import exported_program
 from torch.utils.data import DataLoader, TensorDataset
 
 import slrc
-from slrc import timing
+from slrc.measuring import timing
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -104,9 +104,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import slrc
-import slrc.timing
+import slrc.measuring.timing
 
-slrc.timing.WARM_UP_S = slrc.timing.BUDGET_S = 0.0
+slrc.measuring.timing.WARM_UP_S = slrc.measuring.timing.BUDGET_S = 0.0
 torch.set_num_threads(1)
 
 

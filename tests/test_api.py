@@ -17,7 +17,7 @@ from slrc.backends import Artifact, Availability
 from slrc.backends.ort import OnnxRuntime
 from slrc.backends.tensorrt import TensorRT
 from slrc.errors import BackendError, ConfigError, OutputError, PlanError, SlrcError, WorkloadError
-from slrc.report import Report
+from slrc.reporting.report import Report
 from slrc.verify import RunnerModule, outputs_of
 
 MakeWorkload = Callable[..., slrc.Workload]

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import pytest
 
 import slrc
-from slrc import cli, latency_timing
+from slrc import cli
+from slrc.measuring import latency_timing
 
 pytestmark = pytest.mark.usefixtures("quick_timing")
 

@@ -10,9 +10,8 @@ import pytest
 from slrc.config import CompileConfig, Precision, make_config
 from slrc.errors import ConfigError, PatternError
 from slrc.methods import MethodName
-from slrc.passes.allocate_sparsity import Allocation
-from slrc.patterns import NM, Block, Channel
-from slrc.plans import Attention, LayerNorm
+from slrc.sparsity.patterns import NM, Block, Channel
+from slrc.sparsity.plans import Allocation, Attention, LayerNorm
 
 
 @pytest.fixture

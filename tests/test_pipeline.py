@@ -10,13 +10,15 @@ import torch
 from torch import nn
 
 from slrc.errors import VerificationError
-from slrc.forms import Form, FormKind, block_density, candidate_forms
-from slrc.passes.allocate_sparsity import allocate_sparsity
+from slrc.forms.form import Form, FormKind, candidate_forms
+from slrc.forms.packed_weight import block_density
+from slrc.ir.program import Program, capture
+from slrc.passes.allocation.allocate_sparsity import allocate_sparsity
 from slrc.passes.base import PassResult, Transform
-from slrc.patterns import AnyPattern, Block, Channel, Columns
 from slrc.pipeline import STRUCTURE, apply_forms, baseline, run_passes
-from slrc.plans import Masks, Plan
-from slrc.program import Program, capture
+from slrc.sparsity.masks import Masks
+from slrc.sparsity.patterns import AnyPattern, Block, Channel, Columns
+from slrc.sparsity.plans import Plan
 from slrc.verify import Check, compare, outputs_of
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from slrc.backends import Artifact
 from slrc.errors import VerificationError
-from slrc.program import capture
+from slrc.ir.program import capture
 from slrc.verify import METRIC_TOLERANCE, RunnerModule, compare, compare_metric, outputs_of
 
 NAN, INF = float("nan"), float("inf")

@@ -11,8 +11,8 @@ from typing import ClassVar
 from slrc.backends.base import Artifact, Availability, Backend, Runner, Target
 from slrc.backends.onnx_export import OPSET, export_onnx
 from slrc.errors import BackendError
+from slrc.ir.program import Program
 from slrc.kernels.build import TILE_SETS, build, family_of, find_compiler
-from slrc.program import Program
 
 MODEL_FILE = "model.onnx"
 STOCK = "stock"

@@ -10,8 +10,8 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from slrc import denormals
 from slrc.errors import BackendError
+from slrc.machine import denormals
 
 
 class OnnxRuntimeRunner:

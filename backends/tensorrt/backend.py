@@ -23,8 +23,8 @@ from slrc.backends.tensorrt.build import (
 from slrc.backends.tensorrt.precision import convert_to_float16
 from slrc.backends.tensorrt.run import TensorRTRunner
 from slrc.errors import BackendError
-from slrc.program import Program
-from slrc.tracing import source_line
+from slrc.ir.program import Program
+from slrc.ir.tracing import source_line
 
 ONNX_FILE = "model.onnx"
 ENGINE_FILE = "model.engine"

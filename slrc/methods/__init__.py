@@ -15,7 +15,7 @@ from slrc.methods.gradual import Gradual, GradualSettings
 from slrc.methods.group_lasso import GroupLasso, GroupLassoSettings
 from slrc.methods.magnitude import Magnitude
 from slrc.methods.slr import SLR, SLRSettings
-from slrc.plans import Plan
+from slrc.sparsity.plans import Plan
 
 
 class MethodName(StrEnum):

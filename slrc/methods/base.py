@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from slrc.errors import PlanError
-from slrc.plans import Masks, Plan
+from slrc.sparsity.masks import Masks
+from slrc.sparsity.plans import Plan
 
 
 class Iteration(BaseModel):

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from slrc.methods.base import Iteration, MaskedMethod
-from slrc.plans import Plan
+from slrc.sparsity.plans import Plan
 
 
 class GradualSettings(BaseModel):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from slrc.methods.base import Iteration, Method, MethodState, dense_residual
 from slrc.methods.gradual import cubic
-from slrc.plans import Plan
+from slrc.sparsity.plans import Plan
 
 
 class GroupLassoSettings(BaseModel):

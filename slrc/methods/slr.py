@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from slrc.methods.base import Iteration, Method, MethodState, Splitting, norm
-from slrc.plans import Plan
+from slrc.sparsity.plans import Plan
 
 
 class SLRSettings(BaseModel):

@@ -15,7 +15,7 @@ import slrc
 from slrc.backends import Artifact, parse_target
 from slrc.backends.ort import OnnxRuntime
 from slrc.errors import BackendError
-from slrc.program import Program, capture
+from slrc.ir.program import Program, capture
 from slrc.verify import RunnerModule, outputs_of
 
 

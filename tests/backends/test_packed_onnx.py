@@ -18,11 +18,11 @@ from slrc.backends.onnx_export import OPSET
 from slrc.backends.ort import OnnxRuntime
 from slrc.backends.packed_onnx import CONV, GEMM, MLP, POOL, function_of, pool_function
 from slrc.errors import BackendError
-from slrc.forms import DEPTHWISE, Form, FormKind
+from slrc.forms.form import DEPTHWISE, Form, FormKind
+from slrc.forms.packed_ops import ACTIVATIONS
+from slrc.ir.program import Program, capture
 from slrc.kernels import build as kernels
-from slrc.packed_ops import ACTIVATIONS
 from slrc.pipeline import apply_forms
-from slrc.program import Program, capture
 from slrc.verify import compare, outputs_of
 
 TOLERANCE = 1e-5

@@ -24,7 +24,7 @@ from slrc.backends.tensorrt.log import message_log
 from slrc.backends.tensorrt.precision import convert_to_float16
 from slrc.backends.tensorrt.run import TensorRTRunner
 from slrc.errors import BackendError
-from slrc.program import Program, capture
+from slrc.ir.program import Program, capture
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 FLOAT16_TOLERANCE = 5e-3

@@ -30,7 +30,7 @@ def test_the_short_form_measures_resumes_and_answers(tmp_path: Path) -> None:
         tmp_path / "rows.jsonl",
         ["short", "--only", "*/[sg][lr][ra]*/*", "--out", str(tmp_path / "rows.jsonl")],
     )
-    printed = run("convergence.py", *both, cache=tmp_path)
+    printed = run("convergence/run.py", *both, cache=tmp_path)
     by_name = {row["row"].split("/")[3]: row for row in map(json.loads, rows.read_text().splitlines())}
     assert by_name.keys() == {"slr", "gradual"}
     assert printed.count("\n") == 2
@@ -43,13 +43,13 @@ def test_the_short_form_measures_resumes_and_answers(tmp_path: Path) -> None:
 
     before = rows.read_bytes()
     rows.write_bytes(b"".join(before.splitlines(keepends=True)[:1]))  # as if it had been interrupted
-    assert run("convergence.py", *both, cache=tmp_path).count("\n") == 1
+    assert run("convergence/run.py", *both, cache=tmp_path).count("\n") == 1
     assert len(rows.read_text().splitlines()) == 2
-    assert run("convergence.py", *both, cache=tmp_path) == ""
+    assert run("convergence/run.py", *both, cache=tmp_path) == ""
 
     measured = rows.read_text()
     rows.write_text("".join(measured.replace("short/", f"{tier}/") for tier in ("small", *BUDGETS)))
-    answers = run("convergence_answers.py", "--rows", str(rows), "--out", str(tmp_path / "answers"), cache=tmp_path)
+    answers = run("convergence/answers.py", "--rows", str(rows), "--out", str(tmp_path / "answers"), cache=tmp_path)
     assert f"{slr['final']['hard_bn']:.2f}" in answers
     assert ", ".join([f"{slr['final']['hard_bn']:.1f}"] * 4) in answers  # runs of 1, 2, 3 and 6 epochs
     assert (tmp_path / "answers" / "convergence.md").read_text() == answers.removesuffix("\n")

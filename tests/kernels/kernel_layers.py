@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from slrc.forms import PackedWeight
-from slrc.packed_ops import ACTIVATIONS
+from slrc.forms.packed_ops import ACTIVATIONS
+from slrc.forms.packed_weight import PackedWeight
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ import torch
 from hypothesis.internal.conjecture import providers
 from torch import Tensor, nn
 
-from slrc.passes.shrink_channels import ShrinkChannels
-from slrc.plans import Masks, Plan
-from slrc.program import Program
+from slrc.ir.program import Program
+from slrc.passes.structure.shrink_channels import ShrinkChannels
+from slrc.sparsity.masks import Masks
+from slrc.sparsity.plans import Plan
 from slrc.verify import compare, outputs_of
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -1,0 +1,1 @@
+"""Passes that decide what to keep and in what order."""

@@ -1,0 +1,1 @@
+"""Passes that read a program and return data about it."""

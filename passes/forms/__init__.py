@@ -1,0 +1,1 @@
+"""Transforms that give layers their form on a target."""

@@ -1,0 +1,192 @@
+"""Turn layers with zero blocks into packed ones, for the block-sparse kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from slrc.forms import packed_ops  # noqa: F401, registers the operators
+from slrc.forms.form import FormKind, Forms
+from slrc.forms.packed_weight import PackedWeight
+from slrc.ir.nodes import argument, conv_groups, layer_weight, op_name
+from slrc.ir.program import Program
+from slrc.passes.base import PassResult, Transform
+from slrc.passes.forms.projections import cut_projections
+from slrc.passes.graph_edits import call_before, get_tensor, insert_tensor, layer_bias, only_user, sibling
+from slrc.sparsity.masks import Masks
+from slrc.sparsity.plans import Plan
+
+MOST_STRIDE = 64
+
+
+@dataclass(frozen=True)
+class PackBlocks(Transform):
+    """Replace each layer whose form is `packed:M` by one operator with packed blocks of M outputs × 1 column.
+
+    1. `conv2d(x, w, b)` becomes `slrc::block_sparse_conv(x, values, columns, row_pointers, b, …)`, `linear` becomes
+       `slrc::block_sparse_gemm`: only blocks with a weight that is not zero are stored.
+    2. An addition of a value of the same shape, and then ReLU, LeakyReLU, ReLU6, SiLU, GELU or HardSwish,
+       if nothing else reads what comes before, go into the operator.
+    3. A layer whose weight or bias is computed, or whose padding is no number, is left alone.
+    4. A packed `linear` of what another one alone computes becomes one operator with it, `slrc::block_sparse_mlp`,
+       unless the first one adds a residual or the second one has an activation.
+    5. Queries, keys and values that one `linear` computes become a packed `linear` each (see `cut_projections`).
+    6. A 2×2 `max_pool2d` of what a packed convolution computes becomes `slrc::max_pool2x2`, in the same layout.
+
+        conv2d ─▶ add(·, shortcut) ─▶ relu          block_sparse_conv(…, residual=shortcut, activation="relu")
+    """
+
+    forms: Forms = field(default_factory=dict)
+    name: ClassVar[str] = "pack-blocks"
+
+    def __call__(self, program: Program, plan: Plan, masks: Masks) -> PassResult:
+        """Return the program with its packed layers."""
+        return PassResult(*program.rewrite(self._pack_all))
+
+    def _pack_all(self, module: GraphModule) -> bool:
+        layers = [node for node in module.graph.nodes if self._rows(node) and _is_packable(module, node)]
+        for layer in layers:
+            rows = self._rows(layer)
+            for part in cut_projections(module, layer, rows):
+                _pack(module, part, rows)
+        module.graph.eliminate_dead_code()  # so that a layer's users are those that count
+        for node in list(module.graph.nodes):
+            if op_name(node) == "block_sparse_gemm" and _is_mlp(node.args[0], node):
+                _join(node.args[0], node)
+            if _is_plain_pool(node) and op_name(node.args[0]) == "block_sparse_conv":
+                pool = call_before(node, torch.ops.slrc.max_pool2x2.default, node.args[0])
+                pool.meta["val"] = node.meta["val"]
+                node.replace_all_uses_with(pool)
+        return bool(layers)
+
+    def _rows(self, node: Node) -> int:
+        form = self.forms.get(layer_weight(node) or "")
+        return form.size if form is not None and form.kind is FormKind.PACKED else 0
+
+
+def _is_packable(module: GraphModule, layer: Node) -> bool:
+    bias = layer_bias(layer)
+    has_plain_bias = bias is None or bias.op == "get_attr"
+    if op_name(layer) == "linear":
+        return has_plain_bias
+    is_conv = op_name(layer) == "conv2d" and layer.args[0].meta["val"].dim() == 4  # type: ignore[union-attr]
+    return is_conv and has_plain_bias and not isinstance(argument(layer, 4, "padding", 0), str)
+
+
+def _is_plain_pool(node: Node) -> bool:
+    if op_name(node) != "max_pool2d" or argument(node, 5, "ceil_mode", False):
+        return False
+    kernel = argument(node, 1, "kernel_size", None)
+    stride, padding = argument(node, 2, "stride", None) or kernel, argument(node, 3, "padding", 0)
+    window = [_pair(size) for size in (kernel, stride, padding, argument(node, 4, "dilation", 1))]
+    return window == [[2, 2], [2, 2], [0, 0], [1, 1]]
+
+
+def _pack(module: GraphModule, layer: Node, rows: int) -> None:
+    name = str(layer_weight(layer))
+    weight = get_tensor(module, name)
+    groups = conv_groups(layer)
+    packed = PackedWeight.of(weight, rows, groups)
+    last, residual, activation, slope = _tail(layer)
+    tensors = [
+        insert_tensor(module, layer, sibling(name, "values"), nn.Parameter(packed.values, requires_grad=False)),
+        insert_tensor(module, layer, sibling(name, "columns"), packed.columns),
+        insert_tensor(module, layer, sibling(name, "row_pointers"), packed.row_pointers),
+    ]
+    bias = layer_bias(layer)
+    if bias is None:
+        zeros = nn.Parameter(weight.new_zeros(weight.shape[0]), requires_grad=False)
+        bias = insert_tensor(module, layer, sibling(name, "no_bias"), zeros)  # another call may have one
+    operands = (layer.args[0], *tensors, bias, residual, weight.shape[0])
+    if op_name(layer) == "linear":
+        node = call_before(last, torch.ops.slrc.block_sparse_gemm.default, *operands, activation, slope)
+    else:
+        window = [_pair(argument(layer, k, key, default)) for k, key, default in _WINDOW]
+        node = call_before(
+            last,
+            torch.ops.slrc.block_sparse_conv.default,
+            *operands,
+            list(weight.shape[2:]),
+            *window,
+            groups,
+            activation,
+            slope,
+        )
+    node.meta["val"] = last.meta["val"]  # a later layer may add it
+    last.replace_all_uses_with(node)
+
+
+def _is_mlp(up: object, down: Node) -> bool:
+    """Tell whether nothing stands between two matrix multiplications but the first one's bias and activation."""
+    if not isinstance(up, Node) or op_name(up) != "block_sparse_gemm" or only_user(up) is not down:
+        return False
+    return up.args[5] is None and str(down.args[7]) == "none" and down.args[5] is not up
+
+
+def _join(up: Node, down: Node) -> None:
+    x, *weight, _, hidden_channels, activation, slope = up.args
+    _, *down_weight, residual, out_channels, _, _ = down.args
+    operands = (x, *weight, *down_weight, residual, hidden_channels, out_channels, activation, slope)
+    node = call_before(down, torch.ops.slrc.block_sparse_mlp.default, *operands)
+    node.meta["val"] = down.meta["val"]
+    down.replace_all_uses_with(node)
+
+
+_WINDOW = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
+
+
+def _pair(value: object) -> list[int]:
+    sizes = [value] if isinstance(value, int) else list(value)  # type: ignore[call-overload]
+    return [int(size) for size in (sizes * 2)[:2]]
+
+
+def _tail(layer: Node) -> tuple[Node, Node | None, str, float]:
+    """Return the last operator that goes with a layer, the residual that is added, the activation and its slope."""
+    last, residual = layer, None
+    follower = only_user(last)
+    if follower is not None and (other := _residual(follower, last)) is not None:
+        last, residual = follower, other
+        follower = only_user(last)
+    if follower is not None and (activation := _activation(follower)):
+        slope = float(argument(follower, 1, "negative_slope", 0.01)) if activation == "leakyrelu" else 0.0
+        return follower, residual, activation, slope
+    return last, residual, "none", 0.0
+
+
+def _residual(node: Node, layer: Node) -> Node | None:
+    """Return what an addition adds to a layer's result, if it has the same shape and type."""
+    if op_name(node) != "add" or node.kwargs.get("alpha", 1) != 1 or len(node.args) != 2:
+        return None
+    others = [a for a in node.args if a is not layer]
+    if len(others) != 1 or not isinstance(others[0], Node):
+        return None
+    mine, theirs = layer.meta["val"], others[0].meta.get("val")
+    alike = isinstance(theirs, Tensor) and theirs.shape == mine.shape and theirs.dtype == mine.dtype
+    return others[0] if alike else None
+
+
+def _activation(node: Node) -> str:
+    known = _KNOWN.get(op_name(node))
+    return known(node) if known is not None else ""
+
+
+def _clamped(low: object, high: object) -> str:
+    return "relu6" if (low, high) == (0, 6) else "relu" if (low, high) == (0, None) else ""
+
+
+_KNOWN: dict[str, Callable[[Node], str]] = {
+    "relu": lambda node: "relu",
+    "leaky_relu": lambda node: "leakyrelu",
+    "relu6": lambda node: "relu6",
+    "silu": lambda node: "silu",
+    "hardswish": lambda node: "hardswish",
+    "gelu": lambda node: "gelu" if argument(node, 1, "approximate", "none") == "none" else "",
+    "hardtanh": lambda node: _clamped(argument(node, 1, "min_val", -1), argument(node, 2, "max_val", 1)),
+    "clamp": lambda node: _clamped(argument(node, 1, "min"), argument(node, 2, "max")),
+    "clamp_min": lambda node: _clamped(argument(node, 1, "min"), None),
+}

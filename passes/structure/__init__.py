@@ -1,0 +1,1 @@
+"""Transforms from masks to structure that is the same for every target."""

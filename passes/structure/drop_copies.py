@@ -1,0 +1,72 @@
+"""Drop operators that only copy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+
+from slrc.ir.nodes import argument, op_name
+from slrc.ir.program import Program
+from slrc.passes.base import PassResult, Transform
+from slrc.passes.graph_edits import call_before, insert_tensor
+from slrc.sparsity.masks import Masks
+from slrc.sparsity.plans import Plan
+
+
+@dataclass(frozen=True)
+class DropCopies(Transform):
+    """Drop copies that an exporter writes out and a runtime would carry out.
+
+    1. `pad` by nothing, and a `slice` of everything, go.
+    2. `roll(x, s, d)` becomes `index_select(x, d, …)`, dimension by dimension: a copy each, where slices and a
+       concatenation make two. A dimension whose size is not known stays.
+
+    Window attention has both in every block.
+    """
+
+    name: ClassVar[str] = "drop-copies"
+
+    def __call__(self, program: Program, plan: Plan, masks: Masks) -> PassResult:
+        """Return the program without them."""
+        return PassResult(*program.rewrite(_drop_all))
+
+
+def _drop_all(module: GraphModule) -> bool:
+    modified = False
+    for node in list(module.graph.nodes):
+        if _is_whole(node):
+            node.replace_all_uses_with(node.args[0])
+            modified = True
+        elif op_name(node) == "roll" and _select(module, node):
+            modified = True
+    return modified
+
+
+def _is_whole(node: Node) -> bool:
+    if op_name(node) == "pad":
+        return all(size == 0 for size in node.args[1])  # type: ignore[union-attr]
+    if op_name(node) != "slice":
+        return False
+    dim, start, end, step = (argument(node, k, name) for k, name in enumerate(("dim", "start", "end", "step"), 1))
+    size = node.args[0].meta["val"].shape[dim or 0]  # type: ignore[union-attr]
+    ends = end is None or (isinstance(end, int) and (end == 2**63 - 1 or (isinstance(size, int) and end >= size)))
+    return start in (None, 0) and step in (None, 1) and ends
+
+
+def _select(module: GraphModule, node: Node) -> bool:
+    x, shifts, *dims = node.args
+    sizes = x.meta["val"].shape  # type: ignore[union-attr]
+    axes = dims[0] if dims else []
+    if not axes or not all(isinstance(sizes[d], int) for d in axes):  # type: ignore[union-attr]
+        return False
+    for k, (shift, dim) in enumerate(zip(shifts, axes, strict=True)):  # type: ignore[arg-type]
+        order = torch.arange(sizes[dim]).roll(shift)
+        index = insert_tensor(module, node, f"{node.name}_order{k}", order)
+        x = call_before(node, torch.ops.aten.index_select.default, x, dim, index)
+    assert isinstance(x, Node)
+    x.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(x)
+    return True

@@ -1,0 +1,164 @@
+"""Forms: how a layer with structured zeros is executed.
+
+A form is chosen for each layer and target. Which forms a layer can take follows from the zeros of its weight alone, so
+a choice is data: a form by the name of the layer's weight.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated
+
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
+from torch import Tensor
+
+from slrc.errors import PlanError
+from slrc.forms.packed_weight import block_density
+
+BLOCK_ROWS = (4, 8, 16)
+"""The blocks that zeros are sought in."""
+MOST_PARTS = 8
+LEAST_PART_ROWS = 16
+"""A layer is not split into more than two parts of fewer outputs: each would cost more than it saves."""
+LEAST_ZEROS = 0.2
+"""The share of blocks or channels that must be zero for a form to be worth a trial."""
+FEW_COLUMNS = 32
+"""Up to so many, as those of a 3×3 kernel on an image, a convolution may be packed with no zeros: runtimes are slow on
+few channels."""
+ALIKE = 1.02
+"""Forms whose work differs by less count as the same work."""
+
+
+class FormKind(StrEnum):
+    """What a layer becomes."""
+
+    DENSE = "dense"
+    """The layer as it is, zeros and all."""
+    SPLIT = "split"
+    """A gather and a smaller layer for each row group, then a concatenation."""
+    GROUPED = "grouped"
+    """One gather, then one grouped convolution."""
+    PACKED = "packed"
+    """One node with packed blocks, for the kernels of slrc."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """`dense`, `split:R` and `grouped:R` with R row groups, `packed:M` with blocks of M outputs × 1 column.
+
+    `packed:1` is for depthwise layers. They need no zeros for it, nor do layers of few columns.
+    """
+
+    kind: FormKind
+    size: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.size}" if self.size else str(self.kind)
+
+
+DENSE = Form(FormKind.DENSE)
+DEPTHWISE = Form(FormKind.PACKED, 1)
+Forms = Mapping[str, Form]
+"""The form of each layer, by the name of its weight; a layer that is not named stays dense."""
+
+
+def parse_form(text: str) -> Form:
+    """Return the form that `text` names.
+
+    Raises:
+        PlanError: it names none.
+    """
+    match = re.fullmatch(r"dense|(split|grouped|packed):([1-9]\d*)", text.strip())
+    if match is None:
+        raise PlanError(f"unknown form `{text}`: expected dense, split:R, grouped:R or packed:M")
+    return Form(FormKind(match[1]), int(match[2])) if match[1] else DENSE
+
+
+def candidate_forms(weight: Tensor, op: str, groups: int = 1) -> list[Form]:
+    """Return the forms that a layer allows, `dense` first: by its zeros, or packed with none if that may be faster.
+
+    Packed forms are for float32 alone.
+
+    Args:
+        weight: `(out, in/groups, *kernel)`.
+        op: the ATen operator's bare name, such as `conv2d`.
+        groups: of the convolution.
+    """
+    forms = [DENSE]
+    if op not in ("conv1d", "conv2d", "conv3d", "linear") or weight.shape[0] < 2:
+        return forms
+    if groups == 1 and (parts := _row_groups(weight)):
+        forms.append(Form(FormKind.SPLIT, parts))
+        kept = kept_channels(weight, parts).sum(dim=1)
+        if op != "linear" and parts > 1 and bool((kept == kept[0]).all()):
+            forms.append(Form(FormKind.GROUPED, parts))
+    if weight.dtype != torch.float32:  # as the kernels are
+        return forms
+    if op == "conv2d" and groups > 1 and weight.shape[1] == 1:
+        forms.append(DEPTHWISE)
+    elif op in ("conv2d", "linear") and weight.shape[1] > 1:
+        density = {rows: block_density(weight, rows, groups) for rows in BLOCK_ROWS}
+        least = min(density.values())
+        if least <= 1 - LEAST_ZEROS or (op == "conv2d" and weight[0].numel() <= FEW_COLUMNS):
+            forms += [Form(FormKind.PACKED, rows) for rows, d in density.items() if d <= least * ALIKE]
+    return forms
+
+
+def _row_groups(weight: Tensor) -> int:
+    """Return the least number of row groups whose kept channels are about the least work; 0 if that saves nothing."""
+    work = {
+        parts: float(kept_channels(weight, parts).float().mean())
+        for parts in range(1, MOST_PARTS + 1)
+        if weight.shape[0] % parts == 0 and (parts <= 2 or weight.shape[0] // parts >= LEAST_PART_ROWS)
+    }
+    least = min(work.values())
+    return next(p for p, w in work.items() if w <= least * ALIKE) if 0 < least <= 1 - LEAST_ZEROS else 0
+
+
+def kept_channels(weight: Tensor, parts: int) -> Tensor:
+    """Return which input channels each of `parts` row groups keeps, `(parts, in)`."""
+    rows = weight.detach().reshape(parts, weight.shape[0] // parts, weight.shape[1], -1)
+    return (rows != 0).any(dim=3).any(dim=1)
+
+
+FormField = Annotated[
+    Form,
+    BeforeValidator(lambda v: v if isinstance(v, Form) else parse_form(str(v))),
+    PlainSerializer(str, return_type=str),
+]
+
+
+class LayerChoice(BaseModel):
+    """The form of one layer, the share of the dense work that it does, and what each form that was timed took."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weight: str
+    form: FormField
+    density: float
+    ms: Mapping[str, float] = {}
+
+
+class FormChoice(BaseModel):
+    """The forms of a program's layers on one target, and why.
+
+    `taken` names which of the networks in `whole_ms` it is; `lost` says why layers stay dense that could be packed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    target: str
+    threads: int
+    taken: str = ""
+    lost: str = ""
+    whole_ms: Mapping[str, float] = {}
+    layers: tuple[LayerChoice, ...] = ()
+
+    @property
+    def forms(self) -> Forms:
+        """The form of each layer that does not stay dense."""
+        return {x.weight: x.form for x in self.layers if x.form != DENSE}

@@ -1,0 +1,130 @@
+"""`slrc::block_sparse_conv` and `slrc::block_sparse_gemm`: layers with packed blocks, as operators of a program.
+
+`slrc::block_sparse_mlp` is two of the latter, and `slrc::max_pool2x2` goes on in the memory layout of the former.
+
+Here they mean what they compute, in PyTorch's own operators; a backend replaces them with its kernels. The packed
+form is that of `slrc.forms.form.PackedWeight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from slrc.forms.packed_weight import unpack
+
+ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "none": lambda x, _: x,
+    "relu": lambda x, _: functional.relu(x),
+    "leakyrelu": functional.leaky_relu,
+    "relu6": lambda x, _: functional.relu6(x),
+    "silu": lambda x, _: functional.silu(x),
+    "gelu": lambda x, _: functional.gelu(x),
+    "hardswish": lambda x, _: functional.hardswish(x),
+}
+"""What the kernels apply last; the number is the slope of `leakyrelu` below zero, and has no meaning elsewhere."""
+
+
+@torch.library.custom_op("slrc::block_sparse_conv", mutates_args=())
+def block_sparse_conv(
+    x: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    row_pointers: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    out_channels: int,
+    kernel_shape: Sequence[int],
+    strides: Sequence[int],
+    pads: Sequence[int],
+    dilations: Sequence[int],
+    group: int,
+    activation: str,
+    slope: float,
+) -> Tensor:
+    """`activation(conv2d(x, weight) + bias + residual)`; `x` is `(n, in, h, w)`, `pads` two sizes."""
+    shape = (out_channels, x.shape[1] // group, *kernel_shape)
+    weight = unpack(values, columns, row_pointers, shape, group)
+    y = functional.conv2d(x, weight, bias, list(strides), list(pads), list(dilations), group)
+    return _finish(y, residual, activation, slope)
+
+
+@block_sparse_conv.register_fake
+def _(x: Tensor, *others: Any) -> Tensor:
+    out_channels, *window = others[5:10]
+    sizes = [
+        (size + 2 * pad - (kernel - 1) * dilation - 1) // stride + 1
+        for size, kernel, stride, pad, dilation in zip(x.shape[2:], *window, strict=True)
+    ]
+    return x.new_empty(x.shape[0], out_channels, *sizes)
+
+
+@torch.library.custom_op("slrc::block_sparse_gemm", mutates_args=())
+def block_sparse_gemm(
+    x: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    row_pointers: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    out_channels: int,
+    activation: str,
+    slope: float,
+) -> Tensor:
+    """`activation(linear(x, weight) + bias + residual)`; `x` is `(..., in)`."""
+    weight = unpack(values, columns, row_pointers, (out_channels, x.shape[-1]))
+    return _finish(functional.linear(x, weight, bias), residual, activation, slope)
+
+
+@block_sparse_gemm.register_fake
+def _(x: Tensor, *others: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], others[5])
+
+
+@torch.library.custom_op("slrc::block_sparse_mlp", mutates_args=())
+def block_sparse_mlp(
+    x: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    row_pointers: Tensor,
+    bias: Tensor,
+    down_values: Tensor,
+    down_columns: Tensor,
+    down_row_pointers: Tensor,
+    down_bias: Tensor,
+    residual: Tensor | None,
+    hidden_channels: int,
+    out_channels: int,
+    activation: str,
+    slope: float,
+) -> Tensor:
+    """`linear(activation(linear(x, weight) + bias), down_weight) + down_bias + residual`; `x` is `(..., in)`."""
+    weight = unpack(values, columns, row_pointers, (hidden_channels, x.shape[-1]))
+    hidden = ACTIVATIONS[activation](functional.linear(x, weight, bias), slope)
+    down_weight = unpack(down_values, down_columns, down_row_pointers, (out_channels, hidden_channels))
+    return _finish(functional.linear(hidden, down_weight, down_bias), residual, "none", 0.0)
+
+
+@block_sparse_mlp.register_fake
+def _(x: Tensor, *others: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], others[10])
+
+
+@torch.library.custom_op("slrc::max_pool2x2", mutates_args=())
+def max_pool2x2(x: Tensor) -> Tensor:
+    """The maxima of 2×2 windows side by side; `x` is `(n, c, h, w)`."""
+    return functional.max_pool2d(x, 2)
+
+
+@max_pool2x2.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:2], x.shape[2] // 2, x.shape[3] // 2)
+
+
+def _finish(y: Tensor, residual: Tensor | None, activation: str, slope: float) -> Tensor:
+    result = ACTIVATIONS[activation](y if residual is None else y + residual, slope)
+    return result.clone() if result is y else result

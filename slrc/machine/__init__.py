@@ -1,0 +1,1 @@
+"""This machine: its processor, its cores, and where caches and locks live."""

@@ -1,0 +1,165 @@
+"""Choose kept widths that meet a latency on a target, losing as little as possible of the weights' energy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.fx import Node
+
+from slrc.errors import PlanError
+from slrc.ir.nodes import node_macs, node_shape
+from slrc.ir.program import Program
+from slrc.measuring.latency_table import LatencyTable
+from slrc.passes.analysis.cut_segments import anchors
+from slrc.passes.analysis.label_indices import IndexLabels
+from slrc.sparsity.plans import Constraint, LatencyForecast
+
+
+@dataclass(frozen=True)
+class LatencyGoal:
+    """A share of the dense latency, and the table that tells what widths cost; called, it chooses widths."""
+
+    table: LatencyTable
+    budget: float
+
+    def __call__(
+        self, program: Program, labels: IndexLabels, constraints: Sequence[Constraint], steps: Sequence[int]
+    ) -> tuple[NDArray[np.int64], LatencyForecast]:
+        """Return how many units of each group to keep, and the latency to expect.
+
+        The score of a network is the product, over its layers, of the share of energy that each keeps: the scale of a
+        layer, which a norm may undo, says nothing, a group that many layers share counts for each, and none is starved.
+        Starting from full widths, the group whose next `steps` units cost the least of the score's logarithm for the
+        time that they save is narrowed, until the budget is met.
+
+        Raises:
+            PlanError: the budget cannot be met; the message says what can be reached.
+        """
+        search, budget_ms = _Search(program, labels, constraints, steps, self.table), self.table.budget_ms(self.budget)
+        while search.total_ms > budget_ms:
+            if not search.narrow_one():
+                reached = self.table.share(search.total_ms)
+                raise PlanError(
+                    f"a latency of {self.budget:.0%} of the dense one cannot be reached on {self.table.target}: "
+                    f"with every group at its least width {reached:.0%} are left",
+                    hint=f"ask for `--latency-budget {np.ceil(reached * 100) / 100:.2f}` or more",
+                )
+        forecast = LatencyForecast(
+            target=self.table.target,
+            threads=self.table.threads,
+            budget=self.budget,
+            predicted=self.table.share(search.total_ms),
+            segments_ms=search.total_ms,
+        )
+        return search.keep, forecast
+
+
+class _Search:
+    """The state of the search: what is kept, and every segment's latency with it."""
+
+    def __init__(
+        self,
+        program: Program,
+        labels: IndexLabels,
+        constraints: Sequence[Constraint],
+        steps: Sequence[int],
+        table: LatencyTable,
+    ) -> None:
+        self.keep = np.array([c.groups for c in constraints], dtype=np.int64)
+        self._steps, self._table = steps, table
+        self._work = _Work.of(program, labels, constraints)
+        self._scores = [_scores(c, program) for c in constraints]
+        self._ms = [self._segment_ms(k, self.keep) for k in range(len(self._work.nodes))]
+
+    @property
+    def total_ms(self) -> float:
+        return sum(self._ms)
+
+    def narrow_one(self) -> bool:
+        """Take one step; return whether there was one to take."""
+        best, best_price = None, np.inf
+        for group, step in enumerate(self._steps):
+            kept = self.keep[group]
+            fewer = (kept - 1) // step * step
+            if fewer < 1:
+                continue
+            after = self.keep.copy()
+            after[group] = fewer
+            times = {k: self._segment_ms(k, after) for k in self._work.touched_by[group]}
+            saved = sum(self._ms[k] - ms for k, ms in times.items())
+            price = (self._scores[group][kept] - self._scores[group][fewer]) / max(saved, 1e-12)
+            if price < best_price:
+                best, best_price = (after, times), price
+        if best is None:
+            return False
+        self.keep = best[0]
+        for k, ms in best[1].items():
+            self._ms[k] = ms
+        return True
+
+    def _segment_ms(self, k: int, keep: NDArray[np.int64]) -> float:
+        return self._table.segment_ms(k, self._work.macs(k, keep))
+
+
+def _scores(constraint: Constraint, program: Program) -> NDArray[np.float64]:
+    """Return what the group adds to the logarithm of the score with `n` units kept, for every `n`."""
+    energies = constraint.energies(program.tensors)[0].double().cpu().numpy()
+    kept = np.concatenate([[0.0], np.cumsum(np.sort(energies)[::-1])])
+    smallest = np.finfo(float).tiny
+    layers = sum(s.tensor in program.layers for s in constraint.members + constraint.followers)
+    return max(layers, 1) * np.log(np.maximum(kept / max(kept[-1], smallest), smallest))
+
+
+Size = tuple[int, dict[int, float]]
+"""A dimension's size: what always stays, and the indices that each unit of a group adds."""
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Multiply-accumulates of every anchor as a function of the units kept of every group."""
+
+    nodes: list[Node]
+    sizes: dict[Node, list[Size]]
+    touched_by: list[list[int]]
+    batch: int
+
+    @staticmethod
+    def of(program: Program, labels: IndexLabels, constraints: Sequence[Constraint]) -> _Work:
+        group_of = np.full(len(labels.roots), -1, dtype=np.int64)
+        for i, c in enumerate(constraints):
+            group_of[labels.unit_roots(c.members[0], c.groups)] = i
+        units = np.array([c.groups for c in constraints])
+        nodes = anchors(program)
+        sizes: dict[Node, list[Size]] = {}
+        touched_by: list[list[int]] = [[] for _ in constraints]
+        for k, anchor in enumerate(nodes):
+            involved = [anchor, *(a for a in anchor.all_input_nodes if hasattr(a.meta.get("val"), "shape"))]
+            for node in involved:
+                sizes[node] = _sizes(node, labels, group_of, units)
+            for group in sorted({g for node in involved for _, units_of in sizes[node] for g in units_of}):
+                touched_by[group].append(k)
+        return _Work(nodes, sizes, touched_by, program.batch)
+
+    def macs(self, k: int, keep: NDArray[np.int64]) -> int:
+        def shape_of(node: Node) -> list[int]:
+            return [fixed + round(sum(n * keep[g] for g, n in units.items())) for fixed, units in self.sizes[node]]
+
+        return node_macs(self.nodes[k], shape_of) // self.batch
+
+
+def _sizes(node: Node, labels: IndexLabels, group_of: NDArray[np.int64], units: NDArray[np.int64]) -> list[Size]:
+    dims = labels.values[node.name][0] if node.name in labels.values else []
+    sizes: list[Size] = []
+    for d, size in enumerate(node_shape(node)):
+        own = dims[d] if d < len(dims) else None
+        if own is None:
+            sizes.append((size, {}))
+            continue
+        groups = group_of[labels.roots[own]]
+        counts = np.bincount(groups[groups >= 0], minlength=len(units))
+        present = np.flatnonzero(counts)
+        sizes.append((size - int(counts.sum()), {int(g): float(counts[g] / units[g]) for g in present}))
+    return sizes

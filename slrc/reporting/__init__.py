@@ -1,0 +1,1 @@
+"""What a compile found, as data, as a page, as plots and as tables."""

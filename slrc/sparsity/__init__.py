@@ -1,0 +1,1 @@
+"""What is to be pruned, as data: patterns, plans and masks."""

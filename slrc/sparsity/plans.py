@@ -1,0 +1,351 @@
+"""`Plan`: what is constrained, and how much of it may survive.
+
+A plan is data. It names, for every constrained weight or coupled group of tensors, the pattern and how many groups
+of it are kept. It can be printed, compared, edited and fed back with `--plan`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from torch import Tensor
+
+from slrc.errors import PatternError, PlanError
+from slrc.sparsity.patterns import AnyPattern, energies, parse_pattern, project
+
+PLAN_SCHEMA_VERSION = 1
+
+
+def _parse_ranges(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    spans = [re.fullmatch(r"(\d+):(\d+)", span.strip()) for span in value.split(",")]
+    ranges = [range(int(span[1]), int(span[2])) for span in spans if span is not None]
+    if len(ranges) < len(spans) or not all(ranges):
+        raise ValueError(f"expected ranges like `0:64,128:192`, got `{value}`")
+    return tuple(i for one in ranges for i in one)
+
+
+def _print_ranges(indices: tuple[int, ...] | None) -> str | None:
+    if indices is None:
+        return None
+    spans: list[list[int]] = []
+    for i in indices:
+        if spans and spans[-1][1] == i:
+            spans[-1][1] = i + 1
+        else:
+            spans.append([i, i + 1])
+    return ",".join(f"{start}:{stop}" for start, stop in spans)
+
+
+def _parse_order(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if not re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", value):
+        raise ValueError(f"expected places like `3,0,1,2`, got `{value}`")
+    return tuple(int(place) for place in value.split(","))
+
+
+def _print_order(order: tuple[int, ...] | None) -> str | None:
+    return None if order is None else ",".join(map(str, order))
+
+
+PatternField = Annotated[
+    AnyPattern,
+    BeforeValidator(lambda v: v if isinstance(v, AnyPattern) else parse_pattern(str(v))),
+    PlainSerializer(str, return_type=str),
+]
+Indices = Annotated[
+    tuple[int, ...] | None,
+    BeforeValidator(_parse_ranges),
+    PlainSerializer(_print_ranges, return_type=str | None),
+]
+
+Order = Annotated[
+    tuple[int, ...] | None,
+    BeforeValidator(_parse_order),
+    PlainSerializer(_print_order, return_type=str | None),
+]
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Slice(_Data):
+    """Where the units of a coupled group lie in one dimension of one tensor.
+
+    `index` lists positions unit by unit, the same number for each (`"0:64,128:192"` in JSON); `None` is unit `i` at
+    position `i`.
+    """
+
+    tensor: str
+    dim: int = 0
+    index: Indices = None
+
+    def rows(self, tensor: Tensor, units: int) -> Tensor:
+        """Return the slice of `tensor` as `(units, features)`."""
+        moved = tensor.movedim(self.dim, 0)
+        if self.index is not None:
+            moved = moved[torch.tensor(self.index, device=tensor.device)]
+        return moved.reshape(units, -1)
+
+    def scale_(self, tensor: Tensor, value: Tensor) -> None:
+        """Multiply the slice of `tensor` in place by a factor for each unit, `(units,)`: a number, or true or false."""
+        moved = tensor.movedim(self.dim, 0)
+        index = torch.arange(len(moved)) if self.index is None else torch.tensor(self.index)
+        spread = value.repeat_interleave(len(index) // len(value)).reshape(-1, *(1 for _ in moved.shape[1:]))
+        moved[index] = moved[index] * spread
+
+
+class Allocation(StrEnum):
+    """How the asked sparsity is shared out."""
+
+    UNIFORM = "uniform"
+    """The same share of every layer or group."""
+    GLOBAL = "global"
+    """Wherever the weights are smallest, by mean energy of a group."""
+    LATENCY = "latency"
+    """Channels only: the widths that meet a latency on the target at the least loss of energy."""
+
+
+class Attention(StrEnum):
+    """What is removed from an attention, where heads and their width are split from one dimension."""
+
+    HEADS = "heads"
+    """Whole heads."""
+    WIDTH = "width"
+    """The same places of every head."""
+
+
+class LayerNorm(StrEnum):
+    """What becomes of the dimension that a layer norm or RMS norm normalises over."""
+
+    KEEP = "keep"
+    """It stays."""
+    NARROW = "narrow"
+    """It is prunable: the norm keeps the statistics of its full width."""
+
+
+class Constraint(_Data):
+    """At most `keep` of `groups` survive in each row of the pattern's view of `members`.
+
+    For a pattern on single weights, `members` is that weight. For `channel` it is the coupled group: the producers'
+    slices, each unit a row; `followers` are the consumers' slices, which vanish with their unit and are not scored.
+
+    `order` is for patterns on single weights: the pattern sees output `order[i]` of the weight as its row `i`, so that
+    outputs with alike columns fall into one block (`"3,0,1,2"` in JSON); `None` is output `i` as row `i`. Weights and
+    masks stay as the user has them; `slrc.passes.structure.permute_channels` reorders the program.
+    """
+
+    name: str
+    pattern: PatternField
+    groups: int = Field(ge=1)
+    keep: int = Field(ge=1)
+    members: tuple[Slice, ...] = Field(min_length=1)
+    followers: tuple[Slice, ...] = ()
+    order: Order = None
+
+    def gather(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return what the pattern sees: the weight in its `order`, or the coupled group as `(units, features)`."""
+        if not self.pattern.coupled:
+            weight = tensors[self.members[0].tensor]
+            return weight if self.order is None else weight[torch.tensor(self.order, device=weight.device)]
+        return torch.cat([s.rows(tensors[s.tensor], self.groups) for s in self.members], dim=1)
+
+    def num_weights(self, tensors: Mapping[str, Tensor]) -> int:
+        """Return the number of constrained elements."""
+        return self.gather(tensors).numel()
+
+    def kept_weights(self, tensors: Mapping[str, Tensor]) -> int:
+        """Return how many of the constrained elements the constraint lets survive."""
+        return self.num_weights(tensors) * self.keep // self.groups
+
+    def energies(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return the energy of every group, `(rows, groups)`."""
+        return energies(self.pattern, self.gather(tensors))
+
+    def project(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return the projection's mask, of the shape of `gather`."""
+        return project(self.pattern, self.gather(tensors), self.keep)
+
+    def scatter(self, mask: Tensor, masks: Mapping[str, Tensor], *, followers: bool) -> None:
+        """Clear in `masks` what `mask`, of the shape of `gather`, does not keep."""
+        if not self.pattern.coupled:
+            masks[self.members[0].tensor].logical_and_(self._in_place_order(mask.cpu()))
+            return
+        units = mask.any(dim=1).cpu()
+        for s in self.members + (self.followers if followers else ()):
+            s.scale_(masks[s.tensor], units)
+
+    def scale_(self, tensors: Mapping[str, Tensor], factors: Tensor) -> None:
+        """Multiply every group of the members in place by its factor, `(rows, groups)`."""
+        if self.pattern.coupled:
+            for s in self.members:
+                s.scale_(tensors[s.tensor], factors[0])
+            return
+        weight = tensors[self.members[0].tensor]
+        spread = factors.unsqueeze(-1).expand(-1, -1, weight.numel() // factors.numel())
+        weight.mul_(self._in_place_order(self.pattern.from_group_view(spread, tuple(weight.shape))))
+
+    def _in_place_order(self, seen: Tensor) -> Tensor:
+        """Return what the pattern sees of a weight with its outputs back in the weight's own order."""
+        return seen if self.order is None else seen[torch.tensor(self.order, device=seen.device).argsort()]
+
+    def surviving_units(self, masks: Mapping[str, Tensor]) -> Tensor:
+        """Return which units of a coupled group survive in `masks`, `(units,)`."""
+        return self.gather(masks).any(dim=1)
+
+
+class LatencyForecast(_Data):
+    """What was asked for and is expected, as shares of the dense latency; `segments_ms` is what the segments sum to."""
+
+    target: str
+    threads: int
+    budget: float
+    predicted: float
+    segments_ms: float
+
+
+class LeftOut(_Data):
+    """A weight or group that is not constrained, and why."""
+
+    name: str
+    reason: str
+
+
+class Plan(_Data):
+    """Everything that is constrained in a program, and what was left alone."""
+
+    schema_version: int = PLAN_SCHEMA_VERSION
+    attention: Attention = Attention.HEADS
+    layer_norm: LayerNorm = LayerNorm.KEEP
+    sparsity_asked: float
+    sparsity: float
+    latency: LatencyForecast | None = None
+    shortfall: str = ""
+    constraints: tuple[Constraint, ...]
+    left_out: tuple[LeftOut, ...] = ()
+
+    def partly(self, share: float) -> Plan:
+        """Return the plan with only a `share` of what it prunes, in [0, 1], for schedules."""
+        keeps = [c.groups - round((c.groups - c.keep) * share) for c in self.constraints]
+        partly = [c.model_copy(update={"keep": k}) for c, k in zip(self.constraints, keeps, strict=True)]
+        return self.model_copy(update={"constraints": tuple(partly)})
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(self.model_dump_json(indent=1) + "\n")
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read a plan that `save` wrote, perhaps edited since.
+
+        Raises:
+            PlanError: the file is missing, is not JSON, or does not have a plan's fields.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+        except FileNotFoundError:
+            raise PlanError(f"plan `{path}` does not exist", hint="check the path given to `--plan`") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise PlanError(f"plan `{path}` cannot be read as JSON: {error}") from None
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if version != PLAN_SCHEMA_VERSION:
+            raise PlanError(
+                f"plan `{path}` has schema version {version}, expected {PLAN_SCHEMA_VERSION}",
+                hint="write it anew with this version of slrc",
+            )
+        try:
+            return Plan.model_validate(data)
+        except PatternError as error:
+            raise PlanError(f"plan `{path}`: {error.message}", hint=error.hint) from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise PlanError(f"plan `{path}`, field `{where}`: {first['msg']}") from None
+
+    def check(self, tensors: Mapping[str, Tensor], conv_groups: Mapping[str, int]) -> None:
+        """Make sure that the plan fits a program's tensors.
+
+        Raises:
+            PlanError: a tensor is missing or has another shape, or more groups are kept than there are.
+        """
+        names = [c.name for c in self.constraints]
+        if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+            raise PlanError(f"constraint `{twice[0]}` appears twice in the plan", hint="give each a name of its own")
+        for c in self.constraints:
+            for s in c.members + c.followers:
+                check_slice(c, s, tensors)
+            check_order(c, tensors)
+            if not c.pattern.coupled:
+                weight = c.members[0].tensor
+                shape = tuple(tensors[weight].shape)
+                if reason := c.pattern.why_not(shape, conv_groups.get(weight, 1)):
+                    raise PlanError(
+                        f"cannot apply {c.pattern} to `{weight}`: {reason}",
+                        hint=f"leave it out with `--skip {c.name}`",
+                    )
+            groups = c.groups if c.pattern.coupled else c.energies(tensors).shape[1]
+            if c.groups != groups:
+                raise PlanError(f"constraint `{c.name}`: expected {groups} groups, got {c.groups}")
+            if c.keep > c.groups:
+                raise PlanError(
+                    f"constraint `{c.name}`: cannot keep {c.keep} of {c.groups} groups",
+                    hint=f"give `keep` a value from 1 to {c.groups}",
+                )
+            fixed = c.pattern.fixed_sparsity
+            if fixed is not None and c.keep != (prescribed := round(c.groups * (1 - fixed))):
+                raise PlanError(f"constraint `{c.name}`: {c.pattern} keeps {prescribed} of {c.groups}, got {c.keep}")
+
+    def __iter__(self) -> Iterator[Constraint]:  # type: ignore[override]
+        return iter(self.constraints)
+
+
+def check_slice(c: Constraint, s: Slice, tensors: Mapping[str, Tensor]) -> None:
+    """Make sure that a slice lies in a tensor and holds whole units.
+
+    Raises:
+        PlanError: it does not.
+    """
+    if s.tensor not in tensors:
+        raise PlanError(
+            f"constraint `{c.name}`: the model has no tensor `{s.tensor}`",
+            hint="the plan belongs to another model: write a new one with `slrc inspect --plan-out`",
+        )
+    shape = tuple(tensors[s.tensor].shape)
+    if c.pattern.coupled:
+        size = shape[s.dim] if -len(shape) <= s.dim < len(shape) else 0
+        length = size if s.index is None else len(s.index)
+        outside = s.index is not None and any(not 0 <= i < size for i in s.index)
+        repeated = s.index is not None and len(set(s.index)) < length
+        if length == 0 or outside or repeated or length % c.groups:
+            raise PlanError(f"constraint `{c.name}`: `{s.tensor}` of shape {shape} does not have its units")
+
+
+def check_order(c: Constraint, tensors: Mapping[str, Tensor]) -> None:
+    """Make sure that an order names every output once.
+
+    Raises:
+        PlanError: it does not, or the pattern has no order of outputs.
+    """
+    if c.order is None:
+        return
+    if c.pattern.coupled:
+        raise PlanError(
+            f"constraint `{c.name}`: {c.pattern} has no order of outputs", hint="take `order` out of the constraint"
+        )
+    shape = tuple(tensors[c.members[0].tensor].shape)
+    if sorted(c.order) != list(range(shape[0])):
+        raise PlanError(
+            f"constraint `{c.name}`: its `order` does not name every output of `{c.members[0].tensor}` of shape "
+            f"{shape} once",
+            hint=f"list 0 to {shape[0] - 1} in any order, or take `order` out",
+        )

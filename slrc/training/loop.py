@@ -1,0 +1,444 @@
+"""The training loop: the user's model, loss and optimiser; the method's penalty; hard-pruning on a copy.
+
+Every epoch starts from a seed of its own, so that a run resumed from the last checkpoint repeats what the interrupted
+one did, bit by bit, as long as the user's batches depend on torch's, numpy's and Python's random state alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DataLoaderConfiguration, send_to_device
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils import _pytree as pytree
+
+from slrc.config import CompileConfig, Precision
+from slrc.errors import SlrcError, TrainingError, WorkloadError
+from slrc.methods import Iteration, Magnitude, Method, MethodName, MethodState, make_method
+from slrc.progress import Quiet, Reporter
+from slrc.sparsity.masks import Masks
+from slrc.sparsity.plans import Plan
+from slrc.training.batch_norm import recalibrate_batch_norm
+from slrc.training.batches import count_steps, read, seed_epoch, share_out, update_steps
+from slrc.training.checkpoints import CheckpointFolder, EpochRecord, Snapshot, misfit
+from slrc.workload import Workload, user_error
+
+RETRAIN = "retrain"
+ON_CPU = not torch.accelerator.is_available()
+"""Told so, `accelerate` takes several processes on a CPU for a distributed run; it does not by itself."""
+T = TypeVar("T")
+MIXED_PRECISION = {Precision.FP32: "no", Precision.BF16: "bf16", Precision.FP16: "fp16"}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training leaves.
+
+    `tensors` are the model's parameters and buffers, hard-pruned; `dense` and `hard_pruned` are the leading metric
+    before the first step, and right after pruning with no retraining.
+    """
+
+    tensors: dict[str, Tensor]
+    masks: Masks
+    method: str
+    dense: float | None
+    hard_pruned: float | None
+    curve: tuple[EpochRecord, ...]
+    history: tuple[Iteration, ...]
+
+
+def _nothing() -> object:
+    return None
+
+
+class _Phase(NamedTuple):
+    """One stretch of epochs with an optimiser of its own, and what is done besides its steps."""
+
+    name: str
+    epochs: int
+    after_backward: Callable[[], object] = _nothing
+    after_step: Callable[[], object] = _nothing
+    on_update: Callable[[], object] = _nothing
+
+
+def train(
+    workload: Workload,
+    plan: Plan,
+    config: CompileConfig,
+    *,
+    checkpoints: Path | None = None,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+) -> Trained:
+    """Train the workload's model in place so that it obeys the plan, then prune it hard.
+
+    Args:
+        workload: the model, its data, loss and optimiser.
+        plan: what is constrained.
+        config: method, epochs, retraining epochs, precision, seed.
+        checkpoints: a folder to save to after every epoch; `None` saves nothing.
+        resume: go on from the newest checkpoint there, if there is one.
+        reporter: where progress goes.
+
+    Raises:
+        TrainingError: the loss is not finite, or a checkpoint does not fit.
+        WorkloadError: there is no data though the method needs it, or the user's functions fail.
+    """
+    trainer = _Trainer(workload, plan, config, checkpoints, resume, reporter or Quiet())
+    try:
+        return trainer.run()
+    finally:
+        _unwrap(workload.model)
+
+
+def choose_method(config: CompileConfig, workload: Workload) -> MethodName:
+    """Return the method asked for; without data and without a wish, one-shot magnitude.
+
+    Raises:
+        WorkloadError: the method asked for needs data and there is none.
+    """
+    needs_data = config.method not in (None, MethodName.MAGNITUDE) and config.epochs > 0
+    if workload.train_batches is None and (needs_data or config.retrain_epochs > 0):
+        what = f"method `{config.method}`" if needs_data else "retraining"
+        raise WorkloadError(
+            f"{what} needs training data, and the workload has none",
+            hint="give `Workload(train_batches=..., loss=...)`, or use `--method magnitude --epochs 0`",
+        )
+    if config.method is not None:
+        return config.method
+    return MethodName.SLR if workload.train_batches is not None and config.epochs else MethodName.MAGNITUDE
+
+
+class _Trainer:
+    """One run: its accelerator, method, curve and masks."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        plan: Plan,
+        config: CompileConfig,
+        checkpoints: Path | None,
+        resume: bool,
+        reporter: Reporter,
+    ) -> None:
+        self.workload, self.plan, self.config, self.reporter = workload, plan, config, reporter
+        self.method_name = choose_method(config, workload)
+        AcceleratorState._reset_state()  # else the first run's precision holds for the whole process
+        self.accelerator = Accelerator(
+            cpu=ON_CPU,
+            mixed_precision=MIXED_PRECISION[config.precision],
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
+        )
+        self.model = workload.model.to(self.accelerator.device)
+        self.folder = CheckpointFolder(checkpoints) if checkpoints else None
+        found = self.folder.newest() if self.folder and resume else None
+        self.resume_from = found
+        self.snapshot = self.folder.read(found) if self.folder and found else None
+        self.curve = list(self.snapshot.curve) if self.snapshot else []
+        self.masks = Masks(self.snapshot.masks) if self.snapshot else Masks()
+        self.method: Method = Magnitude(_parameters(self.model), plan)
+        self.probe: list[Any] = []
+
+    def run(self) -> Trained:
+        """Sparse epochs, projection, retraining; what the newest checkpoint has done already is not done again."""
+        self._check_storable()
+        in_retraining = self.snapshot is not None and self.snapshot.phase == RETRAIN
+        if in_retraining:
+            assert self.snapshot is not None
+            self.method.history = list(self.snapshot.method.history)
+        else:
+            self._run_sparse_phase()
+            self.masks = self.method.masks()
+        parameters = _parameters(self.model)
+        self.masks.check(self.plan, parameters)
+        if self.config.retrain_epochs:
+            self.masks.apply_(parameters)
+            self._run_phase(self._retrain_phase())
+        self.masks.apply_(parameters)
+        if not self.config.retrain_epochs:
+            _unwrap(self.model)  # as the copies that were measured
+            self._recalibrate(self.model)
+        return Trained(
+            tensors={n: t.detach().cpu().clone() for n, t in self.model.state_dict().items() if isinstance(t, Tensor)},
+            masks=self.masks,
+            method=str(self.method_name),
+            dense=self.curve[0].metric,
+            hard_pruned=[r.hard_pruned for r in self.curve if r.phase != RETRAIN][-1],
+            curve=tuple(self.curve),
+            history=tuple(self.method.history),
+        )
+
+    def _check_storable(self) -> None:
+        trains = self.workload.train_batches is not None and self.config.epochs + self.config.retrain_epochs > 0
+        objects = [n for n, value in self.model.state_dict().items() if not isinstance(value, Tensor)]
+        if self.folder and trains and objects:
+            raise WorkloadError(
+                f"the model's state holds `{objects[0]}`, which is no tensor: checkpoints take tensors only",
+                hint="return a tensor from `get_extra_state`, or leave it out while compiling",
+            )
+
+    def _run_sparse_phase(self) -> None:
+        epochs = self.config.epochs if self.workload.train_batches is not None else 0
+        updates = epochs * len(update_steps(self.steps, self.config.updates_per_epoch)) if epochs else 0
+        self.method = make_method(self.method_name, _parameters(self.model), self.plan, updates, self.config)
+        if epochs:
+            self._read_probe()
+        if self.snapshot:
+            self._load_method(self.snapshot)
+        else:
+            self.curve.append(self._measure(str(self.method_name), 0, None, 0.0))
+            if (dense := self.curve[0].metric) is not None and not math.isfinite(dense):
+                raise WorkloadError(
+                    f"`evaluate` returned {dense} for the model as it was given",
+                    hint="its leading metric must be finite: look for a division by zero, or a loss that overflows",
+                )
+            if epochs:
+                self.method.start(self.probe_loss)
+        if epochs:
+            phase = _Phase(
+                name=str(self.method_name),
+                epochs=epochs,
+                after_backward=self.method.add_penalty_gradient,
+                after_step=self.method.after_step,
+                on_update=lambda: self.method.update(self.probe_loss),
+            )
+            self._run_phase(phase)
+
+    def _load_method(self, snapshot: Snapshot) -> None:
+        assert self.resume_from is not None
+        try:
+            self.method.load_state(snapshot.method)
+        except (KeyError, RuntimeError) as error:
+            raise misfit(self.resume_from, error) from error
+
+    def _retrain_phase(self) -> _Phase:
+        # Zeroing after each step undoes what momentum, weight decay and the gradient did to pruned weights.
+        parameters = _parameters(self.model)
+        masks = [(parameters[n], m.to(self.accelerator.device)) for n, m in self.masks.tensors.items()]
+
+        def keep_pruned() -> None:
+            with torch.no_grad():
+                for parameter, mask in masks:
+                    parameter.mul_(mask)
+
+        return _Phase(RETRAIN, self.config.retrain_epochs, after_step=keep_pruned)
+
+    @cached_property
+    def steps(self) -> int:
+        """Steps of an epoch in each process."""
+        assert self.workload.train_batches is not None
+        return count_steps(self.workload.train_batches, self.accelerator.num_processes, self.config.seed)
+
+    def probe_loss(self) -> float:
+        """Return f on the fixed probe batches, in evaluation mode and without a gradient."""
+        training = self.model.training
+        self.model.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            losses = [self._loss(self.model, batch) for batch in self.probe]
+        self.model.train(training)
+        mean = torch.stack([loss.float() for loss in losses]).mean()
+        value = float(self.accelerator.reduce(mean, reduction="mean"))
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the loss is {value} on the probe batches, in evaluation mode, after {len(self.curve) - 1} epochs",
+                hint="lower the learning rate or the penalty (`rho`), or check the model's running statistics",
+            )
+        return value
+
+    def _run_phase(self, phase: _Phase) -> None:
+        batches, steps = self.workload.train_batches, self.steps
+        assert batches is not None
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        # accelerate steps a schedule once for each process
+        total = steps * phase.epochs * self.accelerator.num_processes
+        optimizer = _made("optimizer", Optimizer, lambda: self.workload.optimizer(trainable))
+        scheduler = _made("scheduler", LRScheduler, lambda: self.workload.scheduler(optimizer, total))
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise WorkloadError(
+                "`Workload.scheduler` must return a schedule of its own, got ReduceLROnPlateau",
+                hint="the schedule is stepped after every batch, without a metric: try OneCycleLR or CosineAnnealingLR",
+            )
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise WorkloadError(
+                f"`Workload.optimizer` made a {type(optimizer).__name__}, whose steps need a closure",
+                hint="give one that steps by the gradients there are, such as SGD or AdamW",
+            )
+        self.accelerator.free_memory()
+        model, optimizer, scheduler = self.accelerator.prepare(self.model, optimizer, scheduler)
+        loader = share_out(batches, self.accelerator)
+        first = 0
+        if self.snapshot and self.folder and self.resume_from and self.snapshot.phase == phase.name:
+            self.folder.restore(self.accelerator, self.resume_from)
+            first = self.snapshot.epochs_done
+        due = update_steps(steps, self.config.updates_per_epoch)
+        for epoch in range(first, phase.epochs):
+            seed_epoch(batches, self.config.seed, phase.name, epoch)
+            started, total, count = time.perf_counter(), 0.0, 0
+            model.train()
+            with self.reporter.task(f"{phase.name} epoch {epoch + 1}/{phase.epochs}", steps) as task:
+                for count, batch in enumerate(read(loader), start=1):
+                    loss = self._step(phase, model, optimizer, scheduler, batch, epoch, count)
+                    total += loss
+                    if count in due:
+                        phase.on_update()
+                    task.advance(f"loss {loss:.4f}")
+            if count == 0:
+                raise WorkloadError(
+                    f"`train_batches` yielded nothing in epoch {epoch + 1}",
+                    hint="give an iterable that starts anew each epoch and is not empty, such as a DataLoader",
+                )
+            record = self._measure(phase.name, epoch + 1, total / count, time.perf_counter() - started)
+            self.curve.append(record)
+            self.reporter.note(_describe(record))
+            if self.folder and self.accelerator.is_main_process:
+                self.folder.save(self.accelerator, self._snapshot(phase, epoch + 1))
+            self.accelerator.wait_for_everyone()
+
+    def _step(
+        self,
+        phase: _Phase,
+        model: nn.Module,
+        optimizer: Any,
+        scheduler: Any,
+        batch: Any,
+        epoch: int,
+        step: int,
+    ) -> float:
+        loss = self._loss(model, send_to_device(batch, self.accelerator.device))
+        value = float(loss.detach())
+        if not loss.requires_grad:
+            raise WorkloadError(
+                "`loss(model, batch)` returned a tensor without a gradient",
+                hint="compute it from the model's output, without `detach`, `item` or `torch.no_grad`",
+            )
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the loss is {value} in {phase.name}, epoch {epoch + 1}, step {step}",
+                hint="lower the learning rate or the penalty (`rho`), or train in `--precision fp32`",
+            )
+        self.accelerator.backward(loss)
+        if self.accelerator.sync_gradients:
+            if self.config.precision is Precision.FP16:
+                self.accelerator.unscale_gradients(optimizer)
+            phase.after_backward()
+        try:
+            optimizer.step()
+        except Exception as error:
+            raise user_error("`step` of `Workload.optimizer`", error) from error
+        scheduler.step()
+        optimizer.zero_grad()
+        phase.after_step()
+        return value
+
+    def _loss(self, model: nn.Module, batch: Any) -> Tensor:
+        try:
+            loss = self.workload.loss(model, batch)
+        except SlrcError:
+            raise
+        except Exception as error:
+            raise user_error("`loss(model, batch)`", error) from error
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise WorkloadError(
+                "`loss(model, batch)` must return a scalar tensor, got "
+                + (f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__)
+            )
+        return loss
+
+    def _measure(self, phase: str, epoch: int, loss: float | None, seconds: float) -> EpochRecord:
+        """Evaluate the live model and, while it is not pruned yet, a hard-pruned copy, in float32."""
+        metric = hard = None
+        if self.workload.evaluate is not None:
+            metric = hard = self._metric(self._twin())
+            if phase != RETRAIN:
+                pruned = self._twin()
+                self.method.masks().apply_(_parameters(pruned))
+                self._recalibrate(pruned)
+                hard = self._metric(pruned)
+        return EpochRecord(phase=phase, epoch=epoch, loss=loss, metric=metric, hard_pruned=hard, seconds=seconds)
+
+    def _recalibrate(self, pruned: nn.Module) -> None:
+        """Take batch-norm statistics anew, on the same batches each time."""
+        batches = self.workload.train_batches
+        if batches is None or not self.config.recalibration_batches:
+            return
+        seed_epoch(batches, self.config.seed, "recalibrate", 0)
+        on_device = (send_to_device(batch, self.accelerator.device) for batch in read(batches))
+        recalibrate_batch_norm(pruned, self._loss, on_device, self.config.recalibration_batches)
+
+    def _twin(self) -> nn.Module:
+        """A copy of the model without the wrapper that casts to the training precision."""
+        # A tensor with a gradient that `forward` kept, such as an auxiliary loss, cannot be copied as it is.
+        held = [t for m in self.model.modules() for t in pytree.tree_leaves(vars(m)) if isinstance(t, Tensor)]
+        twin = copy.deepcopy(self.model, {id(t): t.detach().clone() for t in held if not t.is_leaf})
+        _unwrap(twin)
+        return twin
+
+    def _metric(self, model: nn.Module) -> float | None:
+        measured = self.workload.measure(model)
+        return None if measured is None else measured[1]
+
+    def _snapshot(self, phase: _Phase, epochs_done: int) -> Snapshot:
+        retraining = phase.name == RETRAIN
+        state = MethodState({}, {}, tuple(self.method.history)) if retraining else self.method.state()
+        masks = self.masks.tensors if retraining else {}
+        return Snapshot(phase.name, epochs_done, tuple(self.curve), state, masks)
+
+    def _read_probe(self) -> None:
+        """Take the first batches once, from a seed of their own, so that a resumed run takes the same."""
+        batches = self.workload.train_batches
+        assert batches is not None
+        seed_epoch(batches, self.config.seed, "probe", 0)
+        for batch in read(batches):
+            self.probe.append(send_to_device(batch, self.accelerator.device))
+            if len(self.probe) == self.config.probe_batches:
+                break
+        if not self.probe:
+            raise WorkloadError(
+                "`train_batches` yielded nothing", hint="check the data folder and the loader's batch size"
+            )
+
+
+def _describe(record: EpochRecord) -> str:
+    metric = "" if record.metric is None else f", metric {record.metric:.4f}"
+    hard = "" if record.hard_pruned is None else f", hard-pruned {record.hard_pruned:.4f}"
+    return f"  {record.phase} epoch {record.epoch}: loss {record.loss:.4f}{metric}{hard}, {record.seconds:.1f} s"
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by every name they have: a plan may name a tied one by any."""
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def _unwrap(model: nn.Module) -> None:
+    """Undo what accelerate does to `forward` for mixed precision; its own undoing strips the user's decorators too."""
+    model.__dict__.pop("_is_accelerate_prepared", None)  # else a second run would train in the first one's precision
+    original = model.__dict__.pop("_original_forward", None)
+    if original is not None:
+        del model.forward
+        if getattr(original, "__func__", None) is not type(model).forward:
+            model.forward = original
+
+
+def _made(name: str, kind: type[T], make: Callable[[], T]) -> T:
+    """Return what the user's function makes; what it raises becomes an error that names the user's line."""
+    try:
+        made = make()
+    except Exception as error:
+        raise user_error(f"`Workload.{name}`", error) from error
+    if not isinstance(made, kind):
+        raise WorkloadError(f"`Workload.{name}` must return a {kind.__name__}, got {type(made).__name__}")
+    return made

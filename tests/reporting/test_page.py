@@ -1,0 +1,203 @@
+import re
+from functools import cache
+from html.parser import HTMLParser
+
+import pytest
+
+from slrc.measuring.timing import Latency, Percentiles
+from slrc.methods import Iteration
+from slrc.reporting.page import render_page, write_page
+from slrc.reporting.plots import ROWS_PER_PLOT, layers_plots
+from slrc.reporting.report import Accuracy, LayerSparsity, Pair, Report, Sparsity, TargetResult
+from slrc.training.checkpoints import EpochRecord
+from slrc.verify import Check
+
+VOID = {"meta", "link", "br", "hr", "img", "input", "area", "base", "col", "source", "wbr", "embed"}
+HEADINGS = ("Training", "History of slr", "Latency", "Sparsity by layer")
+
+
+class Page(HTMLParser):
+    """Collects text, ids, addresses and unbalanced tags."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.faults: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.addresses: list[str] = []
+        self.text = ""
+        self.feed(page)
+        self.close()
+        self.faults += self.open
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.ids += [v for k, v in attrs if k == "id"]
+        self.addresses += [v for k, v in attrs if k in ("src", "href", "xlink:href", "data", "action")]
+
+    def handle_starttag(self, tag, attrs):
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.faults.append(f"/{tag}")
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def make_report(**changes) -> Report:
+    fields = {
+        "model": "net <b>&",
+        "pattern": "channel",
+        "method": "slr",
+        "sparsity": Sparsity(asked=0.5, reached=0.4987),
+        "accuracy": Accuracy(metric="accuracy", dense=0.91, hard_pruned=0.85, final=0.905),
+        "params": Pair(dense=381_258, compiled=95_914),
+        "macs": Pair(dense=16_852_224, compiled=4_231_808),
+        "size_bytes": Pair(dense=1_563_630, compiled=422_219),
+        "latency": (
+            Latency(
+                target="ort",
+                threads=1,
+                batch=8,
+                dense_ms=Percentiles(p50=2.0, p90=2.25),
+                compiled_ms=Percentiles(p50=0.8, p90=0.875),
+                speedup=2.5,
+                speedup_spread=(2.25, 2.75),
+                runs=1000,
+            ),
+        ),
+        "checks": (
+            Check(step="eager = captured", max_abs_error=0, max_rel_error=0, tolerance=1e-4, passed=True),
+            Check(step="slim <i>= ort", max_abs_error=3e-7, max_rel_error=2e-8, tolerance=1e-4, passed=True),
+        ),
+        "slr": tuple(
+            Iteration(
+                k=k,
+                loss=1 / k,
+                lagrangian=10.0 ** (3 - k) - 0.01,
+                accepted_loss=k != 2,
+                accepted_projection=True,
+                step_size=0.1 / k,
+                residual=3 / k,
+                multiplier_norm=1,
+            )
+            for k in range(1, 5)
+        ),
+        "curve": (
+            EpochRecord(phase="slr", epoch=0, loss=None, metric=0.91, hard_pruned=0.1, seconds=0),
+            EpochRecord(phase="slr", epoch=1, loss=0.3, metric=0.9, hard_pruned=0.8, seconds=1),
+            EpochRecord(phase="retrain", epoch=1, loss=0.2, metric=0.9, hard_pruned=None, seconds=1),
+        ),
+        "layers": (LayerSparsity(name="a<script>$x$", pattern="channel", groups=32, kept=8, weights=9632),),
+        "targets": (
+            TargetResult(
+                target="ort", folder="ort", size_bytes=Pair(dense=1_563_630, compiled=422_219), precision="float32"
+            ),
+        ),
+        "notes": ("no rule for <op> & co: pinned",),
+        "config": {"slr": {"rho": 0.125}, "skip": []},
+        "environment": {"cpu": "Some <CPU>", "gpu": None},
+    }
+    return Report(**fields | changes)
+
+
+def test_a_predicted_latency_stands_beside_the_measured_one() -> None:
+    latency = make_report().latency[0].model_copy(update={"predicted_ms": 1.0})
+    page = render_page(make_report(latency=(latency,)))
+    assert "predicted" in page
+    assert "measured −20.0%" in page
+    assert "predicted" not in render_page(make_report())
+
+
+@cache
+def whole_page() -> str:
+    return render_page(make_report())
+
+
+BARE = {"accuracy": None, "latency": (), "slr": (), "curve": (), "layers": (), "checks": (), "notes": ()}
+
+
+@pytest.mark.parametrize("changes", [{}, BARE, BARE | {"targets": (), "config": {}, "environment": {}}])
+def test_the_page_is_well_formed_and_self_contained(changes):
+    source = render_page(make_report(**changes))
+    page = Page(source)
+    assert page.faults == []
+    assert len(page.ids) == len(set(page.ids))
+    assert "script" not in page.tags
+    assert "link" not in page.tags
+    assert {a.removeprefix("#") for a in page.addresses} <= set(page.ids)
+    assert set(re.findall(r"url\(#([^)]*)\)", source)) <= set(page.ids)
+    assert not re.search(r"https?:|@import|url\((?!#)", source)
+
+
+def test_all_text_is_there_and_escaped():
+    report = make_report()
+    text = Page(render_page(report)).text
+    expected = [report.model, *report.notes, *(c.step for c in report.checks), "Some <CPU>", "slr.rho", "0.125"]
+    assert [x for x in expected if x not in text] == []
+    assert text.count("a<script>$x$") == 2  # in the plot and in the table
+
+
+def test_figures_stand_with_their_conditions():
+    text = " ".join(Page(whole_page()).text.replace("\u00a0", " ").split())
+    assert "sparsity 49.9% reached of 50.0% asked" in text
+    assert "accuracy0.9100 0.9050−0.0050" in text
+    assert "hard-pruned0.8500 −0.0600no retraining" in text
+    assert "95.9 kof 381 k−74.8%" in text
+    assert "2.000 ms 0.800 ms2.50× (2.25 to 2.75) 1 thread, batch 8, 1,000 runs each" in text
+    assert "p902.250 ms 0.875 ms" in text
+    assert "slim <i>= ort3.0e−07 2.0e−081.0e−04 yes" in text
+
+
+@pytest.mark.parametrize(("field", "heading"), zip(("curve", "slr", "latency", "layers"), HEADINGS, strict=True))
+def test_a_plot_without_data_is_left_out(field, heading):
+    whole, without = whole_page(), render_page(make_report(**{field: ()}))
+    assert whole.count("<svg") == 4
+    assert f"<h2>{heading}</h2>" in whole
+    assert without.count("<svg") == 3
+    assert f"<h2>{heading}</h2>" not in without
+
+
+def test_a_curve_without_a_metric_has_its_loss_only():
+    curve = tuple(r.model_copy(update={"metric": None, "hard_pruned": None}) for r in make_report().curve)
+    page = render_page(make_report(accuracy=None, curve=curve))
+    assert 'aria-label="training loss over 2 epochs"' in page
+    assert "live model" not in page
+
+
+def test_phases_follow_one_another():
+    page = whole_page()
+    assert 'aria-label="accuracy and training loss over 2 epochs"' in page
+    assert ">retrain</text>" in page
+
+
+def test_conditions_are_marked_for_slr_alone():
+    assert "condition rejected" in whole_page()
+    assert "condition" not in Page(render_page(make_report(method="admm"))).text.replace("conditions", "")
+
+
+def test_a_target_that_was_not_run_says_why():
+    size = Pair(dense=2, compiled=1)
+    target = TargetResult(target="arm", folder="arm", size_bytes=size, precision="int8", not_run="no <arm> here")
+    text = Page(render_page(make_report(latency=(), targets=(target,)))).text
+    assert "latency, arm" in text
+    assert "no <arm> here" in text
+
+
+def test_many_layers_are_split_into_plots_of_equal_length():
+    layer = make_report().layers[0]
+    plots = layers_plots([layer.model_copy(update={"name": f"layer{i}"}) for i in range(3 * ROWS_PER_PLOT + 1)])
+    assert len(plots) == 4
+    boxes = {re.search(r'viewBox="[^"]*"', svg).group() for svg in plots}
+    assert len(boxes) == 1
+    assert [i for i in range(3 * ROWS_PER_PLOT + 1) if f">layer{i}</text>" not in "".join(plots)] == []
+
+
+def test_the_same_report_gives_the_same_bytes(tmp_path):
+    write_page(make_report(), tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == whole_page()

@@ -28,7 +28,7 @@ typedef struct SlrcBlocks {
   int64_t bias_count;
   int64_t block;  // 1, 4, 8 or 16
   int64_t out_channels;
-  const char* activation;  // "none", "relu", "leakyrelu", "relu6", "silu", "gelu" (with erf) or "hardswish"
+  const char* activation;  // as slrc_activation names it; "gelu" is the one with erf
   float slope;             // of "leakyrelu" below zero
 } SlrcBlocks;
 
@@ -59,8 +59,18 @@ SLRC_EXPORT int slrc_block_sparse_mlp(const SlrcBlocks* up, const SlrcBlocks* do
 SLRC_EXPORT int slrc_check_sizes(const SlrcBlocks* blocks, const SlrcWindow* window, const int64_t* x_shape,
                                  char* error, size_t error_size);
 
-// The instruction set in use: "avx512", "avx2", "neon" or "portable".
+// The index-th activation's name; null from the last one's index on.
+SLRC_EXPORT const char* slrc_activation(int64_t index);
+
+// The instruction set in use: "avx512", "avx2", "neon" or "portable"; "none" if SLRC_KERNEL_ISA names none that there is.
 SLRC_EXPORT const char* slrc_instruction_set(void);
+
+// The index-th feature that a processor needs for a set, as compilers' flags name it; null from the last one's index on.
+SLRC_EXPORT const char* slrc_needed_feature(const char* instruction_set, int64_t index);
+
+// Whether a processor whose CPUID says so (leaf 1, ECX; leaf 7, EBX) runs a set, `saved` (XCR0) being what its operating
+// system saves.
+SLRC_EXPORT int slrc_would_run(const char* instruction_set, uint32_t leaf1_ecx, uint32_t leaf7_ebx, uint32_t saved);
 
 // The greatest rate of float32 multiply-adds that this core reaches, in GFLOP/s, measured for about `seconds`.
 SLRC_EXPORT double slrc_peak_gflops(double seconds);
@@ -95,7 +105,7 @@ extern const Parallel kSerial;
 // Returns the loops of the best instruction set, or of the one that the environment names in SLRC_KERNEL_ISA.
 const TileLoops& Loops();
 
-// By the value of Activation; then null.
+// Of SLRC_ACTIVATIONS; then null.
 extern const char* const kActivationNames[];
 
 // What a packed weight's sizes alone tell of it, and how many columns an out channel may have (see limits.h).

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <chrono>
 
+#include "processor.h"
 #include "window.h"
 
 namespace slrc {
@@ -65,6 +66,25 @@ int slrc_check_sizes(const SlrcBlocks* blocks, const SlrcWindow* window, const i
     slrc::CheckWindow(*window);
     slrc::CheckInput(*window, x_shape);
   });
+}
+
+const char* slrc_activation(int64_t index) {
+  return index >= 0 && index < slrc::kActivations ? slrc::kActivationNames[index] : nullptr;
+}
+
+const char* slrc_needed_feature(const char* instruction_set, int64_t index) {
+  const slrc::TileLoops* loops = slrc::FindSet(instruction_set);
+#define SLRC_NAME(name, macro, word, bit) name,
+  static const char* const names[] = {SLRC_FEATURES(SLRC_NAME)};
+#undef SLRC_NAME
+  for (int k = 0; loops && k < slrc::kFeatures; ++k)
+    if ((loops->features >> k & 1) && index-- == 0) return names[k];
+  return nullptr;
+}
+
+int slrc_would_run(const char* instruction_set, uint32_t leaf1_ecx, uint32_t leaf7_ebx, uint32_t saved) {
+  const slrc::TileLoops* loops = slrc::FindSet(instruction_set);
+  return loops && slrc::Runs({leaf1_ecx, leaf7_ebx, saved}, *loops);
 }
 
 const char* slrc_instruction_set(void) {

@@ -278,7 +278,7 @@ struct Layout {
   // Says of pieces that cross a seam which of their pixels are outputs, if tiles can leave the others out.
   void LeaveGaps(const Weight& weight, std::vector<Piece>* of) {
     const int64_t lanes = Loops().lanes;
-    if (!Loops().masks || slices.count > 1 || weight.activation > kRelu6 || Seamless() || repeating) return;
+    if (!Loops().masks || slices.count > 1 || !IsCheap(weight.activation) || Seamless() || repeating) return;
     for (Piece& piece : *of) {
       int64_t column = piece.start % pitch;
       if (column + piece.width <= columns.out || !piece.vectors) continue;
@@ -569,7 +569,7 @@ void Conv::Run(const float* x, const int64_t x_shape[4], const float* residual, 
     const int64_t pitch = l.Seamless() ? out_plane : l.pitch;
     const float* added = residual ? residual + offset : nullptr;
     SeamedOutput output{y + offset, added, out_plane, width, pitch};
-    if (l.repeating && l.bands == 1 && weight.activation <= kRelu6 && end - begin > 1) {
+    if (l.repeating && l.bands == 1 && IsCheap(weight.activation) && end - begin > 1) {
       output.may_stand_out = true;  // the last channel's may not: what follows is another task's
       RunPanel(weight, begin, end - 1, panel, output);
       output.may_stand_out = false;

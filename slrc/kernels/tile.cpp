@@ -2,6 +2,7 @@
 #include <utility>
 
 #include "lanes.h"
+#include "processor.h"
 #include "tile.h"
 
 namespace slrc {
@@ -286,7 +287,7 @@ SLRC_INLINE inline void RunTile(const Tile& tile, const Strip& strip) {
       Store<Last>(y + Whole * kLanes, lasts[s]);
     });
   if (Pixel && outputs && !outputs->kept[Whole + 1]) return;
-  if (activation > kRelu6) {
+  if (!IsCheap(activation)) {
     if constexpr (Pixel > 0)
       Unroll<Rows / kSide>([&](int q) SLRC_INLINE { more[q] = Activate<kSide>(more[q], activation, slope); });
     for (int s = 0; s < kSums; ++s)
@@ -596,6 +597,12 @@ constexpr StripLoop Loop() {
   return nullptr;
 }
 
+// The features that the compiler may use here: their macros are then 1, not themselves.
+#define SLRC_TEXT_OF(text) #text
+#define SLRC_EXPANDED(macro) SLRC_TEXT_OF(macro)
+#define SLRC_USED(name, macro, word, bit) | (SLRC_EXPANDED(__##macro##__)[0] == '1' ? 1u << kBitOf##macro : 0u)
+constexpr uint32_t kCompiledFor = 0 SLRC_FEATURES(SLRC_USED);
+
 #define SLRC_SIX(End, Rows, Most)                                                                    \
   {                                                                                                  \
     Loop<End, Rows, 1, Most>(), Loop<End, Rows, 2, Most>(), Loop<End, Rows, 3, Most>(),              \
@@ -607,6 +614,7 @@ constexpr StripLoop Loop() {
 
 extern const TileLoops SLRC_TILE_SET = {
     SLRC_TILE_NAME,
+    kCompiledFor,
     kLanes,
     kMasks,
     {kVectors1, kVectors4, kVectors8},

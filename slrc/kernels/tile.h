@@ -16,7 +16,21 @@ constexpr int kMaxVectors = 6;
 constexpr int kMaxLanes = 16;
 constexpr int kMaxTilePixels = kMaxVectors * kMaxLanes + 1;
 
-enum Activation { kNone, kRelu, kLeakyRelu, kRelu6, kSilu, kGelu, kHardSwish };
+// X(name here, name in files). Those up to kRelu6 are so cheap that a tile applies them to its registers.
+#define SLRC_ACTIVATIONS(X) \
+  X(None, "none")           \
+  X(Relu, "relu")           \
+  X(LeakyRelu, "leakyrelu") \
+  X(Relu6, "relu6")         \
+  X(Silu, "silu")           \
+  X(Gelu, "gelu")           \
+  X(HardSwish, "hardswish")
+
+#define SLRC_VALUE_OF(value, name) k##value,
+enum Activation { SLRC_ACTIVATIONS(SLRC_VALUE_OF) kActivations };
+#undef SLRC_VALUE_OF
+
+constexpr bool IsCheap(Activation activation) { return activation <= kRelu6; }
 
 // A pixel that a tile computes beside its vectors (kPixelMore), apart from them:
 // y[i * pitch] = activation(bias[i] + start[i * start_pitch] + sum over t of values[t, i] * x[offsets[t]]).
@@ -110,6 +124,7 @@ enum Ending { kWhole, kHalf, kPixelMore, kEndings };
 // The loops of one instruction set, by the index of their rows in kTileRows.
 struct TileLoops {
   const char* name;
+  uint32_t features;  // that a processor needs for them, see processor.h
   int lanes;
   bool masks;                  // whether a strip may have `groups` and `outputs`
   int max_vectors[kRowSizes];  // of a run, in registers; 0 where there is no such loop

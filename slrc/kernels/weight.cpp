@@ -1,27 +1,26 @@
-// Checks and copies of packed weights, and the choice of the instruction set.
-#include <stdlib.h>
+// Checks and copies of packed weights.
 #include <string.h>
 
 #include <algorithm>
-
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
 
 #include "block_sparse.h"
 #include "limits.h"
 
 namespace slrc {
 
-const char* const kActivationNames[] = {"none", "relu", "leakyrelu", "relu6", "silu", "gelu", "hardswish", nullptr};
+#define SLRC_NAME(value, name) name,
+const char* const kActivationNames[] = {SLRC_ACTIVATIONS(SLRC_NAME) nullptr};
+#undef SLRC_NAME
 
 namespace {
 
 Activation ParseActivation(const char* name) {
-  for (int i = 0; name && kActivationNames[i]; ++i)
-    if (!strcmp(name, kActivationNames[i])) return static_cast<Activation>(i);
-  throw Error("activation must be none, relu, leakyrelu, relu6, silu, gelu or hardswish, got `" +
-              std::string(name ? name : "") + "`");
+  std::string known;
+  for (int i = 0; i < kActivations; ++i) {
+    if (name && !strcmp(name, kActivationNames[i])) return static_cast<Activation>(i);
+    known += std::string(i ? ", " : "") + kActivationNames[i];
+  }
+  throw Error("activation must be one of " + known + ", got `" + std::string(name ? name : "") + "`");
 }
 
 void Expect(bool condition, const char* what, int64_t expected, int64_t got) {
@@ -29,51 +28,7 @@ void Expect(bool condition, const char* what, int64_t expected, int64_t got) {
     throw Error(std::string(what) + ": expected " + std::to_string(expected) + ", got " + std::to_string(got));
 }
 
-#if defined(__x86_64__)
-// Asks the processor, and whether the operating system saves the registers. (`__builtin_cpu_supports` needs a support
-// library that not every toolchain links.)
-bool Supports(bool avx512) {
-  unsigned a, b, c, d;
-  if (!__get_cpuid(1, &a, &b, &c, &d)) return false;
-  const unsigned fma = 1u << 12, osxsave = 1u << 27, avx = 1u << 28;
-  if ((c & (fma | osxsave | avx)) != (fma | osxsave | avx)) return false;
-  unsigned saved, high;
-  asm volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
-  const unsigned wanted = avx512 ? 0xe6 : 0x6;
-  if ((saved & wanted) != wanted || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  return b & (avx512 ? 1u << 16 : 1u << 5);
-}
-#endif
-
-// Best first.
-std::vector<const TileLoops*> Available() {
-  std::vector<const TileLoops*> found;
-#if defined(__x86_64__)
-  if (Supports(true)) found.push_back(&kAvx512);
-  if (Supports(false)) found.push_back(&kAvx2);
-#elif defined(__aarch64__)
-  found.push_back(&kNeon);
-#endif
-  found.push_back(&kPortable);
-  return found;
-}
-
-const TileLoops* Choose() {
-  const std::vector<const TileLoops*> available = Available();
-  const char* wanted = getenv("SLRC_KERNEL_ISA");
-  if (!wanted || !*wanted) return available[0];
-  for (const TileLoops* loops : available)
-    if (!strcmp(loops->name, wanted)) return loops;
-  return nullptr;
-}
-
 }  // namespace
-
-const TileLoops& Loops() {
-  static const TileLoops* const chosen = Choose();
-  if (!chosen) throw Error("SLRC_KERNEL_ISA names an instruction set that this processor or library does not have");
-  return *chosen;
-}
 
 void CheckSizes(const SlrcBlocks& blocks, int64_t group) {
   const int64_t block = blocks.block, out_channels = blocks.out_channels, count = blocks.column_count;

@@ -31,22 +31,21 @@ struct Random {
   }
 };
 
-const char* const kActivations[] = {"none", "relu", "leakyrelu", "relu6", "silu", "gelu", "hardswish", "what", nullptr};
 constexpr float kSlope = 0.1f;
 
 double Activate(double v, int64_t activation) {
   switch (activation) {
-    case 1:
+    case slrc::kRelu:
       return std::max(v, 0.0);
-    case 2:
+    case slrc::kLeakyRelu:
       return v < 0 ? v * kSlope : v;
-    case 3:
+    case slrc::kRelu6:
       return std::min(std::max(v, 0.0), 6.0);
-    case 4:
+    case slrc::kSilu:
       return v / (1 + std::exp(-v));
-    case 5:
+    case slrc::kGelu:
       return v * 0.5 * (1 + std::erf(v / std::sqrt(2.0)));
-    case 6:
+    case slrc::kHardSwish:
       return v * std::min(std::max(v / 6 + 0.5, 0.0), 1.0);
     default:
       return v;
@@ -114,12 +113,12 @@ struct Case {
     x = random.Floats(Size(x_shape));
     if (random.Chance(50)) bias = random.Floats(y_shape[1]);
     if (random.Chance(40)) residual = random.Floats(Size(y_shape));
-    activation = random.Int(0, 6);
+    activation = random.Int(0, slrc::kActivations - 1);
     y.reset(new float[Size(y_shape)]);
     blocks = {packed->values.get(), packed->count * block,   packed->columns.get(),
               packed->count,        packed->pointers.get(),  rows_per_group * window.group + 1,
               bias.get(),           bias ? y_shape[1] : 0,   block,
-              y_shape[1],           kActivations[activation], kSlope};
+              y_shape[1],           slrc_activation(activation), kSlope};
   }
 
   static int64_t Size(const int64_t shape[4]) { return shape[0] * shape[1] * shape[2] * shape[3]; }
@@ -146,7 +145,8 @@ struct Case {
           break;
         }
         default:
-          blocks.activation = kActivations[random.Int(0, 8)];
+          blocks.activation = slrc_activation(random.Int(0, slrc::kActivations));  // the last is null
+          if (random.Chance(10)) blocks.activation = "what";
       }
   }
 
@@ -243,7 +243,7 @@ bool MlpAgrees(uint64_t seed, bool broken, long* refused) {
   const int64_t tokens = random.Int(1, random.Chance(30) ? 250 : 6), inputs = random.Int(1, 60);
   const int64_t hidden = random.Chance(10) ? random.Int(500, 1400) : random.Int(1, 90), outputs = random.Int(1, 60);
   const int64_t kBlocks[] = {1, 4, 8, 16};
-  const int64_t sizes[] = {inputs, hidden, outputs}, activation = random.Int(0, 6);
+  const int64_t sizes[] = {inputs, hidden, outputs}, activation = random.Int(0, slrc::kActivations - 1);
   std::unique_ptr<Packed> packed[2];
   std::unique_ptr<float[]> bias[2], residual;
   SlrcBlocks blocks[2];
@@ -253,7 +253,7 @@ bool MlpAgrees(uint64_t seed, bool broken, long* refused) {
     if (random.Chance(70)) bias[k] = random.Floats(sizes[k + 1]);
     blocks[k] = {packed[k]->values.get(),   packed[k]->count * block, packed[k]->columns.get(), packed[k]->count,
                  packed[k]->pointers.get(), rows + 1,                 bias[k].get(),            bias[k] ? sizes[k + 1] : 0,
-                 block,                     sizes[k + 1],             kActivations[k ? 0 : activation], kSlope};
+                 block,                     sizes[k + 1],             slrc_activation(k ? slrc::kNone : activation), kSlope};
   }
   const auto x = random.Floats(tokens * inputs);
   if (random.Chance(40)) residual = random.Floats(tokens * outputs);

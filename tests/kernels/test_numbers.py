@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -225,6 +226,12 @@ def test_activations_over_their_whole_range(library: Path, activation: str) -> N
     layer = Layer(block=4, weight=np.eye(4, 1, dtype=np.float32), x=values.reshape(-1, 1), activation=activation)
     y = session(make_model([layer_parts(layer)]), library).run(None, feed(layer))[0]
     np.testing.assert_allclose(y, layer.expected(), rtol=1e-5, atol=1e-6)
+
+
+def test_python_and_the_library_list_the_same_activations(library: Path) -> None:
+    name_of = ctypes.CDLL(str(library)).slrc_activation
+    name_of.restype, name_of.argtypes = ctypes.c_char_p, [ctypes.c_int64]
+    assert [name_of(k) for k in range(len(ACTIVATIONS) + 1)] == [*(name.encode() for name in ACTIVATIONS), None]
 
 
 def test_nan_is_kept(library: Path) -> None:

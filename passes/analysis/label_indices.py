@@ -118,18 +118,25 @@ def _run_rules(program: Program, table: LabelTable) -> tuple[LabelTable, dict[st
         elif op_name(node) == "getitem":
             table.values[node] = _item(table, node)
         elif isinstance(node.meta.get("val"), (Tensor, list, tuple)):
-            try:
-                table.values[node] = RULES[op_name(node)](node, table)
-            except (KeyError, NotImplementedError):
-                if not _has_labels(table, node):
-                    table.values[node] = _unlabelled(node)
-                    continue
+            value = _apply_rule(table, node)
+            if value is None and _has_labels(table, node):
                 unruled.setdefault(op_name(node), source_line(node))
                 for source in node.all_input_nodes:
                     if source in table.values:
                         table.pin_all(table.values[source], f"no rule for {op_name(node)}", node)
-                table.values[node] = _unlabelled(node)
+            table.values[node] = _unlabelled(node) if value is None else value
     return table, unruled
+
+
+def _apply_rule(table: LabelTable, node: Node) -> Value | list[Value] | None:
+    """Return what an operator's rule says of its result; `None` if it has none, or none for this use."""
+    rule = RULES.get(op_name(node))
+    if rule is None:
+        return None
+    try:
+        return rule(node, table)
+    except NotImplementedError:
+        return None
 
 
 def _has_labels(table: LabelTable, node: Node) -> bool:

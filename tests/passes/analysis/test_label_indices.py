@@ -10,6 +10,7 @@ import torchvision
 from torch import Tensor, nn
 
 from slrc.ir.program import capture
+from slrc.passes.analysis.index_rules import RULES
 from slrc.passes.analysis.label_indices import IndexLabels, label_indices
 from slrc.sparsity.plans import Slice
 
@@ -398,3 +399,13 @@ def test_whole_models(name: str, group_count: int, units: int) -> None:
     assert (len(labels.groups), sum(g.units for g in labels.groups)) == (group_count, units)
     assert labels.unruled == {}
     assert set(reasons(labels).values()) == {"an output of the model"}
+
+
+def test_an_error_of_a_rule_is_no_missing_rule(net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(node: Any, table: Any) -> Any:
+        raise KeyError("a bug of the rule's own")
+
+    monkeypatch.setitem(RULES, "relu", broken)
+    model = net(lambda m, x: m.b(torch.relu(m.a(x))), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
+    with pytest.raises(KeyError, match="a bug of the rule's own"):
+        labels_of(model, 3)

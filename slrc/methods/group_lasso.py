@@ -17,6 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from slrc.errors import TrainingError
 from slrc.methods.base import Iteration, Method, MethodState, dense_residual
 from slrc.methods.gradual import cubic
 from slrc.sparsity.plans import Plan
@@ -61,7 +62,16 @@ class GroupLasso(Method):
 
     @torch.no_grad()
     def update(self, loss: Callable[[], float]) -> Iteration:
-        """Choose τ anew."""
+        """Choose τ anew.
+
+        Raises:
+            TrainingError: `after_step` has not been called since the last update, so that τ cannot be known.
+        """
+        if not self.steps:
+            raise TrainingError(
+                f"group-lasso: update {self.k + 1} came before any step of the optimiser",
+                hint="call `after_step()` after every step, and `update()` after some steps",
+            )
         self.k += 1
         partly = self.plan.partly(cubic(self.k / (self.updates * self.settings.until)))
         self.shrink = [self._threshold(c.energies(self.parameters).sqrt(), c.keep) / self.steps for c in partly]

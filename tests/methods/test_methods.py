@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slrc.errors import PlanError
+from slrc.errors import PlanError, TrainingError
 from slrc.methods import (
     ACDC,
     ADMM,
@@ -625,3 +625,16 @@ def test_group_lasso_shrinks_every_group_by_the_same_norm(name: str) -> None:
     for _ in range(3):
         method.after_step()
     Masks({n: p.abs() > 1e-5 for n, p in parameters.items()}).check(plan)
+
+
+def test_group_lasso_updates_only_after_steps() -> None:
+    parameters = make_parameters()
+    before = {n: p.detach().clone() for n, p in parameters.items()}
+    method = GroupLasso(parameters, PLANS["block"], updates=2)
+    with pytest.raises(TrainingError, match="update 1 came before any step"):
+        method.update(lambda: 0.0)
+    method.after_step()
+    method.update(lambda: 0.0)
+    with pytest.raises(TrainingError, match="update 2 came before any step"):
+        method.update(lambda: 0.0)
+    assert all(torch.equal(parameters[n], before[n]) for n in before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -39,10 +40,51 @@ def set_tensor(module: GraphModule, name: str, tensor: Tensor) -> None:
 
 
 def insert_tensor(module: GraphModule, before: Node, name: str, tensor: Tensor) -> Node:
-    """Set a tensor and return a new node that reads it, placed before `before`."""
+    """Add a tensor and return a new node that reads it, placed before `before`.
+
+    An equal tensor of that name is shared, as by two calls of one layer; where anything else has the name, the new
+    tensor gets another one.
+    """
+    name = _free_name(module, name, tensor)
+    if not _find(module, name):
+        set_tensor(module, name, tensor)
+    return _read(module, before, name)
+
+
+def replace_tensor(module: GraphModule, before: Node, name: str, tensor: Tensor) -> Node:
+    """Put a tensor in the place of the one of that name; return a new node that reads it, placed before `before`."""
+    get_tensor(module, name)
     set_tensor(module, name, tensor)
+    return _read(module, before, name)
+
+
+def _read(module: GraphModule, before: Node, name: str) -> Node:
     with module.graph.inserting_before(before):
         return module.graph.get_attr(name)
+
+
+def _free_name(module: GraphModule, name: str, tensor: Tensor) -> str:
+    """Return the name, or one like it at the root of the module, that is free or belongs to an equal tensor."""
+    flat = name.replace(".", "_")
+    candidates = itertools.chain([name], (f"{flat}_{k}" for k in itertools.count(1)))
+    return next(c for c in candidates if not (found := _find(module, c)) or _are_equal(found[0], tensor))
+
+
+def _find(module: GraphModule, name: str) -> list[Any]:
+    """Return what stands under a name or on the way to it, in a list; an empty one if nothing does."""
+    owner: Any = module
+    for part in name.split("."):
+        if not isinstance(owner, nn.Module):
+            break
+        if not hasattr(owner, part):
+            return []
+        owner = getattr(owner, part)
+    return [owner]
+
+
+def _are_equal(found: Any, tensor: Tensor) -> bool:
+    same_kind = isinstance(found, Tensor) and isinstance(found, nn.Parameter) == isinstance(tensor, nn.Parameter)
+    return same_kind and found.dtype == tensor.dtype and torch.equal(found, tensor)
 
 
 def reads(module: GraphModule, name: str) -> int:

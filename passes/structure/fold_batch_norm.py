@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from slrc.ir.nodes import is_transposed, layer_weight, op_name
 from slrc.ir.program import Program
 from slrc.passes.base import PassResult, Transform
-from slrc.passes.graph_edits import get_tensor, insert_tensor, layer_bias, reads, sibling
+from slrc.passes.graph_edits import get_tensor, insert_tensor, layer_bias, reads, replace_tensor, sibling
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.plans import Plan
 
@@ -56,8 +56,8 @@ def _foldable(module: GraphModule) -> Iterator[tuple[Node, Node]]:
         has_statistics = isinstance(norm.args[3], Node) and isinstance(norm.args[4], Node)
         bias = layer_bias(layer)
         constants += [bias] if bias is not None else []
-        own = [weight, str(bias.target) if bias is not None else sibling(weight, "bias")]
-        one_use = reads(module, own[0]) == 1 and reads(module, own[1]) == (bias is not None)
+        own = [weight] if bias is None else [weight, str(bias.target)]
+        one_use = all(reads(module, name) == 1 for name in own)
         # Linear layers on tokens have their features last, batch norm its channels second.
         aligned = layer.meta["val"].dim() == get_tensor(module, weight).dim()
         if all(a.op == "get_attr" for a in constants) and has_statistics and one_use and aligned:
@@ -88,9 +88,12 @@ def _fold(module: GraphModule, layer: Node, norm: Node) -> None:
         spread = factor.reshape(groups, 1, -1, *[1] * (weight.dim() - 2))
         spread = spread.expand(groups, weight.shape[0] // groups, *spread.shape[2:]).flatten(0, 1)
     name = str(weight_node.target)
-    new_weight = insert_tensor(module, layer, name, nn.Parameter(weight * spread, requires_grad=False))
-    bias_name = sibling(name, "bias") if bias_node is None else str(bias_node.target)
-    new_bias = insert_tensor(module, layer, bias_name, nn.Parameter(folded_bias, requires_grad=False))
-    layer.args = (layer.args[0], new_weight, new_bias, *layer.args[3:])
+    new_weight = replace_tensor(module, layer, name, nn.Parameter(weight * spread, requires_grad=False))
+    new_bias = nn.Parameter(folded_bias, requires_grad=False)
+    if bias_node is None:
+        bias_node = insert_tensor(module, layer, sibling(name, "bias"), new_bias)
+    else:
+        bias_node = replace_tensor(module, layer, str(bias_node.target), new_bias)
+    layer.args = (layer.args[0], new_weight, bias_node, *layer.args[3:])
     for user in list(norm.users) if op_name(norm) != "batch_norm" else [norm]:
         user.replace_all_uses_with(layer)

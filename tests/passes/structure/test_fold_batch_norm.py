@@ -59,6 +59,11 @@ FOLDED: dict[str, Case] = {
         {"kernel": nn.Parameter(torch.zeros(6, 4, 1, 1)), "n": nn.BatchNorm2d(6)},
         IMAGE,
     ),
+    "a parameter called bias that is not the layer's": (
+        lambda m, x: m.n(F.conv2d(x, m.a.weight)) * m.a.bias[:, None, None],
+        {"a": nn.Conv2d(4, 6, 1), "n": nn.BatchNorm2d(6)},
+        IMAGE,
+    ),
     "norm serves two layers": (
         lambda m, x: m.n(m.a(x)) + m.n(m.b(x)),
         {"a": nn.Conv2d(4, 6, 1), "b": nn.Conv2d(4, 6, 1), "n": nn.BatchNorm2d(6)},
@@ -101,7 +106,6 @@ LEFT_ALONE: dict[str, Case] = {
     "module called twice": (lambda m, x: m.a(m.n(m.a(x))), ONE, IMAGE),
     "weight read elsewhere": (lambda m, x: m.n(m.a(x)) + m.a.weight.sum(), ONE, IMAGE),
     "bias serves another layer": (lambda m, x: m.b(m.n(m.a(x))), shared_bias(), IMAGE),
-    "bias read elsewhere": (lambda m, x: m.n(F.conv2d(x, m.a.weight)) * m.a.bias[:, None, None], ONE, IMAGE),
     "bias computed": (lambda m, x: m.n(F.conv2d(x, m.a.weight, m.a.bias * 2)), ONE, IMAGE),
     "activation between": (lambda m, x: m.n(torch.relu(m.a(x))), ONE, IMAGE),
     "norm before the layer, as in DenseNet": (lambda m, x: m.a(torch.relu(m.n(x))), ONE, IMAGE),

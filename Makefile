@@ -1,30 +1,35 @@
-# make demo    make .venv, install, compile the digits example on real data, print the table, write the report
-# make test    make .venv, install, lint, type-check, test
-# make dev     the same environment with the package in editable mode
-
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(shell find slrc/ passes backends -name '*.py' -o -name '*.j2' -o -name '*.txt' -o -name '*.cpp' -o -name '*.h' -o -name '*.map')
 JOBS ?= 2
+EXAMPLES ?= 560
+PYTEST := $(BIN)/pytest -n $(JOBS) --dist worksteal
 
-.PHONY: demo test dev lint clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test fuzz lint dev clean
 
-demo: .venv/package
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: .venv/package ## make .venv, install, compile the digits example on real data, print the table, write the report
 	$(BIN)/slrc compile examples/digits.py --pattern channel --sparsity 0.5 --epochs 5 --target ort --threads 1 \
 	    --out build/digits --overwrite
 
-test: lint
-	$(BIN)/pytest -n $(JOBS) --dist worksteal
+test: lint ## make .venv, install, lint, type-check, test the installed package
+	$(PYTEST)
 
-lint: .venv/package
+fuzz: .venv/package ## random graphs and layers, many more than `make test` draws: EXAMPLES=5000 SLRC_SEED=random
+	SLRC_FUZZ=1 SLRC_EXAMPLES=$(EXAMPLES) $(PYTEST) -m fuzz
+
+lint: .venv/package ## ruff and mypy alone
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p slrc
 
-dev: .venv/dependencies
+dev: .venv/dependencies ## the same .venv with the package in editable mode
 	$(BIN)/pip install --quiet --no-deps --editable .
 
-clean:
+clean: ## remove .venv and what was built
 	rm -rf .venv build dist *.egg-info
 
 .venv/dependencies: pyproject.toml

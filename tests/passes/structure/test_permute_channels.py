@@ -187,6 +187,7 @@ def test_random_orders(seed: int, net: Any, randomized: Any, masked_outputs: Any
         check(model, program, with_random_orders(program, plan, seed), masked_outputs)
 
 
+@pytest.mark.fuzz
 def test_random_graphs(randomized: Any) -> None:
     """Every group that can be reordered, in graphs of all the operators that have a rule."""
     reordered: set[str] = set()

@@ -22,6 +22,7 @@ SHARDS = 8
 """Parts of the test, each with graphs of its own, that workers share."""
 
 
+@pytest.mark.fuzz
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_slim_equals_masked(randomized: Any, slim_equals_masked: Any, shard: int) -> None:
     """`sparsity` is shared out by `allocate_sparsity`; with `None` every group keeps a random number."""

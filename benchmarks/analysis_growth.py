@@ -1,6 +1,6 @@
 """How the channel analysis grows with the size of the graph.
 
-    python benchmarks/analysis_growth.py                     # what has no row yet
+    python benchmarks/analysis_growth.py                     # what has no row yet, or one out of date
     python benchmarks/analysis_growth.py torchvision:resnet152 --again
 
 Captures each model (random weights) and times `label_indices` on a program that nothing has been derived from yet: CPU
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import time
 from pathlib import Path
@@ -23,14 +22,13 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
+from results import Rows
 from zoo import make
 
 from slrc.ir.program import Program, capture
-from slrc.measuring.timing import environment
 from slrc.passes.analysis.label_indices import label_indices
 from slrc.reporting.plots import COMPILED, DENSE, GRID, INK, MUTED, STYLE
 
-RESULTS = Path(__file__).parent / "results" / "analysis_growth.json"
 REPEATS = 3
 MODELS = (
     *(f"torchvision:resnet{n}" for n in (18, 34, 50, 101, 152)),
@@ -113,25 +111,20 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="also models that have a row already")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    RESULTS.parent.mkdir(exist_ok=True)
-    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"models": {}}
+    rows = Rows(__file__)
     print(f"{'model':36} {'operators':>9} {'labels':>9} {'groups':>7} {'seconds':>8} {'µs/operator':>12}")
     for name in args.models:
-        if name not in stored["models"] or args.again:
-            stored["models"][name] = measure(name)
-            stored["environment"] = environment()
-            RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
-        row = stored["models"][name]
+        row = rows.add(name, measure(name)) if args.again or not rows.has(name) else rows[name]
         per_operator = row["seconds"] / row["operators"] * 1e6
         print(
             f"{name:36} {row['operators']:9} {row['labels']:9} {row['groups']:7} {row['seconds']:8.3f} "
             f"{per_operator:12.0f}",
             flush=True,
         )
-    if len(stored["models"]) > 1:
-        rows = list(stored["models"].values())
-        print(", ".join(f"seconds ∝ {size}^{slope(rows, size)[0]:.2f}" for size in ("operators", "labels")))
-        draw(stored["models"], RESULTS.with_suffix(".svg"))
+    if len(rows.rows) > 1:
+        found = list(rows.rows.values())
+        print(", ".join(f"seconds ∝ {size}^{slope(found, size)[0]:.2f}" for size in ("operators", "labels")))
+        draw(rows.rows, rows.path.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

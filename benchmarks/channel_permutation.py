@@ -14,7 +14,6 @@ CIFAR ResNet those that end in its zero-padded shortcuts) are counted with the o
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -23,17 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results import Rows
 from safetensors.torch import load_file, load_model
 from torch import nn
 
 import slrc
 from slrc.ir.program import Program, capture
-from slrc.measuring.timing import environment
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.plans import Plan
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).parent / "results" / "channel_permutation.json"
 PATTERNS = ("block:4x1", "block:8x1")
 SPARSITIES = (0.5, 0.75, 0.9)
 
@@ -141,15 +139,15 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--accuracy", action="store_true", help="evaluate ResNet-20 pruned in one shot")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path)
     args = parser.parse_args()
     evaluate = cifar_accuracy() if args.accuracy else None
-    rows: dict[str, Any] = {}
+    rows = Rows(__file__, args.results)
     print(f"{'network':26} {'pattern':10} sparse {'kept':>7} {'permuted':>9} {'lost less':>10}  reordered   accuracy")
     for name, program in programs():
         for pattern, sparsity in ((p, s) for p in PATTERNS for s in SPARSITIES):
             row = measure(program, pattern, sparsity, evaluate if name == "cifar10_resnet20" else None)
-            rows[f"{name} {pattern} {sparsity:g}"] = row
+            rows.add(f"{name} {pattern} {sparsity:g}", row)
             plain, permuted = row["kept_plain"], row["kept_permuted"]
             less = 1 - (1 - permuted) / (1 - plain)
             shot = f"{row['accuracy_plain']:.1%} -> {row['accuracy_permuted']:.1%}" if "accuracy_plain" in row else ""
@@ -158,8 +156,6 @@ def main() -> None:
                 f"{row['reordered']:4} of {row['layers']:3}   {shot}",
                 flush=True,
             )
-    args.results.parent.mkdir(exist_ok=True)
-    args.results.write_text(json.dumps({"rows": rows, "environment": environment()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

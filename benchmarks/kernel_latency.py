@@ -6,14 +6,13 @@
 For each layer of a ResNet, each sparsity and each block `M×1`: a model of that layer alone, dense and packed, in turns
 (A B B A). Runs during which the thread lost its core are left out, and `disturbed` is their share. Prints a table (the
 ratio of medians; GFLOP/s on the surviving weights, and as a share of the greatest rate of multiply-adds that a loop of
-nothing else reaches) and writes `benchmarks/results/kernel_latency.json`.
+nothing else reaches) and puts each row in `benchmarks/results/kernel_latency.json`.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import resource
 import statistics
 import time
@@ -26,12 +25,11 @@ import numpy as np
 import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from results import Rows
 
 from slrc.forms.packed_weight import PackedWeight
 from slrc.kernels.build import build
-from slrc.measuring.timing import environment
 
-RESULTS = Path(__file__).parent / "results" / "kernel_latency.json"
 WARM_UP_S = 0.1
 LEAST_RUNS = 10
 PATIENCE = 20
@@ -99,7 +97,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=0.4, help="for each pair of models")
     parser.add_argument("--library", type=Path, help="a library already built")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
     library = args.library or build()
@@ -111,28 +109,20 @@ def main() -> None:
     print(f"{name}, peak {peak:.0f} GFLOP/s")
     titles = ("dense ms", "packed ms", "speedup", "GFLOP/s", "peak", "disturbed")
     print(f"{'layer':20} {'sparsity':>8} {'block':>6} " + " ".join(f"{title:>9}" for title in titles))
-    rows = []
+    rows = Rows(__file__, args.out)
+    machine = {"instruction_set": name, "peak_gflops": peak, "batch": args.batch}
     for shape in SHAPES:
         if args.layers not in str(shape):
             continue
         for sparsity in args.sparsities:
             for block in args.blocks:
                 row = measure(shape, sparsity, block, args.batch, args.seconds, library, peak)
-                rows.append(row)
+                rows.add(f"{row.layer} {sparsity:g} {block}x1 {name} batch={args.batch}", asdict(row) | machine)
                 print(
                     f"{row.layer:20} {sparsity:8.2f} {block:4}x1 {row.dense_ms:9.3f} {row.packed_ms:9.3f}"
                     f" {row.speedup:8.2f}x {row.gflops:9.1f} {row.share_of_peak:9.0%} {row.disturbed:9.0%}",
                     flush=True,
                 )
-    args.out.parent.mkdir(exist_ok=True)
-    result = {
-        "instruction_set": name,
-        "peak_gflops": peak,
-        "batch": args.batch,
-        "threads": 1,
-        "rows": [asdict(r) for r in rows],
-    }
-    args.out.write_text(json.dumps(result | {"environment": environment()}, indent=1) + "\n")
 
 
 def measure(shape: Shape, sparsity: float, block: int, batch: int, seconds: float, library: Path, peak: float) -> Row:

@@ -5,28 +5,27 @@
 
 One thread of ONNX Runtime, random weights. The parts of a network are timed once (`--cache`), each plan is then timed
 as a whole against the dense network, in turns. Rows go to `benchmarks/results/latency_budget.json` as they come, and
-a second run goes on with what is missing. The whole list takes about twenty minutes on a quiet core.
+a second run goes on with what is missing or out of date. The whole list takes about twenty minutes on a quiet core.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from results import Rows
 from zoo import load, load_dense, make
 
 import slrc
 from slrc.ir.program import Program, capture
 from slrc.machine.cache import cache_folder
-from slrc.measuring.timing import environment, measure
+from slrc.measuring.timing import measure
 from slrc.pipeline import STRUCTURE, run_passes
 from slrc.sparsity.masks import Masks
 
-RESULTS = Path(__file__).parent / "results" / "latency_budget.json"
 MODELS = [f"torchvision:{n}" for n in ("resnet18", "resnet50", "vgg16", "mobilenet_v2", "swin_t")]
 BUDGETS = (0.7, 0.5, 0.35)
 
@@ -62,20 +61,18 @@ def main() -> None:
     parser.add_argument("--budget", type=float, nargs="+", default=list(BUDGETS))
     parser.add_argument("--again", action="store_true", help="also rows that there are already")
     parser.add_argument("--cache", type=Path, default=cache_folder())
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path)
     args = parser.parse_args()
-    kept: dict[str, Any] = json.loads(args.results.read_text()) if args.results.exists() else {"rows": {}}
-    rows = kept["rows"]
+    rows = Rows(__file__, args.results)
     print(f"{'model':28} {'budget':>7} {'predicted':>10} {'measured':>9} {'off':>7} {'MACs':>6} {'planned':>9}")
     for name in args.models:
-        missing = [b for b in args.budget if args.again or f"{name} {b:g}" not in rows]
+        missing = [b for b in args.budget if args.again or not rows.has(f"{name} {b:g}")]
         program = capture(*make(name), name) if missing else None
         dense = load_dense(program) if missing else None
         for budget in args.budget:
             if budget in missing:
                 assert program is not None
-                rows[f"{name} {budget:g}"] = measure_budget(program, dense, budget, args.cache)
-                args.results.write_text(json.dumps({"rows": rows, "environment": environment()}, indent=1) + "\n")
+                rows.add(f"{name} {budget:g}", measure_budget(program, dense, budget, args.cache))
             row = rows[f"{name} {budget:g}"]
             print(
                 f"{name:28} {budget:7.0%} {row['predicted']:10.1%} {row['measured']:9.1%} {row['off']:+7.1%} "

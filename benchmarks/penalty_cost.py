@@ -10,19 +10,15 @@ without `add_penalty_gradient`, in turns in one process. Prints a table and writ
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
-from pathlib import Path
 
 import torch
 import torchvision
+from results import Rows
 from torch import nn
 
 import slrc
-from slrc.measuring.timing import environment
-
-RESULTS = Path(__file__).parent / "results" / "penalty_cost.json"
 
 
 def make_model(size: int) -> nn.Module:
@@ -85,16 +81,13 @@ def main() -> None:
         "penalty_ms": penalty * 1e3,
         "penalty_share_of_step": penalty / plain,
         "pairs": args.pairs,
-        "environment": environment(),
     }
     print(f"{'model':32} {'step':>10} {'with penalty':>13} {'penalty':>10} {'share':>7}")
     print(
         f"{result['model']:32} {plain * 1e3:8.1f} ms {result['step_with_penalty_ms']:10.1f} ms "
         f"{penalty * 1e3:7.2f} ms {penalty / plain:6.2%}"
     )
-    RESULTS.parent.mkdir(exist_ok=True)
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    RESULTS.write_text(json.dumps({**known, f"{result['model']}, {args.pattern}": result}, indent=1) + "\n")
+    Rows(__file__).add(f"{result['model']}, {args.pattern}", result)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,14 @@
     python benchmarks/sparse_latency.py                                   # all networks, three sparsities, one thread
     python benchmarks/sparse_latency.py resnet50 --pattern block:8x1 --sparsity 0.75 --threads 2 --batch 8
     python benchmarks/sparse_latency.py --plot                            # draw what was measured so far
-    python benchmarks/sparse_latency.py --fit                             # the cost model of slrc/form_cost.py
+    python benchmarks/sparse_latency.py --fit                             # the cost model of slrc/forms/cost.py
 
 Random weights, pruned by magnitude in one shot: how fast a network is does not depend on what it has learnt. The first
 layer, the classifier and depthwise layers are not pruned. The form of each layer is chosen by timing, as a compile
 does; dense and compiled are then timed in turns, the same inputs, threads and precision; with more threads than one,
-each also against itself on one. Rows go to
-`benchmarks/results/sparse_latency.json` as they come, and a second run goes on with what is missing. All takes about
-two hours on two quiet cores. Where the package `deepsparse` is found by `--deepsparse PYTHON`, another interpreter's,
-it is measured beside, on the masked network.
+each also against itself on one. Rows go to `benchmarks/results/sparse_latency.json` as they come, and a second run goes
+on with what is missing or out of date. All takes about two hours on two quiet cores. Where the package `deepsparse` is
+found by `--deepsparse PYTHON`, another interpreter's, it is measured beside, on the masked network.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from results import Rows
 from torch import Tensor, nn
 
 import slrc
@@ -36,12 +36,11 @@ from slrc.forms.cost import layer_kind
 from slrc.forms.form import FormChoice
 from slrc.ir.program import Program, capture
 from slrc.measuring.choose_forms import choose_forms
-from slrc.measuring.timing import environment, measure
+from slrc.measuring.timing import measure
 from slrc.pipeline import STRUCTURE, apply_forms, baseline, run_passes
 from slrc.sparsity.masks import Masks
 from slrc.verify import outputs_of
 
-RESULTS = Path(__file__).parent / "results" / "sparse_latency.json"
 NETWORKS = ("resnet18", "resnet50", "vgg16", "mobilenet_v2", "yolov3_tiny", "swin_t", "mixer_s16")
 SPARSITIES = (0.5, 0.75, 0.9)
 PATTERNS = ("block:8x1", "columns:2")
@@ -250,14 +249,13 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="also rows that there are already")
     parser.add_argument("--plot", action="store_true")
     parser.add_argument("--fit", action="store_true")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path)
     args = parser.parse_args()
-    kept: dict[str, Any] = json.loads(args.results.read_text()) if args.results.exists() else {"rows": {}}
-    rows = kept["rows"]
+    rows = Rows(__file__, args.results)
     if args.plot:
-        plot(rows, args.results.with_suffix(".svg"))
+        plot(rows.rows, rows.path.with_suffix(".svg"))
     if args.fit:
-        print(*fit(rows), sep="\n")
+        print(*fit(rows.rows), sep="\n")
     if args.plot or args.fit:
         return
     print(f"{'network':14} {'pattern':10} sparse thr batch {'dense':>9} {'compiled':>9} {'faster':>7}")
@@ -266,11 +264,8 @@ def main() -> None:
             (p, s, t, b) for p in args.pattern for s in args.sparsity for t in args.threads for b in args.batch
         ):
             row_key = key(name, pattern, sparsity, threads, batch)
-            if args.again or row_key not in rows:
-                rows[row_key] = measure_row(name, pattern, sparsity, threads, batch, args.deepsparse)
-                aside = args.results.with_suffix(".partial")
-                aside.write_text(json.dumps({"rows": rows, "environment": environment()}, indent=1) + "\n")
-                aside.replace(args.results)
+            if args.again or not rows.has(row_key):
+                rows.add(row_key, measure_row(name, pattern, sparsity, threads, batch, args.deepsparse))
             row = rows[row_key]
             scaled = ""
             if "compiled_over_one_thread" in row:
@@ -282,7 +277,8 @@ def main() -> None:
                 f"{row['compiled_ms']:6.2f} ms {row['speedup']:6.2f}x  {row['taken']}{scaled}",
                 flush=True,
             )
-    print(f"\nmedian speed-up: {statistics.median(row['speedup'] for row in rows.values()):.2f}x over {len(rows)} rows")
+    speedups = [row["speedup"] for row in rows.rows.values()]
+    print(f"\nmedian speed-up: {statistics.median(speedups):.2f}x over {len(speedups)} rows")
 
 
 if __name__ == "__main__":

@@ -10,17 +10,14 @@ most that any folding could give). Writes `benchmarks/results/split_copies.json`
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from kernel_latency import SHAPES, Shape, in_turns, prepare
 from onnx import TensorProto, helper, numpy_helper
+from results import Rows
 
-from slrc.measuring.timing import environment
-
-RESULTS = Path(__file__).parent / "results" / "split_copies.json"
 GROUPS = 2
 
 
@@ -61,9 +58,9 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=0.4, help="for each pair")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    rows = []
+    rows = Rows(__file__, args.out)
     print(f"{'layer':22} kept  gather ms  slice: faster  no copies: faster")
     for shape in SHAPES:
         for kept in (0.5, 0.25):
@@ -71,13 +68,12 @@ def main() -> None:
             gather, slices, _ = in_turns(calls["gather"], calls["slice"], args.seconds)
             again, none, _ = in_turns(calls["gather"], calls["none"], args.seconds)
             row = {"layer": str(shape), "kept": kept, "gather_ms": gather * 1e3}
-            rows.append(row | {"slice_speedup": gather / slices, "no_copies_speedup": again / none})
+            row |= {"slice_speedup": gather / slices, "no_copies_speedup": again / none}
+            rows.add(f"{shape} {kept:g}", row)
             print(
                 f"{shape!s:22} {kept:4.0%} {gather * 1e3:10.3f} {gather / slices:13.2f}x {again / none:17.2f}x",
                 flush=True,
             )
-    args.out.parent.mkdir(exist_ok=True)
-    args.out.write_text(json.dumps({"rows": rows, "environment": environment()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

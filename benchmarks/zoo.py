@@ -7,9 +7,9 @@
 
 Weights are random: nothing is learned here, the question is whether the structure holds. Each model runs in a process
 of its own, so that a bad one ends nothing; rows are written as they come to `benchmarks/results/zoo.json`, and a second
-run goes on with what is missing. Where the package `torch-pruning` is installed it runs beside with its defaults; its
-result counts as correct if it equals the dense model with zeros where it pruned. The whole list takes about two hours
-on two cores, half of that without latency.
+run goes on with what is missing or out of date. Where the package `torch-pruning` is installed it runs beside with its
+defaults; its result counts as correct if it equals the dense model with zeros where it pruned. The whole list takes
+about two hours on two cores, half of that without latency.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "zoo.json"
+from results import Rows
+
 TIMEOUT_S = 900
 TIMING_S = 2.0
 LEVELS = (0.3, 0.5, 0.7)
@@ -271,14 +272,14 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="+", default=list(LEVELS))
     parser.add_argument("--no-latency", action="store_true")
     parser.add_argument("--again", action="store_true", help="also models that have a row already")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path)
     parser.add_argument("--job", choices=["slrc", "torch-pruning"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
         print(json.dumps(run_job(args.models[0], args)))
         return
     beside = importlib.util.find_spec("torch_pruning") is not None
-    rows: dict[str, Any] = json.loads(args.results.read_text()) if args.results.exists() else {}
+    rows = Rows(__file__, args.results)
     header = ("model", "grps", "reach", "par.", "MACs", "slim", "ort", "s", "faster")
     print(
         f"{header[0]:44} {header[1]} {header[2]:>5} {header[3]:>5} {header[4]:>5} {header[5]:>8} {header[6]:>8} ",
@@ -286,26 +287,23 @@ def main() -> None:
     )
     print(f"{header[7]:>6} {header[8]:>7}")
     for name in args.models or default_models():
-        old, row = {} if args.again else rows.get(name, {}), {}
+        old, row = rows[name] if rows.has(name) and not args.again else {}, {}
         if not is_whole(old, args):
             row = run_alone(name, "slrc", args)
         if beside and not name.endswith(NARROW) and "torch_pruning" not in old:
             row["torch_pruning"] = run_alone(name, "torch-pruning", args)
         if row:
             levels = old.get("levels", {}) | row.get("levels", {})
-            rows[name] = old | row | ({"levels": levels} if levels else {})
-            args.results.parent.mkdir(exist_ok=True)
-            aside = args.results.with_suffix(".partial")
-            aside.write_text(json.dumps(rows, indent=1) + "\n")
-            aside.replace(args.results)
+            rows.add(name, old | row | ({"levels": levels} if levels else {}))
         print(show(name, rows[name]), flush=True)
-    failed = sum("failed" in row for row in rows.values())
+    found = rows.rows.values()
+    failed = sum("failed" in row for row in found)
     exact = sum(
         all(x["slim_error"] <= EXACT and x["ort_error"] <= EXACT for x in row["levels"].values())
-        for row in rows.values()
+        for row in found
         if "levels" in row
     )
-    print(f"\n{len(rows)} models, {exact} exact to 1e-4 at every level, {failed} failed")
+    print(f"\n{len(found)} models, {exact} exact to 1e-4 at every level, {failed} failed")
 
 
 if __name__ == "__main__":

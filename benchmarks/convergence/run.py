@@ -30,6 +30,7 @@ import copy
 import fcntl
 import itertools
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,6 +46,9 @@ from contenders import CONTENDERS, Contender, make_contender
 from tasks import CACHE, Images, Task, load_task
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+
+sys.path.insert(1, str(Path(__file__).parents[1]))
+from results import file_of, made_with
 
 import slrc
 from slrc.training.batch_norm import recalibrate_batch_norm
@@ -308,6 +312,7 @@ def main() -> None:
     rows = [r for r in rows_of(args.tier, args.seeds, args.network) if fnmatch(str(r), args.only)]
     out = args.out
     out.parent.mkdir(exist_ok=True)
+    made = made_with(file_of(RESULTS.name))
     for row in rows:
         with claim(row) as mine:
             if not mine or str(row) in read_rows(out):
@@ -322,7 +327,7 @@ def main() -> None:
                     raise
                 result = {"row": str(row), "error": f"{type(error).__name__}: {error}"}
             with out.open("a") as file:
-                file.write(json.dumps(result) + "\n")
+                file.write(json.dumps(result | {"made_with": made}) + "\n")
             print(describe(result), flush=True)
 
 

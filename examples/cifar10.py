@@ -33,6 +33,8 @@ from torchvision import models
 
 import slrc
 from slrc.errors import WorkloadError
+from slrc.machine.cache import cache_folder
+from slrc.machine.processor import processor
 
 ORIGINAL = "cifar-10-batches-py"
 PACK = "cifar10.npz"
@@ -326,13 +328,7 @@ def train_dense(model: nn.Module, batches: Batches, lr: float, epochs: int, name
 
 def has_bfloat16() -> bool:
     """Tell whether the processor has instructions for bfloat16; without them autocast only costs time."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpuinfo.read_text().split())
-
-
-def cache_folder() -> Path:
-    """Return the folder for what is made once."""
-    return Path(os.environ.get("SLRC_CACHE", "~/.cache/slrc")).expanduser()
+    return not processor().features.isdisjoint({"avx512_bf16", "amx_bf16"})
 
 
 def make_workload(name: str) -> slrc.Workload:

@@ -5,17 +5,15 @@
 The dense network is trained once, in seconds, and cached; `SLRC_CACHE` names the folder (default `~/.cache/slrc`).
 """
 
-import os
-from pathlib import Path
-
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import slrc
+from slrc.machine.cache import cache_folder
 
-CACHE = Path(os.environ.get("SLRC_CACHE", "~/.cache/slrc")).expanduser()
+CACHE = cache_folder()
 DENSE_EPOCHS = 12
 
 

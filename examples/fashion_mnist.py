@@ -26,6 +26,7 @@ from torch.nn.functional import cross_entropy
 
 import slrc
 from slrc.errors import WorkloadError
+from slrc.machine.cache import cache_folder
 
 FOLDERS = ("fashion_mnist", "FashionMNIST/raw")
 MEAN, STD = 0.286 * 255, 0.353 * 255
@@ -196,7 +197,7 @@ def make_workload(name: str) -> slrc.Workload:
     subset = min(int(os.environ.get("SLRC_SUBSET", len(labels))), len(labels))
     batches, test = Batches(pixels[:subset], labels[:subset]), load_images("test")
     epochs = int(os.environ.get("SLRC_DENSE_EPOCHS", EPOCHS))
-    cache = Path(os.environ.get("SLRC_CACHE", "~/.cache/slrc")).expanduser()
+    cache = cache_folder()
     dense = cache / f"fashion-mnist-{subset}-{name}-{epochs}epochs.safetensors"
     with torch.random.fork_rng():  # what compile draws must not depend on whether the cache was filled
         torch.manual_seed(0)

@@ -21,7 +21,7 @@ from pathlib import Path
 import cifar10
 import numpy as np
 import torch
-from cifar10 import ADAPT_EPOCHS, SCRATCH_EPOCHS, USUAL_LR, Batches, accuracy, cache_folder
+from cifar10 import ADAPT_EPOCHS, SCRATCH_EPOCHS, USUAL_LR, Batches, accuracy
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from torchvision import datasets, models
 
 import slrc
 from slrc.errors import WorkloadError
+from slrc.machine.cache import cache_folder
 
 FOLDER = "imagenette2-160"
 PACK = "imagenette96_{}.npz"

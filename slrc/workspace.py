@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from filelock import BaseFileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from slrc.errors import OutputError
+from slrc.machine.lock import take_lock
 from slrc.sparsity.plans import Plan
 from slrc.training.checkpoints import DISK_ERRORS, disk_error
 
@@ -55,7 +56,7 @@ class Workspace:
         self.work = self.out.parent / f"{self.out.name}.work"
         self.resumed = resume
         self.leads = leads
-        self._lock: IO[str] | None = None
+        self._lock: BaseFileLock | None = None
         if leads:
             self._open(out, run, resume, overwrite)
 
@@ -172,17 +173,14 @@ class Workspace:
 
     def _unlock(self) -> None:
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
 
-    def _take_lock(self) -> IO[str]:
-        lock = (self.work / LOCK).open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
+    def _take_lock(self) -> BaseFileLock:
+        lock = take_lock(self.work / LOCK)
+        if lock is None:
             raise OutputError(
                 f"another slrc run is at work in `{self.work}`", hint="wait for it, or choose another `--out`"
-            ) from None
+            )
         return lock
 
     def _read_run(self) -> dict[str, Any] | None:

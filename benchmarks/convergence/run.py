@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import fcntl
 import itertools
 import json
 import sys
@@ -51,6 +50,7 @@ sys.path.insert(1, str(Path(__file__).parents[1]))
 from results import file_of, made_with
 
 import slrc
+from slrc.machine.lock import take_lock
 from slrc.training.batch_norm import recalibrate_batch_norm
 from slrc.training.batches import update_steps
 
@@ -275,13 +275,12 @@ def claim(row: Row) -> Iterator[bool]:
     """Hold a row, so that no other process runs it; yield whether that succeeded. A dead process holds nothing."""
     folder = CACHE / "convergence-locks"
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / sha256(str(row).encode()).hexdigest()[:16]).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
+    lock = take_lock(folder / sha256(str(row).encode()).hexdigest()[:16])
+    try:
+        yield lock is not None
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def read_rows(path: Path) -> dict[str, dict[str, Any]]:

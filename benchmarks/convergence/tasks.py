@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision import datasets, transforms
 
 import slrc
+from slrc.machine.cache import cache_folder
 from slrc.workload import load_workload
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -28,7 +29,7 @@ import imagenette
 
 CIFAR_SCRATCH_EPOCHS = 10
 """Of a dense start on CIFAR-10 without weights: a third of what the example takes."""
-CACHE = Path(os.environ.get("SLRC_CACHE", "~/.cache/slrc")).expanduser()
+CACHE = cache_folder()
 Images = Iterable[tuple[Tensor, Tensor]]
 """Batches `(x, y)` that can be read again and again."""
 

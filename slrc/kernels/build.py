@@ -81,6 +81,7 @@ def find_compiler(family: str) -> Compiler:
     Raises:
         BackendError: there is none.
     """
+    _family(family)
     for command in _candidates(family):
         made_for = family if "-target" in command else _ask(command, "-dumpmachine")
         version = _ask(command, "--version")
@@ -116,7 +117,7 @@ def compile_library(
 
 
 def _family(target: str | None) -> str:
-    if target is None and sys.platform != "linux":
+    if sys.platform != "linux":
         raise BackendError(f"the block-sparse kernels are for Linux, this is {sys.platform}")
     family = family_of(target or platform.machine())
     if family not in TILE_SETS:

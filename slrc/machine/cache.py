@@ -9,10 +9,16 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
+from platformdirs import user_cache_path
+
 
 def cache_folder() -> Path:
-    """Return `$SLRC_CACHE`, else `~/.cache/slrc`; where that cannot be written, a folder that goes with the process."""
-    folder = Path(os.environ.get("SLRC_CACHE") or "~/.cache/slrc").expanduser()
+    """Return `$SLRC_CACHE`, else the system's folder for caches: on Linux `~/.cache/slrc`.
+
+    Where that cannot be written, it is a folder that goes with the process.
+    """
+    given = os.environ.get("SLRC_CACHE")
+    folder = Path(given).expanduser() if given else user_cache_path("slrc", appauthor=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

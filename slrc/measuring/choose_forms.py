@@ -8,7 +8,6 @@ model is never slower than the dense one by more than the noise of the clock.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -21,6 +20,7 @@ from slrc.forms.form import DENSE, LEAST_ZEROS, Form, FormChoice, FormKind, Form
 from slrc.ir.nodes import layer_weight
 from slrc.ir.program import Program
 from slrc.machine.cache import cache_folder
+from slrc.machine.cores import usable_cores
 from slrc.measuring.latency_timing import PART_BUDGET_S, WHOLE_BUDGET_S, Clock, Job, whole_job
 from slrc.passes.analysis.cut_segments import Segment, cut_segments
 from slrc.pipeline import apply_forms
@@ -46,7 +46,7 @@ def choose_forms(
     """
     backend = get_backend(target)
     why_not_packed = backend.why_not_packed(target)
-    count = threads or len(os.sched_getaffinity(0))
+    count = threads or usable_cores()
     candidates: dict[str, list[Form]] = {}
     lost = ""
     for weight, found in _possible_forms(program).items():

@@ -16,6 +16,7 @@ from slrc.errors import BackendError, PlanError
 from slrc.ir.program import Program
 from slrc.kernels.build import sources_digest
 from slrc.machine.cache import cache_folder
+from slrc.machine.cores import usable_cores
 from slrc.measuring.latency_table import LatencyTable, SegmentLatency, WholeLatency
 from slrc.measuring.timing import environment, time_in_turns
 from slrc.passes.analysis.cut_segments import cut_segments
@@ -57,7 +58,7 @@ class LatencyMeter:
                 hint="give a target that runs here, or another `--allocate`",
             )
         self._program, self._target, self._reporter = program, target, reporter or Quiet()
-        self._threads = threads or len(os.sched_getaffinity(0))
+        self._threads = threads or usable_cores()
         self._clock = Clock(target, self._threads, cache or cache_folder())
         self._dense = baseline(program)
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +15,8 @@ from torch import Tensor
 
 from slrc.backends import LoweredProgram, Runner, get_backend
 from slrc.machine import denormals
+from slrc.machine.cores import usable_cores
+from slrc.machine.processor import processor
 from slrc.progress import Quiet, Reporter
 
 WARM_UP_S = 0.5
@@ -119,7 +119,7 @@ def time_pair(
 ) -> Latency:
     """Load both artifacts of a target and time them in turns."""
     backend = get_backend(compiled.target)
-    count = threads or len(os.sched_getaffinity(0))
+    count = threads or usable_cores()
     runners = [backend.load(p.folder, threads=count) for p in (dense, compiled)]
     return measure(str(compiled.target), runners[0], runners[1], inputs, count, reporter)
 
@@ -135,12 +135,12 @@ def time_in_turns(calls: Sequence[Callable[[], Any]], budget_s: float) -> list[f
 
 def environment() -> dict[str, Any]:
     """Return what a figure depends on: processor, instruction sets, cores, versions."""
-    model, flags = _cpu()
+    here = processor()
     packages = ("slrc", "torch", "onnx", "onnxruntime", "accelerate", "numpy", "tensorrt-rtx", "tensorrt")
     return {
-        "cpu": model,
-        "instruction_sets": [f for f in INSTRUCTION_SETS if f in flags],
-        "cores": len(os.sched_getaffinity(0)),
+        "cpu": here.name,
+        "instruction_sets": [f for f in INSTRUCTION_SETS if f in here.features],
+        "cores": usable_cores(),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -165,16 +165,6 @@ def _time_ms(call: Callable[[], Any]) -> float:
 
 def _percentiles(times: list[float]) -> Percentiles:
     return Percentiles(p50=statistics.median(times), p90=statistics.quantiles(times, n=10)[-1])
-
-
-def _cpu() -> tuple[str, set[str]]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine(), set()
-    fields = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
-    flags = set((fields.get("flags") or fields.get("Features") or "").split())
-    return fields.get("model name") or platform.machine(), flags
 
 
 def _version(name: str) -> str | None:

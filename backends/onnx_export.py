@@ -7,7 +7,9 @@ import copy
 import io
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +40,7 @@ def export_onnx(program: Program, path: Path) -> bool:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     exported_program = _without_constant_outputs(_with_plain_attention(program))
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _translations_read_once():
             warnings.simplefilter("ignore")
             exported = torch.onnx.export(
                 exported_program,
@@ -59,6 +61,35 @@ def export_onnx(program: Program, path: Path) -> bool:
     exported.save(path, external_data=_bytes(program) > EXTERNAL_DATA_BYTES)
     onnx.checker.check_model(str(path))
     return is_packed
+
+
+@contextlib.contextmanager
+def _translations_read_once() -> Iterator[None]:
+    """Keep what torch reads anew in every export, the sources of a thousand translations: half of its time."""
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+    except ImportError:  # a version of torch that keeps them elsewhere
+        yield
+        return
+    registry: Any = ONNXRegistry
+    own, read = vars(registry)["from_torchlib"], registry.from_torchlib
+
+    def copied(opset_version: int) -> Any:
+        if opset_version not in _TRANSLATIONS:
+            _TRANSLATIONS[opset_version] = read(opset_version)
+        kept = _TRANSLATIONS[opset_version]
+        fresh = copy.copy(kept)
+        fresh.functions = {name: list(translations) for name, translations in kept.functions.items()}
+        return fresh
+
+    registry.from_torchlib = staticmethod(copied)
+    try:
+        yield
+    finally:
+        registry.from_torchlib = own
+
+
+_TRANSLATIONS: dict[int, Any] = {}
 
 
 def _with_plain_attention(program: Program) -> ExportedProgram:

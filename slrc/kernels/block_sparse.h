@@ -62,14 +62,16 @@ SLRC_EXPORT int slrc_check_sizes(const SlrcBlocks* blocks, const SlrcWindow* win
 // The index-th activation's name; null from the last one's index on.
 SLRC_EXPORT const char* slrc_activation(int64_t index);
 
-// The instruction set in use: "avx512", "avx2", "neon" or "portable"; "none" if SLRC_KERNEL_ISA names none that there is.
+// The instruction set in use: "avx512", "avx2", "neon" or "portable"; "none" if SLRC_KERNEL_ISA names none that there
+// is.
 SLRC_EXPORT const char* slrc_instruction_set(void);
 
-// The index-th feature that a processor needs for a set, as compilers' flags name it; null from the last one's index on.
+// The index-th feature that a processor needs for a set, as compilers' flags name it; null from the last one's index
+// on.
 SLRC_EXPORT const char* slrc_needed_feature(const char* instruction_set, int64_t index);
 
-// Whether a processor whose CPUID says so (leaf 1, ECX; leaf 7, EBX) runs a set, `saved` (XCR0) being what its operating
-// system saves.
+// Whether a processor whose CPUID says so (leaf 1, ECX; leaf 7, EBX) runs a set, `saved` (XCR0) being what its
+// operating system saves.
 SLRC_EXPORT int slrc_would_run(const char* instruction_set, uint32_t leaf1_ecx, uint32_t leaf7_ebx, uint32_t saved);
 
 // The greatest rate of float32 multiply-adds that this core reaches, in GFLOP/s, measured for about `seconds`.
@@ -77,120 +79,4 @@ SLRC_EXPORT double slrc_peak_gflops(double seconds);
 
 #if defined(__cplusplus)
 }  // extern "C"
-
-#include <memory>
-#include <mutex>
-#include <stdexcept>
-#include <string>
-#include <vector>
-
-#include "tile.h"
-
-namespace slrc {
-
-inline int64_t CeilDiv(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
-
-// The caller's mistake; crosses no C boundary.
-struct Error : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
-
-// Runs task(data, i) for every i < count, on as many threads as it likes.
-struct Parallel {
-  void (*run)(void* context, size_t count, void (*task)(void* data, size_t i), void* data);
-  void* context;
-};
-extern const Parallel kSerial;
-
-// Returns the loops of the best instruction set, or of the one that the environment names in SLRC_KERNEL_ISA.
-const TileLoops& Loops();
-
-// Of SLRC_ACTIVATIONS; then null.
-extern const char* const kActivationNames[];
-
-// What a packed weight's sizes alone tell of it, and how many columns an out channel may have (see limits.h).
-void CheckSizes(const SlrcBlocks& blocks, int64_t group);
-void CheckColumns(int64_t columns);
-
-// A packed weight, checked and copied.
-class Weight {
- public:
-  Weight(const SlrcBlocks& blocks, int64_t group);
-  // Returns the out channel that a block row begins with.
-  int64_t FirstChannel(int64_t block_row) const {
-    const int64_t per_group = out_channels / group;
-    return block_row / rows_per_group * per_group + block_row % rows_per_group * block;
-  }
-
-  int64_t block, out_channels, group;
-  int64_t rows_per_group;  // block rows
-  int64_t largest_column = -1;
-  bool sorted = true;  // whether columns rise within each block row
-  Activation activation;
-  float slope;
-  std::vector<float> values;
-  std::vector<int32_t> columns;
-  std::vector<int32_t> row_pointers;
-  std::vector<float> bias;  // zeros if there is none; padded to whole blocks
-};
-
-struct Layout;  // where a convolution finds each column in planes of one size
-
-class Conv {
- public:
-  Conv(const SlrcBlocks& blocks, const SlrcWindow& window);
-  ~Conv();
-  // Returns the shape of y.
-  void OutputShape(const int64_t x_shape[4], int64_t y_shape[4]) const;
-  void Run(const float* x, const int64_t x_shape[4], const float* residual, float* y, const Parallel& parallel) const;
-
- private:
-  std::shared_ptr<const Layout> FindLayout(const int64_t x_shape[4]) const;
-
-  Weight weight_;
-  SlrcWindow window_;
-  mutable std::mutex mutex_;
-  mutable std::vector<std::shared_ptr<const Layout>> layouts_;  // of the latest sizes
-};
-
-// y (n, c, h / 2, w / 2) = the maxima of 2 x 2 windows of x (n, c, h, w), side by side.
-void MaxPool2x2(const float* x, const int64_t shape[4], float* y, const Parallel& parallel);
-
-class Gemm {
- public:
-  explicit Gemm(const SlrcBlocks& blocks);
-  int64_t out_channels() const { return weight_.out_channels; }
-  void Run(const float* x, int64_t rows, int64_t inputs, const float* residual, float* y,
-           const Parallel& parallel) const;
-
- private:
-  friend class Mlp;
-  // Computes block rows [first, last) on the tokens of a panel; see Scratch::Get for owner and key.
-  template <class Output>
-  void RunPart(const float* x, int64_t tokens, int64_t inputs, const Output& output, uint64_t owner, int64_t key,
-               int64_t first, int64_t last) const;
-
-  Weight weight_;
-  int64_t width_;                 // of a tile's transposed tokens: their rows' distance
-  int64_t panel_tokens_;          // whose tiles are transposed together
-  std::vector<int32_t> offsets_;  // of the columns in a transposed tile of x
-};
-
-// Two matrix multiplications, one after the other on a few tokens at a time: what stands between them is never
-// transposed, and stays cached.
-class Mlp {
- public:
-  Mlp(const SlrcBlocks& up, const SlrcBlocks& down);
-  int64_t out_channels() const { return down_.out_channels; }
-  void Run(const float* x, int64_t rows, int64_t inputs, const float* residual, float* y,
-           const Parallel& parallel) const;
-
- private:
-  Gemm up_;
-  Weight down_;
-  int64_t pitch_;                 // of the channels between
-  std::vector<int32_t> offsets_;  // of the columns of `down_` there
-};
-
-}  // namespace slrc
 #endif

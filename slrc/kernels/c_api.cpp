@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <chrono>
 
+#include "conv.h"
+#include "gemm.h"
 #include "processor.h"
 #include "window.h"
 

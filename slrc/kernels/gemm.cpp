@@ -1,5 +1,7 @@
 // Matrix multiplication on tokens: the tokens of each tile are transposed, and are then packed pixels of a 1x1
 // convolution.
+#include "gemm.h"
+
 #include <algorithm>
 #include <limits>
 
@@ -151,7 +153,8 @@ void Mlp::Run(const float* x, int64_t rows, int64_t inputs, const float* residua
     auto tokens_of = [&](int64_t index) { return std::min(tokens, rows - (done + index) * tokens); };
     auto up = [&](int64_t index, int64_t first, int64_t last) {
       const PlaneOutput plane{hidden + index * hidden_size, pitch_};
-      up_.RunPart(x + (done + index) * tokens * inputs, tokens_of(index), inputs, plane, owner, done + index, first, last);
+      const float* from = x + (done + index) * tokens * inputs;
+      up_.RunPart(from, tokens_of(index), inputs, plane, owner, done + index, first, last);
     };
     auto down = [&](int64_t index, int64_t first, int64_t last) {
       PiecesOnStack cut;

@@ -11,9 +11,9 @@ constexpr int64_t kMostColumns = 1 << 24;  // a column times the tokens of a pan
 constexpr int64_t kMostBlocks = (1 << 27) - 1;
 constexpr int64_t kMostChannels = INT32_MAX;
 
-// Of a group's input, in floats, so that offsets in a plane are int32. A plane has up to strides[0] x strides[1] phases;
-// each may need so many rows and columns more than its share of the padded input: for rounding up to whole elements and
-// vectors, for the room before its first row and for what a copy writes past its last one.
+// Of a group's input, in floats, so that offsets in a plane are int32. A plane has up to strides[0] x strides[1]
+// phases; each may need so many rows and columns more than its share of the padded input: for rounding up to whole
+// elements and vectors, for the room before its first row and for what a copy writes past its last one.
 constexpr int64_t kMostInput = 1 << 30;
 constexpr int64_t kStrideMargin[2] = {3, 17};
 

@@ -16,10 +16,13 @@
 
 #include <algorithm>
 #include <deque>
+#include <memory>
 #include <new>
 
-#include "block_sparse.h"
+#include "conv.h"
+#include "gemm.h"
 #include "ort_abi.h"
+#include "pool.h"
 
 namespace slrc {
 namespace {

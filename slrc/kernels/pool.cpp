@@ -1,5 +1,5 @@
 // Max pooling of planes as the convolutions leave them, without a detour over another layout.
-#include "panel.h"
+#include "pool.h"
 
 namespace slrc {
 

@@ -8,7 +8,7 @@
 #include <cpuid.h>
 #endif
 
-#include "block_sparse.h"
+#include "weight.h"
 
 namespace slrc {
 namespace {

@@ -1,5 +1,5 @@
-// Which instruction sets a processor runs: a set needs every feature that the compiler was allowed to use for its loops.
-// tile.cpp asks the compiler which those are (they follow from the flags in build.py), and its TileLoops say so.
+// Which instruction sets a processor runs: a set needs every feature that the compiler was allowed to use for its
+// loops. tile.cpp asks the compiler which those are (they follow from the flags in build.py), and its TileLoops say so.
 #pragma once
 
 #include <stdint.h>
@@ -13,8 +13,8 @@ struct Processor {
   uint32_t leaf1_ecx, leaf7_ebx, saved;
 };
 
-// X(name in the compiler's flags, the same in its macros, word of Processor, bit there). A set of features is a word with
-// the bit k for the k-th of these.
+// X(name in the compiler's flags, the same in its macros, word of Processor, bit there). A set of features is a word
+// with the bit k for the k-th of these.
 #define SLRC_FEATURES(X)             \
   X("sse3", SSE3, leaf1_ecx, 0)      \
   X("ssse3", SSSE3, leaf1_ecx, 9)    \

@@ -49,8 +49,8 @@ struct Outputs {
   int32_t at[kMaxVectors + 1];
 };
 
-// Taps up to `last` - 1, from the last group's on: of what their columns read of x for a run, which lanes of each vector
-// are; the others count as zero and are not touched.
+// Taps up to `last` - 1, from the last group's on: of what their columns read of x for a run, which lanes of each
+// vector are; the others count as zero and are not touched.
 struct Taps {
   int32_t last;
   uint16_t read[kMaxVectors + 1];
@@ -87,17 +87,17 @@ struct Strip {
 
 using StripLoop = void (*)(const Strip&);
 
-// Rows of a copy, `from_step` and `to_step` apart. Of the first: to[to + i] = x[from + i * stride] for i < floats, and zero
-// from there up to `written`.
+// Rows of a copy, `from_step` and `to_step` apart. Of the first: to[to + i] = x[from + i * stride] for i < floats, and
+// zero from there up to `written`.
 struct Run {
   int32_t from, to, floats, written;
   int32_t rows = 1, from_step = 0, to_step = 0;
 };
 
 // The same runs of every channel, in order and in whole vectors: a later one overwrites what an earlier one wrote past
-// its end. The last channel's last run may be written past its end as well. Where every run is one row and only zeros that
-// come first are written past a channel's end, some channels go `together`, one run of all of them after the other, and
-// nothing is written past the last one.
+// its end. The last channel's last run may be written past its end as well. Where every run is one row and only zeros
+// that come first are written past a channel's end, some channels go `together`, one run of all of them after the
+// other, and nothing is written past the last one.
 struct CopyJob {
   const Run* runs;
   int64_t run_count;

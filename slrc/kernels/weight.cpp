@@ -1,9 +1,10 @@
 // Checks and copies of packed weights.
+#include "weight.h"
+
 #include <string.h>
 
 #include <algorithm>
 
-#include "block_sparse.h"
 #include "limits.h"
 
 namespace slrc {

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "block_sparse.h"
+#include "pool.h"
 
 namespace {
 
@@ -251,9 +252,10 @@ bool MlpAgrees(uint64_t seed, bool broken, long* refused) {
     const int64_t block = kBlocks[random.Int(0, 3)], rows = (sizes[k + 1] + block - 1) / block;
     packed[k].reset(new Packed(random, block, rows, sizes[k]));
     if (random.Chance(70)) bias[k] = random.Floats(sizes[k + 1]);
-    blocks[k] = {packed[k]->values.get(),   packed[k]->count * block, packed[k]->columns.get(), packed[k]->count,
-                 packed[k]->pointers.get(), rows + 1,                 bias[k].get(),            bias[k] ? sizes[k + 1] : 0,
-                 block,                     sizes[k + 1],             slrc_activation(k ? slrc::kNone : activation), kSlope};
+    const char* const name = slrc_activation(k ? slrc::kNone : activation);
+    const int64_t bias_count = bias[k] ? sizes[k + 1] : 0;
+    blocks[k] = {packed[k]->values.get(), packed[k]->count * block, packed[k]->columns.get(), packed[k]->count,
+                 packed[k]->pointers.get(), rows + 1, bias[k].get(), bias_count, block, sizes[k + 1], name, kSlope};
   }
   const auto x = random.Floats(tokens * inputs);
   if (random.Chance(40)) residual = random.Floats(tokens * outputs);

@@ -1,0 +1,34 @@
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "parallel.h"
+
+namespace slrc {
+
+struct Layout;  // where a convolution finds each column in an input of one size
+
+// A convolution with a packed weight, on inputs of any size.
+class Conv {
+ public:
+  Conv(const SlrcBlocks& blocks, const SlrcWindow& window);
+  ~Conv();
+  // Returns the shape of y.
+  void OutputShape(const int64_t x_shape[4], int64_t y_shape[4]) const;
+  void Run(const float* x, const int64_t x_shape[4], const float* residual, float* y, const Parallel& parallel) const;
+
+ private:
+  std::shared_ptr<const Layout> FindLayout(const int64_t x_shape[4]) const;
+  std::shared_ptr<const Weight> WeightInOrder(bool by_tap) const;
+
+  const SlrcWindow window_;
+  const int64_t out_channels_;
+  mutable std::mutex mutex_;
+  mutable std::vector<std::shared_ptr<const Layout>> layouts_;  // of the latest sizes
+  // With the columns of each block row by channel, and by tap: the order that the layouts use, in practice one of them.
+  mutable std::shared_ptr<const Weight> by_channel_, by_tap_;
+};
+
+}  // namespace slrc

@@ -1,0 +1,249 @@
+// One tile: the sums of some rows and pixels in registers. For tile.cpp alone.
+#pragma once
+
+#include "tile_set.h"
+
+namespace slrc {
+namespace {
+
+// How many floats of the values are prefetched ahead: a page, since a processor's own prefetching stops at its end, and
+// weights that were driven from the caches would be waited for at the beginning of each.
+constexpr int kValuesAhead = 1024, kLine = 16;
+
+// How a tile reads x: all, all and what the next tile reads ahead, or some lanes, by groups of taps (see Strip).
+enum Reads { kAll, kAhead, kSome };
+
+// Rows of one block row on some runs of pixels.
+struct Tile {
+  const float* values;
+  const int32_t* offsets;
+  const int32_t* end;  // of the offsets
+  const float* x;
+  const float* bias;
+  const float* start;
+  int64_t start_pitch;
+  float* y;
+  int64_t pitch;
+  int64_t rows;
+  int64_t x_step, y_step;  // as in Strip
+  PixelMore more;
+  const int32_t* tap_ends;  // of the block row
+};
+
+// A tile's size, known to the compiler: rows (of one run) or runs (of one row), by `Whole` vectors, a last one of
+// `Last` lanes and perhaps a pixel more.
+template <int Rows, int Runs, int Whole, int Last, int Pixel>
+struct TileSize {
+  static_assert(Rows == 1 ? !Pixel : Runs == 1);
+  static constexpr int kRows = Rows, kRuns = Runs, kWhole = Whole, kLast = Last;
+  static constexpr bool kHasMore = Pixel > 0;
+  static constexpr bool kMayLeaveGaps = kMasks && Rows > 1;
+  static constexpr int kSums = Rows * Runs;
+  static constexpr int kPixels = Whole * kLanes + Last;  // without the one more
+  static constexpr int kLines = (kPixels + kLine - 1) / kLine;
+  static constexpr int kSide = Rows < kLanes ? Rows : kLanes;  // rows side by side in the sums of a pixel more
+  static constexpr int kSides = Rows / kSide;
+
+  using V = typename Lanes<kLanes>::Float;
+  using L = typename Lanes<Last>::Float;
+  using Side = typename Lanes<kSide>::Float;
+};
+
+// The sums of a tile, in registers: everything that takes them is inlined and unrolled. Of a pixel more the lanes are
+// the rows: a multiply-add for each column, not for each column and row.
+template <class Size>
+struct Sums {
+  typename Size::V whole[Size::kSums][Size::kWhole ? Size::kWhole : 1];
+  typename Size::L last[Size::kSums];
+  typename Size::Side more[Size::kSides];
+};
+
+// From a row (of several rows) or a run (of one row) of a tile to the next one.
+template <class Size>
+SLRC_INLINE inline int64_t StartStep(const Tile& tile) {
+  return Size::kRows == 1 ? tile.y_step : tile.start_pitch;
+}
+template <class Size>
+SLRC_INLINE inline int64_t ResultStep(const Tile& tile) {
+  return Size::kRows == 1 ? tile.y_step : tile.pitch;
+}
+
+template <class Size>
+SLRC_INLINE inline void BeginWithBias(const Tile& tile, Sums<Size>& sums) {
+  if constexpr (Size::kHasMore)
+    Unroll<Size::kSides>([&](int q) SLRC_INLINE { sums.more[q] = Load<Size::kSide>(tile.bias + q * Size::kSide); });
+  Unroll<Size::kSums>([&](int s) SLRC_INLINE {
+    const float bias = tile.bias[Size::kRows == 1 ? 0 : s];
+    Unroll<Size::kWhole>([&](int v) SLRC_INLINE { sums.whole[s][v] = All<kLanes>(bias); });
+    sums.last[s] = All<Size::kLast>(bias);
+  });
+}
+
+// `outputs` as in Strip: of the pixels that are none, nothing is there to add.
+template <class Size>
+SLRC_INLINE inline void AddStart(const Tile& tile, const Outputs* outputs, Sums<Size>& sums) {
+  if constexpr (Size::kMayLeaveGaps)
+    if (tile.start && outputs)
+      Unroll<Size::kSums>([&](int s) SLRC_INLINE {
+        const float* start = tile.start + s * tile.start_pitch;
+        Unroll<Size::kWhole>([&](int v) SLRC_INLINE {
+          sums.whole[s][v] += LoadKept<kLanes>(start + outputs->at[v], outputs->kept[v]);
+        });
+        sums.last[s] += LoadKept<Size::kLast>(start + outputs->at[Size::kWhole], outputs->kept[Size::kWhole]);
+      });
+  if (tile.start && !outputs)
+    Unroll<Size::kSums>([&](int s) SLRC_INLINE {
+      const float* start = tile.start + s * StartStep<Size>(tile);
+      Unroll<Size::kWhole>([&](int v) SLRC_INLINE { sums.whole[s][v] += Load<kLanes>(start + v * kLanes); });
+      sums.last[s] += Load<Size::kLast>(start + Size::kWhole * kLanes);
+    });
+  if (Size::kHasMore && tile.more.start)
+    Unroll<Size::kSums>([&](int s) SLRC_INLINE {
+      sums.more[s / Size::kSide][s % Size::kSide] += tile.more.start[s * tile.more.start_pitch];
+    });
+}
+
+// Of one row: a value is loaded once for all runs, and a vector of x once for all of the `Window` parts of the columns
+// (see Strip).
+template <int Window, class Size>
+SLRC_INLINE inline void MultiplyRuns(const Tile& tile, int64_t stride, Sums<Size>& sums) {
+  const float* values = tile.values;
+  const int64_t part = (tile.end - tile.offsets) / Window;
+  for (int64_t t = 0; t < part; ++t, values += stride) {
+    const float* x = tile.x + tile.offsets[t];
+    float value[Window];
+    Unroll<Window>([&](int k) SLRC_INLINE { value[k] = values[k * part * stride]; });
+    Unroll<Size::kRuns + Window - 1>([&](int r) SLRC_INLINE {
+      typename Size::V column[Size::kWhole ? Size::kWhole : 1];
+      Unroll<Size::kWhole>([&](int v) SLRC_INLINE { column[v] = InRegister(Load<kLanes>(x + v * kLanes)); });
+      const typename Size::L last = InRegister(Load<Size::kLast>(x + Size::kWhole * kLanes));
+      Unroll<Window>([&](int k) SLRC_INLINE {
+        const int s = r - k;
+        if (s < 0 || s >= Size::kRuns) return;
+        Unroll<Size::kWhole>([&](int v) SLRC_INLINE { sums.whole[s][v] += column[v] * value[k]; });
+        sums.last[s] += last * value[k];
+      });
+      x += tile.x_step;
+    });
+  }
+}
+
+// Of several rows: the v-th vector of a column, or the lanes of it that its taps read.
+template <int N, Reads Read>
+SLRC_INLINE inline typename Lanes<N>::Float LoadColumn(const float* x, int v, const Taps* taps) {
+  if constexpr (Read == kSome) return LoadLanes<N>(x + v * kLanes, taps->read[v]);
+  else return Load<N>(x + v * kLanes);
+}
+
+// Of several rows: a surviving column loads each vector of x once for all of them.
+template <Reads Read, class Size>
+SLRC_INLINE inline void MultiplyRows(const Tile& tile, const Strip& strip, Sums<Size>& sums) {
+  const int64_t stride = strip.block, ahead = strip.ahead;
+  const float* values = tile.values;
+  const int32_t *offset = tile.offsets, *more_offset = tile.more.offsets;
+  const int64_t groups = Read == kSome ? strip.group_count : 1;
+  for (int64_t g = 0; g < groups; ++g) {
+    const Taps* const taps = Read == kSome ? strip.groups + g : nullptr;
+    const int32_t* const end = Read == kSome ? strip.offsets + tile.tap_ends[taps->last - 1] : tile.end;
+    for (; offset != end; ++offset, ++more_offset, values += stride) {
+      const float* x = tile.x + *offset;
+      typename Size::V column[Size::kWhole ? Size::kWhole : 1];
+      Unroll<Size::kWhole>([&](int v) SLRC_INLINE { column[v] = LoadColumn<kLanes, Read>(x, v, taps); });
+      const typename Size::L last = LoadColumn<Size::kLast, Read>(x, Size::kWhole, taps);
+      __builtin_prefetch(values + kValuesAhead);
+      if constexpr (Read == kAhead)
+        Unroll<Size::kLines>([&](int line) SLRC_INLINE { __builtin_prefetch(x + ahead + line * kLine); });
+      SLRC_LOAD_VALUES(Size::kRows, values);
+      Unroll<Size::kRows>([&](int i) SLRC_INLINE {
+        Unroll<Size::kWhole>([&](int v) SLRC_INLINE { sums.whole[i][v] += column[v] * SLRC_VALUE(i); });
+        sums.last[i] += last * SLRC_VALUE(i);
+      });
+      if constexpr (Size::kHasMore) {
+        const float pixel = Read != kSome || taps->read[Size::kWhole + 1] ? tile.more.x[*more_offset] : 0.0f;
+        Unroll<Size::kSides>([&](int q) SLRC_INLINE {
+          sums.more[q] += Load<Size::kSide>(values + q * Size::kSide) * pixel;
+        });
+      }
+    }
+  }
+}
+
+template <class Size, class Function>
+SLRC_INLINE inline void Apply(const Function& function, Sums<Size>& sums) {
+  Unroll<Size::kSums>([&](int s) SLRC_INLINE {
+    Unroll<Size::kWhole>([&](int v) SLRC_INLINE { sums.whole[s][v] = function(sums.whole[s][v]); });
+    sums.last[s] = function(sums.last[s]);
+  });
+  if constexpr (Size::kHasMore)
+    Unroll<Size::kSides>([&](int q) SLRC_INLINE { sums.more[q] = function(sums.more[q]); });
+}
+
+template <class Size>
+SLRC_INLINE inline void ActivateCheaply(Activation activation, float slope, Sums<Size>& sums) {
+  if (activation == kRelu || activation == kRelu6)
+    Apply([](auto v) SLRC_INLINE { return AtLeast<sizeof v / sizeof(float)>(v, 0.0f); }, sums);
+  if (activation == kRelu6) Apply([](auto v) SLRC_INLINE { return AtMost<sizeof v / sizeof(float)>(v, 6.0f); }, sums);
+  if (activation == kLeakyRelu) Apply([slope](auto v) SLRC_INLINE { return v < 0.0f ? v * slope : v; }, sums);
+}
+
+template <class Size>
+SLRC_INLINE inline void StoreSums(const Tile& tile, const Outputs* outputs, const Sums<Size>& sums) {
+  if constexpr (Size::kMayLeaveGaps)
+    if (outputs)
+      Unroll<Size::kSums>([&](int s) SLRC_INLINE {
+        float* y = tile.y + s * ResultStep<Size>(tile);
+        Unroll<Size::kWhole>([&](int v) SLRC_INLINE {
+          StoreKept<kLanes>(y + outputs->at[v], sums.whole[s][v], outputs->kept[v]);
+        });
+        StoreKept<Size::kLast>(y + outputs->at[Size::kWhole], sums.last[s], outputs->kept[Size::kWhole]);
+      });
+  if (!outputs)
+    Unroll<Size::kSums>([&](int s) SLRC_INLINE {
+      float* y = tile.y + s * ResultStep<Size>(tile);
+      Unroll<Size::kWhole>([&](int v) SLRC_INLINE { Store<kLanes>(y + v * kLanes, sums.whole[s][v]); });
+      Store<Size::kLast>(y + Size::kWhole * kLanes, sums.last[s]);
+    });
+}
+
+// An activation that is not cheap: a loop over what has been stored, which is small where the sums in registers are
+// not.
+template <class Size>
+SLRC_INLINE inline void ActivateStored(const Tile& tile, Activation activation, float slope) {
+  for (int s = 0; s < Size::kSums; ++s)
+    for (int p = 0; p < Size::kPixels; p += Size::kLast) {
+      float* y = tile.y + s * ResultStep<Size>(tile) + p;
+      Store<Size::kLast>(y, Activate<Size::kLast>(Load<Size::kLast>(y), activation, slope));
+    }
+}
+
+// Computes one tile. `Window` is for tiles of one row, `Read` for those of several.
+template <class Size, int Window, Reads Read>
+SLRC_INLINE inline void RunTile(const Tile& tile, const Strip& strip) {
+  static_assert(Size::kRows == 1 ? Read == kAll : Window == 1);
+  const Activation activation = strip.activation;
+  const float slope = strip.slope;
+  const Outputs* const outputs = Size::kMayLeaveGaps ? strip.outputs : nullptr;
+  Sums<Size> sums;
+  BeginWithBias(tile, sums);
+  AddStart(tile, outputs, sums);
+  if constexpr (Size::kRows == 1) MultiplyRuns<Window>(tile, strip.block, sums);
+  else MultiplyRows<Read>(tile, strip, sums);
+  ActivateCheaply(activation, slope, sums);
+  StoreSums(tile, outputs, sums);
+  const bool has_more = Size::kHasMore && (!outputs || outputs->kept[Size::kWhole + 1]);
+  if (!IsCheap(activation)) {
+    if constexpr (Size::kHasMore)
+      Unroll<Size::kSides>([&](int q) SLRC_INLINE {
+        sums.more[q] = Activate<Size::kSide>(sums.more[q], activation, slope);
+      });
+    ActivateStored<Size>(tile, activation, slope);
+  }
+  if constexpr (Size::kHasMore)
+    if (has_more)
+      Unroll<Size::kSums>([&](int s) SLRC_INLINE {
+        tile.more.y[s * tile.more.pitch] = sums.more[s / Size::kSide][s % Size::kSide];
+      });
+}
+
+}  // namespace
+}  // namespace slrc

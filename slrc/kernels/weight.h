@@ -1,0 +1,75 @@
+// Packed weights, and what every part of the kernels uses.
+#pragma once
+
+#include <algorithm>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "block_sparse.h"
+#include "tile.h"
+
+namespace slrc {
+
+inline int64_t CeilDiv(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
+
+inline int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
+
+// The caller's mistake; crosses no C boundary.
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Returns the loops of the best instruction set, or of the one that the environment names in SLRC_KERNEL_ISA.
+const TileLoops& Loops();
+
+// Of SLRC_ACTIVATIONS; then null.
+extern const char* const kActivationNames[];
+
+// What a packed weight's sizes alone tell of it, and how many columns an out channel may have (see limits.h).
+void CheckSizes(const SlrcBlocks& blocks, int64_t group);
+void CheckColumns(int64_t columns);
+
+// A packed weight, checked and copied.
+struct Weight {
+  Weight(const SlrcBlocks& blocks, int64_t group);
+
+  int64_t BlockRows() const { return rows_per_group * group; }
+  // Returns the out channel that a block row begins with.
+  int64_t FirstChannel(int64_t block_row) const {
+    const int64_t per_group = out_channels / group;
+    return block_row / rows_per_group * per_group + block_row % rows_per_group * block;
+  }
+  // Returns the same weight with the columns of each block row in the order of key(column).
+  template <class Key>
+  Weight SortedBy(const Key& key) const;
+
+  int64_t block, out_channels, group;
+  int64_t rows_per_group;  // block rows
+  int64_t largest_column = -1;
+  bool sorted = true;  // whether columns rose within each block row, as they were given
+  Activation activation;
+  float slope;
+  std::vector<float> values;
+  std::vector<int32_t> columns;
+  std::vector<int32_t> row_pointers;
+  std::vector<float> bias;  // zeros if there is none; padded to whole blocks
+};
+
+template <class Key>
+Weight Weight::SortedBy(const Key& key) const {
+  Weight made = *this;
+  std::vector<int32_t> order(columns.size());
+  std::iota(order.begin(), order.end(), 0);
+  for (int64_t r = 0; r < BlockRows(); ++r)
+    std::stable_sort(order.begin() + row_pointers[r], order.begin() + row_pointers[r + 1],
+                     [&](int32_t a, int32_t b) { return key(columns[a]) < key(columns[b]); });
+  for (size_t t = 0; t < order.size(); ++t) {
+    made.columns[t] = columns[order[t]];
+    std::copy_n(values.begin() + order[t] * block, block, made.values.begin() + t * block);
+  }
+  return made;
+}
+
+}  // namespace slrc

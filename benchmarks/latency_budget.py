@@ -23,7 +23,7 @@ import slrc
 from slrc.ir.program import Program, capture
 from slrc.machine.cache import cache_folder
 from slrc.measuring.timing import measure
-from slrc.pipeline import STRUCTURE, run_passes
+from slrc.pipeline import structure
 from slrc.sparsity.masks import Masks
 
 MODELS = [f"torchvision:{n}" for n in ("resnet18", "resnet50", "vgg16", "mobilenet_v2", "swin_t")]
@@ -36,7 +36,7 @@ def measure_budget(program: Program, dense: Any, budget: float, cache: Path) -> 
     plan = slrc.plan(program, "channel", allocate="latency", latency_budget=budget, threads=1, cache=cache)
     planned = time.perf_counter() - started
     assert plan.latency is not None
-    slim = run_passes(STRUCTURE, program, plan, Masks.project(plan, program.tensors))
+    slim = structure(program, plan, Masks.project(plan, program.tensors))
     inputs = slim.flat_inputs()
     with tempfile.TemporaryDirectory() as folder:
         timed = measure("ort", dense, load(slim, Path(folder)), inputs, threads=1)

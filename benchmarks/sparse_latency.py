@@ -37,7 +37,7 @@ from slrc.forms.form import FormChoice
 from slrc.ir.program import Program, capture
 from slrc.measuring.choose_forms import choose_forms
 from slrc.measuring.timing import measure
-from slrc.pipeline import STRUCTURE, apply_forms, baseline, run_passes
+from slrc.pipeline import apply_forms, baseline, structure
 from slrc.sparsity.masks import Masks
 from slrc.verify import outputs_of
 
@@ -119,7 +119,7 @@ def measure_row(name: str, pattern: str, sparsity: float, threads: int, batch: i
     program = network(name, batch)
     plan = slrc.plan(program, pattern, sparsity, round_to=1)
     masks = Masks.project(plan, program.tensors)
-    slim = run_passes(STRUCTURE, program, plan, masks)
+    slim = structure(program, plan, masks)
     # Columns are split for a runtime without kernels: that is what they are for.
     target = parse_target("ort:stock" if pattern.startswith("columns") else "ort")
     choice = choose_forms(slim, target, threads=threads)

@@ -137,14 +137,14 @@ def measure_level(program: Any, level: float, layer_norm: Any, dense: Any) -> di
     import slrc
     from slrc.measuring.timing import time_in_turns
     from slrc.passes.structure.apply_masks import ApplyMasks
-    from slrc.pipeline import STRUCTURE, run_passes
+    from slrc.pipeline import structure
     from slrc.sparsity.masks import Masks
     from slrc.verify import compare, outputs_of
 
     plan = slrc.plan(program, "channel", level, layer_norm=layer_norm)
     masks = Masks.project(plan, program.tensors)
-    masked = ApplyMasks()(program, plan, masks).program
-    slim = run_passes(STRUCTURE, masked, plan, masks)
+    masked = ApplyMasks(masks)(program).program
+    slim = structure(masked, plan, masks)
     reference, outputs = (outputs_of(p.module(), p.example_inputs) for p in (masked, slim))
     touched = {s.tensor for c in plan for s in c.members + c.followers}
     result: dict[str, Any] = {

@@ -6,8 +6,6 @@ from abc import ABC, abstractmethod
 from typing import ClassVar, NamedTuple
 
 from slrc.ir.program import Program
-from slrc.sparsity.masks import Masks
-from slrc.sparsity.plans import Plan
 
 
 class PassResult(NamedTuple):
@@ -18,11 +16,14 @@ class PassResult(NamedTuple):
 
 
 class Transform(ABC):
-    """A rewrite of a program under a plan and its masks. A second run of the same transform modifies nothing."""
+    """A rewrite of a program: a frozen value whose fields are all that it needs besides the program.
+
+    A second run of the same transform modifies nothing.
+    """
 
     name: ClassVar[str]
     """Kebab-case, the words of the class and of its file."""
 
     @abstractmethod
-    def __call__(self, program: Program, plan: Plan, masks: Masks) -> PassResult:
+    def __call__(self, program: Program) -> PassResult:
         """Return the rewritten program."""

@@ -10,8 +10,9 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import set_seed
 
+from slrc import pipeline
 from slrc.backends import LoweredProgram, Target, get_backend, parse_target
-from slrc.compilation import Compilation
+from slrc.compilation import Compilation, Emitted
 from slrc.config import CompileConfig, make_config
 from slrc.errors import BackendError, ConfigError, PlanError
 from slrc.ir.program import Program
@@ -22,9 +23,11 @@ from slrc.measuring.latency_timing import LatencyMeter
 from slrc.passes.allocation.allocate_sparsity import allocate_sparsity
 from slrc.passes.analysis.label_indices import label_indices
 from slrc.passes.structure.permute_channels import check_orders
-from slrc.pipeline import STRUCTURE, apply_forms, baseline, run_passes
+from slrc.pipeline import Checker as ProgramChecker
+from slrc.probes import make_probes
 from slrc.progress import Quiet, Reporter
-from slrc.reporting.report import Report
+from slrc.reporting.assemble import accuracy_of, assemble
+from slrc.reporting.report import Pair, Report, TargetResult
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.patterns import AnyPattern
 from slrc.sparsity.plans import Allocation, Attention, LayerNorm, Plan
@@ -96,16 +99,21 @@ def train(workload: Workload, plan: Plan, *, checkpoints: str | Path | None = No
     return training.train(workload, plan, make_config(options), checkpoints=folder)
 
 
-def structure(program: Program, plan: Plan, trained: Trained | Masks) -> Program:
-    """Turn masks into structure that is the same for every target: removed channels. Other zeros stay in weights."""
+def structure(program: Program, plan: Plan, trained: Trained | Masks, check: ProgramChecker | None = None) -> Program:
+    """Turn masks into structure that is the same for every target: removed channels. Other zeros stay in weights.
+
+    `check` is called with every transform's name and result, such as `Checker(model, probes).program`.
+    """
     if isinstance(trained, Masks):
-        return run_passes(STRUCTURE, program, plan, trained)
-    return run_passes(STRUCTURE, program.with_tensors(trained.tensors), plan, trained.masks)
+        return pipeline.structure(program, plan, trained, check)
+    return pipeline.structure(program.with_tensors(trained.tensors), plan, trained.masks, check)
 
 
-def form(program: Program, target: str = "ort", *, threads: int | None = None) -> Program:
+def form(
+    program: Program, target: str = "ort", *, threads: int | None = None, check: ProgramChecker | None = None
+) -> Program:
     """Give every layer of a structured program the form that is the fastest on a target. See `choose_forms`."""
-    return apply_forms(program, choose_forms(program, parse_target(target), threads=threads).forms)
+    return pipeline.apply_forms(program, choose_forms(program, parse_target(target), threads=threads).forms, check)
 
 
 def lower(program: Program, target: str, out: str | Path) -> LoweredProgram:
@@ -113,13 +121,9 @@ def lower(program: Program, target: str, out: str | Path) -> LoweredProgram:
 
     Raises:
         BackendError: the target is unknown or cannot take the program.
+        OutputError: the folder cannot be written.
     """
-    parsed, folder = parse_target(target), Path(out)
-    backend = get_backend(parsed)
-    if reasons := backend.check(program):
-        raise BackendError(f"target `{target}` cannot take {program.name}: {reasons[0]}")
-    folder.mkdir(parents=True, exist_ok=True)
-    return LoweredProgram(backend.lower(program, parsed, folder), folder, parsed)
+    return pipeline.lower(program, parse_target(target), Path(out))
 
 
 def compile(
@@ -169,20 +173,53 @@ def compile(
                     checked_plan(program, loaded_plan) if loaded_plan else plan_from(program, config, reporter=reporter)
                 )
             )
-        dense = baseline(program)
-        dense_lowered = run.lower_dense(program, dense) if leads else []
+        dense = pipeline.baseline(program)
+        probes = make_probes(program) if leads else []
+        dense_lowered = run.lower_dense(program, dense, probes) if leads else []
         trained = run.train(program, chosen)
         if not leads:
             processes.wait_for_everyone()
             return Report.load(Path(out))
-        slim = run.structure(program, chosen, trained)
-        lowered = run.lower(dense_lowered, slim)
-        report = run.report(program, dense, slim, chosen, trained, lowered)
+        check, metric = run.evaluate_masked(program, trained, probes)
+        slim = structure(program, chosen, trained, check.program)
+        emitted = run.lower(dense_lowered, slim, check.program)
+        proven = [x for pair in emitted if (x := run.prove(slim, pair, metric, check)) is not None]
+        final = proven[-1] if proven else _value(workload.measure(slim.module()))
+        latency = [run.measure(slim, pair, chosen.latency) for pair in emitted if not pair.why_not_run]
+        report = assemble(
+            model=workload.name,
+            config=config.model_dump(mode="json"),
+            dense=dense,
+            slim=slim,
+            plan=chosen,
+            trained=trained,
+            macs=emitted[0].program.macs,
+            accuracy=accuracy_of(metric, trained, final),
+            targets=[_result(pair) for pair in emitted],
+            latency=latency,
+            checks=run.checks(check),
+            notes=run.notes,
+        )
         report = run.publish(report, chosen, trained, slim)
         processes.wait_for_everyone()
     finally:
         workspace.close()
     return report
+
+
+def _value(metric: tuple[str, float] | None) -> float | None:
+    return None if metric is None else metric[1]
+
+
+def _result(pair: Emitted) -> TargetResult:
+    return TargetResult(
+        target=str(pair.target),
+        folder=pair.target.folder,
+        size_bytes=Pair(dense=pair.dense.size_bytes, compiled=pair.compiled.size_bytes),
+        precision=pair.compiled.artifact.precision,
+        not_run=pair.why_not_run,
+        forms=pair.choice,
+    )
 
 
 def _emittable(text: str) -> Target:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class SlrcError(Exception):
     """Base of every error that `slrc` raises on purpose.
@@ -54,3 +56,11 @@ class VerificationError(SlrcError):
 
 class OutputError(SlrcError):
     """The output folder cannot be written, read or resumed."""
+
+
+def disk_error(where: Path, error: BaseException) -> OutputError:
+    """Return a readable error for a folder that cannot be written."""
+    reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
+    return OutputError(
+        f"cannot write to `{where}`: {reason}", hint="free some space or choose another folder with `--out`"
+    )

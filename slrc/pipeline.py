@@ -1,11 +1,12 @@
-"""The transforms between training and lowering, in order, each checked against the masked module."""
+"""The transforms between training and lowering, in order, and what emits the result."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from torch import Tensor
-
+from slrc.backends import LoweredProgram, Target, get_backend
+from slrc.errors import BackendError, disk_error
 from slrc.forms.form import Forms
 from slrc.ir.program import Program
 from slrc.passes.base import Transform
@@ -18,59 +19,61 @@ from slrc.passes.structure.permute_channels import PermuteChannels
 from slrc.passes.structure.shrink_channels import ShrinkChannels
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.plans import Plan
-from slrc.verify import TOLERANCE_FP32, Check, compare, outputs_of
 
-STRUCTURE: tuple[Transform, ...] = (ApplyMasks(), PermuteChannels(), ShrinkChannels(), FoldBatchNorm(), DropCopies())
-"""From masks to structure, the same for every target. What is left of the masks are zeros in weights."""
+Checker = Callable[[str, Program], object]
+"""Makes sure of a program after the transform that is named; it raises where it computes something else."""
 
 DENSE: tuple[Transform, ...] = (FoldBatchNorm(), DropCopies())
 """What the dense model gets too, so that only sparsity is measured."""
 
 
-def baseline(program: Program) -> Program:
-    """Return the dense program with all that the compiled one gets besides sparsity."""
-    return run_passes(DENSE, program, _NOTHING, Masks())
-
-
-def apply_forms(
-    program: Program,
-    forms: Forms,
-    reference: Sequence[Tensor] | None = None,
-    checks: list[Check] | None = None,
-) -> Program:
-    """Give each layer its form on a target, after `STRUCTURE`. See `run_passes` for `reference` and `checks`."""
-    return run_passes((SplitColumns(forms), PackBlocks(forms)), program, _NOTHING, Masks(), reference, checks)
-
-
-def run_passes(
-    passes: Sequence[Transform],
-    program: Program,
-    plan: Plan,
-    masks: Masks,
-    reference: Sequence[Tensor] | None = None,
-    checks: list[Check] | None = None,
-) -> Program:
+def run_passes(passes: Sequence[Transform], program: Program, check: Checker | None = None) -> Program:
     """Apply transforms one after another.
 
     Args:
         passes: the transforms.
         program: where to start.
-        plan: what was constrained.
-        masks: what survived.
-        reference: the outputs that every step must reproduce on the program's example inputs; `None` checks nothing.
-        checks: where the results of the checks are added.
+        check: is called with the name of each transform that modified the program, and with the result.
 
     Raises:
-        VerificationError: a step computes something else; the message names it.
+        VerificationError: by `check`: a step computes something else.
     """
     for transform in passes:
-        program, modified = transform(program, plan, masks)
-        if modified and reference is not None:
-            outputs = outputs_of(program.module(), program.example_inputs)
-            check = compare(f"masked module = {transform.name}", reference, outputs, TOLERANCE_FP32)
-            if checks is not None:
-                checks.append(check)
+        program, modified = transform(program)
+        if modified and check is not None:
+            check(transform.name, program)
     return program
 
 
-_NOTHING = Plan(sparsity_asked=0.0, sparsity=0.0, constraints=())
+def baseline(program: Program) -> Program:
+    """Return the dense program with all that the compiled one gets besides sparsity."""
+    return run_passes(DENSE, program)
+
+
+def structure(program: Program, plan: Plan, masks: Masks, check: Checker | None = None) -> Program:
+    """Turn masks into structure that is the same for every target. What is left of them are zeros in weights."""
+    passes = (ApplyMasks(masks), PermuteChannels(plan, masks), ShrinkChannels(plan, masks), *DENSE)
+    return run_passes(passes, program, check)
+
+
+def apply_forms(program: Program, forms: Forms, check: Checker | None = None) -> Program:
+    """Give each layer of a structured program its form on a target."""
+    return run_passes((SplitColumns(forms), PackBlocks(forms)), program, check)
+
+
+def lower(program: Program, target: Target, folder: Path) -> LoweredProgram:
+    """Emit a program for a target into a folder, which is made if it is not there.
+
+    Raises:
+        BackendError: the target cannot be built here, or cannot take the program.
+        OutputError: the folder cannot be written.
+    """
+    backend = get_backend(target)
+    reasons = [backend.available(target).why_not_emit, *backend.check(program)]
+    if reason := next(filter(None, reasons), None):
+        raise BackendError(f"{program.name} cannot be emitted for target `{target}`: {reason}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return LoweredProgram(backend.lower(program, target, folder), folder, target)
+    except OSError as error:
+        raise disk_error(folder, error) from error

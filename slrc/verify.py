@@ -1,8 +1,14 @@
-"""The proof that each step computes the same as the one before."""
+"""The proof that each step computes the same as the user's model, on several inputs.
+
+The reference is what the model computes in float64. A step may be off by what the model itself loses in float32, times
+a small factor: a network that is badly conditioned is then no false alarm, and a step that is wrong is one.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,28 +16,106 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from slrc.backends import Artifact, Runner
 from slrc.errors import VerificationError
 from slrc.ir.program import Program
+from slrc.probes import Probe
 
+FACTOR = 10.0
+"""A step may lose so many times as much as the model itself does in float32: it sums in another order."""
+TOLERANCE_EXACT = 1e-5
+"""What a step may lose in any case, as a share of the largest value: some operators lose nothing on one input."""
 TOLERANCE_FP32 = 1e-4
+"""The same where the model does not run in float64, so that what it loses is not known."""
 METRIC_TOLERANCE = 2e-3
 ROUNDING = 1e-6
 
 
 class Check(BaseModel):
-    """One comparison. `max_rel_error` is the largest absolute difference over the largest reference value.
+    """One step compared with the model on the inputs that are named.
 
-    Errors are taken for each output on its own; the worst output counts.
+    Errors are taken for each output on each input on its own, as the largest absolute difference over the largest
+    reference value. `max_rel_error` is that of the output that is closest to its bound, and `tolerance` that bound.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     step: str
+    inputs: tuple[str, ...] = ()
     max_abs_error: float
     max_rel_error: float
     tolerance: float
     passed: bool
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """What the model computes for one probe, and what it loses there in its own precision, for each output."""
+
+    probe: Probe
+    outputs: list[Tensor]
+    losses: list[float]
+    tolerance: float
+
+    @staticmethod
+    def of(module: nn.Module, probe: Probe) -> _Reference:
+        own = outputs_of(module, probe.inputs)
+        try:
+            exact = outputs_of(copy.deepcopy(module).double(), pytree.tree_map(_in_float64, probe.inputs))
+        except Exception:  # a `forward` that makes float32 tensors of its own, or an operator without float64
+            return _Reference(probe, own, [0.0] * len(own), TOLERANCE_FP32)
+        losses = [_error(a, b)[1] for a, b in zip(exact, own, strict=True)]
+        return _Reference(probe, exact, losses, TOLERANCE_EXACT)
+
+
+class Checker:
+    """Compares programs and artifacts with the model that they are made of, and keeps what it found.
+
+    Args:
+        module: the user's model, on the CPU, with the weights that the steps start from.
+        probes: the inputs to compare on; the first one is the example. A further one that the model cannot take, or
+            for which it returns no finite number, is left out.
+    """
+
+    def __init__(self, module: nn.Module, probes: Sequence[Probe]) -> None:
+        self.checks: list[Check] = []
+        self._references = [_Reference.of(module, probes[0])]
+        for probe in probes[1:]:
+            try:
+                reference = _Reference.of(module, probe)
+            except Exception:
+                continue
+            if all(bool(t.isfinite().all()) for t in reference.outputs):
+                self._references.append(reference)
+
+    def __call__(self, step: str, run: Callable[..., Any], tolerance: float = 0.0) -> Check:
+        """Compare what `run` returns for every probe with the model's outputs.
+
+        Args:
+            step: a name for the report and for errors.
+            run: called like the model.
+            tolerance: what it may lose in any case, for an engine in another precision.
+
+        Raises:
+            VerificationError: outputs differ in number, in shape, or by more than they may.
+        """
+        found = [
+            _compare(step, r.outputs, outputs_of(run, r.probe.inputs), r.losses, max(tolerance, r.tolerance))
+            for r in self._references
+        ]
+        worst = max(found, key=lambda c: _share(c.max_rel_error, c.tolerance))
+        names, absolute = tuple(r.probe.name for r in self._references), max(c.max_abs_error for c in found)
+        check = worst.model_copy(update={"inputs": names, "max_abs_error": absolute})
+        self.checks.append(check)
+        return check
+
+    def program(self, transform: str, program: Program) -> None:
+        """Compare the program that a transform made."""
+        self(f"masked module = {transform}", program.module())
+
+    @property
+    def largest_loss(self) -> float:
+        """The largest share of an output that the model itself loses in its own precision."""
+        return max((loss for r in self._references for loss in r.losses), default=0.0)
 
 
 def outputs_of(module: Callable[..., Any], inputs: tuple[Any, ...]) -> list[Tensor]:
@@ -49,33 +133,51 @@ def compare(step: str, reference: Sequence[Tensor], outputs: Sequence[Tensor], t
     Raises:
         VerificationError: they differ in number, shape, or by more than `tolerance`.
     """
+    return _compare(step, reference, outputs, [0.0] * len(reference), tolerance)
+
+
+def _compare(
+    step: str, reference: Sequence[Tensor], outputs: Sequence[Tensor], losses: Sequence[float], tolerance: float
+) -> Check:
     shapes = [tuple(t.shape) for t in reference], [tuple(t.shape) for t in outputs]
     if shapes[0] != shapes[1]:
         raise VerificationError(f"check `{step}` failed: expected outputs of shapes {shapes[0]}, got {shapes[1]}")
-    worst_abs = worst_rel = 0.0
-    for a, b in zip(reference, outputs, strict=True):
-        a, b = a.double(), b.double()
-        if not a.numel():
-            continue
-        both_same = (a == b) | (a.isnan() & b.isnan())
-        error = float(torch.where(both_same, 0.0, (a - b).abs()).nan_to_num(nan=float("inf")).max())
-        scale = float(a.nan_to_num(posinf=0, neginf=0).abs().max())
-        worst_abs = max(worst_abs, error)
-        worst_rel = max(worst_rel, error / scale if scale else error)
+    errors = [_error(a, b) for a, b in zip(reference, outputs, strict=True)]
+    bounds = [max(tolerance, FACTOR * loss) for loss in losses]
+    worst = max(range(len(errors)), key=lambda i: _share(errors[i][1], bounds[i]), default=None)
+    relative, bound = (errors[worst][1], bounds[worst]) if worst is not None else (0.0, tolerance)
     check = Check(
         step=step,
-        max_abs_error=worst_abs,
-        max_rel_error=worst_rel,
-        tolerance=tolerance,
-        passed=worst_rel <= tolerance,
+        max_abs_error=max((absolute for absolute, _ in errors), default=0.0),
+        max_rel_error=relative,
+        tolerance=bound,
+        passed=relative <= bound,
     )
     if not check.passed:
         raise VerificationError(
-            f"check `{step}` failed: the outputs differ by {worst_rel:.1e} of the largest value, "
-            f"tolerance {tolerance:.0e}",
+            f"check `{step}` failed: the outputs differ by {relative:.1e} of the largest value, tolerance {bound:.0e}",
             hint="this is a bug in slrc or in the runtime: please report it with the model; nothing was published",
         )
     return check
+
+
+def _share(error: float, bound: float) -> float:
+    return error / bound if bound else float("inf") if error else 0.0
+
+
+def _error(reference: Tensor, output: Tensor) -> tuple[float, float]:
+    """Return the largest absolute difference, and the same as a share of the largest finite reference value."""
+    a, b = reference.double(), output.double()
+    if not a.numel():
+        return 0.0, 0.0
+    both_same = (a == b) | (a.isnan() & b.isnan())
+    error = float(torch.where(both_same, 0.0, (a - b).abs()).nan_to_num(nan=float("inf")).max())
+    scale = float(a.nan_to_num(posinf=0, neginf=0).abs().max())
+    return error, error / scale if scale else error
+
+
+def _in_float64(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def compare_metric(step: str, reference: float, value: float) -> Check:
@@ -88,6 +190,7 @@ def compare_metric(step: str, reference: float, value: float) -> Check:
     relative = error / abs(reference) if reference else error
     check = Check(
         step=step,
+        inputs=("evaluation data",),
         max_abs_error=error,
         max_rel_error=relative,
         tolerance=METRIC_TOLERANCE,
@@ -99,42 +202,3 @@ def compare_metric(step: str, reference: float, value: float) -> Check:
             hint="the outputs agree on the example inputs: does `evaluate` use few samples, or random ones?",
         )
     return check
-
-
-class RunnerModule(nn.Module):
-    """A loaded artifact as a module, so that the user's `evaluate` can run it.
-
-    Batches larger than the artifact takes are run in pieces; where its batch is fixed, the last piece is filled up.
-    Inputs that are of the example's size in every call, such as a graph's adjacency, go to each piece whole.
-    """
-
-    def __init__(self, runner: Runner, artifact: Artifact, program: Program) -> None:
-        super().__init__()
-        self._runner, self._artifact, self._program = runner, artifact, program
-        self._sizes = [x.shape[0] if x.dim() else 0 for x in program.flat_inputs()]
-        # Empty: for an `evaluate` that asks `next(model.parameters())` for the device.
-        self.device_of_inputs = nn.Parameter(torch.empty(0), requires_grad=False)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run on the user's inputs and return what the model would."""
-        leaves = self._program.flatten(args, kwargs)
-        varying = [i for i, x in enumerate(leaves) if x.dim() and x.shape[0] != self._sizes[i]]
-        most = self._artifact.max_batch
-        if most is None or not varying:
-            outputs = self._runner(*leaves)
-        else:
-            size = most if self._artifact.dynamic_batch else self._sizes[varying[0]]
-            outputs = self._in_pieces(leaves, frozenset(varying), size)
-        return self._program.unflatten(outputs)
-
-    def _in_pieces(self, leaves: list[Tensor], varying: frozenset[int], size: int) -> list[Tensor]:
-        def piece(x: Tensor, start: int) -> Tensor:
-            part = x[start : start + size]
-            missing = 0 if self._artifact.dynamic_batch else size - len(part)
-            return torch.cat([part, part[-1:].expand(missing, *x.shape[1:])]) if missing else part
-
-        count, pieces = max(len(leaves[i]) for i in varying), []
-        for start in range(0, count, size):
-            parts = [piece(x, start) if i in varying else x for i, x in enumerate(leaves)]
-            pieces.append([y[: count - start] for y in self._runner(*parts)])
-        return [torch.cat(columns) for columns in zip(*pieces, strict=True)]

@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from slrc.errors import OutputError
+from slrc.errors import OutputError, disk_error
 from slrc.machine.lock import take_lock
 from slrc.sparsity.plans import Plan
-from slrc.training.checkpoints import DISK_ERRORS, disk_error
+from slrc.training.checkpoints import DISK_ERRORS
 
 REPORT = "report.json"
 RUN = "run.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ import slrc
 from slrc import api
 from slrc.backends import Artifact, Availability
 from slrc.backends.ort import OnnxRuntime
+from slrc.backends.runner_module import RunnerModule
 from slrc.backends.tensorrt import TensorRT
 from slrc.errors import BackendError, ConfigError, OutputError, PlanError, SlrcError, WorkloadError
 from slrc.reporting.report import Report
-from slrc.verify import RunnerModule, outputs_of
+from slrc.verify import outputs_of
 
 MakeWorkload = Callable[..., slrc.Workload]
 PATTERNS = {
@@ -117,7 +119,10 @@ def test_the_report_has_the_documented_fields(compile_once: Callable[[str], tupl
     assert len(latency["speedup_spread"]) == 2
     assert len(data["checks"]) >= 4
     for check in data["checks"]:
-        assert check.keys() == {"step", "max_abs_error", "max_rel_error", "tolerance", "passed"}
+        assert check.keys() == {"step", "inputs", "max_abs_error", "max_rel_error", "tolerance", "passed"}
+    inputs = {c["step"]: c["inputs"] for c in data["checks"]}
+    assert inputs["eager module = captured program"] == ["example", "random", "random, batch 3"]
+    assert inputs["masked module = ort"] == ["example", "random", "random, batch 3", "evaluation data"]
     assert len(data["slr"]) == 4
     assert data["environment"].keys() >= {"cpu", "versions"}
     assert Report.load(out) == report
@@ -390,3 +395,27 @@ def test_without_data_and_evaluate(tiny_workload: MakeWorkload, tmp_path: Path) 
     assert (report.accuracy, report.method, report.slr) == (None, "magnitude", ())
     assert any("no training data" in note for note in report.notes)
     assert any("no `evaluate`" in note for note in report.notes)
+
+
+def test_a_badly_conditioned_network_passes_with_a_warning(tmp_path: Path) -> None:
+    """At 97 % most channels are constant: their new variances are nothing, and rounding errors grow by thousands."""
+    torch.manual_seed(0)
+
+    def block(channels: int) -> list[nn.Module]:
+        depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+        pointwise = nn.Conv2d(channels, channels, 1, bias=False)
+        return [depthwise, nn.BatchNorm2d(channels), nn.ReLU(), pointwise, nn.BatchNorm2d(channels), nn.ReLU()]
+
+    stem = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)]
+    model = nn.Sequential(*stem, *block(16), *block(16), *block(16), *head)
+    x = torch.randn(64, 3, 12, 12)
+    batches = [(x, torch.randint(0, 4, (64,)))]
+    workload = slrc.Workload(model=model, example_inputs=(x[:2],), train_batches=batches)
+    report = slrc.compile(
+        workload, tmp_path / "out", pattern="unstructured", sparsity=0.97, method="magnitude", epochs=0
+    )
+    assert all(check.passed for check in report.checks)
+    assert any(
+        re.search(r"constant after pruning, of batch norms: 4 \(\d+ of 16: \d+, ", note) for note in report.notes
+    )

@@ -28,6 +28,7 @@ ROOMS = (
     "config",
     "workload",
     "training",
+    "probes",
     "verify",
     "pipeline",
     "measuring",

@@ -15,11 +15,13 @@ from slrc.forms.packed_weight import block_density
 from slrc.ir.program import Program, capture
 from slrc.passes.allocation.allocate_sparsity import allocate_sparsity
 from slrc.passes.base import PassResult, Transform
-from slrc.pipeline import STRUCTURE, apply_forms, baseline, run_passes
+from slrc.passes.structure.apply_masks import ApplyMasks
+from slrc.pipeline import apply_forms, baseline, run_passes, structure
+from slrc.probes import make_probes
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.patterns import AnyPattern, Block, Channel, Columns
 from slrc.sparsity.plans import Plan
-from slrc.verify import Check, compare, outputs_of
+from slrc.verify import Checker, compare, outputs_of
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class AddToBias(Transform):
     honest: bool = True
     name: ClassVar[str] = "add-to-bias"
 
-    def __call__(self, program: Program, plan: Plan, masks: Masks) -> PassResult:
+    def __call__(self, program: Program) -> PassResult:
         bias = program.tensors["3.bias"]
         return PassResult(program.with_tensors({"3.bias": bias + self.amount}), self.honest)
 
@@ -46,11 +48,15 @@ def program() -> Program:
     return capture(model, (torch.randn(2, 3, 6, 6),))
 
 
-def planned(program: Program, pattern: AnyPattern) -> tuple[Plan, Masks, list[torch.Tensor]]:
+def planned(program: Program, pattern: AnyPattern) -> tuple[Plan, Masks, Checker]:
     plan = allocate_sparsity(program, pattern, 0.5)
     masks = Masks.project(plan, program.tensors)
+    return plan, masks, checker(program, masks)
+
+
+def checker(program: Program, masks: Masks) -> Checker:
     masked = program.with_tensors(masks.apply(program.tensors))
-    return plan, masks, outputs_of(masked.module(), program.example_inputs)
+    return Checker(masked.module(), make_probes(program))
 
 
 @pytest.mark.parametrize(
@@ -62,11 +68,12 @@ def planned(program: Program, pattern: AnyPattern) -> tuple[Plan, Masks, list[to
     ],
 )
 def test_every_pass_that_modified_is_checked(program: Program, pattern: AnyPattern, steps: list[str]) -> None:
-    plan, masks, reference = planned(program, pattern)
-    checks: list[Check] = []
-    result = run_passes(STRUCTURE, program, plan, masks, reference, checks)
-    assert [check.step for check in checks] == [f"masked module = {step}" for step in steps]
-    assert all(check.passed and check.max_rel_error < 1e-5 for check in checks)
+    plan, masks, check = planned(program, pattern)
+    result = structure(program, plan, masks, check.program)
+    assert [found.step for found in check.checks] == [f"masked module = {step}" for step in steps]
+    for found in check.checks:
+        assert found.inputs == ("example", "random", "random, batch 3")
+        assert 0 < found.max_rel_error < 1e-5
     assert result.macs < program.macs or not isinstance(pattern, Channel)
 
 
@@ -74,14 +81,13 @@ def test_permuted_blocks_are_packed(program: Program) -> None:
     program = program.with_tensors({"1.weight": alike_rows(8, 8, 3, 3)})
     plan = allocate_sparsity(program, Block(4, 1), 0.5, permute=True)
     masks = Masks.project(plan, program.tensors)
-    reference = outputs_of(program.with_tensors(masks.apply(program.tensors)).module(), program.example_inputs)
-    checks: list[Check] = []
-    slim = run_passes(STRUCTURE, program, plan, masks, reference, checks)
+    check = checker(program, masks)
+    slim = structure(program, plan, masks, check.program)
     steps = ["apply-masks", "permute-channels", "fold-batch-norm"]
-    assert [check.step for check in checks] == [f"masked module = {step}" for step in steps]
+    assert [found.step for found in check.checks] == [f"masked module = {step}" for step in steps]
     assert block_density(slim.tensors["1.weight"], 4) <= 0.5 < block_density(masks.tensors["1.weight"], 4)
-    packed = apply_forms(slim, {"1.weight": Form(FormKind.PACKED, 4)}, reference, checks)
-    assert checks[-1].step == "masked module = pack-blocks"
+    packed = apply_forms(slim, {"1.weight": Form(FormKind.PACKED, 4)}, check.program)
+    assert check.checks[-1].step == "masked module = pack-blocks"
     assert packed.macs < slim.macs
 
 
@@ -93,15 +99,14 @@ def alike_rows(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["split", "grouped", "packed"])
 def test_forms_follow_structure(program: Program, kind: str) -> None:
-    plan, masks, reference = planned(program, Columns(2))
-    slim = run_passes(STRUCTURE, program, plan, masks)
+    plan, masks, check = planned(program, Columns(2))
+    slim = structure(program, plan, masks)
     pruned = {m.tensor for constraint in plan for m in constraint.members}
     candidates = {w: candidate_forms(slim.tensors[w], x.op) for w, x in slim.layers.items() if w in pruned}
     forms = {w: f for w, found in candidates.items() for f in found if f.kind == kind and f.size < 8}
     assert list(forms) == ["1.weight", "3.weight"]
-    checks: list[Check] = []
-    result = apply_forms(slim, forms, reference, checks)
-    assert [check.step for check in checks] == [
+    result = apply_forms(slim, forms, check.program)
+    assert [found.step for found in check.checks] == [
         "masked module = " + ("pack-blocks" if kind == "packed" else "split-columns")
     ]
     assert result.macs < program.macs
@@ -115,30 +120,25 @@ def test_the_dense_model_is_folded_too(program: Program) -> None:
 
 
 def test_a_wrong_pass_is_reported_by_name(program: Program) -> None:
-    plan, masks, reference = planned(program, Channel())
+    _, masks, check = planned(program, Channel())
     with pytest.raises(VerificationError, match="masked module = add-to-bias") as caught:
-        run_passes((*STRUCTURE[:1], AddToBias(), *STRUCTURE[1:]), program, plan, masks, reference)
-    assert "tolerance 1e-04" in caught.value.message
+        run_passes((ApplyMasks(masks), AddToBias()), program, check.program)
+    assert "tolerance 1e-05" in caught.value.message
 
 
 def test_a_difference_within_the_tolerance_passes(program: Program) -> None:
-    plan, masks, reference = planned(program, Channel())
-    checks: list[Check] = []
-    run_passes((STRUCTURE[0], AddToBias(amount=1e-7)), program, plan, masks, reference, checks)
-    assert checks[-1].passed
-    assert 0 < checks[-1].max_rel_error < 1e-4
+    _, masks, check = planned(program, Channel())
+    run_passes((ApplyMasks(masks), AddToBias(amount=1e-7)), program, check.program)
+    assert [found.step for found in check.checks] == ["masked module = apply-masks", "masked module = add-to-bias"]
+    assert 0 < check.checks[-1].max_rel_error < 1e-5
 
 
-def test_without_a_reference_nothing_is_checked(program: Program) -> None:
-    plan, masks, _ = planned(program, Channel())
-    checks: list[Check] = []
-    result = run_passes((AddToBias(),), program, plan, masks, None, checks)
-    assert checks == []
+def test_without_a_checker_nothing_is_checked(program: Program) -> None:
+    result = run_passes((AddToBias(),), program)
     assert torch.equal(result.tensors["3.bias"], program.tensors["3.bias"] + 1)
 
 
 def test_a_pass_that_modified_nothing_is_not_checked(program: Program) -> None:
-    plan, masks, reference = planned(program, Channel())
-    checks: list[Check] = []
-    run_passes((AddToBias(amount=0, honest=False),), program, plan, masks, reference, checks)
-    assert checks == []
+    _, _, check = planned(program, Channel())
+    run_passes((AddToBias(amount=0, honest=False),), program, check.program)
+    assert check.checks == []

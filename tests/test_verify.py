@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from slrc.backends import Artifact
+from slrc.backends.runner_module import RunnerModule
 from slrc.errors import VerificationError
 from slrc.ir.program import capture
-from slrc.verify import METRIC_TOLERANCE, RunnerModule, compare, compare_metric, outputs_of
+from slrc.probes import Probe
+from slrc.verify import METRIC_TOLERANCE, TOLERANCE_FP32, Checker, compare, compare_metric, outputs_of
 
 NAN, INF = float("nan"), float("inf")
 
@@ -90,6 +92,62 @@ def test_outputs_of_runs_in_evaluation_mode_without_a_gradient() -> None:
     assert torch.equal(first, x)
     assert torch.equal(second, x + 1)
     assert not first.requires_grad
+
+
+class Cancels(nn.Module):
+    """Loses most of its digits in float32: what is added is taken off again."""
+
+    def __init__(self, large: float) -> None:
+        super().__init__()
+        self.large = nn.Parameter(torch.tensor(large))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.large) - self.large
+
+
+EXAMPLE = [Probe("example", (torch.rand(64, generator=torch.Generator().manual_seed(0)),))]
+
+
+@pytest.mark.parametrize(("large", "error", "passes"), [(1e5, 5e-3, True), (1e5, 1.0, False), (0.0, 5e-3, False)])
+def test_a_step_may_lose_what_the_model_loses_in_float32(large: float, error: float, passes: bool) -> None:
+    check = Checker(Cancels(large), EXAMPLE)
+    assert (check.largest_loss > 1e-3) == bool(large)
+    if passes:
+        found = check("step", lambda x: x + error)
+        assert found.max_rel_error == pytest.approx(error, rel=0.1)
+        assert found.inputs == ("example",)
+        assert check.checks == [found]
+    else:
+        with pytest.raises(VerificationError, match="check `step` failed"):
+            check("step", lambda x: x + error)
+
+
+def test_a_step_that_is_wrong_on_one_input_alone_fails() -> None:
+    probes = [*EXAMPLE, Probe("random", (torch.full((64,), -1.0),))]
+    check = Checker(nn.ReLU(), probes)
+    assert check("step", nn.ReLU()).inputs == ("example", "random")
+    with pytest.raises(VerificationError):
+        check("no activation", nn.Identity())
+
+
+def test_inputs_that_the_model_cannot_take_are_left_out() -> None:
+    class Logarithm(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.numel() > 64:
+                raise ValueError("too many")
+            return x.log()
+
+    below_zero, too_many = torch.full((64,), -1.0), torch.ones(65)
+    check = Checker(Logarithm(), [*EXAMPLE, Probe("random", (below_zero,)), Probe("other", (too_many,))])
+    assert check("step", torch.log).inputs == ("example",)
+
+
+def test_a_model_that_does_not_run_in_float64_is_its_own_reference() -> None:
+    class InFloat32(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ torch.ones(64, dtype=torch.float32)
+
+    assert Checker(InFloat32(), EXAMPLE)("step", lambda x: x.sum()).tolerance == TOLERANCE_FP32
 
 
 class Doubles:

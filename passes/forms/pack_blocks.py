@@ -18,8 +18,6 @@ from slrc.ir.program import Program
 from slrc.passes.base import PassResult, Transform
 from slrc.passes.forms.projections import cut_projections
 from slrc.passes.graph_edits import call_before, get_tensor, insert_tensor, layer_bias, only_user, sibling
-from slrc.sparsity.masks import Masks
-from slrc.sparsity.plans import Plan
 
 MOST_STRIDE = 64
 
@@ -44,7 +42,7 @@ class PackBlocks(Transform):
     forms: Forms = field(default_factory=dict)
     name: ClassVar[str] = "pack-blocks"
 
-    def __call__(self, program: Program, plan: Plan, masks: Masks) -> PassResult:
+    def __call__(self, program: Program) -> PassResult:
         """Return the program with its packed layers."""
         return PassResult(*program.rewrite(self._pack_all))
 

@@ -14,8 +14,6 @@ from slrc.ir.nodes import layer_weight, node_shape, op_name
 from slrc.ir.program import Program
 from slrc.passes.base import PassResult, Transform
 from slrc.passes.graph_edits import call_before, get_tensor, insert_tensor, layer_bias, sibling
-from slrc.sparsity.masks import Masks
-from slrc.sparsity.plans import Plan
 
 aten = torch.ops.aten
 
@@ -38,7 +36,7 @@ class SplitColumns(Transform):
     forms: Forms = field(default_factory=dict)
     name: ClassVar[str] = "split-columns"
 
-    def __call__(self, program: Program, plan: Plan, masks: Masks) -> PassResult:
+    def __call__(self, program: Program) -> PassResult:
         """Return the program with its column-pruned layers split."""
         return PassResult(*program.rewrite(self._split_all))
 

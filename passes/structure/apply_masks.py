@@ -10,7 +10,6 @@ import torch
 from slrc.ir.program import Program
 from slrc.passes.base import PassResult, Transform
 from slrc.sparsity.masks import Masks
-from slrc.sparsity.plans import Plan
 
 
 @dataclass(frozen=True)
@@ -20,10 +19,11 @@ class ApplyMasks(Transform):
     1. `w` with mask `m` becomes `w · m`.
     """
 
+    masks: Masks
     name: ClassVar[str] = "apply-masks"
 
-    def __call__(self, program: Program, plan: Plan, masks: Masks) -> PassResult:
+    def __call__(self, program: Program) -> PassResult:
         """Return the program with pruned weights at zero."""
-        pruned = masks.apply(program.tensors)
+        pruned = self.masks.apply(program.tensors)
         changed = {n: t for n, t in pruned.items() if not torch.equal(t, program.tensors[n])}
         return PassResult(program.with_tensors(changed), True) if changed else PassResult(program, False)

@@ -12,8 +12,6 @@ from slrc.ir.nodes import argument, op_name
 from slrc.ir.program import Program
 from slrc.passes.base import PassResult, Transform
 from slrc.passes.graph_edits import call_before, insert_tensor
-from slrc.sparsity.masks import Masks
-from slrc.sparsity.plans import Plan
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class DropCopies(Transform):
 
     name: ClassVar[str] = "drop-copies"
 
-    def __call__(self, program: Program, plan: Plan, masks: Masks) -> PassResult:
+    def __call__(self, program: Program) -> PassResult:
         """Return the program without them."""
         return PassResult(*program.rewrite(_drop_all))
 

@@ -14,8 +14,6 @@ from slrc.ir.nodes import is_transposed, layer_weight, op_name
 from slrc.ir.program import Program
 from slrc.passes.base import PassResult, Transform
 from slrc.passes.graph_edits import get_tensor, insert_tensor, layer_bias, reads, replace_tensor, sibling
-from slrc.sparsity.masks import Masks
-from slrc.sparsity.plans import Plan
 
 BATCH_NORMS = ("_native_batch_norm_legit_no_training", "batch_norm")
 
@@ -33,7 +31,7 @@ class FoldBatchNorm(Transform):
 
     name: ClassVar[str] = "fold-batch-norm"
 
-    def __call__(self, program: Program, plan: Plan, masks: Masks) -> PassResult:
+    def __call__(self, program: Program) -> PassResult:
         """Return the program with batch norms folded."""
         return PassResult(*program.rewrite(_fold_all))
 

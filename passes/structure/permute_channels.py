@@ -33,19 +33,23 @@ class PermuteChannels(Transform):
     Pool and Yu, "Channel Permutations for N:M Sparsity", NeurIPS 2021, have the idea, there for the inputs of a layer.
     """
 
+    plan: Plan
+    masks: Masks
     name: ClassVar[str] = "permute-channels"
 
-    def __call__(self, program: Program, plan: Plan, masks: Masks) -> PassResult:
+    def __call__(self, program: Program) -> PassResult:
         """Return the program in the plan's order.
 
         Raises:
             PlanError: an order is for outputs that cannot be reordered, or two orders are for the same channels.
         """
-        if all(c.order is None for c in plan):
+        if all(c.order is None for c in self.plan):
             return PassResult(program, False)
-        layout = UnitLayout.of_plan(program, plan)
-        orders = layout.orders(plan)
-        own = {n: m for n, m in masks.tensors.items() if n in program.tensors and m.shape == program.tensors[n].shape}
+        layout = UnitLayout.of_plan(program, self.plan)
+        orders = layout.orders(self.plan)
+        own = {
+            n: m for n, m in self.masks.tensors.items() if n in program.tensors and m.shape == program.tensors[n].shape
+        }
         permuted = {n: layout.permute(n, m, orders) for n, m in own.items()}
         if not _is_zero_where_pruned(program, own) or _is_zero_where_pruned(program, permuted):
             return PassResult(program, False)

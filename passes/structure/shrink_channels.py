@@ -44,14 +44,17 @@ class ShrinkChannels(Transform):
         conv (40, 32, 3, 3) ─▶ batch_norm (40) ─▶ conv (64, 40, 3, 3)
     """
 
+    plan: Plan
+    masks: Masks
     name: ClassVar[str] = "shrink-channels"
 
-    def __call__(self, program: Program, plan: Plan, masks: Masks) -> PassResult:
+    def __call__(self, program: Program) -> PassResult:
         """Return the slim program.
 
         Raises:
             PlanError: a constraint names units that the program does not have.
         """
+        plan, masks = self.plan, self.masks
         pruned = {c.name: c for c in plan if c.pattern.coupled and not bool(masks.surviving_units(c).all())}
         present = [c for c in pruned.values() if _is_present(program, masks, c)]
         if not present:

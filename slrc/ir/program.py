@@ -79,8 +79,7 @@ class Program:
     @cached_property
     def batch_is_dynamic(self) -> bool:
         """Whether the first dimension of the inputs may vary."""
-        values = [n.meta.get("val") for n in self.graph_module.graph.nodes if n.op == "placeholder"]
-        return any(isinstance(v, Tensor) and v.dim() > 0 and is_free(v.shape[0]) for v in values)
+        return any(self.free_batches)
 
     @cached_property
     def batch(self) -> int:
@@ -134,6 +133,21 @@ class Program:
         """Multiply-accumulates of one sample: convolutions, linear layers, matrix products and attention."""
         return sum(node_macs(node) for node in self.nodes) // self.batch
 
+    @cached_property
+    def free_batches(self) -> tuple[bool, ...]:
+        """For every tensor of a call, in order, whether its first dimension may vary."""
+        nodes = self.graph_module.graph.find_nodes(op="placeholder")
+        values = [v for n in nodes if isinstance(v := n.meta.get("val"), Tensor)]
+        return tuple(v.dim() > 0 and is_free(v.shape[0]) for v in values)
+
+    def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Return the arguments of a call by position.
+
+        Raises:
+            TypeError: they are not those of the example inputs.
+        """
+        return _in_order(self._input_names, args, kwargs)
+
     def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """Return the tensors of a call, in the order of the graph's inputs; arguments may be given by name.
 
@@ -143,7 +157,7 @@ class Program:
         """
         in_spec = self.exported.call_spec.in_spec
         assert in_spec is not None
-        leaves = in_spec.flatten_up_to((_in_order(self._input_names, args, kwargs), {}))  # dicts in any order of keys
+        leaves = in_spec.flatten_up_to((self.arguments(args, kwargs), {}))  # dicts in any order of keys
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     def unflatten(self, outputs: Sequence[Tensor]) -> Any:

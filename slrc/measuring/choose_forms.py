@@ -35,7 +35,7 @@ def choose_forms(
     cache: Path | None = None,
     reporter: Reporter | None = None,
 ) -> FormChoice:
-    """Return the form of every layer of a program that went through `STRUCTURE`.
+    """Return the form of every layer of a program that went through `structure`.
 
     Args:
         program: its weights hold the zeros.

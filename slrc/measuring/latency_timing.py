@@ -20,7 +20,7 @@ from slrc.machine.cores import usable_cores
 from slrc.measuring.latency_table import LatencyTable, SegmentLatency, WholeLatency
 from slrc.measuring.timing import environment, time_in_turns
 from slrc.passes.analysis.cut_segments import cut_segments
-from slrc.pipeline import STRUCTURE, baseline, run_passes
+from slrc.pipeline import baseline, structure
 from slrc.progress import Quiet, Reporter
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.plans import Plan
@@ -94,7 +94,7 @@ class LatencyMeter:
         return slim / dense
 
     def _slim(self, plan: Plan) -> Program:
-        return run_passes(STRUCTURE, self._program, plan, Masks.project(plan, self._program.tensors))
+        return structure(self._program, plan, Masks.project(plan, self._program.tensors))
 
 
 Job = tuple[str, Callable[[], Program], Sequence[Any]]

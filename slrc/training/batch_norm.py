@@ -10,6 +10,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+MOST_NAMED = 8
+"""Channels that a warning names."""
+
 
 def recalibrate_batch_norm(
     model: nn.Module, forward: Callable[[nn.Module, Any], Any], batches: Iterable[Any], count: int
@@ -45,3 +48,23 @@ def recalibrate_batch_norm(
             norm.momentum = momentum
         for module, was in training.items():
             module.training = was
+
+
+def constant_channels(model: nn.Module) -> list[str]:
+    """Return, for each batch norm with channels that do not vary, its name and how many they are.
+
+    Their statistics say so: a variance of nothing beside the mean's rounding. Such a channel passes on rounding errors
+    alone, many times enlarged. Channels whose scale and shift are zero too, as of pruned ones, are not counted.
+    """
+    found = []
+    for name, norm in model.named_modules():
+        if not isinstance(norm, _BatchNorm) or norm.running_var is None or norm.running_mean is None:
+            continue
+        rounding = (norm.running_mean.double() * 1e-6).square() + 1e-30
+        constant = norm.running_var.double() <= rounding
+        if norm.weight is not None:
+            constant &= (norm.weight != 0) | (norm.bias != 0)
+        if count := int(constant.sum()):
+            first = ", ".join(map(str, constant.nonzero().flatten().tolist()[:MOST_NAMED]))
+            found.append(f"{name} ({count} of {len(constant)}: {first}{', …' if count > MOST_NAMED else ''})")
+    return found

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from slrc.errors import OutputError, TrainingError
+from slrc.errors import TrainingError, disk_error
 from slrc.methods import Iteration, MethodState
 
 PROGRESS = "progress.json"
@@ -138,14 +138,6 @@ def misfit(folder: Path, error: Exception) -> TrainingError:
     return TrainingError(
         f"checkpoint `{folder}` does not fit this model: {first}",
         hint="the model, its plan or its optimiser changed since: run without `--resume`",
-    )
-
-
-def disk_error(where: Path, error: BaseException) -> OutputError:
-    """Return a readable error for a folder that cannot be written."""
-    reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
-    return OutputError(
-        f"cannot write to `{where}`: {reason}", hint="free some space or choose another folder with `--out`"
     )
 
 

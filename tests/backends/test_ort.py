@@ -14,9 +14,10 @@ from torch import Tensor, nn
 import slrc
 from slrc.backends import Artifact, parse_target
 from slrc.backends.ort import OnnxRuntime
+from slrc.backends.runner_module import RunnerModule
 from slrc.errors import BackendError
 from slrc.ir.program import Program, capture
-from slrc.verify import RunnerModule, outputs_of
+from slrc.verify import outputs_of
 
 
 class TwoInputs(nn.Module):

@@ -20,7 +20,7 @@ from slrc.kernels import build as kernels
 from slrc.measuring import choose_forms as form_choice
 from slrc.measuring import latency_timing
 from slrc.measuring.choose_forms import choose_forms
-from slrc.pipeline import STRUCTURE, apply_forms, run_passes
+from slrc.pipeline import apply_forms, structure
 from slrc.sparsity.masks import Masks
 from slrc.verify import compare, outputs_of
 
@@ -42,7 +42,7 @@ def pruned(pattern: str, sparsity: float = 0.75) -> Program:
     )
     program = capture(model, (torch.randn(1, 3, 8, 8),))
     plan = slrc.plan(program, pattern, sparsity)
-    return run_passes(STRUCTURE, program, plan, Masks.project(plan, program.tensors))
+    return structure(program, plan, Masks.project(plan, program.tensors))
 
 
 class FakeClock(latency_timing.Clock):

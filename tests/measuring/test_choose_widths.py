@@ -70,7 +70,7 @@ def by_latency(program: Program, table: LatencyTable, budget: float, **options: 
 
 
 def slim(program: Program, plan: Plan) -> Program:
-    return ShrinkChannels()(program, plan, Masks.project(plan, program.tensors)).program
+    return ShrinkChannels(plan, Masks.project(plan, program.tensors))(program).program
 
 
 def test_the_work_of_widths_is_that_of_the_slim_program(program: Program) -> None:

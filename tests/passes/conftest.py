@@ -88,10 +88,10 @@ def slim_equals_masked(masked_outputs: Callable[..., list[Tensor]]) -> Callable[
         masks = Masks.project(plan, program.tensors)
         masks.check(plan)
         reference = masked_outputs(model, program, masks)
-        slim, modified = ShrinkChannels()(program, plan, masks)
+        slim, modified = ShrinkChannels(plan, masks)(program)
         pruned = any(c.keep < c.groups for c in plan)
         assert modified == pruned
-        assert not ShrinkChannels()(slim, plan, masks).modified
+        assert not ShrinkChannels(plan, masks)(slim).modified
         compare("masked = slim", reference, outputs_of(slim.module(), program.example_inputs), TOLERANCE)
         assert slim.batch_is_dynamic == program.batch_is_dynamic
         if pruned:

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from slrc.ir.program import Program, capture
 from slrc.passes.analysis.cut_segments import anchors, cut_segments
 from slrc.passes.structure.fold_batch_norm import FoldBatchNorm
-from slrc.sparsity.masks import Masks
-from slrc.sparsity.plans import Plan
 from slrc.verify import outputs_of
 
 
@@ -51,7 +49,7 @@ def test_every_layer_and_product_starts_a_segment(program: Program) -> None:
 @pytest.mark.parametrize("fold", [False, True])
 def test_segments_one_after_another_compute_what_the_whole_does(program: Program, fold: bool) -> None:
     if fold:
-        program = FoldBatchNorm()(program, Plan(sparsity_asked=0, sparsity=0, constraints=()), Masks()).program
+        program = FoldBatchNorm()(program).program
     known = list(program.example_inputs)
     for segment in cut_segments(program):
         # Whatever a segment takes was computed by those before it, or by the caller.

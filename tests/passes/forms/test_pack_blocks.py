@@ -17,7 +17,6 @@ from slrc.passes.forms.pack_blocks import PackBlocks
 from slrc.passes.structure.apply_masks import ApplyMasks
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.patterns import Block
-from slrc.sparsity.plans import Plan
 from slrc.verify import compare, outputs_of
 
 F = nn.functional
@@ -78,10 +77,10 @@ def packed(case: Case, net: Any, randomized: Any, rows: int = 4) -> tuple[nn.Mod
     program = capture(model, (torch.randn(2, *shape, dtype=torch.float64),))
     plan = allocate_sparsity(program, Block(rows, 1), 0.5, keep_ends=False)
     masks = Masks.project(plan, program.tensors)
-    masked = ApplyMasks()(program, plan, masks).program
+    masked = ApplyMasks(masks)(program).program
     forms: Forms = {c.members[0].tensor: Form(FormKind.PACKED, rows) for c in plan}
-    result, modified = PackBlocks(forms)(masked, plan, masks)
-    assert not PackBlocks(forms)(result, plan, masks).modified
+    result, modified = PackBlocks(forms)(masked)
+    assert not PackBlocks(forms)(result).modified
     return model, program, masks, result, modified
 
 
@@ -221,8 +220,7 @@ def test_a_depthwise_layer_without_zeros(outputs: int, kernel: int, net: Any, ra
     layer = nn.Conv2d(6, outputs, kernel, stride=2, padding=1, groups=6)
     model = randomized(net(lambda m, x: F.relu6(m.a(x)), a=layer))
     program = capture(model, (torch.randn(2, *IMAGE, dtype=torch.float64),))
-    plan = Plan(sparsity_asked=0, sparsity=0, constraints=())
-    result = PackBlocks({"a.weight": DEPTHWISE})(program, plan, Masks()).program
+    result = PackBlocks({"a.weight": DEPTHWISE})(program).program
     assert result.tensors["a.values"].shape == (outputs * kernel**2, 1)
     assert [op_name(n) for n in result.nodes if not op_name(n).startswith("sym_")] == ["block_sparse_conv"]
     assert result.macs == program.macs
@@ -233,8 +231,7 @@ def test_a_depthwise_layer_without_zeros(outputs: int, kernel: int, net: Any, ra
 def test_a_layer_that_lost_everything(net: Any, randomized: Any) -> None:
     _, program, _, _, _ = packed(CASES["3x3"], net, randomized)
     emptied = program.with_tensors({"a.weight": torch.zeros_like(program.tensors["a.weight"])})
-    plan = Plan(sparsity_asked=0, sparsity=0, constraints=())
-    result = PackBlocks({"a.weight": Form(FormKind.PACKED, 4)})(emptied, plan, Masks()).program
+    result = PackBlocks({"a.weight": Form(FormKind.PACKED, 4)})(emptied).program
     compare(
         "masked = packed",
         outputs_of(emptied.module(), program.example_inputs),

@@ -37,10 +37,10 @@ def planned(case: Case, net: Any, randomized: Any, groups: int = 2) -> tuple[nn.
 def split(
     program: Program, plan: Plan, masks: Masks, groups: int = 2, kind: FormKind = FormKind.SPLIT
 ) -> tuple[Program, bool]:
-    masked = ApplyMasks()(program, plan, masks).program
+    masked = ApplyMasks(masks)(program).program
     forms: Forms = dict.fromkeys(program.layers, Form(kind, groups))
-    result, modified = SplitColumns(forms)(masked, plan, masks)
-    assert not SplitColumns(forms)(result, plan, masks).modified
+    result, modified = SplitColumns(forms)(masked)
+    assert not SplitColumns(forms)(result).modified
     return result, modified
 
 
@@ -139,4 +139,4 @@ def test_a_computed_bias_is_left_alone(net: Any, randomized: Any) -> None:
 def test_other_forms_are_left_alone(net: Any, randomized: Any) -> None:
     _, program, plan, masks = planned(CASES["1x1"], net, randomized)
     assert not split(program, plan, masks, kind=FormKind.PACKED)[1]
-    assert not SplitColumns()(program, plan, masks).modified
+    assert not SplitColumns()(program).modified

@@ -35,7 +35,7 @@ def test_the_program_computes_what_the_masked_model_does(
     plan = allocate_sparsity(program, pattern)
     masks = Masks.project(plan, program.tensors)
     dense = outputs_of(program.module(), program.example_inputs)[0]
-    masked, modified = ApplyMasks()(program, plan, masks)
+    masked, modified = ApplyMasks(masks)(program)
     assert modified
     compare(
         "eager = program",
@@ -45,7 +45,7 @@ def test_the_program_computes_what_the_masked_model_does(
     )
     assert not torch.equal(dense, outputs_of(masked.module(), program.example_inputs)[0])
     assert torch.equal(dense, outputs_of(program.module(), program.example_inputs)[0])
-    again = ApplyMasks()(masked, plan, masks)
+    again = ApplyMasks(masks)(masked)
     assert not again.modified
     assert again.program is masked
 
@@ -53,6 +53,6 @@ def test_the_program_computes_what_the_masked_model_does(
 def test_masks_that_keep_everything_are_left_alone(net: Any, randomized: Any) -> None:
     program = capture(model_of(net, randomized), (torch.ones(3, 8, dtype=torch.float64),))
     plan = allocate_sparsity(program, Unstructured(), 0.0)
-    result = ApplyMasks()(program, plan, Masks.project(plan, program.tensors))
+    result = ApplyMasks(Masks.project(plan, program.tensors))(program)
     assert not result.modified
     assert result.program is program

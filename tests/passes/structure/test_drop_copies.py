@@ -12,12 +12,9 @@ from torch import Tensor, nn
 from slrc.ir.nodes import op_name
 from slrc.ir.program import capture
 from slrc.passes.structure.drop_copies import DropCopies
-from slrc.sparsity.masks import Masks
-from slrc.sparsity.plans import Plan
 from slrc.verify import compare, outputs_of
 
 F = nn.functional
-NOTHING = Plan(sparsity_asked=0, sparsity=0, constraints=())
 CASES: dict[str, tuple[Callable[[Tensor], Tensor], list[str]]] = {
     "a pad by nothing": (lambda x: F.pad(x, (0, 0, 0, 0)).tanh(), ["tanh"]),
     "a pad": (lambda x: F.pad(x, (0, 1, 0, 0)).tanh(), ["pad", "tanh"]),
@@ -39,9 +36,9 @@ def test_only_what_copies_goes(name: str, net: Any) -> None:
     run, kept = CASES[name]
     torch.manual_seed(0)
     program = capture(net(lambda m, x: run(x)), (torch.randn(2, 5, 7),))
-    result, modified = DropCopies()(program, NOTHING, Masks())
+    result, modified = DropCopies()(program)
     compare("same", *(outputs_of(p.module(), program.example_inputs) for p in (program, result)), 0.0)
     before, after = ([op_name(n) for n in p.nodes if not op_name(n).startswith("sym_")] for p in (program, result))
     assert after == kept
     assert modified == (before != after)
-    assert not DropCopies()(result, NOTHING, Masks()).modified
+    assert not DropCopies()(result).modified

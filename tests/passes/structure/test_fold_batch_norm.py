@@ -12,12 +12,9 @@ from torch import Tensor, nn
 from slrc.ir.nodes import op_name
 from slrc.ir.program import Program, capture
 from slrc.passes.structure.fold_batch_norm import FoldBatchNorm
-from slrc.sparsity.masks import Masks
-from slrc.sparsity.plans import Plan
 from slrc.verify import compare, outputs_of
 
 F = nn.functional
-NOTHING = Plan(sparsity_asked=0, sparsity=0, constraints=())
 IMAGE, TOKENS, FLAT = (4, 5, 5), (5, 4), (4,)
 Case = tuple[Callable[[Any, Tensor], Tensor], dict[str, Any], tuple[int, ...]]
 
@@ -28,10 +25,10 @@ def fold(case: Case, net: Any, randomized: Any) -> tuple[Program, Program, bool]
     model = randomized(net(run, **layers))
     torch.manual_seed(0)
     program = capture(model, (torch.randn(2, *shape, dtype=torch.float64),))
-    folded, modified = FoldBatchNorm()(program, NOTHING, Masks())
+    folded, modified = FoldBatchNorm()(program)
     reference = outputs_of(model, program.example_inputs)
     compare("eager = folded", reference, outputs_of(folded.module(), program.example_inputs), 1e-10)
-    assert not FoldBatchNorm()(folded, NOTHING, Masks()).modified
+    assert not FoldBatchNorm()(folded).modified
     return program, folded, modified
 
 
@@ -136,7 +133,7 @@ def test_masked_rows_stay_zero(net: Any, randomized: Any) -> None:
         model.a.weight[2] = 0
         model.a.weight[:, 1] = 0
     program = capture(model, (torch.randn(1, *shape, dtype=torch.float64),))
-    weight = FoldBatchNorm()(program, NOTHING, Masks()).program.tensors["a.weight"]
+    weight = FoldBatchNorm()(program).program.tensors["a.weight"]
     assert (weight[2] == 0).all()
     assert (weight[:, 1] == 0).all()
     assert (weight != 0).sum() == 5 * 3 * 9

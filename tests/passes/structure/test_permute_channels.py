@@ -155,10 +155,10 @@ def check(model: nn.Module, program: Program, plan: Plan, masked_outputs: Any) -
     check_orders(program, plan)
     masks = Masks.project(plan, program.tensors)
     masks.check(plan, program.tensors)
-    masked = ApplyMasks()(program, plan, masks).program
-    result, modified = PermuteChannels()(masked, plan, masks)
+    masked = ApplyMasks(masks)(program).program
+    result, modified = PermuteChannels(plan, masks)(masked)
     assert modified == any(c.order is not None for c in plan)
-    assert not PermuteChannels()(result, plan, masks).modified
+    assert not PermuteChannels(plan, masks)(result).modified
     reference = masked_outputs(model, program, masks)
     compare("masked = permuted", reference, outputs_of(result.module(), program.example_inputs), TOLERANCE)
     for c in plan:
@@ -224,7 +224,7 @@ def test_random_graphs(randomized: Any) -> None:
 
 def test_without_an_order_nothing_changes(net: Any, randomized: Any) -> None:
     _, program, plan = planned(CASES["residual stream"][0], net, randomized)
-    result = PermuteChannels()(program, plan, Masks.project(plan, program.tensors))
+    result = PermuteChannels(plan, Masks.project(plan, program.tensors))(program)
     assert result.program is program
     assert not result.modified
 
@@ -232,7 +232,7 @@ def test_without_an_order_nothing_changes(net: Any, randomized: Any) -> None:
 def test_weights_that_are_not_masked_are_left_alone(net: Any, randomized: Any) -> None:
     _, program, plan = planned(CASES["residual stream"][0], net, randomized)
     plan = with_random_orders(program, plan)
-    assert not PermuteChannels()(program, plan, Masks.project(plan, program.tensors)).modified
+    assert not PermuteChannels(plan, Masks.project(plan, program.tensors))(program).modified
 
 
 def ordered(plan: Plan, orders: dict[str, tuple[int, ...]]) -> Plan:
@@ -259,7 +259,7 @@ def test_an_order_that_cannot_be_applied_is_refused(
     _, program, plan = planned(CASES[name][0], net, randomized)
     plan = ordered(plan, orders)
     masks = Masks.project(plan, program.tensors)
-    for refuse in (lambda: PermuteChannels()(program, plan, masks), lambda: checked_plan(program, plan)):
+    for refuse in (lambda: PermuteChannels(plan, masks)(program), lambda: checked_plan(program, plan)):
         with pytest.raises(PlanError, match=message) as caught:
             refuse()
         assert "`order`" in str(caught.value.hint)
@@ -269,4 +269,4 @@ def test_other_constraints_have_no_say(net: Any, randomized: Any) -> None:
     _, program, _ = planned(CASES["residual stream"][0], net, randomized)
     for pattern in (Channel(), Unstructured()):
         plan = allocate_sparsity(program, pattern, 0.5, keep_ends=False)
-        assert not PermuteChannels()(program, plan, Masks.project(plan, program.tensors)).modified
+        assert not PermuteChannels(plan, Masks.project(plan, program.tensors))(program).modified

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slrc.ir.program import Program, capture
 from slrc.passes.allocation.allocate_sparsity import allocate_sparsity
 from slrc.passes.analysis.label_indices import label_indices
-from slrc.pipeline import STRUCTURE, run_passes
+from slrc.pipeline import structure
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.patterns import Channel
 from slrc.sparsity.plans import Attention
@@ -203,7 +203,7 @@ def test_values_narrower_than_keys(net: Any, randomized: Any) -> None:
     model, program = model.float(), capture(model.float(), (torch.randn(2, *TOKENS),))
     plan = allocate_sparsity(program, Channel(), 0.5, keep_ends=False, attention=Attention.WIDTH, skip=["v"])
     masks = Masks.project(plan, program.tensors)
-    slim = run_passes(STRUCTURE, program, plan, masks)
+    slim = structure(program, plan, masks)
     masks.apply_(dict(model.named_parameters()))
     x = torch.randn(3, *TOKENS)
     torch.testing.assert_close(slim.module()(x), model(x), atol=1e-4, rtol=1e-4)

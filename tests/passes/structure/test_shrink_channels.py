@@ -244,7 +244,7 @@ def chain(net: Any, randomized: Any, keep: int = 5) -> tuple[nn.Module, Program,
 
 def test_every_tensor_of_the_group_is_narrowed(net: Any, randomized: Any) -> None:
     _, program, plan, masks = chain(net, randomized)
-    slim, modified = ShrinkChannels()(program, plan, masks)
+    slim, modified = ShrinkChannels(plan, masks)(program)
     assert modified
     assert {name: tuple(t.shape) for name, t in slim.tensors.items() if t.dim()} == {
         "a.weight": (5, 4, 1, 1),
@@ -263,7 +263,7 @@ def test_every_tensor_of_the_group_is_narrowed(net: Any, randomized: Any) -> Non
 
 def test_nothing_pruned_is_left_alone(net: Any, randomized: Any) -> None:
     _, program, plan, masks = chain(net, randomized, keep=8)
-    slim, modified = ShrinkChannels()(program, plan, masks)
+    slim, modified = ShrinkChannels(plan, masks)(program)
     assert not modified
     assert slim is program
 
@@ -271,7 +271,7 @@ def test_nothing_pruned_is_left_alone(net: Any, randomized: Any) -> None:
 def test_the_program_that_went_in_is_not_changed(net: Any, randomized: Any) -> None:
     _, program, plan, masks = chain(net, randomized)
     before = {name: t.clone() for name, t in program.tensors.items()}
-    ShrinkChannels()(program, plan, masks)
+    ShrinkChannels(plan, masks)(program)
     assert all(torch.equal(t, before[name]) for name, t in program.tensors.items())
     assert program.tensors["a.weight"].shape[0] == 8
 
@@ -283,10 +283,10 @@ def test_the_batch_stays_dynamic(net: Any, randomized: Any, masked_outputs: Any,
     program = capture(model, (torch.randn(example_batch, *shape, dtype=torch.float64),))
     plan = allocate_sparsity(program, Channel(), 0.5, keep_ends=False)
     masks = Masks.project(plan, program.tensors)
-    slim = ShrinkChannels()(program, plan, masks).program
+    slim = ShrinkChannels(plan, masks)(program).program
     assert slim.batch_is_dynamic
     other = (torch.randn(7, *shape, dtype=torch.float64),)
-    masked = ApplyMasks()(program, plan, masks).program
+    masked = ApplyMasks(masks)(program).program
     compare("batch of 7", outputs_of(masked.module(), other), outputs_of(slim.module(), other), 1e-9)
 
 
@@ -294,9 +294,9 @@ def test_a_missing_tensor_is_reported(net: Any, randomized: Any) -> None:
     _, program, plan, masks = chain(net, randomized)
     moved = plan.constraints[0].model_copy(update={"members": plan.constraints[0].members[2:]})
     assert moved.members[0].tensor == "n.weight"
-    folded = FoldBatchNorm()(program, plan, masks).program
+    folded = FoldBatchNorm()(program).program
     with pytest.raises(PlanError, match=r"constraint `a`: the program has no tensor `n\.weight`"):
-        ShrinkChannels()(folded, plan.model_copy(update={"constraints": (moved,)}), masks)
+        ShrinkChannels(plan.model_copy(update={"constraints": (moved,)}), masks)(folded)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5"])

@@ -225,9 +225,9 @@ def test_a_scale_that_two_norms_share(net: Any, randomized: Any, slim_equals_mas
 def test_an_rms_norm_is_narrowed_again(net: Any, randomized: Any, masked_outputs: Any) -> None:
     model, program = captured(NORMS["rms norm, eps"], net, randomized)
     first = narrow(program, 0.25)
-    slim = ShrinkChannels()(program, first, Masks.project(first, program.tensors)).program
+    slim = ShrinkChannels(first, Masks.project(first, program.tensors))(program).program
     second = narrow(slim, 0.5)
-    again = ShrinkChannels()(slim, second, Masks.project(second, slim.tensors)).program
+    again = ShrinkChannels(second, Masks.project(second, slim.tensors))(slim).program
     assert [len(p.tensors["a.weight"]) for p in (program, slim, again)] == [8, 6, 3]
     whole = Masks.project(narrow(program, 5 / 8), program.tensors)
     reference = masked_outputs(model, program, whole)
@@ -237,7 +237,7 @@ def test_an_rms_norm_is_narrowed_again(net: Any, randomized: Any, masked_outputs
 def test_a_layer_norm_is_narrowed_once(net: Any, randomized: Any) -> None:
     _, program = captured(NORMS["layer norm"], net, randomized)
     plan = narrow(program)
-    slim = ShrinkChannels()(program, plan, Masks.project(plan, program.tensors)).program
+    slim = ShrinkChannels(plan, Masks.project(plan, program.tensors))(program).program
     labels = label_indices(slim, layer_norm=LayerNorm.NARROW)
     assert [(p.layer, p.reason) for p in labels.pinned if p.layer == "a"] == [("a", "reduced over by mean")]
 
@@ -246,7 +246,7 @@ def test_a_layer_norm_becomes_operators_and_an_rms_norm_stays(net: Any, randomiz
     for name, expected in (("layer norm", set()), ("rms norm", {"rms_norm"})):
         _, program = captured(NORMS[name], net, randomized)
         plan = narrow(program)
-        slim = ShrinkChannels()(program, plan, Masks.project(plan, program.tensors)).program
+        slim = ShrinkChannels(plan, Masks.project(plan, program.tensors))(program).program
         assert {op_name(n) for n in slim.nodes} & {"layer_norm", "rms_norm"} == expected
 
 
@@ -268,7 +268,7 @@ def test_a_great_mean_costs_no_accuracy(net: Any) -> None:
     program = capture(model, (torch.randn(2, *shape),))
     plan = narrow(program, 0.05)
     masks = Masks.project(plan, program.tensors)
-    slim = ShrinkChannels()(program, plan, masks).program
+    slim = ShrinkChannels(plan, masks)(program).program
     masked = {n: t.double() * masks.tensors.get(n, torch.ones(())) for n, t in program.tensors.items()}
     twin = net(run, **{**layers, "a": nn.Linear(4, 64), "o": nn.Linear(64, 3)}).double().eval()
     twin.load_state_dict(masked)

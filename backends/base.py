@@ -9,10 +9,10 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, Final, Literal, NamedTuple, Protocol
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, Protocol
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from slrc.errors import BackendError
@@ -20,6 +20,17 @@ from slrc.ir.program import Program
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION: Final = 1
+
+
+def _bare_name(name: str) -> str:
+    windows = PureWindowsPath(name)
+    if name in ("", ".", "..") or windows.name != name or PurePosixPath(name).name != name or not name.isprintable():
+        raise ValueError(f"expected the bare name of a file or folder, got {name!r}")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_bare_name)]
+"""The name of a file or folder that lies beside the file that names it: no path, so that it leads nowhere else."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +66,14 @@ class Artifact(BaseModel):
 
     manifest_version: Literal[1] = MANIFEST_VERSION
     target: str
-    model_file: str
+    model_file: FileName
     precision: str = "float32"
     dynamic_batch: bool
     max_batch: int | None = None
     """The largest batch that the artifact takes; its only one where the batch is not dynamic; `None` for any."""
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    kernels: str | None = None
+    kernels: FileName | None = None
     """The library of kernels that makes packed layers fast; the model runs without it too."""
     properties: Mapping[str, str] = {}
     """What else the backend wants to record: the opset, the builder's version, compute capabilities."""

@@ -228,7 +228,9 @@ def _added(out: Path) -> str:
         report = json.loads((out / REPORT).read_text())
     except FileNotFoundError:
         return ""
-    known = WRITTEN | {target["folder"] for target in report.get("targets", ())}
+    targets = report.get("targets")
+    listed = targets if isinstance(targets, list) else []
+    known = WRITTEN | {str(target.get("folder")) for target in listed if isinstance(target, dict)}
     return next((name for name in sorted(p.name for p in out.iterdir()) if name not in known), "")
 
 

@@ -203,3 +203,12 @@ def test_a_damaged_file_of_an_interrupted_run(out: Path) -> None:
     workspace = Workspace(out, RUN, resume=True)
     with pytest.raises(OutputError, match=r"dense\.safetensors` cannot be read"):
         workspace.keep_tensors("dense", {"w": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("targets", [None, 3, [3], [None], [{}], [{"folder": ["notes"]}], {"folder": "notes"}])
+def test_a_report_that_lists_its_targets_otherwise(out: Path, targets: object) -> None:
+    finished(out, "old")
+    (out / "report.json").write_text(json.dumps(json.loads(REPORT) | {"targets": targets}))
+    (out / "notes").mkdir()
+    with pytest.raises(OutputError, match="notes` was not written by slrc"):
+        Workspace(out, RUN)

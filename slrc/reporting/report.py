@@ -7,6 +7,7 @@ from typing import Any, Final, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from slrc.backends.base import FileName
 from slrc.errors import OutputError
 from slrc.forms.form import FormChoice
 from slrc.measuring.timing import Latency
@@ -64,7 +65,7 @@ class TargetResult(_Data):
     """What was emitted for a target; `not_run` says why it was not run here, `forms` how each layer is run."""
 
     target: str
-    folder: str
+    folder: FileName
     size_bytes: Pair[int]
     precision: str
     not_run: str = ""

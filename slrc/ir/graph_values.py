@@ -6,7 +6,8 @@ What JSON has no word for is an object with one key:
     {"tuple": [...]}  {"dict": [[key, value], ...]}  {"ordered_dict": ...}     containers; lists are lists
     {"torch": "torch.float32"}  {"device": "cpu"}  {"float": "inf"}            constants
 
-Reading looks up operators of ATen, and the few functions that are listed here; no other name leads to anything.
+Reading looks up the operators of ATen that `slrc.ir.operators` lists, and the few functions that are listed here; no
+other name leads to anything.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._ops import OpOverload, OpOverloadPacket
+from torch._ops import OpOverload
 from torch.fx import Node
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from slrc.errors import OutputError
+from slrc.ir.operators import aten_operator
 
 _HELPERS = (
     *(operator.add, operator.and_, operator.floordiv, operator.getitem, operator.mod, operator.mul, operator.neg),
@@ -36,9 +38,6 @@ _HELPERS = (
 )
 HELPERS: Mapping[str, Callable[..., Any]] = {f"{f.__module__.strip('_')}.{f.__name__}": f for f in _HELPERS}
 """Functions of symbolic sizes, and the choice of one of several results."""
-ASSERTIONS = frozenset(
-    {"_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range", "sym_constrain_range_for_size"}
-)
 CONSTANTS = {
     str(value): value
     for value in vars(torch).values()
@@ -58,23 +57,17 @@ def find_operator(name: str) -> Callable[..., Any]:
     """Return the operator of a stored name.
 
     Raises:
-        OutputError: there is none, or it is not one that a graph of tensors needs.
+        OutputError: there is none, or it is not on the list of `slrc.ir.operators`.
     """
     if name in HELPERS:
         return HELPERS[name]
     parts = re.fullmatch(r"aten\.(\w+)\.(\w+)", name)
-    packet = getattr(torch.ops.aten, parts[1], None) if parts else None
-    if parts and isinstance(packet, OpOverloadPacket) and parts[2] in packet.overloads():
-        found = getattr(packet, parts[2])
-        if isinstance(found, OpOverload) and _is_harmless(found):
-            return found
-    raise OutputError(f"unknown operator `{name}`", hint=f"perhaps torch {torch.__version__} is too old for the file")
-
-
-def _is_harmless(op: OpOverload) -> bool:
-    """Whether an operator computes tensors from tensors: some of ATen's read and write files, or print."""
-    reaches_out = any(a.name == "filename" for a in op._schema.arguments)
-    return not reaches_out and (bool(op._schema.returns) or op._schema.name.partition("::")[2] in ASSERTIONS)
+    if parts and (found := aten_operator(parts[1], parts[2])) is not None:
+        return found
+    raise OutputError(
+        f"unknown operator `{name}`",
+        hint=f"`slrc.ir.operators` lists what there is; perhaps torch {torch.__version__} is too old for the file",
+    )
 
 
 def operator_name(target: Any, program: str) -> str:
@@ -89,7 +82,7 @@ def operator_name(target: Any, program: str) -> str:
     except OutputError:
         found = None
     if found is not target:
-        raise OutputError(f"{program} cannot be stored: `{name}` is not an operator of ATen")
+        raise OutputError(f"{program} cannot be stored: `{name}` is not one of the operators that can be")
     return name
 
 

@@ -4,8 +4,8 @@
     weights.safetensors   parameters, buffers and constants by name; tied parameters are stored once
     inputs.safetensors    the tensors of the example inputs
 
-Operators and arguments stand there as `slrc.ir.graph_values` writes them: only operators of ATen and a few functions of
-symbolic sizes are ever looked up.
+Operators and arguments stand there as `slrc.ir.graph_values` writes them: only the operators of ATen that
+`slrc.ir.operators` lists and a few functions of symbolic sizes are ever looked up.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from torch.utils import _pytree as pytree
 
 from slrc.errors import OutputError
 from slrc.ir.graph_values import GraphValue, decode, encode, find_operator, operator_name
+from slrc.ir.nodes import op_name
+from slrc.ir.operand_checks import misfit
+from slrc.ir.operators import WRITE
 
 SCHEMA_VERSION = 1
 GRAPH, WEIGHTS, INPUTS = "graph.json", "weights.safetensors", "inputs.safetensors"
@@ -202,7 +205,10 @@ class StoredProgram:
                 raise OutputError(f"node `{node.name}`: its name or one of its arguments is not one it can have")
             args = tuple(decode(a, value) for a in node.args)
             kwargs = {key: decode(a, value) for key, a in node.kwargs.items()}
-            values["node", node.name] = graph.call_function(find_operator(node.op), args, kwargs)
+            made_node = graph.call_function(find_operator(node.op), args, kwargs)
+            if op_name(made_node) == WRITE and getattr(next(iter(args), None), "op", "") != "get_attr":
+                raise OutputError(f"node `{node.name}` writes to what is no tensor of the program")
+            values["node", node.name] = made_node
         outputs = decode(self.graph.outputs, value)
         leaves, out_spec = pytree.tree_flatten(outputs)
         graph.output(tuple(leaves))
@@ -217,13 +223,15 @@ class StoredProgram:
         return root
 
     def check(self, module: GraphModule) -> None:
-        """Make sure that the rebuilt program takes and gives the shapes of the stored one.
+        """Make sure that the rebuilt program takes and gives the shapes of the stored one, and that its operands fit.
 
         Raises:
             OutputError: it does not.
         """
         if (found := _shapes(module)) != self.graph.shapes:
             raise OutputError(f"expected inputs and outputs of shapes {self.graph.shapes}, got {found}")
+        if reason := misfit(module):
+            raise OutputError(f"operands do not fit at {reason}")
 
     def _tensor(self, name: str) -> Tensor:
         tensor = self.weights[name].clone()  # what was read may lie in the file still
@@ -245,6 +253,7 @@ def _describe_tensors(module: GraphModule) -> tuple[dict[str, StoredTensor], dic
     }
     table, first = {}, dict[int, str]()
     for name, tensor in found.items():
+        _check_name(name)
         if not isinstance(tensor, Tensor):
             raise OutputError(f"`{name}` cannot be stored: it is a {type(tensor).__name__}, not a tensor")
         same_as = first.setdefault(id(tensor), name)
@@ -259,10 +268,9 @@ def _describe_tensors(module: GraphModule) -> tuple[dict[str, StoredTensor], dic
 
 
 def _register(root: nn.Module, name: str, stored: StoredTensor, tensor: Tensor) -> None:
-    """Put a tensor in its place; modules on the way are made. No name may hide an attribute or be taken for code."""
+    """Put a tensor in its place; modules on the way are made."""
+    _check_name(name)
     *path, leaf = name.split(".")
-    if not name.isprintable() or set(name) & set("\"'\\") or not all(name.split(".")):
-        raise OutputError(f"{name!r} cannot be the name of a tensor")
     owner = root
     for part in path:
         children = dict(owner.named_children())
@@ -277,6 +285,21 @@ def _register(root: nn.Module, name: str, stored: StoredTensor, tensor: Tensor) 
         owner.register_buffer(leaf, tensor, persistent=stored.persistent)
     else:
         setattr(owner, leaf, tensor)
+
+
+_TAKEN = frozenset(dir(GraphModule(nn.Module(), Graph())))
+
+
+def _check_name(name: str) -> None:
+    """Make sure that a tensor's name hides no attribute of a module, means nothing to Python, and is no code.
+
+    Raises:
+        OutputError: it does, or is.
+    """
+    parts = name.split(".")
+    is_text = name.isprintable() and not set(name) & set("\"'\\") and all(parts)
+    if not is_text or parts[0] in _TAKEN or any(part.startswith("__") for part in parts):
+        raise OutputError(f"{name!r} cannot be the name of a tensor")
 
 
 def _shapes(module: GraphModule) -> list[list[int | None] | None]:

@@ -309,6 +309,13 @@ def test_a_graph_that_cannot_be_read(folder: Path, edit: Callable[[str], str], m
         "forward",
         "__class__",
         "__class__.x",
+        "__deepcopy__",
+        "fc.__call__",
+        "__new.x",
+        "graph",
+        "code",
+        "meta",
+        "recompile.x",
         "",
         ".",
         "a..b",
@@ -393,9 +400,12 @@ def _(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        (lambda m, x: twice(m.fc(x)), "`slrc_tests.twice.default` is not an operator of ATen"),
+        (lambda m, x: twice(m.fc(x)), "`slrc_tests.twice.default` is not one of the operators that can be"),
         (lambda m, x: Pair(m.fc(x), x), "a value of type .*Pair cannot be stored"),
-        (lambda m, x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (m.fc(x),)), "`.*cond` is not an operator of ATen"),
+        (
+            lambda m, x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (m.fc(x),)),
+            "`.*cond` is not one of the operators",
+        ),
         (lambda m, x: (m.fc(x) * m.complex).real, r"safetensors cannot hold `complex`, of torch\.complex128"),
     ],
 )

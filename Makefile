@@ -6,7 +6,7 @@ EXAMPLES ?= 560
 PYTEST := $(BIN)/pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz lint results dev clean
+.PHONY: help demo test fuzz lint results tables dev clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ lint: .venv/package ## ruff and mypy alone
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p slrc
+
+tables: .venv/package ## write the tables of README.md and docs/ from benchmarks/results
+	$(BIN)/python benchmarks/tables.py
 
 results: .venv/package ## list the measured rows of benchmarks/results and say which are out of date
 	$(BIN)/python benchmarks/results.py

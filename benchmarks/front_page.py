@@ -4,7 +4,7 @@
 
 Each is the `slrc compile` that the README names; what its report says becomes a row of
 `benchmarks/results/front_page.json`. CIFAR-10 is read from `$SLRC_DATA`, as `examples/cifar10.py` explains. A second
-run goes on with what is missing or out of date. All takes about twenty minutes.
+run goes on with what is missing or out of date. `make tables` then writes the table. All takes about twenty minutes.
 """
 
 from __future__ import annotations

@@ -1,0 +1,254 @@
+"""The tables of the docs, made of the results files, so that a table and its data cannot part.
+
+    make tables                       # or: python benchmarks/tables.py
+
+In README.md and docs/*.md, what stands between `<!-- table: NAME -->` and `<!-- end -->` is replaced by the table of
+that name. A figure that was not measured yet is shown as TO-FILL. A test holds that the docs are as this writes them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from analysis_growth import slope
+from front_page import CASES
+from results import FILES, ROOT, Row, rows_of
+from sparse_latency import NETWORKS, SPARSITIES, key
+from zoo import EXACT
+
+TO_FILL = "TO-FILL"
+MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+WIDEST = {"avx512f": ", with AVX-512", "avx2": ", with AVX2 but no AVX-512"}
+NAMES = {
+    "resnet18": "ResNet-18",
+    "resnet50": "ResNet-50",
+    "vgg16": "VGG-16",
+    "mobilenet_v2": "MobileNetV2 (1×1 layers)",
+    "yolov3_tiny": "YOLOv3-tiny, 416 pixels",
+    "swin_t": "Swin-T",
+    "mixer_s16": "MLP-Mixer-S/16",
+}
+
+
+def read(name: str) -> dict[str, Row]:
+    """Return the rows of a results file by key; none where there is no file."""
+    return rows_of(next(file for file in FILES if file.name == f"{name}.json"))
+
+
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def made(rows: Iterable[Row]) -> str:
+    """Return a line about where rows were measured, and with which build."""
+    groups = Counter(_made(row.get("made_with", {})) for row in rows)
+    found = [text if len(groups) == 1 else f"{count} rows: {text}" for text, count in groups.most_common()]
+    return f"\nMeasured on: {'; '.join(found) or TO_FILL}.\n"
+
+
+def _made(stamp: Row) -> str:
+    if not stamp:
+        return "a machine and a build that were not recorded"
+    versions = stamp["versions"]
+    kernels = f", kernels `{stamp['kernels'][:8]}`" if stamp["kernels"] else ""
+    build = f"sources `{stamp['sources'][:8]}`" if stamp["sources"] else "a build that was not recorded"
+    widest = next((name for name in WIDEST if name in stamp["instruction_sets"]), "")
+    return (
+        f"{stamp['processor']}{WIDEST.get(widest, '')}; ONNX Runtime {versions['onnxruntime']}, "
+        f"PyTorch {versions['torch']}, slrc {versions['slrc']}, {build}{kernels}"
+    )
+
+
+def ranged(value: float, spread: Sequence[float], unit: str = "×") -> str:
+    """Return a value and its range."""
+    return f"{value:.2f}{unit} ({spread[0]:.2f} to {spread[1]:.2f})"
+
+
+def front_page() -> str:
+    """The README's five compiles."""
+    rows, lines = read("front_page"), []
+    for number, case in enumerate(CASES, start=1):
+        name = f"`{case.pattern}`, {case.sparsity:.0%}"
+        row = rows.get(case.command)
+        if row is None:
+            lines.append([str(number), case.network, name, *[TO_FILL] * 4])
+            continue
+        accuracy = "–"
+        if row["accuracy"]:
+            accuracy = f"{row['accuracy']['dense']:.1%} → {row['accuracy']['final']:.1%}"
+        smaller = 1 - row["params"]["compiled"] / row["params"]["dense"]
+        times = f"{row['dense_ms']:.2f} → {row['compiled_ms']:.2f} ms"
+        speed = ranged(row["speedup"], row["spread"])
+        lines.append([str(number), case.network, name, accuracy, f"−{smaller:.1%}", times, speed])
+    titles = (
+        "",
+        "network and data",
+        "pattern, sparsity",
+        "accuracy",
+        "parameters",
+        "time of a run",
+        "speed-up (range)",
+    )
+    commands = "".join(f"{number}. `{case.command}`\n" for number, case in enumerate(CASES, start=1))
+    return table(titles, lines) + "\n" + commands + made(rows.values())
+
+
+def sparse_latency() -> str:
+    """Whole networks with blocks, one thread."""
+    rows, lines = read("sparse_latency"), []
+    for network in NETWORKS:
+        found = [rows.get(key(network, "block:8x1", sparsity, 1, 1)) for sparsity in SPARSITIES]
+        cells = [ranged(row["speedup"], row["spread"]) if row else TO_FILL for row in found]
+        dense = next((f"{row['dense_ms']:.1f} ms" for row in found if row), TO_FILL)
+        lines.append([NAMES[network], dense, *cells])
+    titles = ("network", "dense", *(f"{sparsity:.0%} sparse" for sparsity in SPARSITIES))
+    shown = [row for name, row in rows.items() if "block:8x1" in name and name.endswith("threads=1 batch=1")]
+    return table(titles, lines) + made(shown)
+
+
+def sparse_latency_other() -> str:
+    """Other patterns, threads and batches than those of `sparse_latency`."""
+    rows = {
+        name: row
+        for name, row in read("sparse_latency").items()
+        if "block:8x1" not in name or not name.endswith("threads=1 batch=1")
+    }
+    lines = []
+    for name, row in rows.items():
+        network, pattern, sparsity, threads, batch = name.split()
+        scaled = ["–", "–"]
+        if "compiled_over_one_thread" in row:
+            scaled = [ranged(v[0], v[1:]) for v in (row["compiled_over_one_thread"], row["dense_over_one_thread"])]
+        count, size = threads.partition("=")[2], batch.partition("=")[2]
+        speed = ranged(row["speedup"], row["spread"])
+        lines.append([NAMES[network], f"`{pattern}`, {float(sparsity):.0%}", count, size, speed, *scaled])
+    titles = ("network", "pattern", "threads", "batch", "speed-up", "compiled over 1 thread", "dense over 1 thread")
+    return table(titles, lines) + made(rows.values())
+
+
+def kernel_latency() -> str:
+    """Layer by layer, blocks of eight."""
+    rows = read("kernel_latency")
+    cells: dict[str, dict[float, str]] = {}
+    for row in rows.values():
+        if row["block"] == 8 and row["batch"] == 1:
+            text = f"{row['speedup']:.2f}×, {row['share_of_peak']:.0%}"
+            cells.setdefault(row["layer"], {})[row["sparsity"]] = text
+    lines = [[f"`{layer}`", *(found.get(s, TO_FILL) for s in SPARSITIES)] for layer, found in cells.items()]
+    return table(("layer", *(f"{s:.0%} sparse" for s in SPARSITIES)), lines) + made(rows.values())
+
+
+def latency_budget() -> str:
+    """Predicted and measured latencies."""
+    rows, lines = read("latency_budget"), []
+    for name, row in rows.items():
+        model, budget = name.split()
+        shares = [f"{row[part]:.1%}" for part in ("predicted", "measured", "macs", "parameters")]
+        lines.append([model.partition(":")[2], f"{float(budget):.0%}", *shares])
+    titles = ("network", "budget", "predicted", "measured", "multiply-accumulates left", "parameters left")
+    return table(titles, lines) + made(rows.values())
+
+
+def zoo() -> str:
+    """Families of networks: how many are exact, and the largest error."""
+    rows, lines = read("zoo"), []
+    for source in ("torchvision", "timm"):
+        mine = {name: row for name, row in rows.items() if name.startswith(source)}
+        worst = {name: max(max(x["slim_error"], x["ort_error"]) for x in row["levels"].values())
+                 for name, row in mine.items() if "levels" in row}  # fmt: skip
+        failed = [f"`{name.partition(':')[2]}`" for name in mine if name not in worst]
+        exact = sum(error <= EXACT for error in worst.values())
+        lines.append([source, str(len(mine)), str(exact), f"{max(worst.values()):.0e}", ", ".join(failed) or "none"])
+    titles = ("library", "networks run", "equal", "largest error", "could not be planned")
+    return table(titles, lines) + made(rows.values())
+
+
+def analysis_growth() -> str:
+    """How the analysis grows."""
+    rows = read("analysis_growth")
+    largest = max(rows, key=lambda name: rows[name]["operators"])
+    exponent = slope(list(rows.values()), "operators")[0]
+    row = rows[largest]
+    text = (
+        f"Over {len(rows)} networks the time grows as the number of operators to the power {exponent:.2f}.\n"
+        f"The largest, `{largest}`, has {row['operators']} operators and takes {row['seconds']:.2f} seconds.\n"
+    )
+    return text + made(rows.values())
+
+
+def penalty_cost() -> str:
+    """What SLR adds to a training step."""
+    rows, lines = read("penalty_cost"), []
+    for row in rows.values():
+        step, penalty = f"{row['step_ms']:.0f} ms", f"{row['penalty_ms']:.1f} ms"
+        lines.append([row["model"], f"`{row['pattern']}`", step, penalty, f"{row['penalty_share_of_step']:.2%}"])
+    titles = ("training", "pattern", "a step without", "the penalty", "share")
+    return table(titles, lines) + made(rows.values())
+
+
+def split_copies() -> str:
+    """What could be gained where layers are split."""
+    rows = read("split_copies")
+    gains = {part: [row[part] for row in rows.values()] for part in ("slice_speedup", "no_copies_speedup")}
+    lines = [
+        [name, f"{math.prod(found) ** (1 / len(found)):.3f}×", f"{min(found):.2f}× to {max(found):.2f}×"]
+        for name, found in zip(("slices in place of gathers", "no copies at all"), gains.values(), strict=True)
+    ]
+    return table((f"{len(rows)} layers", "faster by (geometric mean)", "range"), lines) + made(rows.values())
+
+
+def channel_permutation() -> str:
+    """What reordering channels does for blocks."""
+    rows, lines = read("channel_permutation"), []
+    for name, row in rows.items():
+        network, pattern, sparsity = name.rsplit(maxsplit=2)
+        energy = f"{row['kept_plain']:.1%} → {row['kept_permuted']:.1%}"
+        accuracy = "–"
+        if "accuracy_plain" in row:
+            accuracy = f"{row['accuracy_plain']:.1%} → {row['accuracy_permuted']:.1%}"
+        lines.append([f"`{network}`", f"`{pattern}`, {float(sparsity):.0%}", energy, accuracy])
+    return table(("network", "pattern", "energy kept", "accuracy, one shot"), lines) + made(rows.values())
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    f.__name__.replace("_", "-"): f
+    for f in (
+        *(front_page, sparse_latency, sparse_latency_other, kernel_latency, latency_budget, zoo),
+        *(analysis_growth, penalty_cost, split_copies, channel_permutation),
+    )
+}
+
+
+def filled(text: str) -> str:
+    """Return a page with its tables made anew."""
+
+    def replace(match: re.Match[str]) -> str:
+        return f"{match[1]}{TABLES[match[2]]()}{match[3]}"
+
+    return MARKED.sub(replace, text)
+
+
+def pages() -> Iterator[Path]:
+    """Yield the pages that may hold tables."""
+    yield ROOT / "README.md"
+    yield from sorted((ROOT / "docs").glob("*.md"))
+
+
+def main() -> None:
+    """Write the tables."""
+    for page in pages():
+        before = page.read_text()
+        after = filled(before)
+        if after != before:
+            page.write_text(after)
+            print(f"written: {page.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

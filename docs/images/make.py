@@ -28,16 +28,11 @@ def draw(report: Report, path: Path) -> None:
     """Write the picture: one panel for each of accuracy, parameters and latency."""
     assert report.accuracy is not None, "the picture needs a model that was evaluated"
     accuracy, latency = report.accuracy, report.latency[0]
+    faster = f"{latency.speedup:.1f}× as fast"
     panels = (
         (accuracy.metric, accuracy.dense, accuracy.final, "{:.1%}", ""),
         ("parameters", report.params.dense, report.params.compiled, "{:,.0f}", ""),
-        (
-            "milliseconds a run",
-            latency.dense_ms.p50,
-            latency.compiled_ms.p50,
-            "{:.3f}",
-            f"{latency.speedup:.1f}× as fast",
-        ),
+        ("milliseconds a run", latency.dense_ms.p50, latency.compiled_ms.p50, "{:.3f}", faster),
     )
     style = {k: v for k, v in STYLE.items() if "color" not in k} | {"text.color": INK, "svg.hashsalt": "slrc"}
     with matplotlib.style.context(style, after_reset=True):

@@ -141,8 +141,10 @@ class Backend(ABC):
         """Return what in the program the backend cannot take, and why; needs no device."""
 
     @abstractmethod
-    def lower(self, program: Program, target: Target, out: Path) -> Artifact:
+    def lower(self, program: Program, target: Target, out: Path, *, portable: bool = True) -> Artifact:
         """Write the program into the existing folder `out`, with its manifest.
+
+        An artifact that is not `portable` runs on this machine, for as long as the cache holds what it links to.
 
         Raises:
             BackendError: the program cannot be emitted.

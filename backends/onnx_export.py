@@ -19,6 +19,7 @@ from torch.fx import Node
 
 from slrc.backends.packed_onnx import attach_functions, translation_table
 from slrc.errors import BackendError
+from slrc.ir.export_memory import listed_once
 from slrc.ir.program import Program
 
 aten = torch.ops.aten
@@ -40,7 +41,12 @@ def export_onnx(program: Program, path: Path) -> bool:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     exported_program = _without_constant_outputs(_with_plain_attention(program))
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _translations_read_once():
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            listed_once(),
+            _translations_read_once(),
+        ):
             warnings.simplefilter("ignore")
             exported = torch.onnx.export(
                 exported_program,

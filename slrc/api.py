@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,7 @@ from slrc.errors import BackendError, ConfigError, PlanError
 from slrc.ir.program import Program
 from slrc.ir.program import capture as capture_module
 from slrc.measuring.choose_forms import choose_forms
-from slrc.measuring.choose_widths import LatencyGoal
-from slrc.measuring.latency_timing import LatencyMeter
+from slrc.measuring.choose_widths import LatencyGoal, LatencyMeter, plan_for_latency
 from slrc.passes.allocation.allocate_sparsity import allocate_sparsity
 from slrc.passes.analysis.label_indices import label_indices
 from slrc.passes.structure.permute_channels import check_orders
@@ -38,9 +38,6 @@ from slrc.workspace import Workspace
 
 PROBED_SPARSITIES = (0.5, 0.75)
 """Where the parts of a program are timed, besides dense."""
-LATENCY_CORRECTIONS = 3
-"""How often a plan for a latency is checked on the whole program and made again where it misses by more than this:"""
-LATENCY_MARGIN = 0.03
 
 
 def capture(workload: Workload) -> Program:
@@ -259,16 +256,8 @@ def plan_from(
         return allocate(config.allocate, config.sparsity)
     target = parse_target(config.target[0])
     meter = LatencyMeter(program, target, threads=config.threads, cache=cache, reporter=reporter)
-    table = meter.table([allocate(Allocation.UNIFORM, sparsity) for sparsity in PROBED_SPARSITIES])
-    made = allocate(Allocation.LATENCY, None, LatencyGoal(table, config.latency_budget))
-    for _ in range(LATENCY_CORRECTIONS):
-        assert made.latency is not None
-        share = meter.share(made)
-        if abs(share / config.latency_budget - 1) <= LATENCY_MARGIN:
-            return made.model_copy(update={"latency": made.latency.model_copy(update={"predicted": share})})
-        table = table.with_whole(made.latency.segments_ms, share)
-        made = allocate(Allocation.LATENCY, None, LatencyGoal(table, config.latency_budget))
-    return made
+    probes = [allocate(Allocation.UNIFORM, sparsity) for sparsity in PROBED_SPARSITIES]
+    return plan_for_latency(meter, probes, config.latency_budget, partial(allocate, Allocation.LATENCY, None))
 
 
 def checked_plan(program: Program, given: Plan) -> Plan:

@@ -151,8 +151,8 @@ class Compilation:
         emitted = []
         for target, beside in zip(self.targets, dense, strict=True):
             choice = choose_forms(slim, target, threads=self.config.threads, reporter=self.reporter)
-            if choice.lost:
-                self.note(f"on {target} layers stay dense that could be packed: {choice.lost}")
+            for text in choice.dropped:
+                self.note(text)
             formed = apply_forms(slim, choice.forms, check)
             emitted.append(Emitted(target, beside, self._emit(formed, target, "compiled"), formed, choice))
         return emitted

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from torch import nn
-from torch.export import exported_program
 from torch.utils.data import DataLoader, TensorDataset
 
 import slrc
@@ -24,22 +21,10 @@ def _one_thread() -> None:
     gc.freeze()  # accelerate collects garbage before each phase: what was imported need not be searched every time
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _operators_listed_once() -> Iterator[None]:
-    """Torch looks through all of its operators at every export, for a third of what exporting a tiny model takes."""
-    list_operators = getattr(exported_program, "_collect_all_valid_cia_ops", None)
-    if list_operators is None:
-        yield
-        return
-    with mock.patch.object(exported_program, "_collect_all_valid_cia_ops", cache(list_operators)):
-        yield
-
-
 @pytest.fixture
 def quick_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time a handful of runs only: what is tested is that there are figures, not which."""
-    monkeypatch.setattr(timing, "WARM_UP_S", 0.0)
-    monkeypatch.setattr(timing, "BUDGET_S", 0.0)
+    monkeypatch.setattr(timing, "PATIENCE", 0.0)
 
 
 class TinyNet(nn.Module):
@@ -106,7 +91,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import slrc
 import slrc.measuring.timing
 
-slrc.measuring.timing.WARM_UP_S = slrc.measuring.timing.BUDGET_S = 0.0
+slrc.measuring.timing.PATIENCE = 0.0
 torch.set_num_threads(1)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import slrc
 from slrc import cli
-from slrc.measuring import latency_timing
+from slrc.measuring.clock import Clock, Timing
 
 pytestmark = pytest.mark.usefixtures("quick_timing")
 
@@ -116,10 +116,10 @@ def test_options_reach_the_compile(run: Run, model: Path) -> None:
 def test_a_compile_for_a_latency_shows_what_was_predicted(
     run: Run, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def made_up(clock: Any, jobs: Any, budget_s: float) -> tuple[float, ...]:
-        return tuple(float(sum(t.numel() for t in make().tensors.values())) for _, make, _ in jobs)
+    def made_up(clock: Any, jobs: Any, budget: Any) -> tuple[Timing, ...]:
+        return tuple(Timing(float(sum(t.numel() for t in job.make().tensors.values()))) for job in jobs)
 
-    monkeypatch.setattr(latency_timing.Clock, "times", made_up)  # nothing is timed: any machine gives this plan
+    monkeypatch.setattr(Clock, "times", made_up)  # nothing is timed: any machine gives this plan
     wanted = ["--allocate", "latency", "--latency-budget", 0.8, "--threads", 1, "--round-to", 1, "--prune-ends"]
     result = run("compile", model, *wanted, "--epochs", 1)
     assert result.code == 0, result.err

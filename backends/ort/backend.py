@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 from importlib.util import find_spec
@@ -57,15 +58,19 @@ class OnnxRuntime(Backend):
             return f"{error.message} ({error.hint})" if error.hint else error.message
         return ""
 
-    def lower(self, program: Program, target: Target, out: Path) -> Artifact:
-        """Write `model.onnx`, the library of kernels if it has packed layers, and the manifest."""
+    def lower(self, program: Program, target: Target, out: Path, *, portable: bool = True) -> Artifact:
+        """Write `model.onnx`, the library of kernels if it has packed layers, and the manifest.
+
+        One that is not `portable` links to the library in the cache, which a process then loads once for all.
+        """
         import onnx
 
         is_packed = export_onnx(program, out / MODEL_FILE)
         kernels = None
         if is_packed:
             kernels = KERNELS_FILE.format(family=_family(target))
-            shutil.copy(build(_family(target)), out / kernels)
+            place = shutil.copy if portable else os.symlink
+            place(build(_family(target)).resolve(), out / kernels)
         model = onnx.load(out / MODEL_FILE, load_external_data=False)
         artifact = Artifact(
             target=str(target),

@@ -83,7 +83,7 @@ class _TensorRTBackend(Backend):
                 reasons.append(f"{where} has {value.dim()} dimensions, TensorRT takes {MAX_DIMENSIONS}")
         return reasons
 
-    def lower(self, program: Program, target: Target, out: Path) -> Artifact:
+    def lower(self, program: Program, target: Target, out: Path, *, portable: bool = True) -> Artifact:
         """Write `model.onnx`, in the precision asked for, `model.engine`, and the manifest."""
         options = self._options(target)
         if reason := self.available().why_not_emit:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from hashlib import sha256
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
+from slrc.ir.export_memory import listed_once
 from slrc.ir.nodes import node_macs
 from slrc.ir.program import Program
 
@@ -31,18 +30,11 @@ class Segment:
     module: GraphModule
     inputs: tuple[Tensor, ...]
 
-    @cached_property
-    def digest(self) -> str:
-        """The same for segments that differ in values and names only."""
-        tensors = [*self.module.parameters(), *self.inputs]
-        shapes = [f"{t.dtype}{tuple(t.shape)}" for t in tensors]
-        return sha256(f"{self.module.graph}{shapes}".encode()).hexdigest()[:24]
-
     def program(self) -> Program:
         """Return the segment as a program of its own, with its shapes fixed."""
-        with torch.no_grad():
+        with torch.no_grad(), listed_once():
             exported = torch.export.export(self.module, self.inputs)
-        return Program(exported.run_decompositions({}), self.inputs, self.anchor)
+        return Program(exported, self.inputs, self.anchor)
 
 
 def anchors(program: Program) -> list[Node]:

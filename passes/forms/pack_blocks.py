@@ -13,13 +13,12 @@ from torch.fx import GraphModule, Node
 from slrc.forms import packed_ops  # noqa: F401, registers the operators
 from slrc.forms.form import FormKind, Forms
 from slrc.forms.packed_weight import PackedWeight
-from slrc.ir.nodes import argument, conv_groups, layer_weight, op_name
+from slrc.ir.nodes import argument, conv_groups, layer_weight, node_shape, op_name
 from slrc.ir.program import Program
+from slrc.kernels.limits import why_not
 from slrc.passes.base import PassResult, Transform
 from slrc.passes.forms.projections import cut_projections
 from slrc.passes.graph_edits import call_before, get_tensor, insert_tensor, layer_bias, only_user, sibling
-
-MOST_STRIDE = 64
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,8 @@ class PackBlocks(Transform):
        `slrc::block_sparse_gemm`: only blocks with a weight that is not zero are stored.
     2. An addition of a value of the same shape, and then ReLU, LeakyReLU, ReLU6, SiLU, GELU or HardSwish,
        if nothing else reads what comes before, go into the operator.
-    3. A layer whose weight or bias is computed, or whose padding is no number, is left alone.
+    3. A layer whose weight or bias is computed, whose padding is no number, or that the kernels do not take (see
+       `why_not_packed`), is left alone.
     4. A packed `linear` of what another one alone computes becomes one operator with it, `slrc::block_sparse_mlp`,
        unless the first one adds a residual or the second one has an activation.
     5. Queries, keys and values that one `linear` computes become a packed `linear` each (see `cut_projections`).
@@ -47,7 +47,9 @@ class PackBlocks(Transform):
         return PassResult(*program.rewrite(self._pack_all))
 
     def _pack_all(self, module: GraphModule) -> bool:
-        layers = [node for node in module.graph.nodes if self._rows(node) and _is_packable(module, node)]
+        layers = [
+            node for node in module.graph.nodes if self._rows(node) and not why_not_packed(node, self._rows(node))
+        ]
         for layer in layers:
             rows = self._rows(layer)
             for part in cut_projections(module, layer, rows):
@@ -67,13 +69,23 @@ class PackBlocks(Transform):
         return form.size if form is not None and form.kind is FormKind.PACKED else 0
 
 
-def _is_packable(module: GraphModule, layer: Node) -> bool:
+def why_not_packed(layer: Node, rows: int) -> str:
+    """Return why a layer cannot be packed in blocks of `rows` outputs, or `""` if it can."""
     bias = layer_bias(layer)
-    has_plain_bias = bias is None or bias.op == "get_attr"
+    if bias is not None and bias.op != "get_attr":
+        return "its bias is computed"
+    x, weight = layer.args[:2]
+    shape = node_shape(weight)  # type: ignore[arg-type]
     if op_name(layer) == "linear":
-        return has_plain_bias
-    is_conv = op_name(layer) == "conv2d" and layer.args[0].meta["val"].dim() == 4  # type: ignore[union-attr]
-    return is_conv and has_plain_bias and not isinstance(argument(layer, 4, "padding", 0), str)
+        return why_not(shape, rows)
+    sizes = node_shape(x)  # type: ignore[arg-type]
+    if op_name(layer) != "conv2d" or len(sizes) != 4:
+        return "it is no convolution of a batch of images"
+    if isinstance(padding := argument(layer, 4, "padding", 0), str):
+        return f"its padding is `{padding}`"
+    strides, pads, dilations = (_pair(argument(layer, k, key, default)) for k, key, default in _WINDOW)
+    groups, size = conv_groups(layer), sizes[2:]
+    return why_not(shape, rows, strides=strides, pads=pads, dilations=dilations, groups=groups, input_size=size)
 
 
 def _is_plain_pool(node: Node) -> bool:

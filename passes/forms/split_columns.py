@@ -24,7 +24,7 @@ class SplitColumns(Transform):
 
     1. `split:R`: `conv(x, w (o, c, kh, kw), b)` becomes `cat_r conv(index_select(x, 1, i_r), w_r, b_r)`, where row
        group `r` keeps the `l` channels `i_r` and `w_r` is `(o/R, l, kh, kw)`; `linear` likewise on its last
-       dimension. Row groups that keep the same channels stay one layer.
+       dimension. Row groups that keep the same channels stay one layer; one that keeps none has the first, and zeros.
     2. `grouped:R`, convolutions whose row groups keep as many channels each: one gather of `i_0 … i_R` and one
        convolution with R groups, its weight `(o, l, kh, kw)`.
     3. A layer that keeps all its channels, or whose bias is computed, is left alone.

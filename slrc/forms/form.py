@@ -116,13 +116,15 @@ def _row_groups(weight: Tensor) -> int:
         if weight.shape[0] % parts == 0 and (parts <= 2 or weight.shape[0] // parts >= LEAST_PART_ROWS)
     }
     least = min(work.values())
-    return next(p for p, w in work.items() if w <= least * ALIKE) if 0 < least <= 1 - LEAST_ZEROS else 0
+    return next(p for p, w in work.items() if w <= least * ALIKE) if least <= 1 - LEAST_ZEROS else 0
 
 
 def kept_channels(weight: Tensor, parts: int) -> Tensor:
-    """Return which input channels each of `parts` row groups keeps, `(parts, in)`."""
+    """Return which input channels each of `parts` row groups keeps, `(parts, in)`: of a group of zeros, the first."""
     rows = weight.detach().reshape(parts, weight.shape[0] // parts, weight.shape[1], -1)
-    return (rows != 0).any(dim=3).any(dim=1)
+    kept = (rows != 0).any(dim=3).any(dim=1)
+    kept[:, 0] |= ~kept.any(dim=1)
+    return kept
 
 
 FormField = Annotated[
@@ -146,7 +148,7 @@ class LayerChoice(BaseModel):
 class FormChoice(BaseModel):
     """The forms of a program's layers on one target, and why.
 
-    `taken` names which of the networks in `whole_ms` it is; `lost` says why layers stay dense that could be packed.
+    `taken` names which of the networks in `whole_ms` it is; `dropped` says which forms could not be had, and why.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -154,7 +156,7 @@ class FormChoice(BaseModel):
     target: str
     threads: int
     taken: str = ""
-    lost: str = ""
+    dropped: tuple[str, ...] = ()
     whole_ms: Mapping[str, float] = {}
     layers: tuple[LayerChoice, ...] = ()
 

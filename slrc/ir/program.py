@@ -23,6 +23,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from slrc.errors import CaptureError, OutputError, SlrcError
+from slrc.ir.export_memory import listed_once
 from slrc.ir.nodes import WEIGHTED, conv_groups, is_free, layer_weight, node_macs, op_name
 from slrc.ir.program_file import StoredProgram
 from slrc.ir.tracing import drop_expansions, export
@@ -283,7 +284,8 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], name: str = "mode
         tensor.requires_grad_(False)
         tensor.data = tensor.data.contiguous()
     inputs = pytree.tree_map_only(Tensor, lambda x: x.detach().cpu().contiguous(), example_inputs)
-    exported = export(twin, inputs).run_decompositions({})
+    with listed_once():
+        exported = export(twin, inputs).run_decompositions({})
     drop_expansions(exported)
     return Program(exported, inputs, name)
 

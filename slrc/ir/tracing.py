@@ -19,6 +19,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from slrc.errors import CaptureError
+from slrc.ir.export_memory import listed_once
 from slrc.ir.nodes import is_free, op_name
 
 BROADCASTING = frozenset({"add", "sub", "mul", "div", "maximum", "minimum"})
@@ -43,7 +44,7 @@ def export(module: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
     failures: list[Exception] = []
     for args, dynamic_shapes in attempts:
         try:
-            with warnings.catch_warnings(), torch.no_grad():
+            with warnings.catch_warnings(), torch.no_grad(), listed_once():
                 warnings.simplefilter("ignore")
                 exported = torch.export.export(module, args, dynamic_shapes=dynamic_shapes)
             if args is inputs or not _has_fixed_batch(exported, sizes):

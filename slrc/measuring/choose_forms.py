@@ -8,8 +8,7 @@ model is never slower than the dense one by more than the noise of the clock.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from hashlib import sha256
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -21,10 +20,18 @@ from slrc.ir.nodes import layer_weight
 from slrc.ir.program import Program
 from slrc.machine.cache import cache_folder
 from slrc.machine.cores import usable_cores
-from slrc.measuring.latency_timing import PART_BUDGET_S, WHOLE_BUDGET_S, Clock, Job, whole_job
+from slrc.measuring.clock import Clock, Job, Timing, digest
+from slrc.measuring.timing import PART, WHOLE
 from slrc.passes.analysis.cut_segments import Segment, cut_segments
+from slrc.passes.forms.pack_blocks import why_not_packed
 from slrc.pipeline import apply_forms
 from slrc.progress import Quiet, Reporter
+
+Candidates = Mapping[str, Sequence[Form]]
+FormTimes = dict[Form, Timing]
+"""What a layer takes in each of its forms."""
+Lost = Iterable[tuple[str, str, str]]
+"""What is not had: a layer or network, the form, and the reason."""
 
 
 def choose_forms(
@@ -37,6 +44,8 @@ def choose_forms(
 ) -> FormChoice:
     """Return the form of every layer of a program that went through `structure`.
 
+    What fails with a form, on its way to the target or there, costs that form only: it is dropped, with a note.
+
     Args:
         program: its weights hold the zeros.
         target: where it will run.
@@ -45,109 +54,138 @@ def choose_forms(
         reporter: where progress goes.
     """
     backend = get_backend(target)
-    why_not_packed = backend.why_not_packed(target)
     count = threads or usable_cores()
-    candidates: dict[str, list[Form]] = {}
-    lost = ""
-    for weight, found in _possible_forms(program).items():
-        allowed = [f for f in found if f.kind is not FormKind.PACKED or not why_not_packed]
-        if len(allowed) > 1:
-            candidates[weight] = allowed
-        elif len(found) > 1:
-            lost = why_not_packed
+    candidates, lost = _candidates(program, backend.why_not_packed(target))
     if not candidates:
-        return FormChoice(target=str(target), threads=count, lost=lost)
+        return FormChoice(target=str(target), threads=count, dropped=_notes(lost, target))
     if backend.available(target).why_not_run:
         return _by_cost(program, target, count, candidates, lost)
     clock = Clock(target, count, cache or cache_folder())
-    ms = _time_layers(program, candidates, clock, reporter or Quiet())
-    whole = _time_whole(program, ms, clock)
-    taken = min(whole, key=lambda name: whole[name][1])
-    forms = whole[taken][0]
+    reporter = reporter or Quiet()
+    ms = _time_layers(program, candidates, clock, reporter)
+    whole = _time_whole(program, ms, clock, reporter)
+    lost += [(weight, str(form), t.why_not) for weight, times in ms.items() for form, t in times.items() if t.why_not]
+    lost += [("the network", name, t.why_not) for name, (_, t) in whole.items() if t.why_not]
+    run = {name: found for name, found in whole.items() if not found[1].why_not} or {"all dense": ({}, Timing(0.0))}
+    taken = min(run, key=lambda name: run[name][1].ms)
+    forms = run[taken][0]
     return FormChoice(
         target=str(target),
         threads=count,
-        lost=lost,
+        dropped=_notes(lost, target),
         taken=taken,
-        whole_ms={name: took for name, (_, took) in whole.items()},
+        whole_ms={name: timing.ms for name, (_, timing) in run.items()},
         layers=tuple(_layer(program, weight, forms.get(weight, DENSE), ms[weight]) for weight in candidates),
     )
 
 
-def _possible_forms(program: Program) -> dict[str, list[Form]]:
-    """Return the forms of every layer; what is packed with no zeros is so for other packed layers alone."""
-    forms = {w: candidate_forms(program.tensors[w], x.op, x.groups) for w, x in program.layers.items()}
-    if any(
-        f.kind is FormKind.PACKED and density_of(program.tensors[w], f, program.layers[w].groups) <= 1 - LEAST_ZEROS
-        for w, found in forms.items()
-        for f in found
-    ):
-        return forms
-    return {w: [f for f in found if f.kind is not FormKind.PACKED] for w, found in forms.items()}
+def _candidates(program: Program, no_kernels: str) -> tuple[dict[str, list[Form]], list[tuple[str, str, str]]]:
+    """Return the forms of every layer that has more than one, and the packed ones that are not to be had.
+
+    What is packed with no zeros is so for other packed layers alone.
+    """
+    nodes = {node.name: node for node in program.nodes}
+    possible: dict[str, list[Form]] = {weight: [] for weight in program.layers}
+    lost: list[tuple[str, str, str]] = []
+    packs = False
+    for weight, layer in program.layers.items():
+        tensor = program.tensors[weight]
+        for form in candidate_forms(tensor, layer.op, layer.groups):
+            if form.kind is FormKind.PACKED:
+                limits = (why_not_packed(nodes[name], form.size) for name in layer.nodes)
+                has_zeros = density_of(tensor, form, layer.groups) <= 1 - LEAST_ZEROS
+                if reason := no_kernels or next(filter(None, limits), ""):
+                    lost += [(weight, str(form), reason)] if has_zeros else []
+                    continue
+                packs |= has_zeros
+            possible[weight].append(form)
+    offered = {w: [f for f in forms if packs or f.kind is not FormKind.PACKED] for w, forms in possible.items()}
+    return {w: forms for w, forms in offered.items() if len(forms) > 1}, lost
 
 
-FormTimes = dict[Form, float]
-"""Milliseconds of a layer in each of its forms."""
+def _notes(lost: Lost, target: Target) -> tuple[str, ...]:
+    """Return a note for each reason, with what it holds for."""
+    by_reason: dict[str, dict[str, list[str]]] = {}
+    for what, form, reason in lost:
+        by_reason.setdefault(reason, {}).setdefault(what, []).append(form)
+    return tuple(f"on {target} {_listed(whats)}: {reason}" for reason, whats in by_reason.items())
 
 
-def _layer(program: Program, weight: str, form: Form, ms: Mapping[Form, float]) -> LayerChoice:
+def _listed(whats: Mapping[str, Sequence[str]]) -> str:
+    (first, forms), others = next(iter(whats.items())), len(whats) - 1
+    return f"{first}" + (f" and {others} more are" if others else " is") + f" not {' or '.join(forms)}"
+
+
+def _layer(program: Program, weight: str, form: Form, times: Mapping[Form, Timing]) -> LayerChoice:
     density = density_of(program.tensors[weight], form, program.layers[weight].groups)
-    return LayerChoice(weight=weight, form=form, density=density, ms={str(f): took for f, took in ms.items()})
+    ms = {str(f): t.ms for f, t in times.items() if not t.why_not}
+    return LayerChoice(weight=weight, form=form, density=density, ms=ms)
 
 
-def _by_cost(
-    program: Program, target: Target, threads: int, candidates: Mapping[str, Sequence[Form]], lost: str
-) -> FormChoice:
+def _by_cost(program: Program, target: Target, threads: int, candidates: Candidates, lost: Lost) -> FormChoice:
     cheapest = {w: cheapest_form(program.tensors[w], c, program.layers[w].groups) for w, c in candidates.items()}
     layers = tuple(_layer(program, weight, form, {}) for weight, form in cheapest.items())
-    return FormChoice(target=str(target), threads=threads, lost=lost, taken="cost model", layers=layers)
+    return FormChoice(
+        target=str(target), threads=threads, dropped=_notes(lost, target), taken="cost model", layers=layers
+    )
 
 
-def _time_layers(
-    program: Program, candidates: Mapping[str, Sequence[Form]], clock: Clock, reporter: Reporter
-) -> dict[str, FormTimes]:
+def _time_layers(program: Program, candidates: Candidates, clock: Clock, reporter: Reporter) -> dict[str, FormTimes]:
     """Return what every layer takes in each form; one that is used several times, all of them together."""
     weight_of = {node: weight for weight in candidates for node in program.layers[weight].nodes}
     segments = [(s, weight_of[s.anchor]) for s in cut_segments(program) if s.anchor in weight_of]
-    ms = {weight: dict.fromkeys(forms, 0.0) for weight, forms in candidates.items()}
+    sums: dict[str, FormTimes] = {weight: dict.fromkeys(forms, Timing(0.0)) for weight, forms in candidates.items()}
     with reporter.task(f"timing forms on {clock.target}", len(segments)) as task:
         for segment, weight in segments:
             tensor, groups = program.tensors[weight], program.layers[weight].groups
-            times = clock.times([_job(segment, form, tensor, groups) for form in ms[weight]], PART_BUDGET_S)
-            for form, took in zip(candidates[weight], times, strict=True):
-                ms[weight][form] += took
+            timings = clock.times([_job(segment, form, tensor, groups) for form in candidates[weight]], PART)
+            for form, timing in zip(candidates[weight], timings, strict=True):
+                before = sums[weight][form]
+                sums[weight][form] = Timing(before.ms + timing.ms, before.why_not or timing.why_not)
             task.advance(weight)
-    return ms
+    return sums
 
 
 def _job(segment: Segment, form: Form, weight: Tensor, groups: int) -> Job:
     """Layers alike in shape and in how many blocks or channels they keep take alike times."""
-    name = f"{segment.digest} {form} {density_of(weight, form, groups):.2f}"
 
     def make() -> Program:
         own = segment.program()
         anchor = next(w for n in own.nodes if (w := layer_weight(n)) is not None)
         return apply_forms(own, {anchor: form})
 
-    return sha256(name.encode()).hexdigest()[:24], make, segment.inputs
+    name = digest(segment.module, segment.inputs, _content(form, weight, groups))
+    return Job(name, make, segment.inputs)
 
 
-def _time_whole(program: Program, ms: Mapping[str, FormTimes], clock: Clock) -> dict[str, tuple[Forms, float]]:
-    """Return the forms and milliseconds of every network that is tried, by a name."""
+def _content(form: Form, weight: Tensor, groups: int) -> str:
+    return f"{form} {density_of(weight, form, groups):.2f}"
+
+
+def _time_whole(
+    program: Program, ms: Mapping[str, FormTimes], clock: Clock, reporter: Reporter
+) -> dict[str, tuple[Forms, Timing]]:
+    """Return the forms and times of every network that is tried, by a name."""
     tried: dict[str, Forms] = {"each its fastest": _fastest(ms, list(FormKind))}
     for kind in FormKind:
         if (forms := _fastest(ms, [kind])) not in tried.values():
             tried[f"all {kind}"] = forms
-    jobs = [whole_job(apply_forms(program, forms)) for forms in tried.values()]
-    times = clock.times(jobs, WHOLE_BUDGET_S)
-    return {name: (forms, took) for (name, forms), took in zip(tried.items(), times, strict=True)}
+    reporter.note(f"timing {program.name} on {clock.target}: {', '.join(tried)}")
+    timings = clock.times([_whole_job(program, forms) for forms in tried.values()], WHOLE)
+    return {name: (forms, timing) for (name, forms), timing in zip(tried.items(), timings, strict=True)}
+
+
+def _whole_job(program: Program, forms: Forms) -> Job:
+    contents = [(w, _content(f, program.tensors[w], program.layers[w].groups)) for w, f in forms.items()]
+    inputs = program.flat_inputs()
+    return Job(digest(program.graph_module, inputs, *contents), lambda: apply_forms(program, forms), inputs)
 
 
 def _fastest(ms: Mapping[str, FormTimes], kinds: Sequence[FormKind]) -> Forms:
     """Return the fastest form of these kinds for every layer; one that has none of them stays dense."""
     forms: dict[str, Form] = {}
     for weight, times in ms.items():
-        allowed = {form: took for form, took in times.items() if form.kind in kinds}
+        allowed = {form: t.ms for form, t in times.items() if form.kind in kinds and not t.why_not}
         if allowed and (form := min(allowed, key=lambda f: allowed[f])) != DENSE:
             forms[weight] = form
     return forms

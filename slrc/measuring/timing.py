@@ -1,4 +1,4 @@
-"""Latency, dense against compiled, in turns in one process."""
+"""How programs are timed: in turns in one process. What is reported, and what forms and widths are chosen by, alike."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -19,10 +20,11 @@ from slrc.machine.cores import usable_cores
 from slrc.machine.processor import processor
 from slrc.progress import Quiet, Reporter
 
-WARM_UP_S = 0.5
-BUDGET_S = 6.0
 BLOCKS = 10
-PER_BLOCK = (2, 100)
+"""How many parts of a measurement tell how far it spreads."""
+MOST_ROUNDS = 1000
+PATIENCE = 1.0
+"""The share of its seconds that every measurement takes."""
 INSTRUCTION_SETS = (
     "sse4_2",
     "avx",
@@ -35,6 +37,22 @@ INSTRUCTION_SETS = (
     "asimd",
     "sve",
 )
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to time: seconds for all calls together, a quarter of them to warm up, and a least number of rounds."""
+
+    seconds: float
+    least_rounds: int
+
+
+REPORT = Budget(6.0, 2 * BLOCKS)
+"""What is reported of a model."""
+WHOLE = Budget(5.0, 8)
+"""Whole networks that are tried against each other."""
+PART = Budget(0.6, 6)
+"""The same layer in several forms or widths."""
 
 
 class Percentiles(BaseModel):
@@ -68,6 +86,34 @@ class Latency(BaseModel):
 
 
 @denormals.taken_for_zero()
+def time_in_turns(
+    calls: Sequence[Callable[[], Any]], budget: Budget, what: str = "", reporter: Reporter | None = None
+) -> list[list[float]]:
+    """Return the milliseconds of every call in every round: in the order of the calls, then back, then again.
+
+    Each turn is two runs, of which the second counts: a model in use finds its weights where its own last run left
+    them in the caches, not where another model has driven them out. Denormal numbers are taken for zero.
+    """
+    if not calls:
+        return []
+    seconds = budget.seconds * PATIENCE
+    pace = sum(_warm_up(call, seconds / 4 / len(calls)) for call in calls)
+    rounds = min(max(int(seconds * 0.75 / (2 * pace)), budget.least_rounds), MOST_ROUNDS)
+    times: list[list[float]] = [[] for _ in calls]
+    with (reporter or Quiet()).task(what, rounds) as task:
+        for i in range(rounds):
+            for k in range(len(calls)) if i % 2 == 0 else reversed(range(len(calls))):
+                calls[k]()
+                times[k].append(_time_ms(calls[k]))
+            task.advance()
+    return times
+
+
+def medians(times: Sequence[Sequence[float]]) -> list[float]:
+    """Return the median of each call's milliseconds."""
+    return [statistics.median(one) for one in times]
+
+
 def measure(
     target: str,
     dense: Runner,
@@ -76,37 +122,24 @@ def measure(
     threads: int,
     reporter: Reporter | None = None,
 ) -> Latency:
-    """Time two loaded artifacts on the same inputs: warm-up, then A B, B A, A B … in ten blocks.
-
-    Each turn is two runs, of which the second counts: a model in use finds its weights where its own last run left
-    them in the caches, not where the other model has driven them out. Denormal numbers are taken for zero.
-    """
+    """Time two loaded artifacts on the same inputs. See `time_in_turns`."""
     calls = (dense.prepare(*inputs), compiled.prepare(*inputs))
-    pace = max(_warm_up(call) for call in calls)
-    runs = min(max(int(BUDGET_S / BLOCKS / (4 * pace)), PER_BLOCK[0]), PER_BLOCK[1])
-    times: tuple[list[float], list[float]] = ([], [])
-    ratios = []
-    with (reporter or Quiet()).task(f"timing {target}", BLOCKS) as task:
-        for _ in range(BLOCKS):
-            block: tuple[list[float], list[float]] = ([], [])
-            for i in range(runs):
-                for which in (0, 1) if i % 2 else (1, 0):
-                    calls[which]()
-                    block[which].append(_time_ms(calls[which]))
-            ratios.append(statistics.median(block[0]) / statistics.median(block[1]))
-            times[0].extend(block[0])
-            times[1].extend(block[1])
-            task.advance(f"{ratios[-1]:.2f}x")
-    slow, fast = _percentiles(times[0]), _percentiles(times[1])
+    slow, fast = time_in_turns(calls, REPORT, f"timing {target}", reporter)
+    size = len(slow) // BLOCKS
+    ratios = [
+        statistics.median(slow[i : i + size]) / statistics.median(fast[i : i + size])
+        for i in range(0, BLOCKS * size, size)
+    ]
+    dense_ms, compiled_ms = _percentiles(slow), _percentiles(fast)
     return Latency(
         target=target,
         threads=threads,
         batch=int(inputs[0].shape[0]) if inputs and inputs[0].dim() else 1,
-        dense_ms=slow,
-        compiled_ms=fast,
-        speedup=slow.p50 / fast.p50,
+        dense_ms=dense_ms,
+        compiled_ms=compiled_ms,
+        speedup=dense_ms.p50 / compiled_ms.p50,
         speedup_spread=(min(ratios), max(ratios)),
-        runs=BLOCKS * runs,
+        runs=len(slow),
     )
 
 
@@ -124,15 +157,6 @@ def time_pair(
     return measure(str(compiled.target), runners[0], runners[1], inputs, count, reporter)
 
 
-@denormals.taken_for_zero()
-def time_in_turns(calls: Sequence[Callable[[], Any]], budget_s: float) -> list[float]:
-    """Return the milliseconds of each call: the lower quartile of runs in turns, which other work disturbs least."""
-    pace = sum(_warm_up(call, budget_s / 4 / len(calls)) for call in calls)
-    rounds = min(max(int(budget_s / pace), 8), 2000)
-    times = [[_time_ms(call) for call in calls] for _ in range(rounds)]
-    return [statistics.quantiles(one, n=4)[0] for one in zip(*times, strict=True)]
-
-
 def environment() -> dict[str, Any]:
     """Return what a figure depends on: processor, instruction sets, cores, versions."""
     here = processor()
@@ -148,7 +172,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _warm_up(call: Callable[[], Any], least_s: float = WARM_UP_S) -> float:
+def _warm_up(call: Callable[[], Any], least_s: float) -> float:
     """Run for a while; return the seconds of a run."""
     started, runs = time.perf_counter(), 0
     while runs < 3 or time.perf_counter() - started < least_s:

@@ -53,7 +53,8 @@ def names(weight: Tensor, op: str = "conv2d", groups: int = 1) -> list[str]:
         (columns([[0, 1, 2]]), "conv2d", 1, ["dense", "split:1", "packed:4", "packed:8"]),
         (columns([[0], [1], [2], [3]], out=64), "conv1d", 1, ["dense", "split:4", "grouped:4"]),
         (columns([[0], [1], [2], [3]]), "conv1d", 1, ["dense", "split:2", "grouped:2"]),
-        (torch.zeros(16, 6, 3, 3), "conv2d", 1, ["dense", "packed:4", "packed:8", "packed:16"]),
+        (torch.zeros(16, 6, 3, 3), "conv2d", 1, ["dense", "split:1", "packed:4", "packed:8", "packed:16"]),
+        (columns([[0, 1, 2], []]), "conv2d", 1, ["dense", "split:2", "packed:4"]),
     ],
 )
 def test_what_zeros_allow(weight: Tensor, op: str, groups: int, expected: list[str]) -> None:

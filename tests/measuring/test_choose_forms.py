@@ -18,8 +18,9 @@ from slrc.ir.nodes import op_name
 from slrc.ir.program import Program, capture
 from slrc.kernels import build as kernels
 from slrc.measuring import choose_forms as form_choice
-from slrc.measuring import latency_timing
+from slrc.measuring import clock as clocks
 from slrc.measuring.choose_forms import choose_forms
+from slrc.measuring.timing import WHOLE, Budget
 from slrc.pipeline import apply_forms, structure
 from slrc.sparsity.masks import Masks
 from slrc.verify import compare, outputs_of
@@ -45,19 +46,19 @@ def pruned(pattern: str, sparsity: float = 0.75) -> Program:
     return structure(program, plan, Masks.project(plan, program.tensors))
 
 
-class FakeClock(latency_timing.Clock):
+class FakeClock(clocks.Clock):
     """Says what each form takes without running it."""
 
     says: dict[str, float]
 
-    def times(self, jobs: Sequence[Any], budget_s: float) -> tuple[float, ...]:
+    def times(self, jobs: Sequence[clocks.Job], budget: Budget) -> tuple[clocks.Timing, ...]:
         """One number for each job, by the operators of its program."""
         found = []
-        for _, make, _ in jobs:
-            ops = [op_name(n) for n in make().nodes]
+        for job in jobs:
+            ops = [op_name(n) for n in job.make().nodes]
             kind = "packed" if any(o.startswith("block_sparse") for o in ops) else "dense"
             kind = "split" if "index_select" in ops else kind
-            found.append(self.says[kind])
+            found.append(clocks.Timing(self.says[kind]))
         return tuple(found)
 
 
@@ -105,10 +106,10 @@ def test_a_network_that_is_slower_with_its_fastest_layers_stays_dense(
     clock.says = {"dense": 2.0, "packed": 1.0, "split": 2.0}
     times = clock.times
 
-    def whole_is_slow(self: FakeClock, jobs: Sequence[Any], budget_s: float) -> tuple[float, ...]:
-        if budget_s == latency_timing.WHOLE_BUDGET_S:
+    def whole_is_slow(self: FakeClock, jobs: Sequence[clocks.Job], budget: Budget) -> tuple[clocks.Timing, ...]:
+        if budget == WHOLE:
             self.says = {"dense": 1.0, "packed": 2.0, "split": 2.0}
-        return times(self, jobs, budget_s)
+        return times(self, jobs, budget)
 
     monkeypatch.setattr(clock, "times", whole_is_slow)
     choice = choose_forms(program, ORT, threads=1)
@@ -132,9 +133,7 @@ def test_depthwise_layers_are_packed_beside_packed_layers_alone(clock: type[Fake
 
 
 @needs_compiler
-def test_it_is_timed_for_real_and_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(form_choice, "PART_BUDGET_S", 0.01)
-    monkeypatch.setattr(form_choice, "WHOLE_BUDGET_S", 0.01)
+def test_it_is_timed_for_real_and_remembered(tmp_path: Path, quick_timing: None) -> None:
     program = pruned("block:8x1")
     first = choose_forms(program, ORT, threads=1, cache=tmp_path)
     assert {"dense", "packed:4", "packed:8"} <= {f for x in first.layers for f in x.ms}
@@ -146,7 +145,7 @@ def test_without_a_compiler_layers_are_not_packed(clock: type[FakeClock], monkey
     monkeypatch.setattr(kernels, "_candidates", lambda family: iter([("no-such-compiler",)]))
     clock.says = {"dense": 2.0, "split": 1.0}
     blocks = choose_forms(pruned("block:8x1"), ORT, threads=1)
-    assert "no C++ compiler" in blocks.lost
+    assert [note for note in blocks.dropped if "no C++ compiler" in note] == list(blocks.dropped) != []
     assert "packed" not in kinds(blocks).values()
     columns = choose_forms(pruned("columns:2"), ORT, threads=1)
     assert set(kinds(columns).values()) == {"split"}

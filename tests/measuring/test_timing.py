@@ -55,7 +55,7 @@ def test_the_two_are_timed_in_turns(measured: tuple[timing.Latency, list[str]]) 
     turns = [tuple(timed[i : i + 4 : 2]) for i in range(0, len(timed), 4)]
     assert set(turns) == {("dense", "compiled"), ("compiled", "dense")}
     assert timed[::2] == timed[1::2]  # each turn: a run that does not count, and one that does
-    assert latency.runs >= timing.BLOCKS * timing.PER_BLOCK[0]
+    assert latency.runs >= timing.REPORT.least_rounds
     assert order[: len(order) - len(timed)].count("dense") >= 3  # warm-up
 
 
@@ -64,7 +64,7 @@ def test_denormal_numbers_are_zero_only_while_something_is_timed(quick_timing: N
         pytest.skip("this processor always computes them")
     torch.set_flush_denormal(False)
     modes: list[bool] = []
-    timing.time_in_turns([lambda: modes.append(denormals.are_zero())], 1e-3)
+    timing.time_in_turns([lambda: modes.append(denormals.are_zero())], timing.PART)
     assert set(modes) == {True}
     assert not denormals.are_zero()
     tiny_model = capture(nn.Linear(2, 2), (torch.zeros(1, 2),), "tiny")

@@ -124,6 +124,29 @@ def test_row_groups_with_the_same_channels_stay_one_layer(net: Any, randomized: 
     assert result.tensors["a.weight_0"].shape == (4, 3, 1, 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "groups", "kind", "empty"),
+    [
+        *[(name, 2, FormKind.SPLIT, [0]) for name in ("1x1", "3x3", "no bias", "one dimension", "linear")],
+        *[(name, 2, FormKind.SPLIT, [1]) for name in ("1x1", "linear on tokens")],
+        *[(name, 1, FormKind.SPLIT, [0]) for name in ("3x3", "no bias", "linear")],
+        *[(name, 2, FormKind.GROUPED, [0, 1]) for name in ("1x1", "3x3", "no bias", "one dimension")],
+    ],
+)
+def test_a_row_group_without_channels_gives_its_bias(
+    name: str, groups: int, kind: FormKind, empty: list[int], net: Any, randomized: Any
+) -> None:
+    _, program, _, _ = planned(CASES[name], net, randomized)
+    weight = program.tensors["a.weight"].clone()
+    for group in empty:
+        weight.chunk(groups)[group].zero_()
+    program = program.with_tensors({"a.weight": weight})
+    result, modified = SplitColumns({"a.weight": Form(kind, groups)})(program)
+    assert modified
+    reference, outputs = (outputs_of(p.module(), p.example_inputs) for p in (program, result))
+    compare("dense = split", reference, outputs, 1e-10)
+
+
 def test_a_layer_that_keeps_everything_is_left_alone(net: Any, randomized: Any) -> None:
     _, program, plan, _ = planned(CASES["1x1"], net, randomized)
     whole = plan.model_copy(update={"constraints": (plan.constraints[0].model_copy(update={"keep": 6}),)})

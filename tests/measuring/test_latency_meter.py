@@ -1,4 +1,4 @@
-"""Latency tables measured for real, in ONNX Runtime, on small networks: that there are figures, not which."""
+"""Latency tables measured for real, in ONNX Runtime, on small networks, and plans made by them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,11 @@ from slrc.backends import parse_target
 from slrc.backends.ort import OnnxRuntime
 from slrc.errors import BackendError, PlanError
 from slrc.ir.program import Program, capture
-from slrc.measuring import latency_timing
-from slrc.measuring.latency_timing import LatencyMeter
+from slrc.measuring.choose_widths import CORRECTIONS, LatencyMeter
+from slrc.measuring.clock import Clock, Timing
 from slrc.sparsity.plans import Plan
 
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency_timing, "PART_BUDGET_S", 0.0)
-    monkeypatch.setattr(latency_timing, "WHOLE_BUDGET_S", 0.0)
+pytestmark = pytest.mark.usefixtures("quick_timing")
 
 
 @pytest.fixture(scope="module")
@@ -79,21 +75,33 @@ def test_nothing_to_time_is_an_error(tmp_path: Path) -> None:
         meter(capture(nn.ReLU(), (torch.randn(1, 3),), "relu"), tmp_path).table([])
 
 
+def sizes_for_times(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let the clock say that time is proportional to the size of the weights.
+
+    Return how many programs are asked for at once: a list that grows.
+    """
+    asked: list[int] = []
+
+    def made_up(clock: Any, jobs: Any, budget: Any) -> tuple[Timing, ...]:
+        asked.append(len(jobs))
+        sizes = [sum(t.numel() for t in job.make().tensors.values()) for job in jobs]
+        return tuple(Timing(float(size)) for size in sizes)
+
+    monkeypatch.setattr(Clock, "times", made_up)
+    return asked
+
+
+def plan_for(program: Program, budget: float, cache: Path) -> Plan:
+    return slrc.plan(
+        program, "channel", allocate="latency", latency_budget=budget, cache=cache, round_to=1, keep_ends=False
+    )
+
+
 def test_a_plan_for_a_latency_is_checked_on_the_whole(
     program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The clock says that time is proportional to the size of the inputs and weights."""
-
-    def made_up(clock: Any, jobs: Any, budget_s: float) -> tuple[float, ...]:
-        sizes = [sum(t.numel() for t in make().tensors.values()) for _, make, _ in jobs]
-        asked.append(len(jobs))
-        return tuple(float(size) for size in sizes)
-
-    asked: list[int] = []
-    monkeypatch.setattr(latency_timing.Clock, "times", made_up)
-    plan = slrc.plan(
-        program, "channel", allocate="latency", latency_budget=0.6, cache=tmp_path, round_to=1, keep_ends=False
-    )
+    asked = sizes_for_times(monkeypatch)
+    plan = plan_for(program, 0.6, tmp_path)
     assert asked[:4] == [3, 3, 3, 3]
     assert asked[4] == 2
     slim = slrc.structure(program, plan, slrc.Masks.project(plan, program.tensors))
@@ -101,3 +109,23 @@ def test_a_plan_for_a_latency_is_checked_on_the_whole(
     assert plan.latency is not None
     assert plan.latency.predicted == pytest.approx(share, rel=0.1)
     assert 0.4 < share < 0.7
+
+
+def test_a_budget_that_is_missed_is_said_with_what_was_measured(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = iter([0.9, 0.7, 0.8, 0.85])
+    planned: list[Plan] = []
+
+    def share(self: LatencyMeter, plan: Plan) -> float:
+        planned.append(plan)
+        return next(shares)
+
+    sizes_for_times(monkeypatch)
+    monkeypatch.setattr(LatencyMeter, "share", share)
+    plan = plan_for(program, 0.6, tmp_path)
+    assert len(planned) == 1 + CORRECTIONS
+    assert plan.latency is not None
+    assert plan.latency.predicted == 0.7
+    assert plan.constraints == planned[1].constraints
+    assert plan.shortfall == "a latency of 60.0% of the dense one was asked for, and 70.0% reached"

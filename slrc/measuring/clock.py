@@ -1,0 +1,124 @@
+"""The clock: what programs take on a target, measured in turns and remembered."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from slrc.backends import Target, get_backend
+from slrc.ir.program import Program
+from slrc.kernels.build import sources_digest
+from slrc.measuring.timing import Budget, environment, medians, time_in_turns
+from slrc.passes.analysis.cut_segments import Segment
+
+
+@dataclass(frozen=True)
+class Job:
+    """A program to time: a name for its content, how to make it, and its flattened inputs."""
+
+    digest: str
+    make: Callable[[], Program]
+    inputs: Sequence[Tensor]
+
+    @staticmethod
+    def of_whole(program: Program) -> Job:
+        """Return the job of a whole program."""
+        inputs = program.flat_inputs()
+        return Job(digest(program.graph_module, inputs), lambda: program, inputs)
+
+    @staticmethod
+    def of_segment(segment: Segment) -> Job:
+        """Return the job of a segment as it is."""
+        return Job(digest(segment.module, segment.inputs), segment.program, segment.inputs)
+
+
+class Timing(NamedTuple):
+    """The milliseconds of a job; infinite where it cannot be made or run on the target, with the reason."""
+
+    ms: float
+    why_not: str = ""
+
+
+def digest(module: GraphModule, inputs: Sequence[Tensor], *others: object) -> str:
+    """Return a name for what a graph module does on inputs, and for `others`.
+
+    It is the same for two that differ in nothing but the values of their tensors.
+    """
+    tensors = [*module.parameters(), *module.buffers(), *inputs]
+    kinds = [f"{t.dtype}{tuple(t.shape)}" for t in tensors]
+    return _short(f"{module.graph}{kinds}{others}")
+
+
+class Clock:
+    """Times programs on one target, and remembers in `cache` what each took.
+
+    `machine` is what a time depends on besides the program: what has changed since is measured anew.
+    """
+
+    def __init__(self, target: Target, threads: int, cache: Path) -> None:
+        self.target, self.threads = target, threads
+        found = environment()
+        versions = {n: v for n, v in found["versions"].items() if n.startswith(("slrc", "onnxruntime", "tensorrt"))}
+        hardware = {k: found[k] for k in ("cpu", "instruction_sets", "gpu")}
+        self.machine: Mapping[str, Any] = {**hardware, **versions, "kernels": sources_digest()}
+        key = json.dumps([str(target), threads, self.machine], sort_keys=True)
+        self._folder = cache / "latency" / _short(key)
+
+    def times(self, jobs: Sequence[Job], budget: Budget) -> tuple[Timing, ...]:
+        """Return what every job takes, all measured in turns; what cannot run is not remembered."""
+        path = self._folder / f"{_short(' '.join(job.digest for job in jobs))}.json"
+        if (known := _read(path, len(jobs))) is not None:
+            return known
+        calls = {job.digest: self._prepare(job) for job in {job.digest: job for job in jobs}.values()}
+        running = {name: call for name, call in calls.items() if callable(call)}
+        took = dict(zip(running, medians(time_in_turns(list(running.values()), budget)), strict=True))
+        timings = tuple(
+            Timing(took[job.digest]) if job.digest in took else Timing(float("inf"), str(calls[job.digest]))
+            for job in jobs
+        )
+        if len(running) == len(calls):
+            self._write(path, timings)
+        return timings
+
+    def _prepare(self, job: Job) -> Callable[[], Any] | str:
+        """Return a call that runs a job, after its first run; or why there is none."""
+        backend = get_backend(self.target)
+        try:
+            program = job.make()
+            with tempfile.TemporaryDirectory() as folder:
+                backend.lower(program, self.target, Path(folder), portable=False)
+                call = backend.load(Path(folder), threads=self.threads).prepare(*job.inputs)
+            call()
+        except Exception as error:  # whatever a pass, the exporter or a runtime makes of a program
+            return next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return call
+
+    def _write(self, path: Path, timings: Sequence[Timing]) -> None:
+        with contextlib.suppress(OSError):  # a cache that cannot be written: the next run measures anew
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside = path.with_suffix(f".{os.getpid()}")
+            aside.write_text(json.dumps({"ms": [t.ms for t in timings], "machine": self.machine}))
+            aside.replace(path)
+
+
+def _short(text: str) -> str:
+    return sha256(text.encode()).hexdigest()[:24]
+
+
+def _read(path: Path, count: int) -> tuple[Timing, ...] | None:
+    """Return what was measured before; a damaged file counts as none."""
+    try:
+        ms = json.loads(path.read_text())["ms"]
+        return tuple(Timing(float(x)) for x in ms) if len(ms) == count else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -9,7 +9,6 @@ import inspect
 import os
 import re
 import sys
-import sysconfig
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,9 +23,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
-from slrc.errors import SlrcError, WorkloadError
+from slrc.errors import SlrcError, WorkloadError, own_frame
 
 Metrics = Mapping[str, float]
+USUAL_IMAGE = (3, 224, 224)
+CLIP = 16
+"""Frames of a video."""
 
 
 def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
@@ -196,23 +198,9 @@ def user_error(what: str, error: Exception) -> WorkloadError:
     if first.startswith(f"Caught {kind} in "):  # a DataLoader's worker sends its trace as text
         frames += re.findall(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)', text)
         first = text.splitlines()[-1].removeprefix(f"{kind}: ")
-    own = [f for f in frames if not _is_library(f[0])]
-    where = f" at {own[-1][0]}:{own[-1][1]}: `{own[-1][2]}`" if own else ""
+    own = own_frame([frame[0] for frame in frames])
+    where = "" if own is None else " at {}:{}: `{}`".format(*frames[own])
     return WorkloadError(f"{what} failed{where}: {kind}: {first}", hint="`--debug` shows the whole trace")
-
-
-_HERE = Path(__file__).parent
-_LIBRARIES = tuple(
-    path.resolve()
-    for path in (
-        *(Path(sysconfig.get_paths()[name]) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
-        *(_HERE / name for name in (".", "passes", "backends")),
-    )
-)
-
-
-def _is_library(file: str) -> bool:
-    return file.startswith("<") or any(Path(file).resolve().is_relative_to(p) for p in _LIBRARIES)
 
 
 def _load_file(path: Path) -> ModuleType:
@@ -275,10 +263,7 @@ def _zoo_workload(source: str, name: str) -> Workload:
         library = importlib.import_module("torchvision.models" if source == "torchvision" else "timm")
     except ImportError:
         raise WorkloadError(f"`{source}` is not installed", hint="pip install 'slrc[zoo]'") from None
-    if source == "torchvision":
-        names, size = library.list_models(), 299 if name == "inception_v3" else 224
-    else:
-        names, size = library.list_models(), 224
+    names = library.list_models()
     if name not in names and not (source == "timm" and library.is_model(name)):  # a name with a tag, `vit.augreg`
         close = [n for n in names if n.startswith(name[:6])][:5]
         raise WorkloadError(
@@ -292,16 +277,21 @@ def _zoo_workload(source: str, name: str) -> Workload:
         if not at:
             notes.append(f"no pretrained weights for {name} could be fetched: its weights are random")
     assert model is not None
-    if source == "timm":
-        size = _timm_size(library, name)
-    return Workload(model=model, example_inputs=(torch.randn(1, 3, size, size),), name=name, warnings=notes)
+    shape = _timm_shape(library, name) if source == "timm" else _torchvision_shape(library, name, model)
+    if shape is None:
+        shape = USUAL_IMAGE
+        notes.append(f"{source} does not say what size of images {name} takes: its input is {shape}")
+    return Workload(model=model, example_inputs=(torch.randn(1, *shape),), name=name, warnings=notes)
 
 
 def _make_zoo_model(library: ModuleType, source: str, name: str, *, pretrained: bool) -> nn.Module | None:
     if not pretrained:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return library.get_model(name, weights=None) if source == "torchvision" else library.create_model(name)
+            if source == "timm":
+                return library.create_model(name)
+            has_backbone = "weights_backbone" in inspect.signature(library.get_model_builder(name)).parameters
+            return library.get_model(name, weights=None, **({"weights_backbone": None} if has_backbone else {}))
     with contextlib.suppress(Exception):  # whatever the hub's client raises: the caller goes on without
         if source == "torchvision":
             return library.get_model(name, weights="DEFAULT")
@@ -309,9 +299,23 @@ def _make_zoo_model(library: ModuleType, source: str, name: str, *, pretrained: 
     return None
 
 
-def _timm_size(library: ModuleType, name: str) -> int:
+def _timm_shape(library: ModuleType, name: str) -> tuple[int, ...] | None:
     config = library.get_pretrained_cfg(name)
-    return int(config.input_size[-1]) if config is not None else 224
+    return tuple(config.input_size) if config is not None else None
+
+
+def _torchvision_shape(library: ModuleType, name: str, model: nn.Module) -> tuple[int, ...] | None:
+    """Return the shape of what the pretrained weights' own transforms make, without the batch."""
+    weights = library.get_model_weights(name).DEFAULT
+    preset = weights.transforms()
+    size = getattr(preset, "crop_size", None) or getattr(preset, "resize_size", None)
+    if size is None:  # detection and optical flow
+        return None
+    height, width = size[0], size[-1]
+    if isinstance(own := getattr(model, "image_size", None), int):  # a transformer without weights may be of another
+        height = width = own
+    frames = (max(CLIP, weights.meta.get("min_temporal_size", 0)),) if "Video" in type(preset).__name__ else ()
+    return (3, *frames, height, width)
 
 
 def _describe(value: Any) -> str:

@@ -118,6 +118,52 @@ def test_pretrained_weights_where_they_can_be_had(monkeypatch: pytest.MonkeyPatc
     assert ["its weights are random" in w for w in workload.warnings] == ([] if fetched else [True])
 
 
+SHAPES = {
+    "squeezenet1_1": (3, 224, 224),
+    "inception_v3": (3, 299, 299),
+    "efficientnet_b3": (3, 300, 300),
+    "swin_v2_t": (3, 256, 256),
+    "vit_b_16": (3, 224, 224),
+    "lraspp_mobilenet_v3_large": (3, 520, 520),
+    "r3d_18": (3, 16, 112, 112),
+    "quantized_mobilenet_v2": (3, 224, 224),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_inputs_of_torchvision_are_of_the_size_that_its_weights_take(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torchvision
+
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(torchvision.models, "get_model", lambda name, **given: asked.append(given) or nn.Identity())
+    workload = load_workload(f"torchvision:{name}@random")
+    assert workload.example_inputs[0].shape == (1, *SHAPES[name])
+    assert workload.warnings == []
+    backbone = {"weights_backbone": None} if name.startswith("lraspp") else {}
+    assert asked == [{"weights": None, **backbone}]  # else a backbone's weights would be fetched
+
+
+def test_a_transformer_is_given_images_of_its_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision
+
+    for size in (224, 518):  # that of `vit_h_14` without weights, and with them
+        model = nn.Identity()
+        model.image_size = size
+        monkeypatch.setattr(torchvision.models, "get_model", lambda name, model=model, **_: model)
+        assert load_workload("torchvision:vit_h_14@random").example_inputs[0].shape[-2:] == (size, size)
+
+
+def test_a_size_that_nothing_says_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision
+
+    monkeypatch.setattr(torchvision.models, "get_model", lambda name, **_: nn.Identity())
+    workload = load_workload("torchvision:raft_small@random")
+    assert workload.example_inputs[0].shape == (1, 3, 224, 224)
+    assert "does not say what size of images raft_small takes" in workload.warnings[0]
+
+
 @pytest.mark.parametrize(
     ("spec", "message", "hint"),
     [

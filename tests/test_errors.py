@@ -1,0 +1,35 @@
+"""Which line of a trace is the user's own."""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+from pathlib import Path
+
+import accelerate
+import pytest
+import torch
+
+import slrc
+from slrc.errors import own_frame
+
+PACKAGES = Path(sysconfig.get_paths()["purelib"])
+SLRC, PASS = slrc.__file__, str(Path(slrc.__file__).parent / "passes" / "base.py")
+TORCH, LOADER, PYTHON = torch.__file__, accelerate.__file__, json.__file__
+TIMM = str(PACKAGES / "timm" / "models" / "resnet.py")
+MINE, OTHER = "/home/me/model.py", "loss.py"
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ([SLRC, MINE, OTHER, TORCH, PYTHON], OTHER),
+        ([SLRC, MINE, TIMM, TORCH], MINE),
+        ([SLRC, TIMM, TORCH, PYTHON], TIMM),
+        ([SLRC, PASS, TORCH, LOADER, PYTHON, "<string>"], None),
+        ([], None),
+    ],
+)
+def test_the_frame_to_show(files: list[str], found: str | None) -> None:
+    index = own_frame(files)
+    assert (None if index is None else files[index]) == found

@@ -3,6 +3,7 @@ BIN := .venv/bin
 SOURCES := $(shell find slrc/ passes backends -name '*.py' -o -name '*.j2' -o -name '*.txt' -o -name '*.cpp' -o -name '*.h' -o -name '*.map')
 JOBS ?= 2
 EXAMPLES ?= 560
+CASES ?= 60000
 PYTEST := $(BIN)/pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
@@ -18,8 +19,8 @@ demo: .venv/package ## make .venv, install, compile the digits example on real d
 test: lint ## make .venv, install, lint, type-check, test the installed package
 	$(PYTEST)
 
-fuzz: .venv/package ## random graphs and layers, many more than `make test` draws: EXAMPLES=5000 SLRC_SEED=random
-	SLRC_FUZZ=1 SLRC_EXAMPLES=$(EXAMPLES) $(PYTEST) -m fuzz
+fuzz: .venv/package ## random graphs and layers, many more than `make test` draws: EXAMPLES=5000 CASES=1000000 SLRC_SEED=random
+	SLRC_FUZZ=$(CASES) SLRC_EXAMPLES=$(EXAMPLES) $(PYTEST) -m fuzz
 
 lint: .venv/package ## ruff and mypy alone
 	$(BIN)/ruff check .

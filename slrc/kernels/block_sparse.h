@@ -54,6 +54,9 @@ SLRC_EXPORT int slrc_block_sparse_gemm(const SlrcBlocks* blocks, const float* x,
 SLRC_EXPORT int slrc_block_sparse_mlp(const SlrcBlocks* up, const SlrcBlocks* down, const float* x, int64_t rows,
                                       int64_t inputs, const float* residual, float* y, char* error, size_t error_size);
 
+// y (n, c, h / 2, w / 2) = the maxima of 2 x 2 windows of x (n, c, h, w), side by side.
+SLRC_EXPORT void slrc_max_pool_2x2(const float* x, const int64_t x_shape[4], float* y);
+
 // Returns 0 if the kernels take a layer of these sizes, or 1 with the reason in error. Reads no array of the weight.
 // window is null for a matrix multiplication, whose x_shape is (rows, inputs).
 SLRC_EXPORT int slrc_check_sizes(const SlrcBlocks* blocks, const SlrcWindow* window, const int64_t* x_shape,

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ TILE_SETS = {
     },
     "aarch64": {"Neon": ("-DSLRC_TILE_NEON",), "Portable": ()},
 }
+"""The compiler's flags for each instruction set of a family, the best first; processors run the last one always."""
 OLDEST_GLIBC = "2.28"
 
 
@@ -94,12 +95,23 @@ def find_compiler(family: str) -> Compiler:
 
 
 def compile_library(
-    compiler: Compiler, family: str, folder: Path, library: Path, extra: Sequence[str] = (), main: Path | None = None
+    compiler: Compiler,
+    family: str,
+    folder: Path,
+    library: Path,
+    extra: Sequence[str] = (),
+    main: Path | None = None,
+    sets: Mapping[str, tuple[str, ...]] | None = None,
 ) -> None:
-    """Compile and link every source; `main` is the source of a program to make in place of a shared library."""
+    """Compile and link every source; `main` is the source of a program to make in place of a shared library.
+
+    `sets` are the instruction sets, best first, if they are not to be all of `TILE_SETS`.
+    """
     left_out = {"tile"} if main is None else {"tile", "ort_ops"}
-    units: list[tuple[str, Path, tuple[str, ...]]] = [(f.stem, f, ()) for f in _sources() if f.stem not in left_out]
-    for name, flags in TILE_SETS[family].items():
+    sets = sets or TILE_SETS[family]
+    listed = (f"-DSLRC_TILE_SETS={','.join(f'&k{name}' for name in sets)}",)
+    units: list[tuple[str, Path, tuple[str, ...]]] = [(f.stem, f, listed) for f in _sources() if f.stem not in left_out]
+    for name, flags in sets.items():
         defines = (f"-DSLRC_TILE_SET=k{name}", f'-DSLRC_TILE_NAME="{name.lower()}"')
         units.append((f"tile_{name}", SOURCES / "tile.cpp", (*flags, *defines)))
     if main is not None:

@@ -6,6 +6,7 @@
 
 #include "conv.h"
 #include "gemm.h"
+#include "pool.h"
 #include "processor.h"
 #include "window.h"
 
@@ -58,6 +59,10 @@ int slrc_block_sparse_mlp(const SlrcBlocks* up, const SlrcBlocks* down, const fl
                           const float* residual, float* y, char* error, size_t error_size) {
   return slrc::Guarded(error, error_size,
                        [&] { slrc::Mlp(*up, *down).Run(x, rows, inputs, residual, y, slrc::kSerial); });
+}
+
+void slrc_max_pool_2x2(const float* x, const int64_t x_shape[4], float* y) {
+  slrc::MaxPool2x2(x, x_shape, y, slrc::kSerial);
 }
 
 int slrc_check_sizes(const SlrcBlocks* blocks, const SlrcWindow* window, const int64_t* x_shape, char* error,

@@ -13,14 +13,8 @@
 namespace slrc {
 namespace {
 
-// Best first; the last one runs everywhere.
-#if defined(__x86_64__)
-const TileLoops* const kTileSets[] = {&kAvx512, &kAvx2, &kPortable};
-#elif defined(__aarch64__)
-const TileLoops* const kTileSets[] = {&kNeon, &kPortable};
-#else
-const TileLoops* const kTileSets[] = {&kPortable};
-#endif
+// Best first; the last one runs everywhere. (build.py names them.)
+const TileLoops* const kTileSets[] = {SLRC_TILE_SETS};
 
 }  // namespace
 

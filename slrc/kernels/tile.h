@@ -136,12 +136,7 @@ struct TileLoops {
   double (*spin)(int64_t rounds);  // independent multiply-adds only; returns the floating-point operations done
 };
 
-extern const TileLoops kPortable;
-#if defined(__x86_64__)
-extern const TileLoops kAvx2;
-extern const TileLoops kAvx512;
-#elif defined(__aarch64__)
-extern const TileLoops kNeon;
-#endif
+// Those of one processor family are linked.
+extern const TileLoops kAvx512, kAvx2, kNeon, kPortable;
 
 }  // namespace slrc

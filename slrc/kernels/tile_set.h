@@ -8,7 +8,11 @@
 namespace slrc {
 namespace {
 
+#if defined(__SANITIZE_ADDRESS__)
+#define SLRC_INLINE
+#else
 #define SLRC_INLINE __attribute__((always_inline))
+#endif
 
 // With a sanitizer's checks compilers take many minutes for tiles of so many sizes; fewer go through the same lines.
 #if defined(__AVX512F__) && defined(__SANITIZE_ADDRESS__)

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "block_sparse.h"
-#include "pool.h"
+#include "tile.h"
 
 namespace {
 
@@ -227,7 +227,7 @@ bool PoolAgrees(uint64_t seed) {
   const int64_t rows = shape[2] / 2, columns = shape[3] / 2;
   const auto x = random.Floats(Case::Size(shape));
   const std::unique_ptr<float[]> y(new float[shape[0] * shape[1] * rows * columns]);
-  slrc::MaxPool2x2(x.get(), shape, y.get(), slrc::kSerial);
+  slrc_max_pool_2x2(x.get(), shape, y.get());
   for (int64_t c = 0; c < shape[0] * shape[1]; ++c)
     for (int64_t h = 0; h < rows; ++h)
       for (int64_t w = 0; w < columns; ++w) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,11 @@ class Layer:
         object.__setattr__(self, "packed", {name: tensor.numpy() for name, tensor in vars(packed).items()})
 
     def expected(self) -> NDArray[np.float32]:
-        """Return what torch computes, in double precision, rounded."""
+        """Return what torch computes, in double precision, rounded; computed once."""
+        return self._expected
+
+    @cached_property
+    def _expected(self) -> NDArray[np.float32]:
         x, weight = torch.from_numpy(self.x).double(), torch.from_numpy(self.weight).double()
         bias = None if self.bias is None else torch.from_numpy(self.bias).double()
         if weight.dim() == 2:

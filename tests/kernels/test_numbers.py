@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +16,7 @@ import pytest
 from kernel_layers import ACTIVATIONS, Kernels, Layer, random_conv, random_gemm, sparse_weight
 from kernel_models import feed, layer_parts, make_model, mlp_parts, pool_session, session
 
-CASES = int(os.environ.get("SLRC_KERNEL_CASES", "240"))
+CASES = int(os.environ.get("SLRC_FUZZ", "2400")) // 10
 TOLERANCE = 2e-5
 
 
@@ -24,31 +25,25 @@ def random_layer(seed: int) -> Layer:
     return random_conv(random) if seed % 3 else random_gemm(random)
 
 
-def check_all(library: Path, cases: int) -> str:
-    """Compare `cases` layers through the C entry points; return the instruction set that ran."""
-    kernels = Kernels(library)
-    for seed in range(cases):
-        layer = random_layer(seed)
+@pytest.fixture(scope="module")
+def layers() -> list[Layer]:
+    return [random_layer(seed) for seed in range(CASES)]
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("name", ["portable", "avx2", "avx512", "neon"])
+def test_each_instruction_set_agrees_with_torch(
+    library: Path, layers: list[Layer], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLRC_KERNEL_ISA", name)
+    copy = shutil.copy(library, tmp_path)  # a library chooses the set once, when it is first asked
+    kernels = Kernels(Path(copy))
+    if kernels.instruction_set == "none":
+        pytest.skip(f"this processor has no {name}")
+    assert kernels.instruction_set == name
+    for seed, layer in enumerate(layers):
         error = np.abs(kernels.run(layer) - layer.expected()).max(initial=0)
         assert error < TOLERANCE, f"seed {seed}: {error}"
-    return kernels.instruction_set
-
-
-@pytest.mark.parametrize("name", ["portable", "avx2", "avx512", "neon"])
-def test_each_instruction_set_agrees_with_torch(library: Path, name: str) -> None:
-    # The set is chosen once in a process, so each has a process of its own.
-    code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from pathlib import Path\n"
-        f"from test_numbers import Kernels, check_all\nlibrary = Path({str(library)!r})\n"
-        f"print(Kernels(library).instruction_set if Kernels(library).instruction_set == 'none'"
-        f" else check_all(library, {CASES}))"
-    )
-    environment = {**os.environ, "SLRC_KERNEL_ISA": name}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    if done.stdout.strip() == "none":
-        pytest.skip(f"this processor has no {name}")
-    assert done.stdout.strip() == name
 
 
 @pytest.mark.parametrize("threads", [1, 4])

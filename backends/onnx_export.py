@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
-import logging
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from slrc.backends.packed_onnx import attach_functions, translation_table
 from slrc.errors import BackendError
 from slrc.ir.export_memory import listed_once
 from slrc.ir.program import Program
+from slrc.ir.quiet import quiet_torch
 
 aten = torch.ops.aten
 
@@ -38,16 +36,9 @@ def export_onnx(program: Program, path: Path) -> bool:
     """
     import onnx
 
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     exported_program = _without_constant_outputs(_with_plain_attention(program))
     try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            listed_once(),
-            _translations_read_once(),
-        ):
-            warnings.simplefilter("ignore")
+        with quiet_torch(), listed_once(), _translations_read_once():
             exported = torch.onnx.export(
                 exported_program,
                 dynamo=True,

@@ -92,7 +92,7 @@ def measure_model(name: str, levels: list[float], latency: bool) -> dict[str, An
     """Return one row: the analysis, and for each level what was left and how exact it is."""
     from slrc.ir.program import capture
     from slrc.passes.analysis.label_indices import label_indices
-    from slrc.sparsity.plans import LayerNorm
+    from slrc.sparsity.choices import LayerNorm
 
     layer_norm = LayerNorm.NARROW if name.endswith(NARROW) else LayerNorm.KEEP
 

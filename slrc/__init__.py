@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from slrc.config import CompileConfig
     from slrc.errors import SlrcError
     from slrc.ir.program import Program
-    from slrc.methods import ADMM, SLR, ADMMSettings, Magnitude, SLRSettings
+    from slrc.methods.admm import ADMM
+    from slrc.methods.magnitude import Magnitude
+    from slrc.methods.settings import ADMMSettings, SLRSettings
+    from slrc.methods.slr import SLR
     from slrc.reporting.report import Report
     from slrc.sparsity.masks import Masks
     from slrc.sparsity.plans import Plan
@@ -36,11 +39,11 @@ _HOME = {
     "train": "api",
     "CompileConfig": "config",
     "SlrcError": "errors",
-    "ADMM": "methods",
-    "ADMMSettings": "methods",
-    "Magnitude": "methods",
-    "SLR": "methods",
-    "SLRSettings": "methods",
+    "ADMM": "methods.admm",
+    "ADMMSettings": "methods.settings",
+    "Magnitude": "methods.magnitude",
+    "SLR": "methods.slr",
+    "SLRSettings": "methods.settings",
     "Masks": "sparsity.masks",
     "Plan": "sparsity.plans",
     "Program": "ir.program",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -28,9 +27,10 @@ from slrc.probes import make_probes
 from slrc.progress import Quiet, Reporter
 from slrc.reporting.assemble import accuracy_of, assemble
 from slrc.reporting.report import Pair, Report, TargetResult
+from slrc.sparsity.choices import Allocation
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.patterns import AnyPattern
-from slrc.sparsity.plans import Allocation, Attention, LayerNorm, Plan
+from slrc.sparsity.plans import Plan
 from slrc.training import loop as training
 from slrc.training.loop import Trained
 from slrc.workload import Workload, load_workload
@@ -42,7 +42,7 @@ PROBED_SPARSITIES = (0.5, 0.75)
 
 def capture(workload: Workload) -> Program:
     """Trace the workload's model to a program, in evaluation mode; the model itself is not changed."""
-    return capture_module(workload.model, workload.example_inputs, workload.name)
+    return capture_module(workload.model, workload.example_inputs, workload.name, workload.where)
 
 
 def plan(
@@ -50,40 +50,17 @@ def plan(
     pattern: str | AnyPattern = "channel",
     sparsity: float | None = None,
     *,
-    allocate: str | Allocation = Allocation.UNIFORM,
-    skip: Sequence[str] = (),
-    keep_ends: bool = True,
-    round_to: int = 8,
-    attention: str | Attention = Attention.HEADS,
-    layer_norm: str | LayerNorm = LayerNorm.KEEP,
-    permute: bool = False,
-    latency_budget: float | None = None,
-    target: str | Sequence[str] = "ort",
-    threads: int | None = None,
     cache: str | Path | None = None,
     reporter: Reporter | None = None,
+    **options: Any,
 ) -> Plan:
     """Return what to constrain in a program and how much of it to keep. See `allocate_sparsity`.
 
-    With `allocate="latency"` the parts of the program are timed on the first target, with so many threads, and widths
+    `options` are those of `CompileConfig` that make a plan, such as `skip=("head",)` or `permute=True`. With
+    `allocate="latency"` the parts of the program are timed on the first `target`, with `threads` threads, and widths
     are chosen to meet `latency_budget`, a share of the dense latency. What was timed once is kept in `cache`.
     """
-    made = make_config(
-        {
-            "pattern": pattern,
-            "sparsity": sparsity,
-            "allocate": allocate,
-            "latency_budget": latency_budget,
-            "target": target,
-            "threads": threads,
-            "skip": skip,
-            "keep_ends": keep_ends,
-            "round_to": round_to,
-            "attention": attention,
-            "layer_norm": layer_norm,
-            "permute": permute,
-        }
-    )
+    made = make_config({"pattern": pattern, "sparsity": sparsity, **options})
     return plan_from(program, made, cache=Path(cache) if cache else None, reporter=reporter)
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 import typer
 
+from slrc.config import cli_words, make_config, options, planning_options
 from slrc.errors import OutputError, SlrcError
 
 if TYPE_CHECKING:
@@ -21,6 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: it reads without colour, and needs no rich
     help="A compiler for sparse neural networks: it trains, prunes, emits, proves and measures.",
     epilog="MODEL is a file with a function workload(), package.module:function, torchvision:NAME or timm:NAME.",
 )
@@ -28,87 +32,61 @@ app = typer.Typer(
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="file.py, package.module:function, torchvision:NAME or timm:NAME")
 ]
-PatternOption = Annotated[
-    str | None,
-    typer.Option(help="unstructured, block:RxC, columns:R, channel or N:M (default: channel)"),
-]
-SparsityOption = Annotated[
-    float | None,
-    typer.Option(help="share of the constrained weights to prune, in [0, 1) (default: 0.5)"),
-]
-AllocateOption = Annotated[
-    str | None,
-    typer.Option(help="uniform per layer, global by magnitude, or latency by what widths cost (default: uniform)"),
-]
-BudgetOption = Annotated[
-    float | None,
-    typer.Option(
-        help="for --allocate latency: the share of the dense latency to meet on the first target, such as 0.5"
-    ),
-]
-SkipOption = Annotated[list[str] | None, typer.Option(metavar="NAME", help="layers to leave alone; globs; repeatable")]
-ThreadsOption = Annotated[int | None, typer.Option(help="threads of the runtime (default: all cores)")]
-TargetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="ort, ort:aarch64, ort:stock, tensorrt-rtx:sm86 or tensorrt, see `targets`; repeatable (default: ort)"
-    ),
-]
-ConfigOption = Annotated[Path | None, typer.Option(help="a TOML file with the same options; the command line wins")]
-PlanOption = Annotated[Path | None, typer.Option(help="a plan to use instead of --pattern and --sparsity")]
-KeepEndsOption = Annotated[
-    bool | None,
-    typer.Option("--keep-ends/--prune-ends", help="leave the first layer and the classifier alone (default: keep)"),
-]
 INTERRUPTED = 130
-RoundToOption = Annotated[
-    int | None, typer.Option(help="channel: round kept widths up to a multiple of this (default: 8)")
-]
-AttentionOption = Annotated[
-    str | None, typer.Option(help="channel: prune whole heads, or the width of every head (default: heads)")
-]
-LayerNormOption = Annotated[
-    str | None,
-    typer.Option(help="channel: keep what layer and RMS norms normalise over, or narrow it exactly (default: keep)"),
-]
-PermuteOption = Annotated[
-    bool | None,
-    typer.Option(
-        "--permute/--no-permute",
-        help="block:Rx1: reorder channels so that alike outputs share blocks; the network computes the same "
-        "(default: no-permute)",
-    ),
-]
-DEBUG_HELP = "show the whole trace of an error"
+DEBUG_HELP = "show the whole trace of an error, and what torch logs"
+Given = dict[str, Any]
+"""The options of `CompileConfig` that were given, by name."""
+
+
+def takes(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let a command take options of `CompileConfig`, which arrive in its parameter `given`."""
+
+    def wrap(command: Callable[..., None]) -> Callable[..., None]:
+        def run(**values: Any) -> None:
+            given = {name: values.pop(name) for name in names}
+            command(given={name: _value(value) for name, value in given.items() if value not in (None, [])}, **values)
+
+        own = signature(command, eval_str=True).parameters
+        position = list(own).index("given")
+        before, after = list(own.values())[:position], list(own.values())[position + 1 :]
+        everything = [*before, *(_parameter(name) for name in names), *after]
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__signature__ = Signature(everything)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in everything}
+        return run
+
+    return wrap
+
+
+def _parameter(name: str) -> Parameter:
+    """Return an option as typer reads it from a signature; what it may be is for the configuration to say."""
+    field = options()[name]
+    words = cli_words(field)
+    flags = [words["flags"]] if "flags" in words else []
+    option = typer.Option(*flags, help=field.description, metavar=words.get("metavar"), show_default=False)
+    annotation = Annotated[_cli_type(field.annotation) | None, option]  # type: ignore[valid-type]
+    return Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=annotation)
+
+
+def _cli_type(annotation: Any) -> Any:
+    if get_origin(annotation) is tuple:
+        return list[str]
+    plain = [kind for kind in (bool, int, float, Path) if annotation is kind or kind in get_args(annotation)]
+    return plain[0] if plain else str
+
+
+def _value(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 @app.command("compile")
+@takes(*options())
 def compile_command(
     model: ModelArgument,
-    pattern: PatternOption = None,
-    sparsity: SparsityOption = None,
-    allocate: AllocateOption = None,
-    latency_budget: BudgetOption = None,
-    method: Annotated[
-        str | None,
-        typer.Option(help="slr, admm, gradual, ac-dc, group-lasso or magnitude (default: slr, without data magnitude)"),
+    given: Given,
+    config: Annotated[
+        Path | None, typer.Option(help="a TOML file with the same options and more; the command line wins")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="epochs of sparse training (default: 10)")] = None,
-    retrain_epochs: Annotated[
-        int | None, typer.Option(help="epochs of masked retraining afterwards (default: 0)")
-    ] = None,
-    precision: Annotated[str | None, typer.Option(help="training in fp32, bf16 or fp16 (default: fp32)")] = None,
-    target: TargetOption = None,
-    skip: SkipOption = None,
-    keep_ends: KeepEndsOption = None,
-    round_to: RoundToOption = None,
-    attention: AttentionOption = None,
-    layer_norm: LayerNormOption = None,
-    permute: PermuteOption = None,
-    plan: PlanOption = None,
-    config: ConfigOption = None,
-    threads: ThreadsOption = None,
-    seed: Annotated[int | None, typer.Option(help="of every random choice (default: 0)")] = None,
     out: Annotated[Path, typer.Option(help="the output folder")] = Path("build"),
     resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="throw an interrupted run away")] = False,
@@ -118,31 +96,10 @@ def compile_command(
 
     The output folder holds the report (html and json), the plan, the masks, the slim PyTorch program and the targets.
     """
+    made = make_config(given, config)  # what is wrong with an option is said before torch is loaded
     from slrc import api
-    from slrc.config import make_config
     from slrc.reporting.tables import report_table
 
-    given = {
-        "pattern": pattern,
-        "sparsity": sparsity,
-        "allocate": allocate,
-        "latency_budget": latency_budget,
-        "method": method,
-        "epochs": epochs,
-        "retrain_epochs": retrain_epochs,
-        "precision": precision,
-        "target": tuple(target) if target else None,
-        "skip": tuple(skip) if skip else None,
-        "keep_ends": keep_ends,
-        "round_to": round_to,
-        "attention": attention,
-        "layer_norm": layer_norm,
-        "permute": permute,
-        "plan": plan,
-        "threads": threads,
-        "seed": seed,
-    }
-    made = make_config({k: v for k, v in given.items() if v is not None}, config)
     report = api.compile(model, out, config=made, resume=resume, overwrite=overwrite, reporter=_reporter())
     if _is_main_process():
         _console().print(report_table(report))
@@ -150,44 +107,20 @@ def compile_command(
 
 
 @app.command()
+@takes(*planning_options(), "target", "threads")
 def inspect(
     model: ModelArgument,
-    pattern: PatternOption = None,
-    sparsity: SparsityOption = None,
-    allocate: AllocateOption = None,
-    latency_budget: BudgetOption = None,
-    skip: SkipOption = None,
-    keep_ends: KeepEndsOption = None,
-    round_to: RoundToOption = None,
-    attention: AttentionOption = None,
-    layer_norm: LayerNormOption = None,
-    permute: PermuteOption = None,
-    target: TargetOption = None,
-    threads: ThreadsOption = None,
+    given: Given,
     plan_out: Annotated[Path | None, typer.Option(help="write the plan here, to edit and give to --plan")] = None,
     debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False,
 ) -> None:
     """Show what is prunable and what is pinned, and why: layers, groups, parameters, multiply-accumulates."""
+    config = make_config(given)
     from slrc import api
-    from slrc.config import make_config
     from slrc.passes.analysis.label_indices import label_indices
     from slrc.reporting.tables import inspect_tables
     from slrc.workload import load_workload
 
-    given = {
-        "pattern": pattern,
-        "sparsity": sparsity,
-        "allocate": allocate,
-        "latency_budget": latency_budget,
-        "keep_ends": keep_ends,
-        "round_to": round_to,
-        "attention": attention,
-        "layer_norm": layer_norm,
-        "permute": permute,
-        "target": tuple(target) if target else None,
-        "threads": threads,
-    }
-    config = make_config({**{k: v for k, v in given.items() if v is not None}, "skip": tuple(skip or ())})
     workload = load_workload(model)
     program = api.capture(workload)
     plan = api.plan_from(program, config, reporter=_reporter())
@@ -202,9 +135,10 @@ def inspect(
 
 
 @app.command()
+@takes("threads")
 def bench(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="what `slrc compile --out` wrote")],
-    threads: ThreadsOption = None,
+    given: Given,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
     debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False,
 ) -> None:
@@ -212,7 +146,7 @@ def bench(
     from slrc.reporting.bench import bench_output
     from slrc.reporting.tables import latency_table
 
-    result = bench_output(folder, threads, _reporter())
+    result = bench_output(folder, make_config(given).threads, _reporter())
     if as_json:
         typer.echo(result.model_dump_json(indent=1))
     else:
@@ -263,6 +197,8 @@ def _options(
 def main() -> None:
     """Run the command line: known errors print as one message with a hint, unknown ones ask for a report."""
     debug = "--debug" in sys.argv[1:]
+    if debug:
+        os.environ["SLRC_DEBUG"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()

@@ -8,12 +8,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from slrc.errors import ConfigError, SlrcError
-from slrc.methods import MethodName, MethodSettings
-from slrc.sparsity.patterns import AnyPattern, Block, Channel
-from slrc.sparsity.plans import Allocation, Attention, LayerNorm, PatternField
+from slrc.methods.settings import MethodName, MethodSettings
+from slrc.sparsity.choices import Allocation, Attention, LayerNorm
+from slrc.sparsity.patterns import AnyPattern, Block, Channel, PatternField
 
 
 class Precision(StrEnum):
@@ -24,58 +25,82 @@ class Precision(StrEnum):
     FP16 = "fp16"
 
 
-_NUMBERS = (
-    "sparsity",
-    "latency_budget",
-    "epochs",
-    "retrain_epochs",
-    "updates_per_epoch",
-    "probe_batches",
-    "recalibration_batches",
-    "threads",
-    "seed",
-)
+def _option(default: Any, told: str, *, plans: bool = False, **limits: Any) -> Any:
+    """Return a field that is an option of the command line, with its text for `--help`.
 
-
-PLANNING = (
-    "pattern",
-    "sparsity",
-    "allocate",
-    "latency_budget",
-    "skip",
-    "keep_ends",
-    "round_to",
-    "attention",
-    "layer_norm",
-    "permute",
-)
-"""Options that make a plan; a plan that is given has them decided."""
+    `plans` is for options that make a plan: where a plan is given they are decided. `flags` are what a truth value is
+    called, `metavar` what a value is called where the type does not say it.
+    """
+    cli: dict[str, Any] = {key: limits.pop(key) for key in ("flags", "metavar") if key in limits}
+    made = {"default_factory": default} if callable(default) else {"default": default}
+    return Field(**made, description=told, json_schema_extra={"plans": plans, "cli": cli}, **limits)
 
 
 class CompileConfig(MethodSettings):
-    """Everything that `slrc compile` can be told. Field names are the option names, with underscores."""
+    """Everything that `slrc compile` can be told: the command line, a TOML file and the API's keywords follow from it.
 
-    pattern: PatternField = Field(default_factory=Channel)
-    sparsity: float | None = Field(default=None, ge=0, lt=1)
-    allocate: Allocation = Allocation.UNIFORM
-    latency_budget: float | None = Field(default=None, gt=0, lt=1)
-    round_to: Annotated[int, Field(ge=1)] = 8
-    attention: Attention = Attention.HEADS
-    layer_norm: LayerNorm = LayerNorm.KEEP
-    permute: bool = False
-    method: MethodName | None = None
-    epochs: Annotated[int, Field(ge=0)] = 10
-    retrain_epochs: Annotated[int, Field(ge=0)] = 0
+    A field with a text is an option of the command line, named with hyphens; the others are for the file and the API.
+    """
+
+    pattern: PatternField = _option(
+        Channel,
+        "what may survive: unstructured, block:RxC, columns:R, channel or N:M (default: channel)",
+        plans=True,
+    )
+    sparsity: float | None = _option(
+        None, "share of the constrained weights to prune, in [0, 1) (default: 0.5)", plans=True, ge=0, lt=1
+    )
+    allocate: Allocation = _option(
+        Allocation.UNIFORM,
+        "uniform per layer, global by magnitude, or latency by what widths cost (default: uniform)",
+        plans=True,
+    )
+    latency_budget: float | None = _option(
+        None,
+        "for --allocate latency: the share of the dense latency to meet on the first target, such as 0.5",
+        plans=True,
+        gt=0,
+        lt=1,
+    )
+    method: MethodName | None = _option(
+        None, "slr, admm, gradual, ac-dc, group-lasso or magnitude (default: slr, without data magnitude)"
+    )
+    epochs: int = _option(10, "epochs of sparse training (default: 10)", ge=0)
+    retrain_epochs: int = _option(0, "epochs of masked retraining afterwards (default: 0)", ge=0)
+    precision: Precision = _option(Precision.FP32, "training in fp32, bf16 or fp16 (default: fp32)")
+    target: tuple[str, ...] = _option(
+        ("ort",),
+        "ort, ort:aarch64, ort:stock, tensorrt-rtx:sm86 or tensorrt, see `targets`; repeatable (default: ort)",
+    )
+    skip: tuple[str, ...] = _option((), "layers to leave alone; globs; repeatable", plans=True, metavar="NAME")
+    keep_ends: bool = _option(
+        True,
+        "leave the first layer and the classifier alone (default: keep)",
+        plans=True,
+        flags="--keep-ends/--prune-ends",
+    )
+    round_to: int = _option(8, "channel: round kept widths up to a multiple of this (default: 8)", plans=True, ge=1)
+    attention: Attention = _option(
+        Attention.HEADS, "channel: prune whole heads, or the width of every head (default: heads)", plans=True
+    )
+    layer_norm: LayerNorm = _option(
+        LayerNorm.KEEP,
+        "channel: keep what layer and RMS norms normalise over, or narrow it exactly (default: keep)",
+        plans=True,
+    )
+    permute: bool = _option(
+        False,
+        "block:Rx1: reorder channels so that alike outputs share blocks; the network computes the same "
+        "(default: no-permute)",
+        plans=True,
+        flags="--permute/--no-permute",
+    )
+    plan: Path | None = _option(None, "a plan to use instead of --pattern and --sparsity")
+    threads: int | None = _option(None, "threads of the runtime (default: all cores)", ge=1)
+    seed: int = _option(0, "of every random choice (default: 0)", ge=0, lt=2**32)
     updates_per_epoch: Annotated[int, Field(ge=1)] = 2
     probe_batches: Annotated[int, Field(ge=1)] = 4
     recalibration_batches: Annotated[int, Field(ge=0)] = 20
-    precision: Precision = Precision.FP32
-    target: tuple[str, ...] = ("ort",)
-    plan: Path | None = None
-    skip: tuple[str, ...] = ()
-    keep_ends: bool = True
-    threads: Annotated[int, Field(ge=1)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     @field_validator("target", "skip", mode="before")
     @classmethod
@@ -115,7 +140,7 @@ class CompileConfig(MethodSettings):
 
     @model_validator(mode="after")
     def _plan_decides(self) -> CompileConfig:
-        decided = [name for name in PLANNING if name in self.model_fields_set]
+        decided = [name for name in planning_options() if name in self.model_fields_set]
         if self.plan is not None and decided:
             raise ConfigError(
                 f"`--plan` and `--{decided[0].replace('_', '-')}` exclude each other: the plan says what to prune",
@@ -132,11 +157,11 @@ class CompileConfig(MethodSettings):
             )
         return self
 
-    @field_validator(*_NUMBERS, mode="before")
+    @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_value(cls, value: Any) -> Any:
-        if isinstance(value, bool):
-            raise ValueError("input should be a number")  # noqa: TRY004
+    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("input should be a number")
         return value
 
     @field_validator("pattern", mode="before")
@@ -145,6 +170,26 @@ class CompileConfig(MethodSettings):
         if not isinstance(value, (str, AnyPattern)):
             raise ValueError("a pattern is a text such as 'channel' or 'block:8x1'")  # noqa: TRY004
         return value
+
+
+def options() -> dict[str, FieldInfo]:
+    """Return the fields that are options of the command line, in order."""
+    return {name: field for name, field in CompileConfig.model_fields.items() if field.description}
+
+
+def planning_options() -> list[str]:
+    """Return the names of the options that make a plan."""
+    return [name for name, field in options().items() if _extra(field)["plans"]]
+
+
+def cli_words(field: FieldInfo) -> Mapping[str, str]:
+    """Return the `flags` and the `metavar` of an option, where it has them."""
+    return _extra(field)["cli"]
+
+
+def _extra(field: FieldInfo) -> dict[str, Any]:
+    assert isinstance(field.json_schema_extra, dict)
+    return field.json_schema_extra
 
 
 TABLES: Mapping[str, type[BaseModel]] = {name: type(settings) for name, settings in MethodSettings()}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sysconfig
-from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -66,26 +64,3 @@ def disk_error(where: Path, error: BaseException) -> OutputError:
     return OutputError(
         f"cannot write to `{where}`: {reason}", hint="free some space or choose another folder with `--out`"
     )
-
-
-_HERE = Path(__file__).parent
-_SLRC = tuple((_HERE / folder).resolve() for folder in (".", "passes", "backends"))
-_PACKAGES = tuple({Path(sysconfig.get_paths()[name]).resolve() for name in ("purelib", "platlib")})
-_PYTHON = tuple({Path(sysconfig.get_paths()[name]).resolve() for name in ("stdlib", "platstdlib")})
-_MACHINERY = tuple(folder / name for folder in _PACKAGES for name in ("torch", "accelerate"))
-
-
-def own_frame(files: Sequence[str]) -> int | None:
-    """Return which of a trace's files, from the outermost call to the innermost, shows the user what to look at.
-
-    It is the last one of the user's own. A model of a library has none: then it is the last one of an installed package
-    other than torch, and `None` if there is none either.
-    """
-    outside = [i for i, file in enumerate(files) if not file.startswith("<") and not _lies_in(file, _SLRC)]
-    own = [i for i in outside if not _lies_in(files[i], (*_PACKAGES, *_PYTHON))]
-    others = [i for i in outside if _lies_in(files[i], _PACKAGES) and not _lies_in(files[i], _MACHINERY)]
-    return next(reversed(own or others), None)
-
-
-def _lies_in(file: str, folders: Sequence[Path]) -> bool:
-    return any(Path(file).resolve().is_relative_to(folder) for folder in folders)

@@ -7,9 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import os
-import re
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +21,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
-from slrc.errors import SlrcError, WorkloadError, own_frame
+from slrc.errors import SlrcError, WorkloadError
+from slrc.user_code import at, calling_line, first_line, lines_in, lines_of, users_line
 
 Metrics = Mapping[str, float]
 USUAL_IMAGE = (3, 224, 224)
@@ -85,8 +84,10 @@ class Workload:
     scheduler: Callable[[Optimizer, int], LRScheduler] = cosine
     name: str = "model"
     warnings: list[str] = field(default_factory=list)
+    where: str = field(init=False, repr=False, default="")
 
     def __post_init__(self) -> None:
+        self.where = at(calling_line())
         if not isinstance(self.model, nn.Module):
             raise WorkloadError(f"`Workload.model` must be a torch.nn.Module, got {_describe(self.model)}")
         if isinstance(self.example_inputs, Tensor):
@@ -192,15 +193,12 @@ def cached_weights(model: nn.Module, path: str | Path, train: Callable[[nn.Modul
 
 def user_error(what: str, error: Exception) -> WorkloadError:
     """Return an error that names the user's own line that raised."""
-    frames = [(f.filename, f.lineno, f.line) for f in traceback.extract_tb(error.__traceback__)]
-    text, kind = str(error).strip(), type(error).__name__
-    first = next(iter(text.splitlines()), "")
-    if first.startswith(f"Caught {kind} in "):  # a DataLoader's worker sends its trace as text
-        frames += re.findall(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)', text)
-        first = text.splitlines()[-1].removeprefix(f"{kind}: ")
-    own = own_frame([frame[0] for frame in frames])
-    where = "" if own is None else " at {}:{}: `{}`".format(*frames[own])
-    return WorkloadError(f"{what} failed{where}: {kind}: {first}", hint="`--debug` shows the whole trace")
+    lines, said, kind = lines_of(error), str(error).strip(), type(error).__name__
+    first = first_line(error)
+    if said.startswith(f"Caught {kind} in "):  # a DataLoader's worker sends its trace as text
+        lines += lines_in(said)
+        first = f"{kind}: {said.splitlines()[-1].removeprefix(f'{kind}: ')}"
+    return WorkloadError(f"{what} failed{at(users_line(lines))}: {first}", hint="`--debug` shows the whole trace")
 
 
 def _load_file(path: Path) -> ModuleType:

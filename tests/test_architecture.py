@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
     "errors",
     "progress",
+    "user_code",
     "machine",
     "ir",
     "sparsity",

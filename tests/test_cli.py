@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import typer
 
 import slrc
 from slrc import cli
+from slrc.config import options, planning_options
 from slrc.measuring.clock import Clock, Timing
 
 pytestmark = pytest.mark.usefixtures("quick_timing")
@@ -318,6 +320,55 @@ def test_a_model_that_cannot_be_captured(run: Run, model: Path) -> None:
     )
     model.write_text(source)
     assert_mistake(run("inspect", model), "return x if x.sum() > 0 else -x", "control flow")
+
+
+BAD_EXAMPLE = """
+import torch
+from torch import nn
+
+import slrc
+
+
+def workload():
+    return slrc.Workload(nn.Linear(4, 4), example_inputs=(torch.randn(2, 5),))
+"""
+
+
+@pytest.mark.parametrize("command", ["inspect", "compile"])
+def test_an_example_that_does_not_fit_is_one_error(run: Run, model: Path, command: str) -> None:
+    model.write_text(BAD_EXAMPLE)
+    result = run(command, model)
+    assert_mistake(result, "does not take its example inputs at tinynet.py:9: `return slrc.Workload(", "(2, 5)")
+    assert len(result.err.strip().splitlines()) == 3
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_torch_speaks_only_with_debug(model: Path, debug: bool) -> None:
+    """In a process of its own: the mistake is only found while tracing, behind pages of torch's log."""
+    source = model.read_text().replace(
+        "    model = nn.Sequential(",
+        "    class Branches(nn.Module):\n        def forward(self, x):\n            return x if x.sum() < 1e9 else -x\n"
+        "    model = nn.Sequential(Branches(), ",
+    )
+    model.write_text(source)
+    command = [sys.executable, "-m", "slrc", "inspect", str(model), *(["--debug"] if debug else [])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2
+    assert "return x if x.sum() < 1e9 else -x" in done.stderr
+    assert ("Traceback" in done.stderr) == debug
+    assert (len(done.stderr.strip().splitlines()) == 3) == (not debug)
+
+
+def test_the_options_are_those_of_the_configuration() -> None:
+    by_command = {c.name: {p.name: p for p in c.params} for c in typer.main.get_command(cli.app).commands.values()}
+    fields = options()
+    assert by_command["compile"].keys() == {
+        *fields, "model", "config", "out", "resume", "overwrite", "debug"
+    }  # fmt: skip
+    assert by_command["inspect"].keys() == {*planning_options(), "target", "threads", "model", "plan_out", "debug"}
+    for command in by_command.values():
+        for name, field in fields.items():
+            assert name not in command or command[name].help == field.description
 
 
 def test_a_foreign_output_folder(run: Run, model: Path) -> None:

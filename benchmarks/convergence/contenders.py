@@ -9,7 +9,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 import slrc
-from slrc.methods import ADMMSettings, MethodName, MethodSettings, SLRSettings, make_method
+from slrc.methods.registry import make_method
+from slrc.methods.settings import ADMMSettings, MethodName, MethodSettings, SLRSettings
 from slrc.sparsity.masks import Masks
 
 

@@ -15,8 +15,9 @@ from slrc.ir.nodes import WEIGHTED, layer_weight, op_name
 from slrc.ir.program import Layer, Program
 from slrc.passes.allocation.order_channels import order_channels, takes_order
 from slrc.passes.analysis.label_indices import ChannelGroup, IndexLabels, label_indices
+from slrc.sparsity.choices import Allocation, Attention, LayerNorm
 from slrc.sparsity.patterns import AnyPattern, Unstructured
-from slrc.sparsity.plans import Allocation, Attention, Constraint, LatencyForecast, LayerNorm, LeftOut, Plan, Slice
+from slrc.sparsity.plans import Constraint, LatencyForecast, LeftOut, Plan, Slice
 
 WidthChooser = Callable[
     [Program, IndexLabels, Sequence[Constraint], Sequence[int]], tuple[NDArray[np.int64], LatencyForecast]

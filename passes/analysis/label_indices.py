@@ -27,7 +27,8 @@ from slrc.ir.nodes import op_name
 from slrc.ir.program import Program
 from slrc.ir.tracing import source_line
 from slrc.passes.analysis.index_rules import RULES, Dims, LabelTable, Value
-from slrc.sparsity.plans import Attention, LayerNorm, Slice
+from slrc.sparsity.choices import Attention, LayerNorm
+from slrc.sparsity.plans import Slice
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,9 @@ from slrc.errors import CaptureError, OutputError, SlrcError
 from slrc.ir.export_memory import listed_once
 from slrc.ir.nodes import WEIGHTED, conv_groups, is_free, layer_weight, node_macs, op_name
 from slrc.ir.program_file import StoredProgram
+from slrc.ir.quiet import quiet_torch
 from slrc.ir.tracing import drop_expansions, export
+from slrc.user_code import at, first_line, lines_of, users_line
 
 
 @dataclass(frozen=True)
@@ -263,15 +265,21 @@ class Program:
         return Program(exported, self.example_inputs, self.name)
 
 
-def capture(model: nn.Module, example_inputs: tuple[Any, ...], name: str = "model") -> Program:
+def capture(model: nn.Module, example_inputs: tuple[Any, ...], name: str = "model", where: str = "") -> Program:
     """Trace `model` in evaluation mode to a functional graph of ATen operators.
 
     The model is copied: it is neither moved nor changed. The batch dimension (the first of every tensor input) stays
     dynamic wherever the model allows it.
 
+    Args:
+        model: the user's module.
+        example_inputs: the arguments of one call.
+        name: for reports and errors.
+        where: where the user gave the inputs, for an error that has no line of the user's `forward` to name.
+
     Raises:
-        CaptureError: the model cannot be copied, or `torch.export` cannot trace it; the message names the user's
-            source line.
+        CaptureError: the model cannot be copied, does not take the example inputs, or cannot be traced by
+            `torch.export`; the message names the user's source line.
     """
     try:
         twin = copy.deepcopy(model).cpu().eval()
@@ -284,10 +292,29 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], name: str = "mode
         tensor.requires_grad_(False)
         tensor.data = tensor.data.contiguous()
     inputs = pytree.tree_map_only(Tensor, lambda x: x.detach().cpu().contiguous(), example_inputs)
-    with listed_once():
+    _try(twin, inputs, where)
+    with quiet_torch(), listed_once():
         exported = export(twin, inputs).run_decompositions({})
     drop_expansions(exported)
     return Program(exported, inputs, name)
+
+
+def _try(model: nn.Module, inputs: tuple[Any, ...], where: str) -> None:
+    """Call the model as it is: what it cannot take is said in its own words, not in those of a tracer."""
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model)(*copy.deepcopy(inputs))
+    except Exception as error:  # whatever the user's forward raises
+        line = at(users_line(lines_of(error))) or where
+        given = ", ".join(_describe(x) for x in inputs)
+        raise CaptureError(
+            f"the model does not take its example inputs{line}: {first_line(error)}",
+            hint=f"`Workload.example_inputs` are ({given}): do they fit `forward`?",
+        ) from error
+
+
+def _describe(value: Any) -> str:
+    return f"a tensor {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _in_order(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import linecache
-import logging
 import re
-import sysconfig
-import traceback
-import warnings
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +15,8 @@ from torch.utils import _pytree as pytree
 from slrc.errors import CaptureError
 from slrc.ir.export_memory import listed_once
 from slrc.ir.nodes import is_free, op_name
+from slrc.ir.quiet import quiet_torch
+from slrc.user_code import at, first_line, lines_in, lines_of, users_line
 
 BROADCASTING = frozenset({"add", "sub", "mul", "div", "maximum", "minimum"})
 """Operators of two operands that torch and ONNX broadcast alike."""
@@ -32,7 +28,6 @@ def export(module: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
     Raises:
         CaptureError: `torch.export` cannot trace it; the message names the user's source line.
     """
-    logging.getLogger("torch._export").setLevel(logging.ERROR)  # it warns of each input whose batch is always 1
     sizes = [x.shape[0] for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim() > 0]
     attempts: list[tuple[tuple[Any, ...], Any]] = [(inputs, None)]
     if any(size != 1 for size in sizes):
@@ -44,8 +39,7 @@ def export(module: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
     failures: list[Exception] = []
     for args, dynamic_shapes in attempts:
         try:
-            with warnings.catch_warnings(), torch.no_grad(), listed_once():
-                warnings.simplefilter("ignore")
+            with quiet_torch(), torch.no_grad(), listed_once():
                 exported = torch.export.export(module, args, dynamic_shapes=dynamic_shapes)
             if args is inputs or not _has_fixed_batch(exported, sizes):
                 return exported
@@ -67,11 +61,8 @@ def drop_expansions(exported: ExportedProgram) -> None:
 
 def source_line(node: Node) -> str:
     """Return `file:line: code` of the user's source that an operator came from, or an empty string."""
-    frames = re.findall(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)', node.meta.get("stack_trace") or "")
-    for file, line, code in reversed(frames):
-        if not _is_library(file):
-            return f"{_short(file)}:{line}: {code}"
-    return f"{_short(frames[-1][0])}:{frames[-1][1]}: {frames[-1][2]}" if frames else ""
+    line = users_line(lines_in(node.meta.get("stack_trace") or ""))
+    return str(line) if line else ""
 
 
 def _any_batch(inputs: Iterable[Any]) -> ShapesCollection:
@@ -103,35 +94,12 @@ def _broadcasts(user: Node, operand: Node) -> bool:
 
 
 def _capture_error(error: Exception) -> CaptureError:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_library(f.filename)]
-    where = ""
-    if frames:
-        last = frames[-1]
-        code = linecache.getline(last.filename, last.lineno or 0).strip() or last.line
-        where = f" at {_short(last.filename)}:{last.lineno}: `{code}`"
     operator = re.search(r"aten[.:]+\w+(\.\w+)?|torch\.ops\.[\w.]+|\w+::\w+", str(error))
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     named = f" (operator {operator.group(0)})" if operator else ""
+    depends_on_values = "data-dependent" in str(error) or "DataDependent" in type(error).__name__
     return CaptureError(
-        f"the model cannot be captured{where}{named}: {type(error).__name__}: {first}",
-        hint="control flow must not depend on a tensor's values; see `--debug` for the whole trace",
+        f"the model cannot be captured{at(users_line(lines_of(error)))}{named}: {first_line(error)}",
+        hint="control flow must not depend on a tensor's values: write it with `torch.where`, or outside of `forward`"
+        if depends_on_values
+        else "`--debug` shows the whole trace",
     )
-
-
-_HERE = Path(__file__).parents[1]
-_OWN = tuple(p.resolve() for p in (Path(torch.__file__).parent, _HERE, _HERE / "passes", _HERE / "backends"))
-_STANDARD, _PACKAGES = (Path(sysconfig.get_paths()[key]).resolve() for key in ("stdlib", "purelib"))
-
-
-def _is_library(file: str) -> bool:
-    """Whether a source file belongs to torch, slrc or Python: models of other packages count as the user's."""
-    path = Path(file).resolve()
-    in_standard = path.is_relative_to(_STANDARD) and not path.is_relative_to(_PACKAGES)
-    return file.startswith("<") or any(path.is_relative_to(own) for own in _OWN) or in_standard
-
-
-def _short(file: str) -> str:
-    try:
-        return str(Path(file).resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return re.sub(r".*/site-packages/", "", file)

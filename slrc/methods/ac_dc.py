@@ -5,20 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from slrc.methods.base import Iteration, MaskedMethod
+from slrc.methods.settings import ACDCSettings
 from slrc.sparsity.plans import Plan
-
-
-class ACDCSettings(BaseModel):
-    """The phases of AC/DC."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    phase: int = Field(default=1, ge=1, description="updates that a phase lasts")
-    final: float = Field(default=0.25, ge=0, lt=1, description="share of the updates that the last, sparse phase lasts")
 
 
 class ACDC(MaskedMethod):

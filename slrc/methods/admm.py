@@ -5,20 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from slrc.methods.base import Iteration, Method, MethodState, Splitting, norm
+from slrc.methods.settings import ADMMSettings
 from slrc.sparsity.plans import Plan
-
-
-class ADMMSettings(BaseModel):
-    """ADMM's parameter."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    rho: float = Field(default=0.1, gt=0, description="penalty ρ, also the dual step")
-    rho_growth: float = Field(default=1.0, ge=1, description="by how much ρ has grown at the last update")
 
 
 class ADMM(Method):

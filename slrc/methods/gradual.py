@@ -5,19 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from slrc.methods.base import Iteration, MaskedMethod
+from slrc.methods.settings import GradualSettings
 from slrc.sparsity.plans import Plan
-
-
-class GradualSettings(BaseModel):
-    """The schedule of gradual magnitude pruning."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    until: float = Field(default=0.75, gt=0, le=1, description="share of the updates after which all is pruned")
 
 
 class Gradual(MaskedMethod):

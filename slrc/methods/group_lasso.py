@@ -14,21 +14,13 @@ from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from slrc.errors import TrainingError
 from slrc.methods.base import Iteration, Method, MethodState, dense_residual
 from slrc.methods.gradual import cubic
+from slrc.methods.settings import GroupLassoSettings
 from slrc.sparsity.plans import Plan
-
-
-class GroupLassoSettings(BaseModel):
-    """The schedule of the shrinking."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    until: float = Field(default=0.75, gt=0, le=1, description="share of the updates after which the level is reached")
 
 
 class GroupLasso(Method):

@@ -14,27 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from slrc.methods.base import Iteration, Method, MethodState, Splitting, norm
+from slrc.methods.settings import SLRSettings
 from slrc.sparsity.plans import Plan
-
-
-class SLRSettings(BaseModel):
-    """SLR's parameters, with the paper's names.
-
-    α_k = 1 − 1/(M k^p) with p = 1 − 1/k^r; M > 1 and 0 < r < 1 make the steps shrink slowly enough.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    rho: float = Field(default=1.0, gt=0, description="penalty ρ at first")
-    s0: float = Field(default=0.01, gt=0, description="first step size")
-    M: float = Field(default=300.0, gt=1, description="step-size constant, above 1")
-    r: float = Field(default=0.1, gt=0, lt=1, description="step-size exponent, in (0, 1)")
-    rho_growth: float = Field(default=10.0, ge=1, description="by how much ρ has grown at the last update")
-    follow: bool = Field(default=True, description="whether Z follows W between projections where it is not zero")
 
 
 class SLR(Method):

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from slrc.methods import SLR
+from slrc.methods.slr import SLR
 from slrc.reporting import plots
 from slrc.reporting.report import Pair, Report
 

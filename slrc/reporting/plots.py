@@ -23,7 +23,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, PercentFor
 
 if TYPE_CHECKING:
     from slrc.measuring.timing import Latency
-    from slrc.methods import Iteration
+    from slrc.methods.base import Iteration
     from slrc.reporting.report import LayerSparsity
     from slrc.training.checkpoints import EpochRecord
 

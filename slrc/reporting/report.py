@@ -11,7 +11,7 @@ from slrc.backends.base import FileName
 from slrc.errors import OutputError
 from slrc.forms.form import FormChoice
 from slrc.measuring.timing import Latency
-from slrc.methods import Iteration
+from slrc.methods.base import Iteration
 from slrc.training.checkpoints import EpochRecord
 from slrc.verify import Check
 

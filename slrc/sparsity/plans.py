@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +17,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from torch import Tensor
 
 from slrc.errors import PatternError, PlanError
-from slrc.sparsity.patterns import AnyPattern, energies, parse_pattern, project
+from slrc.sparsity.choices import Attention, LayerNorm
+from slrc.sparsity.patterns import PatternField
+from slrc.sparsity.projection import energies, project
 
 PLAN_SCHEMA_VERSION = 1
 
@@ -57,11 +58,6 @@ def _print_order(order: tuple[int, ...] | None) -> str | None:
     return None if order is None else ",".join(map(str, order))
 
 
-PatternField = Annotated[
-    AnyPattern,
-    BeforeValidator(lambda v: v if isinstance(v, AnyPattern) else parse_pattern(str(v))),
-    PlainSerializer(str, return_type=str),
-]
 Indices = Annotated[
     tuple[int, ...] | None,
     BeforeValidator(_parse_ranges),
@@ -103,35 +99,6 @@ class Slice(_Data):
         index = torch.arange(len(moved)) if self.index is None else torch.tensor(self.index)
         spread = value.repeat_interleave(len(index) // len(value)).reshape(-1, *(1 for _ in moved.shape[1:]))
         moved[index] = moved[index] * spread
-
-
-class Allocation(StrEnum):
-    """How the asked sparsity is shared out."""
-
-    UNIFORM = "uniform"
-    """The same share of every layer or group."""
-    GLOBAL = "global"
-    """Wherever the weights are smallest, by mean energy of a group."""
-    LATENCY = "latency"
-    """Channels only: the widths that meet a latency on the target at the least loss of energy."""
-
-
-class Attention(StrEnum):
-    """What is removed from an attention, where heads and their width are split from one dimension."""
-
-    HEADS = "heads"
-    """Whole heads."""
-    WIDTH = "width"
-    """The same places of every head."""
-
-
-class LayerNorm(StrEnum):
-    """What becomes of the dimension that a layer norm or RMS norm normalises over."""
-
-    KEEP = "keep"
-    """It stays."""
-    NARROW = "narrow"
-    """It is prunable: the norm keeps the statistics of its full width."""
 
 
 class Constraint(_Data):

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from slrc.errors import TrainingError, disk_error
-from slrc.methods import Iteration, MethodState
+from slrc.methods.base import Iteration, MethodState
 
 PROGRESS = "progress.json"
 

@@ -27,7 +27,10 @@ from torch.utils import _pytree as pytree
 
 from slrc.config import CompileConfig, Precision
 from slrc.errors import SlrcError, TrainingError, WorkloadError
-from slrc.methods import Iteration, Magnitude, Method, MethodName, MethodState, make_method
+from slrc.methods.base import Iteration, Method, MethodState
+from slrc.methods.magnitude import Magnitude
+from slrc.methods.registry import make_method
+from slrc.methods.settings import MethodName
 from slrc.progress import Quiet, Reporter
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.plans import Plan

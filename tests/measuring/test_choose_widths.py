@@ -18,9 +18,10 @@ from slrc.passes.allocation.allocate_sparsity import allocate_sparsity
 from slrc.passes.analysis.cut_segments import cut_segments
 from slrc.passes.analysis.label_indices import label_indices
 from slrc.passes.structure.shrink_channels import ShrinkChannels
+from slrc.sparsity.choices import Allocation
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.patterns import Channel, Unstructured
-from slrc.sparsity.plans import Allocation, Plan
+from slrc.sparsity.plans import Plan
 
 
 class Net(nn.Module):

@@ -11,24 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from slrc.errors import PlanError, TrainingError
-from slrc.methods import (
-    ACDC,
-    ADMM,
-    SLR,
+from slrc.methods.ac_dc import ACDC
+from slrc.methods.admm import ADMM
+from slrc.methods.base import Method, MethodState
+from slrc.methods.gradual import Gradual
+from slrc.methods.group_lasso import GroupLasso
+from slrc.methods.magnitude import Magnitude
+from slrc.methods.registry import make_method
+from slrc.methods.settings import (
     ACDCSettings,
     ADMMSettings,
-    Gradual,
     GradualSettings,
-    GroupLasso,
     GroupLassoSettings,
-    Magnitude,
-    Method,
     MethodName,
     MethodSettings,
     SLRSettings,
-    make_method,
 )
-from slrc.methods.base import MethodState
+from slrc.methods.slr import SLR
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.patterns import parse_pattern
 from slrc.sparsity.plans import Constraint, Plan, Slice

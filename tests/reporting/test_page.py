@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 import pytest
 
 from slrc.measuring.timing import Latency, Percentiles
-from slrc.methods import Iteration
+from slrc.methods.base import Iteration
 from slrc.reporting.page import render_page, write_page
 from slrc.reporting.plots import ROWS_PER_PLOT, layers_plots
 from slrc.reporting.report import Accuracy, LayerSparsity, Pair, Report, Sparsity, TargetResult

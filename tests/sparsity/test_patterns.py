@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from slrc.errors import PatternError
-from slrc.sparsity.patterns import NM, AnyPattern, Block, Channel, Columns, Unstructured, obeys, parse_pattern, project
+from slrc.sparsity.patterns import NM, AnyPattern, Block, Channel, Columns, Unstructured, parse_pattern
+from slrc.sparsity.projection import obeys, project
 
 TEXTS = {
     "unstructured": Unstructured(),

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import slrc
 from slrc.config import CompileConfig, make_config
 from slrc.errors import OutputError, SlrcError, TrainingError, WorkloadError
-from slrc.methods import MethodName
+from slrc.methods.settings import MethodName
 from slrc.sparsity.patterns import Block
 from slrc.sparsity.plans import Constraint, Plan, Slice
 from slrc.training.checkpoints import CheckpointFolder

@@ -6,7 +6,7 @@ from torch.fx import Node
 
 from slrc.ir.nodes import argument, op_name
 from slrc.passes.analysis.index_rules.table import Dims, LabelTable, Rule, Value
-from slrc.sparsity.plans import LayerNorm
+from slrc.sparsity.choices import LayerNorm
 
 
 def batch_norm(node: Node, table: LabelTable) -> Value | list[Value]:

@@ -12,7 +12,7 @@ from torch.fx import Node
 from slrc.ir.nodes import argument
 from slrc.passes.analysis.index_rules.lookahead import feeds_attention, is_taken_apart
 from slrc.passes.analysis.index_rules.table import Dims, LabelTable, Rule, Value, is_one, shape_of, tensor_args
-from slrc.sparsity.plans import Attention
+from slrc.sparsity.choices import Attention
 
 PRIME = 1_000_003
 """Stands for the symbolic batch when sizes are factored: no product of real sizes contains it."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from slrc.passes.analysis.index_rules.union_find import UnionFind
-from slrc.sparsity.plans import Attention, LayerNorm
+from slrc.sparsity.choices import Attention, LayerNorm
 
 Labels = NDArray[np.int64] | None
 """The labels of one dimension, one for each index; `None` where nothing can be removed."""

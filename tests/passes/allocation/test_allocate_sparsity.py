@@ -16,9 +16,10 @@ from torch.nn.utils.parametrizations import weight_norm
 from slrc.errors import PatternError, PlanError
 from slrc.ir.program import Program, capture
 from slrc.passes.allocation.allocate_sparsity import allocate_sparsity
+from slrc.sparsity.choices import Allocation
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.patterns import NM, AnyPattern, Block, Channel, Columns, Unstructured
-from slrc.sparsity.plans import Allocation, Plan
+from slrc.sparsity.plans import Plan
 
 
 def mlp(*widths: int) -> Program:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from slrc.ir.program import Program, capture
 from slrc.passes.allocation.allocate_sparsity import allocate_sparsity
 from slrc.passes.allocation.order_channels import RowEnergies, form_blocks, kept_share, takes_order
+from slrc.sparsity.choices import Allocation
 from slrc.sparsity.patterns import AnyPattern, Block, parse_pattern
-from slrc.sparsity.plans import Allocation, Plan
+from slrc.sparsity.plans import Plan
 
 
 def shuffled_kinds(kinds: int, size: int, columns: int) -> Tensor:

@@ -13,9 +13,9 @@ from slrc.ir.program import Program, capture
 from slrc.passes.allocation.allocate_sparsity import allocate_sparsity
 from slrc.passes.analysis.label_indices import label_indices
 from slrc.pipeline import structure
+from slrc.sparsity.choices import Attention
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.patterns import Channel
-from slrc.sparsity.plans import Attention
 
 F = nn.functional
 IMAGE, TOKENS = (4, 4, 4), (5, 4)

@@ -16,9 +16,10 @@ from slrc.passes.allocation.allocate_sparsity import allocate_sparsity
 from slrc.passes.structure.apply_masks import ApplyMasks
 from slrc.passes.structure.fold_batch_norm import FoldBatchNorm
 from slrc.passes.structure.shrink_channels import ShrinkChannels
+from slrc.sparsity.choices import Allocation
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.patterns import Channel
-from slrc.sparsity.plans import Allocation, Plan
+from slrc.sparsity.plans import Plan
 from slrc.verify import compare, outputs_of
 
 F = nn.functional

@@ -16,9 +16,10 @@ from slrc.ir.program import Program, capture
 from slrc.passes.allocation.allocate_sparsity import allocate_sparsity
 from slrc.passes.analysis.label_indices import label_indices
 from slrc.passes.structure.shrink_channels import ShrinkChannels
+from slrc.sparsity.choices import Attention, LayerNorm
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.patterns import Channel
-from slrc.sparsity.plans import Attention, LayerNorm, Plan
+from slrc.sparsity.plans import Plan
 from slrc.verify import outputs_of
 
 F = nn.functional

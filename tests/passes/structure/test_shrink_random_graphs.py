@@ -15,8 +15,9 @@ from random_graphs import EXAMPLES, SEED, GraphModel, Shape, Step, graphs
 from slrc.ir.program import capture
 from slrc.passes.allocation.allocate_sparsity import allocate_sparsity
 from slrc.passes.analysis.label_indices import label_indices
+from slrc.sparsity.choices import Allocation, LayerNorm
 from slrc.sparsity.patterns import Channel
-from slrc.sparsity.plans import Allocation, LayerNorm, Plan
+from slrc.sparsity.plans import Plan
 
 SHARDS = 8
 """Parts of the test, each with graphs of its own, that workers share."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import slrc
-from slrc.errors import own_frame
+from slrc.user_code import Line, users_line
 
 PACKAGES = Path(sysconfig.get_paths()["purelib"])
 SLRC, PASS = slrc.__file__, str(Path(slrc.__file__).parent / "passes" / "base.py")
@@ -30,6 +30,6 @@ MINE, OTHER = "/home/me/model.py", "loss.py"
         ([], None),
     ],
 )
-def test_the_frame_to_show(files: list[str], found: str | None) -> None:
-    index = own_frame(files)
-    assert (None if index is None else files[index]) == found
+def test_the_line_to_show(files: list[str], found: str | None) -> None:
+    line = users_line([Line(file, number, "code") for number, file in enumerate(files)])
+    assert (line and line.file) == found

@@ -1,0 +1,80 @@
+"""The methods' names and settings; naming them needs no torch."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class SLRSettings(BaseModel):
+    """SLR's parameters, with the paper's names.
+
+    α_k = 1 − 1/(M k^p) with p = 1 − 1/k^r; M > 1 and 0 < r < 1 make the steps shrink slowly enough.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rho: float = Field(default=1.0, gt=0, description="penalty ρ at first")
+    s0: float = Field(default=0.01, gt=0, description="first step size")
+    M: float = Field(default=300.0, gt=1, description="step-size constant, above 1")
+    r: float = Field(default=0.1, gt=0, lt=1, description="step-size exponent, in (0, 1)")
+    rho_growth: float = Field(default=10.0, ge=1, description="by how much ρ has grown at the last update")
+    follow: bool = Field(default=True, description="whether Z follows W between projections where it is not zero")
+
+
+class ADMMSettings(BaseModel):
+    """ADMM's parameter."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rho: float = Field(default=0.1, gt=0, description="penalty ρ, also the dual step")
+    rho_growth: float = Field(default=1.0, ge=1, description="by how much ρ has grown at the last update")
+
+
+class GradualSettings(BaseModel):
+    """The schedule of gradual magnitude pruning."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    until: float = Field(default=0.75, gt=0, le=1, description="share of the updates after which all is pruned")
+
+
+class ACDCSettings(BaseModel):
+    """The phases of AC/DC."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    phase: int = Field(default=1, ge=1, description="updates that a phase lasts")
+    final: float = Field(default=0.25, ge=0, lt=1, description="share of the updates that the last, sparse phase lasts")
+
+
+class GroupLassoSettings(BaseModel):
+    """The schedule of the shrinking."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    until: float = Field(default=0.75, gt=0, le=1, description="share of the updates after which the level is reached")
+
+
+class MethodName(StrEnum):
+    """The methods by their name on the command line."""
+
+    SLR = "slr"
+    ADMM = "admm"
+    MAGNITUDE = "magnitude"
+    GRADUAL = "gradual"
+    AC_DC = "ac-dc"
+    GROUP_LASSO = "group-lasso"
+
+
+class MethodSettings(BaseModel):
+    """The settings of every method, by its name with an underscore."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    slr: SLRSettings = SLRSettings()
+    admm: ADMMSettings = ADMMSettings()
+    gradual: GradualSettings = GradualSettings()
+    ac_dc: ACDCSettings = ACDCSettings()
+    group_lasso: GroupLassoSettings = GroupLassoSettings()

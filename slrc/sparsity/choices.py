@@ -1,0 +1,34 @@
+"""What can be chosen about a plan."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Allocation(StrEnum):
+    """How the asked sparsity is shared out."""
+
+    UNIFORM = "uniform"
+    """The same share of every layer or group."""
+    GLOBAL = "global"
+    """Wherever the weights are smallest, by mean energy of a group."""
+    LATENCY = "latency"
+    """Channels only: the widths that meet a latency on the target at the least loss of energy."""
+
+
+class Attention(StrEnum):
+    """What is removed from an attention, where heads and their width are split from one dimension."""
+
+    HEADS = "heads"
+    """Whole heads."""
+    WIDTH = "width"
+    """The same places of every head."""
+
+
+class LayerNorm(StrEnum):
+    """What becomes of the dimension that a layer norm or RMS norm normalises over."""
+
+    KEEP = "keep"
+    """It stays."""
+    NARROW = "narrow"
+    """It is prunable: the norm keeps the statistics of its full width."""

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
+import os
 from collections.abc import Callable
-from typing import Any
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +24,63 @@ from slrc.measuring import timing
 def _one_thread() -> None:
     torch.set_num_threads(1)
     gc.freeze()  # accelerate collects garbage before each phase: what was imported need not be searched every time
+
+
+class Finished(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+class Started:
+    """Python code in a process of its own that has torch and slrc imported already; its output goes to files."""
+
+    SCRIPT = """
+import os, sys
+os.chdir({cwd!r})
+for number, name in ((1, {out!r}), (2, {err!r})):
+    os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+os.environ.update({environment!r})
+{code}
+"""
+
+    def __init__(self, context: Any, code: str, cwd: Path, logs: Path, environment: dict[str, str]) -> None:
+        self._files = [logs / "out", logs / "err"]
+        out, err = map(str, self._files)
+        script = self.SCRIPT.format(cwd=str(cwd), out=out, err=err, environment=environment, code=code)
+        # A function of the standard library: those of tests have no name to import them by.
+        self._process = context.Process(target=exec, args=(script, {"__name__": "__main__"}), daemon=True)
+        self._process.start()
+
+    @property
+    def is_running(self) -> bool:
+        return self._process.is_alive()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def finish(self, timeout: float = 240) -> Finished:
+        """Wait for the end; a signal's number is negative in the code, as that of `subprocess`."""
+        self._process.join(timeout)
+        if self.is_running:
+            self.kill()
+            pytest.fail(f"still running after {timeout} s")
+        return Finished(self._process.exitcode, *(f.read_text() for f in self._files))
+
+
+@pytest.fixture(scope="session")
+def start_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Started]:
+    """Starts Python code in a process forked from one that has imported what a compile needs, for seconds less each."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["warm_process"])
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(paths)):
+        forkserver.ensure_running()
+
+    def start(code: str, cwd: Path, **environment: str) -> Started:
+        return Started(context, code, cwd, tmp_path_factory.mktemp("process"), environment)
+
+    return start
 
 
 @pytest.fixture

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -51,21 +50,25 @@ elif _point:
 """
 
 
-def start(folder: Path, *extra: str, kill_at: str = "") -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "slrc", "compile", "tinynet.py", *OPTIONS, "--out", "build", *extra],
-        cwd=folder,
-        env={**os.environ, "KILL_AT": kill_at, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+Start = Callable[..., Any]
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    _, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    return err
+@pytest.fixture(scope="session")
+def start(start_process: Start) -> Start:
+    """Starts `slrc compile`, as the command does, in a process of its own."""
+
+    def run(folder: Path, *extra: str, kill_at: str = "") -> Any:
+        command = ["slrc", "compile", "tinynet.py", *OPTIONS, "--out", "build", *extra]
+        code = f"sys.argv[:] = {command!r}; sys.path.insert(0, ''); from slrc.cli import main; main()"
+        return start_process(code, folder, KILL_AT=kill_at)
+
+    return run
+
+
+def finish(process: Any) -> str:
+    done = process.finish()
+    assert done.code == 0, done.err
+    return done.err
 
 
 def write_workload(folder: Path, source: str) -> Path:
@@ -74,7 +77,7 @@ def write_workload(folder: Path, source: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory, workload_source: str) -> Path:
+def reference(tmp_path_factory: pytest.TempPathFactory, workload_source: str, start: Start) -> Path:
     """The output of an uninterrupted run."""
     folder = write_workload(tmp_path_factory.mktemp("uninterrupted"), workload_source)
     finish(start(folder))
@@ -108,18 +111,16 @@ def assert_same_output(found: Path, expected: Path) -> None:
 
 # Six steps an epoch: before the first checkpoint, in the second epoch of retraining, and after training.
 @pytest.mark.parametrize("kill_at", ["3", "21", "structure"])
-def test_killed_and_resumed(tmp_path: Path, reference: Path, workload_source: str, kill_at: str) -> None:
-    killed = start(write_workload(tmp_path, workload_source), kill_at=kill_at)
-    _, err = killed.communicate(timeout=240)
-    assert killed.returncode == -signal.SIGKILL, err
+def test_killed_and_resumed(start: Start, tmp_path: Path, reference: Path, workload_source: str, kill_at: str) -> None:
+    killed = start(write_workload(tmp_path, workload_source), kill_at=kill_at).finish()
+    assert killed.code == -signal.SIGKILL, killed.err
     assert not (tmp_path / "build").exists()
     assert sorted(p.name for p in tmp_path.glob("build*")) == ["build.work"]
 
-    blocked = start(tmp_path) if kill_at == "21" else None
-    if blocked is not None:
-        _, err = blocked.communicate(timeout=240)
-        assert blocked.returncode == 2
-        assert "an unfinished run lies in" in err
+    if kill_at == "21":
+        blocked = start(tmp_path).finish()
+        assert blocked.code == 2
+        assert "an unfinished run lies in" in blocked.err
     err = finish(start(tmp_path, "--resume"))
     assert ("slr epoch 1/2" in err) is (kill_at == "3")
     assert ("retrain epoch 2/2" in err) is kill_at.isdigit()
@@ -127,16 +128,17 @@ def test_killed_and_resumed(tmp_path: Path, reference: Path, workload_source: st
     assert_same_output(tmp_path / "build", reference)
 
 
-def test_killed_from_outside_after_the_first_checkpoint(tmp_path: Path, reference: Path, workload_source: str) -> None:
+def test_killed_from_outside_after_the_first_checkpoint(
+    start: Start, tmp_path: Path, reference: Path, workload_source: str
+) -> None:
     process = start(write_workload(tmp_path, workload_source))
     checkpoints = tmp_path / "build.work" / "checkpoints"
     deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("0*")) and process.poll() is None and time.monotonic() < deadline:
+    while not list(checkpoints.glob("0*")) and process.is_running and time.monotonic() < deadline:
         assert not (tmp_path / "build").exists()
         time.sleep(0.002)
     process.kill()
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
+    assert process.finish().code == -signal.SIGKILL
     assert not (tmp_path / "build").exists()
     newest = [p for p in checkpoints.iterdir() if p.name.isdigit()]
     assert newest

@@ -3,34 +3,41 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 BUDGETS = ("budget-1", "budget-2", "budget-3")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def run(script: str, *arguments: str, cache: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), *arguments],
-        env={**os.environ, "SLRC_CACHE": str(cache)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(start_process: Callable[..., Any], tmp_path: Path) -> Callable[..., str]:
+    """Runs a script as `python script arguments` does; returns what it printed."""
+
+    def call(script: str, *arguments: str) -> str:
+        path = BENCHMARKS / script
+        code = f"""
+import runpy
+sys.argv[:] = {[str(path), *arguments]!r}
+sys.path.insert(0, {str(path.parent)!r})
+runpy.run_path({str(path)!r}, run_name="__main__")
+"""
+        done = start_process(code, tmp_path, SLRC_CACHE=str(tmp_path)).finish()
+        assert done.code == 0, done.err
+        return done.out
+
+    return call
 
 
-def test_the_short_form_measures_resumes_and_answers(tmp_path: Path) -> None:
+def test_the_short_form_measures_resumes_and_answers(run: Callable[..., str], tmp_path: Path) -> None:
     rows, both = (
         tmp_path / "rows.jsonl",
         ["short", "--only", "*/[sg][lr][ra]*/*", "--out", str(tmp_path / "rows.jsonl")],
     )
-    printed = run("convergence/run.py", *both, cache=tmp_path)
+    printed = run("convergence/run.py", *both)
     by_name = {row["row"].split("/")[3]: row for row in map(json.loads, rows.read_text().splitlines())}
     assert by_name.keys() == {"slr", "gradual"}
     assert printed.count("\n") == 2
@@ -43,13 +50,13 @@ def test_the_short_form_measures_resumes_and_answers(tmp_path: Path) -> None:
 
     before = rows.read_bytes()
     rows.write_bytes(b"".join(before.splitlines(keepends=True)[:1]))  # as if it had been interrupted
-    assert run("convergence/run.py", *both, cache=tmp_path).count("\n") == 1
+    assert run("convergence/run.py", *both).count("\n") == 1
     assert len(rows.read_text().splitlines()) == 2
-    assert run("convergence/run.py", *both, cache=tmp_path) == ""
+    assert run("convergence/run.py", *both) == ""
 
     measured = rows.read_text()
     rows.write_text("".join(measured.replace("short/", f"{tier}/") for tier in ("small", *BUDGETS)))
-    answers = run("convergence/answers.py", "--rows", str(rows), "--out", str(tmp_path / "answers"), cache=tmp_path)
+    answers = run("convergence/answers.py", "--rows", str(rows), "--out", str(tmp_path / "answers"))
     assert f"{slr['final']['hard_bn']:.2f}" in answers
     assert ", ".join([f"{slr['final']['hard_bn']:.1f}"] * 4) in answers  # runs of 1, 2, 3 and 6 epochs
     assert (tmp_path / "answers" / "convergence.md").read_text() == answers.removesuffix("\n")

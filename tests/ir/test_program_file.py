@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -231,10 +229,11 @@ assert "theirs" not in sys.modules
 """
 
 
-def test_another_process_reads_it_without_the_users_code(tmp_path: Path) -> None:
+def test_another_process_reads_it_without_the_users_code(start_process: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "theirs.py").write_text(SOURCE)
     for script in (WRITE, READ):
-        subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+        done = start_process(f"sys.path.insert(0, '')\n{script}", tmp_path).finish()
+        assert done.code == 0, done.err
         (tmp_path / "theirs.py").unlink(missing_ok=True)
 
 

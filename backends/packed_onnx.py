@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from slrc.forms import packed_ops  # noqa: F401, registers the operators
+from slrc.forms.activations import ACTIVATIONS
 
 if TYPE_CHECKING:
     import onnx
@@ -87,18 +88,6 @@ _GEMM = """
     product = Add (unbiased, bias)
 """
 
-_ACTIVATIONS = {
-    "none": "y = Identity (sum)",
-    "relu": "y = Relu (sum)",
-    "leakyrelu": "y = LeakyRelu <alpha: float = @slope> (sum)",
-    "relu6": """low = Constant <value_float = 0.0> ()
-    high = Constant <value_float = 6.0> ()
-    y = Clip (sum, low, high)""",
-    "silu": """gate = Sigmoid (sum)
-    y = Mul (sum, gate)""",
-    "gelu": "y = Gelu (sum)",
-    "hardswish": "y = HardSwish (sum)",
-}
 _WEIGHT_OPERANDS = ("values", "columns", "row_pointers", "bias")
 _OPERANDS = {
     CONV: ("x", *_WEIGHT_OPERANDS),
@@ -237,7 +226,7 @@ def function_of(op_type: str, activation: str, residual: bool, opset: int) -> on
     return parser.parse_function(
         f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
         f"{name} <{', '.join(_ATTRIBUTES[op_type])}> ({', '.join(inputs)}) => (y)\n"
-        f"{{{body}    {_ACTIVATIONS[activation]}\n}}"
+        f"{{{body}    {ACTIVATIONS[activation].onnx}\n}}"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from slrc.forms import packed_ops  # noqa: F401, registers the operators
+from slrc.forms.activations import activation_of
 from slrc.forms.form import FormKind, Forms
 from slrc.forms.packed_weight import PackedWeight
 from slrc.ir.nodes import argument, conv_groups, layer_weight, node_shape, op_name
@@ -162,7 +162,7 @@ def _tail(layer: Node) -> tuple[Node, Node | None, str, float]:
     if follower is not None and (other := _residual(follower, last)) is not None:
         last, residual = follower, other
         follower = only_user(last)
-    if follower is not None and (activation := _activation(follower)):
+    if follower is not None and (activation := activation_of(follower)):
         slope = float(argument(follower, 1, "negative_slope", 0.01)) if activation == "leakyrelu" else 0.0
         return follower, residual, activation, slope
     return last, residual, "none", 0.0
@@ -178,25 +178,3 @@ def _residual(node: Node, layer: Node) -> Node | None:
     mine, theirs = layer.meta["val"], others[0].meta.get("val")
     alike = isinstance(theirs, Tensor) and theirs.shape == mine.shape and theirs.dtype == mine.dtype
     return others[0] if alike else None
-
-
-def _activation(node: Node) -> str:
-    known = _KNOWN.get(op_name(node))
-    return known(node) if known is not None else ""
-
-
-def _clamped(low: object, high: object) -> str:
-    return "relu6" if (low, high) == (0, 6) else "relu" if (low, high) == (0, None) else ""
-
-
-_KNOWN: dict[str, Callable[[Node], str]] = {
-    "relu": lambda node: "relu",
-    "leaky_relu": lambda node: "leakyrelu",
-    "relu6": lambda node: "relu6",
-    "silu": lambda node: "silu",
-    "hardswish": lambda node: "hardswish",
-    "gelu": lambda node: "gelu" if argument(node, 1, "approximate", "none") == "none" else "",
-    "hardtanh": lambda node: _clamped(argument(node, 1, "min_val", -1), argument(node, 2, "max_val", 1)),
-    "clamp": lambda node: _clamped(argument(node, 1, "min"), argument(node, 2, "max")),
-    "clamp_min": lambda node: _clamped(argument(node, 1, "min"), None),
-}

@@ -3,30 +3,20 @@
 `slrc::block_sparse_mlp` is two of the latter, and `slrc::max_pool2x2` goes on in the memory layout of the former.
 
 Here they mean what they compute, in PyTorch's own operators; a backend replaces them with its kernels. The packed
-form is that of `slrc.forms.form.PackedWeight`.
+form is that of `slrc.forms.packed_weight.PackedWeight`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from slrc.forms.activations import ACTIVATIONS
 from slrc.forms.packed_weight import unpack
-
-ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "none": lambda x, _: x,
-    "relu": lambda x, _: functional.relu(x),
-    "leakyrelu": functional.leaky_relu,
-    "relu6": lambda x, _: functional.relu6(x),
-    "silu": lambda x, _: functional.silu(x),
-    "gelu": lambda x, _: functional.gelu(x),
-    "hardswish": lambda x, _: functional.hardswish(x),
-}
-"""What the kernels apply last; the number is the slope of `leakyrelu` below zero, and has no meaning elsewhere."""
 
 
 @torch.library.custom_op("slrc::block_sparse_conv", mutates_args=())

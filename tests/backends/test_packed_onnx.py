@@ -18,8 +18,8 @@ from slrc.backends.onnx_export import OPSET
 from slrc.backends.ort import OnnxRuntime
 from slrc.backends.packed_onnx import CONV, GEMM, MLP, POOL, function_of, pool_function
 from slrc.errors import BackendError
+from slrc.forms.activations import ACTIVATIONS
 from slrc.forms.form import DEPTHWISE, Form, FormKind
-from slrc.forms.packed_ops import ACTIVATIONS
 from slrc.ir.program import Program, capture
 from slrc.kernels import build as kernels
 from slrc.pipeline import apply_forms

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from slrc.forms.packed_ops import ACTIVATIONS
+from slrc.forms.activations import ACTIVATIONS
 from slrc.forms.packed_weight import PackedWeight
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -56,8 +57,31 @@ def share_out(batches: Iterable[Any], accelerator: Accelerator) -> Iterable[Any]
     if accelerator.num_processes == 1:
         return batches
     if _is_plain_loader(batches):
-        return accelerator.prepare(batches)
+        return _dealt_out(batches, accelerator)
     return _Shard(batches, accelerator.process_index, accelerator.num_processes)
+
+
+def share_of_first(batches: Iterable[Any], count: int, index: int, processes: int) -> list[Any]:
+    """Return `count` batches for each of the processes, those of the one with this index; as many as there are.
+
+    Together they hold the samples that one process sees in `count` batches of all processes' size.
+    """
+    own, last = [], []
+    for i, batch in enumerate(islice(read(batches), count * processes)):
+        last = [batch]
+        if i % processes == index:
+            own.append(batch)
+    return own or last
+
+
+def _dealt_out(batches: Any, accelerator: Accelerator) -> Iterable[Any]:
+    """Let `accelerate` deal out the samples, in the order in which one process alone would see them."""
+    sampler = batches.sampler
+    given = getattr(sampler, "generator", None)
+    loader = accelerator.prepare(batches)
+    if hasattr(sampler, "generator"):
+        sampler.generator = given  # `accelerate` put one of its own there, which draws another order
+    return loader
 
 
 def _is_plain_loader(batches: Iterable[Any]) -> bool:

@@ -35,7 +35,7 @@ from slrc.progress import Quiet, Reporter
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.plans import Plan
 from slrc.training.batch_norm import recalibrate_batch_norm
-from slrc.training.batches import count_steps, read, seed_epoch, share_out, update_steps
+from slrc.training.batches import count_steps, read, seed_epoch, share_of_first, share_out, update_steps
 from slrc.training.checkpoints import CheckpointFolder, EpochRecord, Snapshot, misfit
 from slrc.workload import Workload, user_error
 
@@ -261,6 +261,12 @@ class _Trainer:
             )
         return value
 
+    def _mean_of_processes(self, value: float) -> float:
+        if self.accelerator.num_processes == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
+        return float(self.accelerator.reduce(tensor, reduction="mean"))
+
     def _run_phase(self, phase: _Phase) -> None:
         batches, steps = self.workload.train_batches, self.steps
         assert batches is not None
@@ -304,7 +310,8 @@ class _Trainer:
                     f"`train_batches` yielded nothing in epoch {epoch + 1}",
                     hint="give an iterable that starts anew each epoch and is not empty, such as a DataLoader",
                 )
-            record = self._measure(phase.name, epoch + 1, total / count, time.perf_counter() - started)
+            mean_loss = self._mean_of_processes(total / count)
+            record = self._measure(phase.name, epoch + 1, mean_loss, time.perf_counter() - started)
             self.curve.append(record)
             self.reporter.note(_describe(record))
             if self.folder and self.accelerator.is_main_process:
@@ -405,10 +412,9 @@ class _Trainer:
         batches = self.workload.train_batches
         assert batches is not None
         seed_epoch(batches, self.config.seed, "probe", 0)
-        for batch in read(batches):
-            self.probe.append(send_to_device(batch, self.accelerator.device))
-            if len(self.probe) == self.config.probe_batches:
-                break
+        index, processes = self.accelerator.process_index, self.accelerator.num_processes
+        first = share_of_first(batches, self.config.probe_batches, index, processes)
+        self.probe = [send_to_device(batch, self.accelerator.device) for batch in first]
         if not self.probe:
             raise WorkloadError(
                 "`train_batches` yielded nothing", hint="check the data folder and the loader's batch size"

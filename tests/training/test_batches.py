@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from slrc.training.batches import count_steps, seed_epoch, share_out, update_steps
+from slrc.training.batches import count_steps, seed_epoch, share_of_first, share_out, update_steps
 
 
 def accelerator(index: int, processes: int) -> Any:
@@ -95,3 +95,13 @@ def test_an_epoch_is_a_function_of_seed_phase_and_number() -> None:
     assert order(0, "slr", 1) == order(0, "slr", 1)
     different = [order(0, "slr", 1), order(1, "slr", 1), order(0, "retrain", 1), order(0, "slr", 2)]
     assert len({tuple(o) for o in different}) == 4
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_processes_probe_together_what_one_does_with_larger_batches(processes: int) -> None:
+    batches = [[2 * i, 2 * i + 1] for i in range(20)]
+    shares = [share_of_first(batches, 2, i, processes) for i in range(processes)]
+    assert all(len(share) == 2 for share in shares)
+    assert sorted(x for share in shares for batch in share for x in batch) == [*range(4 * processes)]
+    assert [share_of_first(batches[:1], 2, i, processes) for i in range(processes)] == [batches[:1]] * processes
+    assert share_of_first([], 2, 0, processes) == []

@@ -433,7 +433,7 @@ class ReturnsDict(nn.Module):
         ({"loss": vector_loss}, r"must return a scalar tensor, got a tensor of shape \(8,\)"),
         ({"loss": number_loss}, "must return a scalar tensor, got float"),
         ({"loss": detached_loss}, "returned a tensor without a gradient"),
-        ({"loss": raising_loss}, r"`loss\(model, batch\)` failed at .*test_training.py:\d+: `return model\("),
+        ({"loss": raising_loss}, r"`loss\(model, batch\)` failed at .*test_loop\.py:\d+: `return model\("),
         ({"model": ReturnsDict(), "evaluate": None}, "a model that returns logits, got a dict with keys 'logits'"),
         ({"train_batches": [torch.zeros(8, 4, 6, 6)]}, r"needs batches `\(x, y\)`, got a Tensor"),
         ({"optimizer": lambda p: 1 / 0}, "`Workload.optimizer` failed at .*ZeroDivisionError"),

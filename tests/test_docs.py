@@ -18,6 +18,8 @@ NAMED = re.compile(r"(?<![\w./~<-])((?:slrc|passes|backends|tests|benchmarks|exa
 """A file or folder of this repository, as a page may name it."""
 PLACEHOLDER = re.compile(r"NAME|ROOM|verb_noun")
 MOST_LINES = 80
+NAMES_WIDTH = 31
+"""Of the names in the picture of the rooms."""
 WIDTH = 120
 
 
@@ -68,6 +70,16 @@ def test_the_guide_has_every_option_and_no_other() -> None:
     assert not options - shown - {"--help"}
     others = {"--version", "--nproc"}  # of the command without a name; of torchrun, cut at its underscore
     assert not shown - options - others
+
+
+def test_the_architecture_draws_every_room_in_its_place() -> None:
+    """The picture has a name or two a line, then what they are for."""
+    listed = re.search(r"ROOMS = \((.*?)\)", (ROOT / "tests" / "test_architecture.py").read_text(), flags=re.DOTALL)
+    assert listed
+    picture = re.search(r"## The rooms.*?\n\n(    .*?)\n\n", (ROOT / "docs" / "architecture.md").read_text(), re.DOTALL)
+    assert picture
+    drawn = [name for line in picture[1].splitlines() for name in line[4 : 4 + NAMES_WIDTH].split()]
+    assert drawn == re.findall(r'"(\w+)"', listed[1])
 
 
 def test_the_guide_has_every_command() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import fake_impls
+from torch.export import exported_program
 from torch.utils.data import DataLoader, TensorDataset
 
 import slrc
@@ -24,6 +27,52 @@ from slrc.measuring import timing
 def _one_thread() -> None:
     torch.set_num_threads(1)
     gc.freeze()  # accelerate collects garbage before each phase: what was imported need not be searched every time
+    gc.set_threshold(20_000, 20, 100)  # an export makes hundreds of thousands of objects
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _overrides_made_once() -> Iterator[None]:
+    """Torch overrides a thousand operators anew at every export, for a quarter of what exporting a tiny model takes.
+
+    `make fuzz` exports as torch does.
+    """
+    name = "_override_composite_implicit_decomp"
+    override = getattr(exported_program, name, None)
+    if override is None or "SLRC_FUZZ" in os.environ:
+        yield
+        return
+    made: dict[frozenset[Any], dict[Any, tuple[Any, ...]]] = {}
+
+    @contextmanager
+    def once(table: dict[Any, Any]) -> Iterator[None]:
+        key = frozenset(table.items())
+        if len(set(table.values())) > 1:  # as that of an export to ONNX, whose functions are new every time
+            with override(table):
+                yield
+            return
+        before = {op: op.py_kernels for op in table}
+        if key not in made or any(own != before[op] for op, (own, _, _) in made[key].items()):
+            copies = {op: dict(kernels) for op, kernels in before.items()}
+            with override(table):
+                fakes = fake_impls.op_implementations_dict
+                made[key] = {op: (own, dict(op.py_kernels), fakes.get(op)) for op, own in copies.items()}
+                yield
+            return
+        for op, (_, kernels, fake) in made[key].items():
+            op.py_kernels = kernels
+            op._dispatch_cache.clear()
+            if fake is not None and op not in fake_impls.op_implementations_dict:
+                fake_impls.register_op_impl(op)(fake)
+        try:
+            yield
+        finally:
+            for op, kernels in before.items():
+                op.py_kernels = kernels
+                op._dispatch_cache.clear()
+                fake_impls._deregister_op_impl(op)
+
+    with mock.patch.object(exported_program, name, once):
+        yield
 
 
 class Finished(NamedTuple):

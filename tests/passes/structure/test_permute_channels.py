@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from random_graphs import EXAMPLES, SEED, GraphModel, Step, graphs
 from torch import Tensor, nn
 
-from slrc.api import checked_plan
 from slrc.errors import PlanError
 from slrc.ir.program import Program, capture
 from slrc.passes.allocation.allocate_sparsity import allocate_sparsity
+from slrc.passes.allocation.check_plan import checked_plan
 from slrc.passes.analysis.label_indices import label_indices
 from slrc.passes.analysis.unit_layout import UnitLayout
 from slrc.passes.structure.apply_masks import ApplyMasks

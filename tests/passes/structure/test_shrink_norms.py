@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slrc.api import checked_plan
 from slrc.errors import PlanError
 from slrc.ir.nodes import op_name
 from slrc.ir.program import Program, capture
 from slrc.passes.allocation.allocate_sparsity import allocate_sparsity
+from slrc.passes.allocation.check_plan import checked_plan
 from slrc.passes.analysis.label_indices import label_indices
 from slrc.passes.structure.shrink_channels import ShrinkChannels
 from slrc.sparsity.choices import Attention, LayerNorm

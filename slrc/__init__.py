@@ -12,6 +12,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from slrc.machine.threads import wait_passively
+
 if TYPE_CHECKING:
     from slrc.api import capture, compile, form, lower, plan, structure, train
     from slrc.config import CompileConfig
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from slrc.workload import Workload, cached_weights, cross_entropy
 
 __version__ = version("slrc")
+wait_passively()  # before anything imports torch
 
 # Imported on first use: `import slrc` and `slrc --help` need not wait for torch.
 _HOME = {

@@ -95,6 +95,9 @@ def compile_command(
     """Train MODEL under a sparsity pattern, prune it, emit it, prove it equal and measure it.
 
     The output folder holds the report (html and json), the plan, the masks, the slim PyTorch program and the targets.
+
+    Training takes as many threads as OMP_NUM_THREADS says, else all cores it may use; they sleep where they wait for
+    each other, unless OMP_WAIT_POLICY says otherwise.
     """
     made = make_config(given, config)  # what is wrong with an option is said before torch is loaded
     from slrc import api

@@ -230,9 +230,16 @@ def test_weights_in_a_file_of_their_own_stay_there(program, tmp_path, monkeypatc
 # Engines
 
 
-def test_builds_an_engine_for_a_named_gpu(trt, program, tmp_path):
-    artifact = lower(program, "tensorrt-rtx:sm86", tmp_path)
-    assert Artifact.read(tmp_path) == artifact
+@pytest.fixture(scope="module")
+def engine(trt, program, tmp_path_factory):
+    """The folder of an engine for one GPU, built once; read-only."""
+    folder = tmp_path_factory.mktemp("engine")
+    lower(program, "tensorrt-rtx:sm86", folder)
+    return folder
+
+
+def test_builds_an_engine_for_a_named_gpu(trt, engine):
+    artifact = Artifact.read(engine)
     assert (artifact.target, artifact.model_file) == ("tensorrt-rtx:sm86", "model.engine")
     assert (artifact.precision, artifact.dynamic_batch) == ("float32", True)
     assert artifact.inputs == ("x",)
@@ -240,17 +247,16 @@ def test_builds_an_engine_for_a_named_gpu(trt, program, tmp_path):
     assert artifact.properties["builder"] == f"tensorrt-rtx {trt.__version__}"
     assert artifact.properties["compute_capabilities"] == "sm86"
     assert artifact.properties["batch_profile"] == "x: 1 to 32, tuned for 2"
-    engine = (tmp_path / "model.engine").read_bytes()
-    assert len(engine) > trt.Runtime(message_log(trt).ilogger).engine_header_size
-    assert b"trt" in engine[:4]
+    data = (engine / "model.engine").read_bytes()
+    assert len(data) > trt.Runtime(message_log(trt).ilogger).engine_header_size
+    assert b"trt" in data[:4]
 
 
 @no_gpu
-def test_a_runtime_refuses_an_engine_without_a_gpu_and_says_why(trt, program, tmp_path):
-    lower(program, "tensorrt-rtx:sm86", tmp_path)
+def test_a_runtime_refuses_an_engine_without_a_gpu_and_says_why(trt, engine):
     log = message_log(trt)
     log.clear()
-    assert trt.Runtime(log.ilogger).deserialize_cuda_engine((tmp_path / "model.engine").read_bytes()) is None
+    assert trt.Runtime(log.ilogger).deserialize_cuda_engine((engine / "model.engine").read_bytes()) is None
     assert "cuda" in log.last_error.lower()
 
 
@@ -327,10 +333,9 @@ def test_the_tolerance_follows_the_precision(program):
 
 
 @no_gpu
-def test_load_without_a_gpu_says_so(trt, program, tmp_path):
-    lower(program, "tensorrt-rtx:sm86", tmp_path)
+def test_load_without_a_gpu_says_so(engine):
     with pytest.raises(BackendError, match="cannot run here: there is no CUDA GPU") as caught:
-        TensorRTRTX().load(tmp_path)
+        TensorRTRTX().load(engine)
     assert caught.value.hint
 
 

@@ -20,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 from slrc.errors import BackendError
 from slrc.machine.cache import cache_folder
 
@@ -64,10 +66,12 @@ def build(target: str | None = None, cache: Path | None = None) -> Path:
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / path.name
-            compile_library(compiler, family, Path(folder), made)
-            made.replace(path)
+        # Processes that need it at the same time, as those of a test run, compile it once.
+        with FileLock(path.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            if not path.exists():
+                made = Path(folder) / path.name
+                compile_library(compiler, family, Path(folder), made)
+                made.replace(path)
     except OSError as error:
         raise BackendError(
             f"the block-sparse kernels cannot be written to `{path.parent}`: {error.strerror}",

@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from filelock import FileLock
+
 from slrc.kernels.build import SOURCES, TILE_SETS, Compiler, compile_library, find_compiler, sources_digest
 from slrc.machine.cache import cache_folder
 
@@ -68,8 +70,9 @@ def _compiled(compiler: Compiler, family: str, flags: Sequence[str], sets: Mappi
 def _cached(compiler: Compiler, flags: Sequence[str], make: Callable[[Path, Path], None]) -> Path:
     parts = (*compiler.command, compiler.version, *flags, sources_digest(), SOURCE.read_text())
     path = cache_folder() / f"fuzz_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    # The workers of a test run need it at the same time.
+    with FileLock(path.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        if not path.exists():
             make(Path(folder), Path(folder) / path.name)
             (Path(folder) / path.name).replace(path)
     return path

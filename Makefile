@@ -27,8 +27,9 @@ lint: .venv/package ## ruff and mypy alone
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p slrc
 
-tables: .venv/package ## write the tables of README.md and docs/ from benchmarks/results
+tables: .venv/package ## write the tables and the picture of README.md and docs/ from benchmarks/results
 	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python docs/images/make.py
 
 results: .venv/package ## list the measured rows of benchmarks/results and say which are out of date
 	$(BIN)/python benchmarks/results.py

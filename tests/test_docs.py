@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -94,3 +95,14 @@ def test_the_guide_has_every_setting_of_a_configuration_file() -> None:
     for table, settings in TABLES.items():
         names = [name.replace("_", "-") for name in settings.model_fields]
         assert not [name for name in names if f"`{name}`" not in guide], table
+
+
+def test_the_picture_shows_the_first_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "images"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    make = importlib.import_module("make")
+    row = make.rows_of(make.file_of("front_page"))[make.CASES[0].command]
+    picture = make.PICTURE.read_text()
+    for title, dense, compiled, words, remark in make.panels(row):
+        for text in (title, words.format(dense), words.format(compiled), remark):
+            assert text in picture, f"`python docs/images/make.py` draws it anew: {text}"

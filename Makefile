@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(shell find slrc/ passes backends -name '*.py' -o -name '*.j2' -o -name '*.txt' -o -name '*.cpp' -o -name '*.h' -o -name '*.map')
-JOBS ?= 2
+JOBS ?= $(shell n=$$(nproc 2> /dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 EXAMPLES ?= 560
 CASES ?= 60000
 PYTEST := $(BIN)/pytest -n $(JOBS) --dist worksteal

@@ -16,6 +16,7 @@ HEAVY = {
     "onnx_ir",
     "onnxruntime",
     "onnxscript",
+    "rich",
     "safetensors",
     "tensorrt",
     "tensorrt_rtx",

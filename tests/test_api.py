@@ -16,9 +16,12 @@ import slrc
 from slrc import api
 from slrc.backends import Artifact, Availability
 from slrc.backends.ort import OnnxRuntime
+from slrc.backends.ort.run import OnnxRuntimeRunner
 from slrc.backends.runner_module import RunnerModule
 from slrc.backends.tensorrt import TensorRT
-from slrc.errors import BackendError, ConfigError, OutputError, PlanError, SlrcError, WorkloadError
+from slrc.errors import BackendError, ConfigError, OutputError, PlanError, SlrcError, VerificationError, WorkloadError
+from slrc.passes.base import PassResult
+from slrc.passes.structure.fold_batch_norm import FoldBatchNorm
 from slrc.reporting.report import Report
 from slrc.verify import outputs_of
 
@@ -59,6 +62,15 @@ def compile_once(compiled: dict[str, Any], tiny_workload: MakeWorkload) -> Calla
     return run
 
 
+def check_proof(report: Report, *transforms: str) -> None:
+    """Each step was compared, on all probes, and lies within a tolerance that is small."""
+    steps = {check.step: check for check in report.checks}
+    outputs = ["eager module = captured program", "eager module = dense on ort", "masked module = ort"]
+    for step in [*outputs, *(f"masked module = {name}" for name in transforms)]:
+        assert len(steps[step].inputs) >= 2, step
+        assert 0 <= steps[step].max_rel_error <= steps[step].tolerance <= 1e-3, step
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_every_pattern_end_to_end(
     compile_once: Callable[[str], tuple[Report, Path]], tiny_workload: MakeWorkload, pattern: str
@@ -67,7 +79,7 @@ def test_every_pattern_end_to_end(
     assert report.pattern == pattern
     assert report.sparsity.asked == pytest.approx(PATTERNS[pattern].get("sparsity", 0.5))
     assert report.sparsity.reached == pytest.approx(report.sparsity.asked, abs=0.1)
-    assert all(check.passed for check in report.checks)
+    check_proof(report, "shrink-channels" if pattern == "channel" else "fold-batch-norm")
     assert [p.name for p in out.parent.glob("*.work")] == []
 
     plan, masks = slrc.Plan.load(out / "plan.json"), slrc.Masks.load(out / "masks.safetensors")
@@ -89,12 +101,41 @@ def test_every_pattern_end_to_end(
     assert report.size_bytes.compiled == (folder / "model.onnx").stat().st_size
 
 
+def test_a_transform_that_is_wrong_ends_a_compile(
+    tiny_workload: MakeWorkload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fold = FoldBatchNorm.__call__
+
+    def wrong(self: FoldBatchNorm, program: slrc.Program) -> PassResult:
+        folded, modified = fold(self, program)
+        name = next(n for n, t in folded.tensors.items() if t.dim() == 1)
+        return PassResult(folded.with_tensors({name: folded.tensors[name] + 0.1}), modified)
+
+    monkeypatch.setattr(FoldBatchNorm, "__call__", wrong)
+    options = {"pattern": "channel", "method": "magnitude", "epochs": 0, "threads": 1}
+    with pytest.raises(VerificationError, match=r"fold-batch-norm|dense on ort"):
+        slrc.compile(tiny_workload(), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_runtime_that_is_wrong_ends_a_compile(
+    tiny_workload: MakeWorkload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = OnnxRuntimeRunner.__call__
+    monkeypatch.setattr(OnnxRuntimeRunner, "__call__", lambda self, *x: [y + 0.1 for y in run(self, *x)])
+    options = {"pattern": "channel", "method": "magnitude", "epochs": 0, "threads": 1}
+    with pytest.raises(VerificationError, match="eager module = dense on ort"):
+        slrc.compile(tiny_workload(), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_structure_of_each_pattern(compile_once: Callable[[str], tuple[Report, Path]]) -> None:
     report, _ = compile_once("channel")
     assert report.macs.compiled < report.macs.dense
     report, _ = compile_once("columns:2")  # layers this small may be the fastest as they are
     (target,) = report.targets
     assert target.forms is not None
+    assert target.forms.layers
     assert {str(x.form) for x in target.forms.layers} <= {"dense", "split:2", "grouped:2", "packed:4", "packed:8"}
     assert all("dense" in x.ms and len(x.ms) > 1 for x in target.forms.layers)
     report, _ = compile_once("unstructured")  # of so few weights, whole blocks may be left by chance
@@ -415,7 +456,7 @@ def test_a_badly_conditioned_network_passes_with_a_warning(tmp_path: Path) -> No
     report = slrc.compile(
         workload, tmp_path / "out", pattern="unstructured", sparsity=0.97, method="magnitude", epochs=0
     )
-    assert all(check.passed for check in report.checks)
+    check_proof(report, "fold-batch-norm")
     assert any(
         re.search(r"constant after pruning, of batch norms: 4 \(\d+ of 16: \d+, ", note) for note in report.notes
     )

@@ -30,6 +30,11 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
+def test_there_are_pages_and_links_to_check() -> None:
+    assert len(PAGES) >= 5
+    assert sum(len(LINK.findall(page.read_text())) for page in PAGES) >= 20
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     for link in LINK.findall(page.read_text()):

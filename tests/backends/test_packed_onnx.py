@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import slrc
-from slrc.backends import parse_target
+from slrc.backends import Availability, parse_target
 from slrc.backends.onnx_export import OPSET
 from slrc.backends.ort import OnnxRuntime
 from slrc.backends.packed_onnx import CONV, GEMM, MLP, POOL, function_of, pool_function
@@ -156,11 +156,15 @@ def test_tensorrt_parses_it(artifact: Path) -> None:
     assert kinds.count(trt.LayerType.CONVOLUTION) == 4 + 2 * len(ACTIVATIONS)
 
 
-def test_a_target_for_another_processor() -> None:
-    backend = OnnxRuntime()
-    target = parse_target("ort:aarch64")
-    assert target.folder == "ort-aarch64"
-    assert "it is for aarch64" in backend.available(target).why_not_run or kernels.family_of("arm64") == "aarch64"
+def test_a_target_for_another_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, own, other = OnnxRuntime(), parse_target("ort:x86_64"), parse_target("ort:aarch64")
+    assert other.folder == "ort-aarch64"
+    for machine, here, elsewhere in (("x86_64", own, other), ("AMD64", own, other), ("arm64", other, own)):
+        monkeypatch.setattr("platform.machine", lambda machine=machine: machine)
+        assert backend.available(here) == backend.available(parse_target("ort")) == Availability("", "")
+        assert backend.available(elsewhere).why_not_emit == ""
+        expected = f"it is for {elsewhere.options[0]}, and this machine is {machine}"
+        assert backend.available(elsewhere).why_not_run == expected
     with pytest.raises(BackendError, match="`ort` takes a processor, x86_64 or aarch64, and `stock`"):
         parse_target("ort:riscv64")
 

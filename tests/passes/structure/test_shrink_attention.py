@@ -225,6 +225,7 @@ def test_multi_head_attention_of_torch(net: Any, randomized: Any, slim_equals_ma
 def test_slim_equals_masked(name: str, net: Any, randomized: Any, slim_equals_masked: Any) -> None:
     model, program = captured(OTHERS[name], net, randomized)
     plan = allocate_sparsity(program, Channel(), 0.5, keep_ends=False)
+    assert plan.constraints
     assert all(c.keep < c.groups for c in plan)
     slim_equals_masked(model, program, plan)
 

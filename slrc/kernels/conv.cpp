@@ -81,7 +81,7 @@ struct ConvRun {
 Panel ConvRun::PanelOf(int64_t band) const {
   const std::vector<Piece>& pieces = l.PiecesOf(band);
   Panel panel{nullptr, l.offsets.data(), l.WeightSlices(), pieces.data(), static_cast<int64_t>(pieces.size()), 0,
-              l.together, g.store.pitch, l.window_parts};
+              l.together, g.store.pitch, l.parts};
   if (g.reading == Reading::kMasked) {
     panel.tap_ends = l.tap_ends.data();
     panel.taps = g.Taps();

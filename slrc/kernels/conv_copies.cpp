@@ -13,7 +13,7 @@ class RunList {
 
   void BeginBand() { copies_.begins.push_back(copies_.runs.size()); }
 
-  Run* Add(int64_t from, int64_t to, int64_t floats, int64_t written) {
+  CopyRun* Add(int64_t from, int64_t to, int64_t floats, int64_t written) {
     copies_.runs.push_back({static_cast<int32_t>(from), static_cast<int32_t>(to), static_cast<int32_t>(floats),
                             static_cast<int32_t>(written)});
     return &copies_.runs.back();
@@ -27,7 +27,7 @@ class RunList {
   // First all zeros: written past a channel's end, they would be in the next one's way.
   void PutZerosFirst() {
     std::stable_partition(copies_.runs.begin() + copies_.begins.back(), copies_.runs.end(),
-                          [](const Run& run) { return run.floats == 0; });
+                          [](const CopyRun& run) { return run.floats == 0; });
   }
 
   Copies Take() {
@@ -64,7 +64,7 @@ void RunList::AddPixels(const Phase& phase, int64_t pitch, int64_t flat, int64_t
 
 void RunList::Append(int64_t from, int64_t to, int64_t count) {
   const bool is_first = copies_.runs.size() == copies_.begins.back();
-  Run* const run = is_first ? nullptr : &copies_.runs.back();
+  CopyRun* const run = is_first ? nullptr : &copies_.runs.back();
   if (from < 0 && run && run->to + run->written == to)
     run->written += static_cast<int32_t>(count);
   else if (from < 0)
@@ -114,7 +114,7 @@ Copies CopyPlanes(const Geometry& g, const Bands& bands) {
       runs.AddZeros(begin - room, room + top * pitch);
       if (top < bottom) {
         const int64_t column = first * columns.stride + phase.column.phase - columns.pad;
-        Run* const run = runs.Add(row_of(top) * columns.in + column, begin + top * pitch, count, pitch);
+        CopyRun* const run = runs.Add(row_of(top) * columns.in + column, begin + top * pitch, count, pitch);
         run->rows = static_cast<int32_t>(bottom - top);
         run->from_step = static_cast<int32_t>(rows.stride * columns.in);
         run->to_step = static_cast<int32_t>(pitch);

@@ -93,8 +93,8 @@ bool HoldsWindows(const Weight& weight, int64_t taps) {
 
 int64_t WindowParts(const Geometry& g, const Weight& weight) {
   const Axis& rows = g.rows;
-  const bool alike = g.reading == Reading::kRows && rows.kernel == kWindow && rows.stride == 1 && rows.dilation == 1;
-  return alike && HoldsWindows(weight, g.Taps()) ? kWindow : 1;
+  const bool alike = g.reading == Reading::kRows && rows.kernel == kParts && rows.stride == 1 && rows.dilation == 1;
+  return alike && HoldsWindows(weight, g.Taps()) ? kParts : 1;
 }
 
 // The floats of one piece's copy, of all channels of a panel.
@@ -125,7 +125,7 @@ Layout::Layout(const Geometry& chosen, std::shared_ptr<const Weight> in_order, c
       offsets(ColumnOffsets(geometry, *weight, window)),
       tap_ends(TapEnds(geometry, *weight, window)),
       slices(CutSlices(geometry, *weight)),
-      window_parts(WindowParts(geometry, *weight)),
+      parts(WindowParts(geometry, *weight)),
       pieces(CutPieces(geometry, *weight, window, slices.count > 1, geometry.band_rows)),
       bands(CutBands(geometry, pieces)),
       last_pieces(LastPieces(geometry, *weight, window, slices.count > 1)),
@@ -148,7 +148,7 @@ int64_t Layout::Slack() const {
 
 void Layout::Copy(const float* x, int64_t readable, int64_t band, int64_t count, float* to) const {
   const Geometry& g = geometry;
-  const Run* const runs = copies.runs.data() + copies.begins[band];
+  const CopyRun* const runs = copies.runs.data() + copies.begins[band];
   const bool tiled = g.reading == Reading::kTiles;
   Loops().copy({runs, static_cast<int64_t>(copies.begins[band + 1] - copies.begins[band]), x, readable,
                 g.columns.stride, g.rows.in * g.columns.in, g.store.floats, to, count, tiled});

@@ -61,12 +61,12 @@ struct Geometry {
 struct PieceTable {
   std::vector<Piece> pieces;
   std::deque<Outputs> outputs;
-  std::deque<std::vector<Taps>> lanes_read;
+  std::deque<std::vector<TapLanes>> tap_lanes;
 };
 
 // The runs that are copied for each band: those of band b are runs[begins[b]] ... runs[begins[b + 1] - 1].
 struct Copies {
-  std::vector<Run> runs;
+  std::vector<CopyRun> runs;
   std::vector<size_t> begins;
 };
 
@@ -98,7 +98,7 @@ struct Layout {
   const std::vector<int32_t> offsets;          // for each surviving block: where a tile finds its column
   const std::vector<int32_t> tap_ends;         // of kMasked, see Strip
   const SliceTable slices;
-  const int64_t window_parts;    // of kRows: kWindow if the taps of all kernel rows are alike; else 1
+  const int64_t parts;    // of kRows: kParts if the taps of all kernel rows are alike; else 1
   const PieceTable pieces;       // of a band; of kTiles those of all bands
   const Bands bands;
   const PieceTable last_pieces;  // of the last band, if it has fewer rows

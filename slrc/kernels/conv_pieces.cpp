@@ -68,20 +68,20 @@ void EndWithVector(int64_t pixels, std::vector<Piece>* pieces) {
 }
 
 // Which lanes each tap reads inside the input, in the order of taps, those that read alike together.
-std::vector<Taps> LanesRead(const Geometry& g, const SlrcWindow& window, const Piece& piece) {
+std::vector<TapLanes> FindTapLanes(const Geometry& g, const SlrcWindow& window, const Piece& piece) {
   const int64_t lanes = Loops().lanes, height = g.rows.in, width = g.columns.in;
-  std::vector<Taps> found;
+  std::vector<TapLanes> found;
   for (int64_t t = 0; t < g.Taps(); ++t) {
     const int64_t down = t % g.rows.kernel * window.dilations[0] - window.pads[0];
     const int64_t right = t / g.rows.kernel * window.dilations[1] - window.pads[1];
-    Taps one = {static_cast<int32_t>(t + 1), {}};
+    TapLanes one = {static_cast<int32_t>(t + 1), {}};
     for (int64_t p = 0; p < piece.width; ++p) {
       const int64_t row = (piece.start + p) / width + down, column = (piece.start + p) % width + right;
       const bool inside = row >= 0 && row < height && column >= 0 && column < width;
       one.read[p / lanes] = static_cast<uint16_t>(one.read[p / lanes] | (inside ? 1u << p % lanes : 0u));
     }
     if (found.empty() || !std::equal(one.read, std::end(one.read), found.back().read)) found.push_back(one);
-    found.back().last = one.last;
+    found.back().end = one.end;
   }
   return found;
 }
@@ -94,9 +94,9 @@ PieceTable CutPieces(const Geometry& g, const Weight& weight, const SlrcWindow& 
   if (g.reading == Reading::kMasked) {
     EndWithVector(g.rows.in * g.columns.in, &table.pieces);
     for (Piece& piece : table.pieces) {
-      const std::vector<Taps>& lanes_read = table.lanes_read.emplace_back(LanesRead(g, window, piece));
-      piece.groups = lanes_read.data();
-      piece.group_count = static_cast<int64_t>(lanes_read.size());
+      const std::vector<TapLanes>& found = table.tap_lanes.emplace_back(FindTapLanes(g, window, piece));
+      piece.tap_lanes = found.data();
+      piece.tap_lanes_count = static_cast<int64_t>(found.size());
     }
   }
   const bool leaves_gaps = Loops().masks && !sliced && IsCheap(weight.activation);

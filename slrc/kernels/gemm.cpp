@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "limits.h"
+#include "layer_limits.h"
 #include "panel.h"
 
 namespace slrc {

@@ -1,6 +1,6 @@
 """What the block-sparse kernels take, said of a layer before it is packed.
 
-The library checks the same when it loads a model (`limits.h`); a test holds that the two agree.
+The library checks the same when it loads a model (`layer_limits.h`); a test holds that the two agree.
 """
 
 from __future__ import annotations

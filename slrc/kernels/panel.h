@@ -24,13 +24,13 @@ struct Panel {
   int64_t step;      // from one piece to the next in x; 0: a piece stands in x where it does in the panel
   int64_t together;  // how many pieces one block row may run on before the next one does
   int64_t pitch;     // from one row to the next, of pieces that are repeated
-  int64_t window;    // see Strip, for pieces that are repeated
+  int64_t parts;     // see Strip, for pieces that are repeated
   // Where x has a pixel more apart from the vectors before it (null: beside them): the panel's pixels, `more_step`
   // apart.
   const float* more_x = nullptr;
   const int32_t* more_offsets = nullptr;
   int64_t more_step = 0;
-  const int32_t* tap_ends = nullptr;  // as in Strip, of all block rows, for pieces that have groups
+  const int32_t* tap_ends = nullptr;  // as in Strip, of all block rows, for pieces that have tap_lanes
   int64_t taps = 0;
   bool far = false;  // whether most of x is outside the second-level cache: the next piece's is then prefetched
 };
@@ -134,7 +134,7 @@ int64_t PanelLoop<Output>::RunPieces(int64_t index, float* waiting) {
   Place place;
   const bool direct = output_.Find(channel_, piece, &place);
   float* const sums = sliced_ ? waiting : direct ? nullptr : Scratch::Sums().Get(strip_.channels * width);
-  const bool alone = !direct || sliced_ || place.outputs || piece.groups || piece.repeats > 1;
+  const bool alone = !direct || sliced_ || place.outputs || piece.tap_lanes || piece.repeats > 1;
   const int64_t together = alone ? 1 : CountTogether(index);
   SetReads(index, piece, together);
   strip_.y_step = direct && piece.repeats > 1 ? place.row : piece.width;
@@ -165,7 +165,7 @@ int64_t PanelLoop<Output>::CountTogether(int64_t index) const {
   for (Place place; count < most; ++count) {
     const Piece &piece = pieces[count], &before = pieces[count - 1];
     const bool follows = piece.start == before.start + before.width && piece.vectors == before.vectors &&
-                         piece.ending == before.ending && !piece.groups;
+                         piece.ending == before.ending && !piece.tap_lanes;
     if (!follows || !output_.Find(channel_, piece, &place) || place.outputs) break;
   }
   return count;
@@ -177,10 +177,10 @@ void PanelLoop<Output>::SetReads(int64_t index, const Piece& piece, int64_t toge
   strip_.x = panel_.x + (panel_.step ? index * panel_.step : piece.start);
   strip_.runs = repeated ? piece.repeats : together;
   strip_.x_step = repeated ? panel_.pitch : panel_.step ? panel_.step : piece.width;
-  strip_.window = repeated ? panel_.window : 1;
+  strip_.parts = repeated ? panel_.parts : 1;
   strip_.ahead = panel_.far ? piece.width : 0;
-  strip_.groups = piece.groups;
-  strip_.group_count = piece.group_count;
+  strip_.tap_lanes = piece.tap_lanes;
+  strip_.tap_lanes_count = piece.tap_lanes_count;
 }
 
 template <class Output>

@@ -1,4 +1,4 @@
-// How the pixels of a panel are cut into pieces, each for one tile.
+// How the pixels of a panel are cut into pieces, each as wide as a tile; README.md draws them.
 #pragma once
 
 #include <algorithm>
@@ -16,8 +16,8 @@ struct Piece {
   int vectors;
   Ending ending;
   int64_t repeats = 1;  // on so many rows of a plane, each in the same place
-  const Taps* groups = nullptr;      // as in Strip, `group_count` of them
-  int64_t group_count = 0;
+  const TapLanes* tap_lanes = nullptr;  // as in Strip
+  int64_t tap_lanes_count = 0;
   const Outputs* outputs = nullptr;  // which of its pixels are; null: all, or a tile cannot leave the others out
 };
 

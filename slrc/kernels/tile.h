@@ -1,3 +1,5 @@
+// README.md says what the words mean and where to find what.
+//
 // The innermost loops: block rows, each on a few vectors of pixels at a time; copies of the input. Compiled once for
 // each instruction set (tile.cpp).
 //
@@ -9,7 +11,7 @@
 
 namespace slrc {
 
-constexpr int kWindow = 3;
+constexpr int kParts = 3;
 constexpr int kRowSizes = 3;
 constexpr int kTileRows[kRowSizes] = {1, 4, 8};
 constexpr int kMaxVectors = 6;
@@ -30,7 +32,7 @@ constexpr int kMaxTilePixels = kMaxVectors * kMaxLanes + 1;
 enum Activation { SLRC_ACTIVATIONS(SLRC_VALUE_OF) kActivations };
 #undef SLRC_VALUE_OF
 
-constexpr bool IsCheap(Activation activation) { return activation <= kRelu6; }
+static constexpr bool IsCheap(Activation activation) { return activation <= kRelu6; }
 
 // A pixel that a tile computes beside its vectors (kPixelMore), apart from them:
 // y[i * pitch] = activation(bias[i] + start[i * start_pitch] + sum over t of values[t, i] * x[offsets[t]]).
@@ -49,14 +51,15 @@ struct Outputs {
   int32_t at[kMaxVectors + 1];
 };
 
-// Taps up to `last` - 1, from the last group's on: of what their columns read of x for a run, which lanes of each
-// vector are; the others count as zero and are not touched.
-struct Taps {
-  int32_t last;
+// Some taps of the kernel, in the order of TapOrder: from the end of the TapLanes before these up to `end`. Of what
+// their columns read of x for a run, the lanes of each vector that are read; the others are padding, count as zero and
+// are not touched.
+struct TapLanes {
+  int32_t end;
   uint16_t read[kMaxVectors + 1];
 };
 
-// One block row after the other on `runs` runs of pixels. Of the first run:
+// README.md draws it: one block row after the other on `runs` runs of pixels. Of the first run:
 // y[i, p] = activation(bias[i] + start[i, p] + sum over t of values[t, i] * x[offsets[t] + p]),
 // t being the surviving blocks begins[r] ... ends[r] - 1 of i's block row r.
 struct Strip {
@@ -75,12 +78,14 @@ struct Strip {
   int64_t runs, x_step, y_step;  // from a run to the next one in x; in y and start
   int64_t ahead;                 // of more than one row: so far past what is read of x, it is prefetched; 0: it is not
   PixelMore more;
-  const Taps* groups;  // null if all lanes of x are read; else (group_count), the columns of each block row by tap
-  int64_t group_count;
+  // Null if all lanes of x are read; else (tap_lanes_count), and the columns of each block row are in the order of
+  // taps.
+  const TapLanes* tap_lanes;
+  int64_t tap_lanes_count;
   const int32_t* tap_ends;  // (block rows, taps): up to where the surviving blocks of a tap stand
   int64_t taps;
   const Outputs* outputs;  // null if all are; else, of one run, start and y have them side by side (if `masks`)
-  int64_t window;  // 1, or kWindow parts of each block row's columns, all alike, a part x_step after the one before
+  int64_t parts;  // 1, or kParts of each block row's columns, all alike, each of them x_step after the one before
   Activation activation;
   float slope;  // of kLeakyRelu
 };
@@ -89,7 +94,7 @@ using StripLoop = void (*)(const Strip&);
 
 // Rows of a copy, `from_step` and `to_step` apart. Of the first: to[to + i] = x[from + i * stride] for i < floats, and
 // zero from there up to `written`.
-struct Run {
+struct CopyRun {
   int32_t from, to, floats, written;
   int32_t rows = 1, from_step = 0, to_step = 0;
 };
@@ -99,7 +104,7 @@ struct Run {
 // that come first are written past a channel's end, some channels go `together`, one run of all of them after the
 // other, and nothing is written past the last one.
 struct CopyJob {
-  const Run* runs;
+  const CopyRun* runs;
   int64_t run_count;
   const float* x;
   int64_t readable;  // floats from x on; some after the last channel spare a copy float by float
@@ -126,7 +131,7 @@ struct TileLoops {
   const char* name;
   uint32_t features;  // that a processor needs for them, see processor.h
   int lanes;
-  bool masks;                  // whether a strip may have `groups` and `outputs`
+  bool masks;                  // whether a strip may have `tap_lanes` and `outputs`
   int max_vectors[kRowSizes];  // of a run, in registers; 0 where there is no such loop
   StripLoop strip[kEndings][kRowSizes][kMaxVectors];  // [ending][rows][vectors - 1]; null where an ending gains nothing
   StripLoop pixel[kRowSizes];                         // runs of one pixel, the rows side by side in a vector

@@ -32,7 +32,7 @@ SLRC_INLINE inline Lanes<kLanes>::Bits FirstLanes(int64_t count) {
 
 // One channel's rows of a run, in whole vectors: reads past their end.
 template <int Stride>
-SLRC_INLINE inline void CopyRows(const float* source, float* target, const Run& run) {
+SLRC_INLINE inline void CopyRows(const float* source, float* target, const CopyRun& run) {
   using Bits = typename Lanes<kLanes>::Bits;
   const int64_t whole = run.floats / kLanes * kLanes, rest = run.floats - whole;
   const Bits mask = FirstLanes(rest);
@@ -61,8 +61,8 @@ inline void CopyChannels(const CopyJob& given) {
     constexpr int64_t kTogether = 16;  // small enough to stay cached
     const int64_t x_step = kTogether * job.x_step, to_step = kTogether * job.to_step;
     for (; job.together && c + kTogether <= free; c += kTogether, x += x_step, to += to_step)
-      for (const Run* run = job.runs; run != job.runs + job.run_count; ++run) {
-        Run all = *run;  // the channels as its rows
+      for (const CopyRun* run = job.runs; run != job.runs + job.run_count; ++run) {
+        CopyRun all = *run;  // the channels as its rows
         all.rows = kTogether;
         all.from_step = static_cast<int32_t>(job.x_step);
         all.to_step = static_cast<int32_t>(job.to_step);
@@ -70,7 +70,7 @@ inline void CopyChannels(const CopyJob& given) {
       }
   }
   for (; c < job.channels; ++c, x += job.x_step, to += job.to_step) {
-    for (const Run* run = job.runs; run != job.runs + job.run_count; ++run) {
+    for (const CopyRun* run = job.runs; run != job.runs + job.run_count; ++run) {
       if constexpr (Stride > 0)
         if (c < free) {
           CopyRows<Stride>(x + run->from, to + run->to, *run);

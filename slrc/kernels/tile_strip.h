@@ -1,4 +1,4 @@
-// Strips: block rows on some runs of pixels, tile by tile. For tile.cpp alone.
+// Strips: block rows on some runs of pixels, tile by tile (README.md draws them). For tile.cpp alone.
 #pragma once
 
 #include "tile_sums.h"
@@ -54,14 +54,14 @@ SLRC_INLINE inline void RunTiles(const Tile& tile, int64_t runs, const Strip& s)
   using Size = TileSize<Rows, Most, Whole, Last, Pixel>;
   if constexpr (Most > 1) {
     if (runs < Most) return RunTiles<Rows, Most - 1, Whole, Last, Pixel>(tile, runs, s);
-    if (s.window == kWindow) return RunTile<Size, kWindow, kAll>(tile, s);
+    if (s.parts == kParts) return RunTile<Size, kParts, kAll>(tile, s);
   }
 #if !defined(__SANITIZE_ADDRESS__)  // a prefetch is not checked
   if constexpr (Rows > 1 && kManyRegisters)
     if (s.ahead) return RunTile<Size, 1, kAhead>(tile, s);
 #endif
   if constexpr (Rows > 1 && kMasks)
-    if (s.groups) return RunTile<Size, 1, kSome>(tile, s);
+    if (s.tap_lanes) return RunTile<Size, 1, kSome>(tile, s);
   RunTile<Size, 1, kAll>(tile, s);
 }
 

@@ -1,4 +1,4 @@
-// One tile: the sums of some rows and pixels in registers. For tile.cpp alone.
+// One tile (README.md draws it): the sums of some rows and pixels, in registers. For tile.cpp alone.
 #pragma once
 
 #include "tile_set.h"
@@ -10,7 +10,7 @@ namespace {
 // weights that were driven from the caches would be waited for at the beginning of each.
 constexpr int kValuesAhead = 1024, kLine = 16;
 
-// How a tile reads x: all, all and what the next tile reads ahead, or some lanes, by groups of taps (see Strip).
+// How a tile reads x: all, all and what the next tile reads ahead, or some lanes (see TapLanes).
 enum Reads { kAll, kAhead, kSome };
 
 // Rows of one block row on some runs of pixels.
@@ -103,21 +103,21 @@ SLRC_INLINE inline void AddStart(const Tile& tile, const Outputs* outputs, Sums<
     });
 }
 
-// Of one row: a value is loaded once for all runs, and a vector of x once for all of the `Window` parts of the columns
+// Of one row: a value is loaded once for all runs, and a vector of x once for all of the `Parts` parts of the columns
 // (see Strip).
-template <int Window, class Size>
+template <int Parts, class Size>
 SLRC_INLINE inline void MultiplyRuns(const Tile& tile, int64_t stride, Sums<Size>& sums) {
   const float* values = tile.values;
-  const int64_t part = (tile.end - tile.offsets) / Window;
+  const int64_t part = (tile.end - tile.offsets) / Parts;
   for (int64_t t = 0; t < part; ++t, values += stride) {
     const float* x = tile.x + tile.offsets[t];
-    float value[Window];
-    Unroll<Window>([&](int k) SLRC_INLINE { value[k] = values[k * part * stride]; });
-    Unroll<Size::kRuns + Window - 1>([&](int r) SLRC_INLINE {
+    float value[Parts];
+    Unroll<Parts>([&](int k) SLRC_INLINE { value[k] = values[k * part * stride]; });
+    Unroll<Size::kRuns + Parts - 1>([&](int r) SLRC_INLINE {
       typename Size::V column[Size::kWhole ? Size::kWhole : 1];
       Unroll<Size::kWhole>([&](int v) SLRC_INLINE { column[v] = InRegister(Load<kLanes>(x + v * kLanes)); });
       const typename Size::L last = InRegister(Load<Size::kLast>(x + Size::kWhole * kLanes));
-      Unroll<Window>([&](int k) SLRC_INLINE {
+      Unroll<Parts>([&](int k) SLRC_INLINE {
         const int s = r - k;
         if (s < 0 || s >= Size::kRuns) return;
         Unroll<Size::kWhole>([&](int v) SLRC_INLINE { sums.whole[s][v] += column[v] * value[k]; });
@@ -130,7 +130,7 @@ SLRC_INLINE inline void MultiplyRuns(const Tile& tile, int64_t stride, Sums<Size
 
 // Of several rows: the v-th vector of a column, or the lanes of it that its taps read.
 template <int N, Reads Read>
-SLRC_INLINE inline typename Lanes<N>::Float LoadColumn(const float* x, int v, const Taps* taps) {
+SLRC_INLINE inline typename Lanes<N>::Float LoadColumn(const float* x, int v, const TapLanes* taps) {
   if constexpr (Read == kSome) return LoadLanes<N>(x + v * kLanes, taps->read[v]);
   else return Load<N>(x + v * kLanes);
 }
@@ -141,10 +141,10 @@ SLRC_INLINE inline void MultiplyRows(const Tile& tile, const Strip& strip, Sums<
   const int64_t stride = strip.block, ahead = strip.ahead;
   const float* values = tile.values;
   const int32_t *offset = tile.offsets, *more_offset = tile.more.offsets;
-  const int64_t groups = Read == kSome ? strip.group_count : 1;
-  for (int64_t g = 0; g < groups; ++g) {
-    const Taps* const taps = Read == kSome ? strip.groups + g : nullptr;
-    const int32_t* const end = Read == kSome ? strip.offsets + tile.tap_ends[taps->last - 1] : tile.end;
+  const int64_t count = Read == kSome ? strip.tap_lanes_count : 1;
+  for (int64_t k = 0; k < count; ++k) {
+    const TapLanes* const taps = Read == kSome ? strip.tap_lanes + k : nullptr;
+    const int32_t* const end = Read == kSome ? strip.offsets + tile.tap_ends[taps->end - 1] : tile.end;
     for (; offset != end; ++offset, ++more_offset, values += stride) {
       const float* x = tile.x + *offset;
       typename Size::V column[Size::kWhole ? Size::kWhole : 1];
@@ -216,17 +216,17 @@ SLRC_INLINE inline void ActivateStored(const Tile& tile, Activation activation, 
     }
 }
 
-// Computes one tile. `Window` is for tiles of one row, `Read` for those of several.
-template <class Size, int Window, Reads Read>
+// Computes one tile. `Parts` is for tiles of one row, `Read` for those of several.
+template <class Size, int Parts, Reads Read>
 SLRC_INLINE inline void RunTile(const Tile& tile, const Strip& strip) {
-  static_assert(Size::kRows == 1 ? Read == kAll : Window == 1);
+  static_assert(Size::kRows == 1 ? Read == kAll : Parts == 1);
   const Activation activation = strip.activation;
   const float slope = strip.slope;
   const Outputs* const outputs = Size::kMayLeaveGaps ? strip.outputs : nullptr;
   Sums<Size> sums;
   BeginWithBias(tile, sums);
   AddStart(tile, outputs, sums);
-  if constexpr (Size::kRows == 1) MultiplyRuns<Window>(tile, strip.block, sums);
+  if constexpr (Size::kRows == 1) MultiplyRuns<Parts>(tile, strip.block, sums);
   else MultiplyRows<Read>(tile, strip, sums);
   ActivateCheaply(activation, slope, sums);
   StoreSums(tile, outputs, sums);

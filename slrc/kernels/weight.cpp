@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "limits.h"
+#include "layer_limits.h"
 
 namespace slrc {
 

@@ -27,7 +27,7 @@ const TileLoops& Loops();
 // Of SLRC_ACTIVATIONS; then null.
 extern const char* const kActivationNames[];
 
-// What a packed weight's sizes alone tell of it, and how many columns an out channel may have (see limits.h).
+// What a packed weight's sizes alone tell of it, and how many columns an out channel may have (see layer_limits.h).
 void CheckSizes(const SlrcBlocks& blocks, int64_t group);
 void CheckColumns(int64_t columns);
 

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "limits.h"
+#include "layer_limits.h"
 #include "weight.h"
 
 namespace slrc {

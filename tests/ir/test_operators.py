@@ -22,25 +22,26 @@ aten = torch.ops.aten
 FAMILIES = """
     aten._assert_tensor_metadata.default aten._native_batch_norm_legit.no_stats
     aten._native_batch_norm_legit_no_training.default aten._to_copy.default aten._unsafe_view.default
-    aten.adaptive_avg_pool2d.default aten.add.Tensor aten.addcmul.default aten.arange.default aten.argmax.default
-    aten.avg_pool2d.default aten.bitwise_not.default aten.cat.default aten.clamp.default aten.clamp_min.default
-    aten.clone.default aten.conv2d.default aten.conv2d.padding aten.conv_transpose2d.input aten.copy.default
-    aten.cos.default aten.cumsum.default aten.div.Tensor aten.div.Tensor_mode aten.einsum.default aten.embedding.default
-    aten.empty.memory_format aten.eq.Scalar aten.exp.default aten.expand.default aten.fill.Scalar aten.fill.Tensor
-    aten.gelu.default aten.group_norm.default aten.gru.input aten.gru_cell.default aten.hardsigmoid.default
-    aten.hardswish.default aten.hardtanh.default aten.index.Tensor aten.layer_norm.default aten.leaky_relu.default
+    aten.adaptive_avg_pool2d.default aten.add.Tensor aten.addcmul.default aten.arange.default aten.arange.start
+    aten.argmax.default aten.avg_pool2d.default aten.bitwise_not.default aten.cat.default aten.clamp.default
+    aten.clamp_min.default aten.clone.default aten.col2im.default aten.conv2d.default aten.conv2d.padding
+    aten.conv_transpose2d.input aten.copy.default aten.cos.default aten.cumsum.default aten.div.Tensor
+    aten.div.Tensor_mode aten.einsum.default aten.embedding.default aten.empty.memory_format aten.eq.Scalar
+    aten.exp.default aten.expand.default aten.fill.Scalar aten.fill.Tensor aten.gelu.default aten.group_norm.default
+    aten.gru.input aten.gru_cell.default aten.hardsigmoid.default aten.hardswish.default aten.hardtanh.default
+    aten.im2col.default aten.index.Tensor aten.layer_norm.default aten.leaky_relu.default
     aten.linalg_vector_norm.default aten.linear.default aten.lstm.input aten.lstm_cell.default aten.masked_fill.Scalar
-    aten.matmul.default aten.max_pool2d.default aten.max_pool2d_with_indices.default aten.max_unpool2d.default
-    aten.mean.default aten.mean.dim aten.mul.Tensor aten.ne.Scalar aten.neg.default aten.new_zeros.default
-    aten.pad.default aten.permute.default aten.pow.Scalar aten.pow.Tensor_Scalar aten.relu.default aten.repeat.default
-    aten.repeat_interleave.self_int aten.rnn_tanh.input aten.rnn_tanh_cell.default aten.roll.default aten.rsub.Scalar
-    aten.scaled_dot_product_attention.default aten.select.int aten.select_scatter.default aten.sigmoid.default
-    aten.silu.default aten.sin.default aten.slice.Tensor aten.slice_scatter.default aten.softmax.int aten.split.Tensor
-    aten.split_with_sizes.default aten.squeeze.dim aten.stack.default aten.sub.Tensor aten.sum.default
-    aten.sum.dim_IntList aten.sym_size.int aten.tanh.default aten.topk.default aten.transpose.int aten.triu.default
-    aten.type_as.default aten.unbind.int aten.unfold.default aten.unsqueeze.default aten.upsample_bicubic2d.vec
-    aten.upsample_bilinear2d.vec aten.upsample_nearest2d.vec aten.view.default aten.zero.default aten.zeros.default
-    aten.zeros_like.default operator.getitem operator.mul
+    aten.matmul.default aten.max.dim aten.max_pool2d.default aten.max_pool2d_with_indices.default
+    aten.max_unpool2d.default aten.mean.default aten.mean.dim aten.mul.Tensor aten.ne.Scalar aten.neg.default
+    aten.new_zeros.default aten.pad.default aten.permute.default aten.pow.Scalar aten.pow.Tensor_Scalar
+    aten.relu.default aten.repeat.default aten.repeat_interleave.self_int aten.rnn_tanh.input aten.rnn_tanh_cell.default
+    aten.roll.default aten.rsub.Scalar aten.scaled_dot_product_attention.default aten.select.int
+    aten.select_scatter.default aten.sigmoid.default aten.silu.default aten.sin.default aten.slice.Tensor
+    aten.slice_scatter.default aten.softmax.int aten.split.Tensor aten.split_with_sizes.default aten.squeeze.dim
+    aten.stack.default aten.sub.Tensor aten.sum.default aten.sum.dim_IntList aten.sym_size.int aten.tanh.default
+    aten.topk.default aten.transpose.int aten.triu.default aten.type_as.default aten.unbind.int aten.unfold.default
+    aten.unsqueeze.default aten.upsample_bicubic2d.vec aten.upsample_bilinear2d.vec aten.upsample_nearest2d.vec
+    aten.view.default aten.zero.default aten.zeros.default aten.zeros_like.default operator.getitem operator.mul
 """
 """What exported models of torchvision and timm are made of, recurrent networks, transformers and a U-Net."""
 

@@ -13,13 +13,16 @@ import torch
 from torch import Tensor, nn
 
 import slrc
-from slrc import api
+from slrc import api, compilation
 from slrc.backends import Artifact, Availability
 from slrc.backends.ort import OnnxRuntime
 from slrc.backends.ort.run import OnnxRuntimeRunner
 from slrc.backends.runner_module import RunnerModule
 from slrc.backends.tensorrt import TensorRT
 from slrc.errors import BackendError, ConfigError, OutputError, PlanError, SlrcError, VerificationError, WorkloadError
+from slrc.forms.form import FormChoice
+from slrc.ir.program import Program
+from slrc.measuring.choose_forms import choose_forms
 from slrc.passes.base import PassResult
 from slrc.passes.structure.fold_batch_norm import FoldBatchNorm
 from slrc.reporting.report import Report
@@ -460,3 +463,37 @@ def test_a_badly_conditioned_network_passes_with_a_warning(tmp_path: Path) -> No
     assert any(
         re.search(r"constant after pruning, of batch norms: 4 \(\d+ of 16: \d+, ", note) for note in report.notes
     )
+
+
+def test_a_failure_behind_training_costs_no_training(
+    tiny_workload: MakeWorkload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    slim: list[Program] = []
+
+    def counted(model: nn.Module, batch: Any) -> Tensor:
+        steps.append(1)
+        return slrc.cross_entropy(model, batch)
+
+    def fails_once(program: Program, *args: Any, **options: Any) -> FormChoice:
+        slim.append(program)
+        if len(slim) == 1:
+            raise RuntimeError("the runtime is out of order")
+        return choose_forms(program, *args, **options)
+
+    def run(resume: bool) -> Report:
+        workload = tiny_workload(loss=counted)
+        return slrc.compile(
+            workload, tmp_path / "out", resume=resume, pattern="block:4x1", epochs=1, retrain_epochs=1, threads=1
+        )
+
+    monkeypatch.setattr(compilation, "choose_forms", fails_once)
+    with pytest.raises(RuntimeError, match="out of order"):
+        run(resume=False)
+    assert steps
+    steps.clear()
+    run(resume=True)
+    assert not steps
+    first, second = slim
+    assert all(torch.equal(tensor, second.tensors[name]) for name, tensor in first.tensors.items())
+    assert float((first.tensors["conv2.weight"] == 0).float().mean()) > 0.4

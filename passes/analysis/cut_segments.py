@@ -14,6 +14,7 @@ from torch.fx.node import map_arg
 from slrc.ir.export_memory import listed_once
 from slrc.ir.nodes import node_macs
 from slrc.ir.program import Program
+from slrc.ir.quiet import quiet_torch
 
 aten = torch.ops.aten
 
@@ -32,7 +33,7 @@ class Segment:
 
     def program(self) -> Program:
         """Return the segment as a program of its own, with its shapes fixed."""
-        with torch.no_grad(), listed_once():
+        with quiet_torch(), torch.no_grad(), listed_once():
             exported = torch.export.export(self.module, self.inputs)
         return Program(exported, self.inputs, self.anchor)
 

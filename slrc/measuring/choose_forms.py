@@ -66,9 +66,9 @@ def choose_forms(
     whole = _time_whole(program, ms, clock, reporter)
     lost += [(weight, str(form), t.why_not) for weight, times in ms.items() for form, t in times.items() if t.why_not]
     lost += [("the network", name, t.why_not) for name, (_, t) in whole.items() if t.why_not]
-    run = {name: found for name, found in whole.items() if not found[1].why_not} or {"all dense": ({}, Timing(0.0))}
-    taken = min(run, key=lambda name: run[name][1].ms)
-    forms = run[taken][0]
+    run = {name: found for name, found in whole.items() if not found[1].why_not}
+    taken = min(run, key=lambda name: run[name][1].ms, default="all dense")
+    forms = run[taken][0] if run else {}
     return FormChoice(
         target=str(target),
         threads=count,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import platform
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,8 @@ from torch import nn
 
 import slrc
 from slrc.backends import parse_target
-from slrc.forms.form import DENSE, DEPTHWISE, FormKind
+from slrc.errors import CaptureError
+from slrc.forms.form import DENSE, DEPTHWISE, Form, FormChoice, FormKind
 from slrc.ir.nodes import op_name
 from slrc.ir.program import Program, capture
 from slrc.kernels import build as kernels
@@ -139,6 +143,95 @@ def test_it_is_timed_for_real_and_remembered(tmp_path: Path, quick_timing: None)
     assert {"dense", "packed:4", "packed:8"} <= {f for x in first.layers for f in x.ms}
     assert all(ms > 0 for x in first.layers for ms in x.ms.values())
     assert choose_forms(program, ORT, threads=1, cache=tmp_path) == first
+
+
+@needs_compiler
+@pytest.mark.usefixtures("quick_timing")
+def test_a_form_that_fails_is_dropped_with_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def applied(program: Program, forms: Any) -> Program:
+        if any(f.kind is FormKind.SPLIT for f in forms.values()):
+            raise CaptureError("no such layer\nand more")
+        return apply_forms(program, forms)
+
+    monkeypatch.setattr(form_choice, "apply_forms", applied)
+    choice = choose_forms(pruned("columns:2"), ORT, threads=1, cache=tmp_path)
+    assert choice.dropped == ("on ort 2.weight and 1 more are not split:2: no such layer",)
+    assert {"dense", "grouped:2"} <= set(choice.layers[1].ms)
+    assert "split:2" not in choice.layers[1].ms
+    assert FormChoice.model_validate_json(choice.model_dump_json()) == choice
+
+
+@needs_compiler
+@pytest.mark.usefixtures("quick_timing")
+def test_networks_that_fail_are_dropped_and_dense_remains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = pruned("block:8x1")
+
+    def applied(given: Program, forms: Any) -> Program:
+        if given is program and forms:
+            raise CaptureError("too much at once")
+        return apply_forms(given, forms)
+
+    monkeypatch.setattr(form_choice, "apply_forms", applied)
+    choice = choose_forms(program, ORT, threads=1, cache=tmp_path)
+    assert choice.taken in ("all dense", "each its fastest")
+    assert choice.forms == {}
+    assert all("too much at once" in note for note in choice.dropped)
+    assert choice.dropped
+
+
+@needs_compiler
+@pytest.mark.usefixtures("quick_timing")
+def test_a_runtime_that_fails_with_every_form_leaves_layers_dense(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slrc.backends.ort.OnnxRuntime, "load", lambda *_, **__: 1 / 0)
+    choice = choose_forms(pruned("block:8x1"), ORT, threads=1, cache=tmp_path)
+    assert (choice.taken, choice.forms, choice.whole_ms) == ("all dense", {}, {})
+    assert any("division by zero" in note for note in choice.dropped)
+
+
+@needs_compiler
+def test_what_the_kernels_do_not_take_stays_dense_with_a_note(clock: type[FakeClock]) -> None:
+    torch.manual_seed(0)
+    program = capture(nn.Sequential(nn.Conv2d(8, 16, 3, stride=80), nn.Conv2d(16, 16, 1)), (torch.randn(1, 8, 99, 99),))
+    plan = slrc.plan(program, "block:8x1", 0.75, keep_ends=False)
+    program = structure(program, plan, Masks.project(plan, program.tensors))
+    clock.says = {"dense": 2.0, "packed": 1.0, "split": 2.0}
+    choice = choose_forms(program, ORT, threads=1)
+    assert list(choice.forms) == ["1.weight"]
+    assert choice.dropped == ("on ort 0.weight is not packed:4 or packed:8: stride 80 (the kernels take up to 64)",)
+    forced = apply_forms(program, {"0.weight": Form(FormKind.PACKED, 8)})
+    assert "block_sparse_conv" not in {op_name(n) for n in forced.nodes}
+
+
+MAPS = """
+import sys
+from pathlib import Path
+import torch
+from torch import nn
+import slrc
+from slrc.backends import parse_target
+from slrc.ir.program import capture
+from slrc.measuring import timing
+from slrc.measuring.choose_forms import choose_forms
+from slrc.pipeline import structure
+
+timing.PATIENCE = 0.0
+program = capture(nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 1)), (torch.randn(1, 8, 9, 9),))
+plan = slrc.plan(program, "block:8x1", 0.75, keep_ends=False)
+program = structure(program, plan, slrc.Masks.project(plan, program.tensors))
+choice = choose_forms(program, parse_target("ort"), threads=1, cache=Path(sys.argv[1]))
+assert sum(len(x.ms) for x in choice.layers) >= 6, choice
+print({line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libslrc_kernels" in line})
+"""
+
+
+@needs_compiler
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_one_library_of_kernels_is_loaded_however_many_forms_are_timed(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", MAPS, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(ast.literal_eval(done.stdout)) == 1
 
 
 def test_without_a_compiler_layers_are_not_packed(clock: type[FakeClock], monkeypatch: pytest.MonkeyPatch) -> None:

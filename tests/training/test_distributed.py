@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import slrc
 import slrc.measuring.timing
 
-slrc.measuring.timing.WARM_UP_S = slrc.measuring.timing.BUDGET_S = 0.0
+slrc.measuring.timing.PATIENCE = 0.0
 torch.set_num_threads(1)
 processes, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
 done = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -191,7 +192,8 @@ def store(name: str, shapes: list[tuple[int, ...]], folder: Path) -> Tensor:
     run, shape, _ = SHAPES[name]
     tensors = {f"t{i}": torch.rand(s) for i, s in enumerate(shapes)}
     model = Run(lambda m, x: run(x, *(getattr(m, t) for t in tensors)), **tensors)
-    program = capture(model, (torch.rand(shape),))
+    with mock.patch("slrc.ir.program._try"):  # a call would read past the operands here already
+        program = capture(model, (torch.rand(shape),))
     program.save(folder)
     return program.example_inputs[0]
 
@@ -219,7 +221,8 @@ MODES: dict[str, Callable[[Any, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", MODES)
 def test_a_number_that_leaves_the_result_unset_is_refused(name: str, tmp_path: Path) -> None:
-    capture(Run(MODES[name], grid=torch.rand(2, 3, 3, 3, 3)), (torch.rand(2, 4, 3, 3, 3),)).save(tmp_path)
+    with mock.patch("slrc.ir.program._try"):
+        capture(Run(MODES[name], grid=torch.rand(2, 3, 3, 3, 3)), (torch.rand(2, 4, 3, 3, 3),)).save(tmp_path)
     with pytest.raises(OutputError, match="operands do not fit at `"):
         Program.load(tmp_path)
 

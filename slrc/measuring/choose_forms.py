@@ -21,7 +21,7 @@ from slrc.ir.program import Program
 from slrc.machine.cache import cache_folder
 from slrc.machine.cores import usable_cores
 from slrc.measuring.clock import Clock, Job, Timing, digest
-from slrc.measuring.timing import PART, WHOLE
+from slrc.measuring.timing import PART_RACE, WHOLE_RACE
 from slrc.passes.analysis.cut_segments import Segment, cut_segments
 from slrc.passes.forms.pack_blocks import why_not_packed
 from slrc.pipeline import apply_forms
@@ -138,7 +138,7 @@ def _time_layers(program: Program, candidates: Candidates, clock: Clock, reporte
     with reporter.task(f"timing forms on {clock.target}", len(segments)) as task:
         for segment, weight in segments:
             tensor, groups = program.tensors[weight], program.layers[weight].groups
-            timings = clock.times([_job(segment, form, tensor, groups) for form in candidates[weight]], PART)
+            timings = clock.times([_job(segment, form, tensor, groups) for form in candidates[weight]], PART_RACE)
             for form, timing in zip(candidates[weight], timings, strict=True):
                 before = sums[weight][form]
                 sums[weight][form] = Timing(before.ms + timing.ms, before.why_not or timing.why_not)
@@ -171,7 +171,7 @@ def _time_whole(
         if (forms := _fastest(ms, [kind])) not in tried.values():
             tried[f"all {kind}"] = forms
     reporter.note(f"timing {program.name} on {clock.target}: {', '.join(tried)}")
-    timings = clock.times([_whole_job(program, forms) for forms in tried.values()], WHOLE)
+    timings = clock.times([_whole_job(program, forms) for forms in tried.values()], WHOLE_RACE)
     return {name: (forms, timing) for (name, forms), timing in zip(tried.items(), timings, strict=True)}
 
 

@@ -41,18 +41,27 @@ INSTRUCTION_SETS = (
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to time: seconds for all calls together, a quarter of them to warm up, and a least number of rounds."""
+    """How long to time: seconds for all calls together, a quarter of them to warm up, and a least number of rounds.
+
+    In a `race` only the fastest is asked for: a call that clearly is slower takes no more turns, until one is left.
+    """
 
     seconds: float
     least_rounds: int
+    race: bool = False
 
 
 REPORT = Budget(6.0, 2 * BLOCKS)
 """What is reported of a model."""
 WHOLE = Budget(5.0, 8)
-"""Whole networks that are tried against each other."""
+"""A whole network at several widths."""
 PART = Budget(0.6, 6)
-"""The same layer in several forms or widths."""
+"""A layer at several widths."""
+WHOLE_RACE, PART_RACE = (Budget(budget.seconds, budget.least_rounds, race=True) for budget in (WHOLE, PART))
+"""The same network, and the same layer, in several forms."""
+RACE_ROUNDS = 3
+"""The rounds that every call of a race takes."""
+RACE_LEAD = 1.1
 
 
 class Percentiles(BaseModel):
@@ -100,13 +109,25 @@ def time_in_turns(
     pace = sum(_warm_up(call, seconds / 4 / len(calls)) for call in calls)
     rounds = min(max(int(seconds * 0.75 / (2 * pace)), budget.least_rounds), MOST_ROUNDS)
     times: list[list[float]] = [[] for _ in calls]
+    running = list(range(len(calls)))
     with (reporter or Quiet()).task(what, rounds) as task:
         for i in range(rounds):
-            for k in range(len(calls)) if i % 2 == 0 else reversed(range(len(calls))):
+            for k in running if i % 2 == 0 else reversed(running):
                 calls[k]()
                 times[k].append(_time_ms(calls[k]))
+            if budget.race and i + 1 >= RACE_ROUNDS:
+                running = _in_race(running, times)
+                if len(running) == 1:
+                    break
             task.advance()
     return times
+
+
+def _in_race(running: Sequence[int], times: Sequence[Sequence[float]]) -> list[int]:
+    """Return the calls a quarter of whose runs are about as fast as the slowest quarter of the fastest call's."""
+    leader = sorted(times[min(running, key=lambda k: statistics.median(times[k]))])
+    behind = leader[-1 - len(leader) // 4]
+    return [k for k in running if sorted(times[k])[len(times[k]) // 4] <= RACE_LEAD * behind]
 
 
 def medians(times: Sequence[Sequence[float]]) -> list[float]:

@@ -24,7 +24,7 @@ from slrc.kernels import build as kernels
 from slrc.measuring import choose_forms as form_choice
 from slrc.measuring import clock as clocks
 from slrc.measuring.choose_forms import choose_forms
-from slrc.measuring.timing import WHOLE, Budget
+from slrc.measuring.timing import WHOLE_RACE, Budget
 from slrc.pipeline import apply_forms, structure
 from slrc.sparsity.masks import Masks
 from slrc.verify import compare, outputs_of
@@ -111,7 +111,7 @@ def test_a_network_that_is_slower_with_its_fastest_layers_stays_dense(
     times = clock.times
 
     def whole_is_slow(self: FakeClock, jobs: Sequence[clocks.Job], budget: Budget) -> tuple[clocks.Timing, ...]:
-        if budget == WHOLE:
+        if budget == WHOLE_RACE:
             self.says = {"dense": 1.0, "packed": 2.0, "split": 2.0}
         return times(self, jobs, budget)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,19 @@ def test_the_two_are_timed_in_turns(measured: tuple[timing.Latency, list[str]]) 
     assert timed[::2] == timed[1::2]  # each turn: a run that does not count, and one that does
     assert latency.runs >= timing.REPORT.least_rounds
     assert order[: len(order) - len(timed)].count("dense") >= 3  # warm-up
+
+
+@pytest.mark.parametrize("race", [False, True])
+def test_who_clearly_is_slower_leaves_a_race(monkeypatch: pytest.MonkeyPatch, race: bool, quick_timing: None) -> None:
+    ms = {"fast": [1.0, 1.1, 0.9], "alike": [1.05, 0.95, 1.15], "slow": [3.0, 2.9, 3.1]}
+    runs = {name: itertools.cycle(times) for name, times in ms.items()}
+    monkeypatch.setattr(timing, "_time_ms", lambda call: next(runs[call()]))
+    budget = timing.Budget(1.0, 8, race=race)
+    times = timing.time_in_turns([lambda name=name: name for name in ms], budget)  # type: ignore[misc]
+    assert [len(one) for one in times] == [8, 8, timing.RACE_ROUNDS if race else 8]
+    assert timing.medians(times) == pytest.approx([1.0, 1.05, 3.0], abs=0.06)
+    alone = timing.time_in_turns([lambda: "fast", lambda: "slow"], budget)
+    assert {len(one) for one in alone} == {timing.RACE_ROUNDS if race else 8}
 
 
 def test_denormal_numbers_are_zero_only_while_something_is_timed(quick_timing: None, tmp_path: Path) -> None:

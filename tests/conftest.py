@@ -26,8 +26,14 @@ from slrc.measuring import timing
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
-    gc.freeze()  # accelerate collects garbage before each phase: what was imported need not be searched every time
     gc.set_threshold(20_000, 20, 100)  # an export makes hundreds of thousands of objects
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _imported_for_good() -> None:
+    """Accelerate collects garbage before each phase: what was imported by then need not be searched every time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,36 +54,38 @@ def workload():
     )
 """
 OPTIONS = ["--epochs", "2", "--retrain-epochs", "1", "--sparsity", "0.5", "--round-to", "1", "--threads", "1"]
-ONE = [sys.executable]
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+COMPILE = ["compile", "net.py", "--out", "build"]
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 TOLERANCE = 1e-5
 """Of the largest weight: gradients of two halves are summed in another order than those of the whole."""
 
 
-def run(folder: Path, launcher: list[str], *extra: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [*launcher, "-m", "slrc", "compile", "net.py", "--out", "build", *OPTIONS, *extra]
+def run(folder: Path, *extra: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [*LAUNCHER, "-m", "slrc", *COMPILE, *OPTIONS, *extra]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=240)
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one(tmp_path_factory: pytest.TempPathFactory, start_process: Callable[..., Any]) -> Path:
     """What one process makes."""
     folder = tmp_path_factory.mktemp("one")
     (folder / "net.py").write_text(WORKLOAD)
-    done = run(folder, ONE)
-    assert done.returncode == 0, done.stderr
+    arguments = ["slrc", *COMPILE, *OPTIONS]
+    code = f"sys.argv[:] = {arguments!r}; sys.path.insert(0, ''); from slrc.cli import main; main()"
+    done = start_process(code, folder).finish()
+    assert done.code == 0, done.err
     return folder / "build"
 
 
 def test_two_processes_resume_after_one_was_killed_and_make_what_one_does(one: Path, tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(WORKLOAD)
-    killed = run(tmp_path, TWO, KILL="1")
+    killed = run(tmp_path, KILL="1")
     assert killed.returncode != 0
     assert "slr epoch 1/2" in killed.stderr
     assert sorted(p.name for p in tmp_path.glob("build*")) == ["build.work"], killed.stderr
 
-    resumed = run(tmp_path, TWO, "--resume")
+    resumed = run(tmp_path, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert "slr epoch 1/2" not in resumed.stderr  # six steps an epoch: the first one was whole
     assert resumed.stderr.count("  slr epoch 2: ") == 1

@@ -212,17 +212,27 @@ from torch import nn
 import slrc
 from slrc.backends import parse_target
 from slrc.ir.program import capture
-from slrc.measuring import timing
+from slrc.measuring import clock, timing
 from slrc.measuring.choose_forms import choose_forms
 from slrc.pipeline import structure
 
+loaded = set()
 timing.PATIENCE = 0.0
+
+
+def looked_at(*arguments):
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    loaded.update(line.split()[4] for line in maps if "libslrc_kernels" in line)
+    return timing.time_in_turns(*arguments)
+
+
+clock.time_in_turns = looked_at
 program = capture(nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 1)), (torch.randn(1, 8, 9, 9),))
 plan = slrc.plan(program, "block:8x1", 0.75, keep_ends=False)
 program = structure(program, plan, slrc.Masks.project(plan, program.tensors))
 choice = choose_forms(program, parse_target("ort"), threads=1, cache=Path(sys.argv[1]))
 assert sum(len(x.ms) for x in choice.layers) >= 6, choice
-print({line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libslrc_kernels" in line})
+print(loaded)  # by their number on the disk
 """
 
 

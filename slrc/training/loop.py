@@ -289,6 +289,7 @@ class _Trainer:
         self.accelerator.free_memory()
         model, optimizer, scheduler = self.accelerator.prepare(self.model, optimizer, scheduler)
         loader = share_out(batches, self.accelerator)
+        optimizer.zero_grad()  # the user's own training may have left gradients, and a resumed run has others
         first = 0
         if self.snapshot and self.folder and self.resume_from and self.snapshot.phase == phase.name:
             self.folder.restore(self.accelerator, self.resume_from)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import slrc
@@ -691,3 +691,18 @@ def test_train_of_the_api_takes_the_options_of_a_compile(tiny_workload: MakeWork
 def test_config_defaults_are_those_documented() -> None:
     config = CompileConfig()
     assert (config.epochs, config.retrain_epochs, config.updates_per_epoch, config.probe_batches) == (10, 0, 2, 4)
+
+
+def test_gradients_that_were_there_before_do_not_count(tiny_workload: MakeWorkload) -> None:
+    """Dense training leaves those of its last step; a resumed run begins with other ones."""
+
+    def trained(leave_gradients: bool) -> dict[str, Tensor]:
+        workload = tiny_workload()
+        if leave_gradients:
+            for parameter in workload.model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+        plan = slrc.plan(slrc.capture(workload), "unstructured", 0.5)
+        return train(workload, plan, make_config({"epochs": 1})).tensors
+
+    left, clean = trained(True), trained(False)
+    assert all(torch.equal(left[name], clean[name]) for name in clean)

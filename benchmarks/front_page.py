@@ -3,8 +3,9 @@
     SLRC_DATA=~/data python benchmarks/front_page.py
 
 Each is the `slrc compile` that the README names; what its report says becomes a row of
-`benchmarks/results/front_page.json`. Fashion-MNIST is read from `$SLRC_DATA`, as `examples/fashion_mnist.py` explains. A second
-run goes on with what is missing or out of date. `make tables` then writes the table. All takes about twenty minutes.
+`benchmarks/results/front_page.json`. Fashion-MNIST is read from `$SLRC_DATA`, as `examples/fashion_mnist.py` explains.
+A second run goes on with what is missing or out of date. `make tables` then writes the table. All takes about twenty
+minutes.
 """
 
 from __future__ import annotations

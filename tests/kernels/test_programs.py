@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def test_random_layers(library: Path, name: str) -> None:
 
 
 @pytest.mark.fuzz
+@pytest.mark.skipif("SLRC_FUZZ" not in os.environ, reason="compiles for minutes: runs under make fuzz")
 @pytest.mark.parametrize("name", SETS)
 def test_random_layers_under_the_sanitizers(name: str) -> None:
     skip_unless_run_here(name)

@@ -3,7 +3,7 @@ BIN := .venv/bin
 SOURCES := $(shell find slrc/ passes backends -name '*.py' -o -name '*.j2' -o -name '*.txt' -o -name '*.cpp' -o -name '*.h' -o -name '*.map')
 JOBS ?= $(shell n=$$(nproc 2> /dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 EXAMPLES ?= 560
-CASES ?= 60000
+CASES ?= 20000
 PYTEST := $(BIN)/pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from slrc.reporting.report import Report
     from slrc.sparsity.masks import Masks
     from slrc.sparsity.plans import Plan
+    from slrc.training.distillation import soft_divergence
     from slrc.workload import Workload, cached_weights, cross_entropy
 
 __version__ = version("slrc")
@@ -50,6 +51,7 @@ _HOME = {
     "Masks": "sparsity.masks",
     "Plan": "sparsity.plans",
     "Program": "ir.program",
+    "soft_divergence": "training.distillation",
     "Report": "reporting.report",
     "Workload": "workload",
     "cached_weights": "workload",
@@ -76,6 +78,7 @@ __all__ = [
     "form",
     "lower",
     "plan",
+    "soft_divergence",
     "structure",
     "train",
 ]

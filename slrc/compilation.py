@@ -121,6 +121,11 @@ class Compilation:
         )
         if self.workload.train_batches is None:
             self.note(f"the workload has no training data: pruned by {trained.method} in one shot")
+        if trained.undistilled:
+            self.note(
+                f"not distilled from the dense model: {trained.undistilled}; `Workload(distill=...)` can say how to "
+                "compare outputs"
+            )
         if self.workload.evaluate is None:
             self.note("the workload has no `evaluate`: no accuracy was measured")
         return trained

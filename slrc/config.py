@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from slrc.errors import ConfigError, SlrcError
@@ -23,6 +23,24 @@ class Precision(StrEnum):
     FP32 = "fp32"
     BF16 = "bf16"
     FP16 = "fp16"
+
+
+class RecipeSettings(BaseModel):
+    """How the weights are trained, whatever the method. A workload's own optimiser and schedule win over it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    distill: float = Field(
+        default=0.7, ge=0, le=1, description="weight of the distillation from the dense network, 0 for none"
+    )
+    temperature: float = Field(default=2.0, gt=0, description="of the logits in the distillation of a classifier")
+    one_cycle: bool = Field(default=True, description="whether the learning rate rises first; else it only falls")
+    warmup: float = Field(default=0.3, gt=0, lt=1, description="share of the steps in which the learning rate rises")
+    peak_lr: float = Field(default=0.05, gt=0, description="highest learning rate; less where the penalty needs it")
+    clip: float = Field(default=5.0, ge=0, description="most that the loss gradient's norm may be, 0 for no limit")
+    average: float = Field(
+        default=0.0, ge=0, lt=1, description="decay of an average of the weights over the last tenth, 0 for none"
+    )
 
 
 def _option(default: Any, told: str, *, plans: bool = False, **limits: Any) -> Any:
@@ -65,7 +83,10 @@ class CompileConfig(MethodSettings):
     method: MethodName | None = _option(
         None, "slr, admm, gradual, ac-dc, group-lasso or magnitude (default: slr, without data magnitude)"
     )
-    epochs: int = _option(10, "epochs of sparse training (default: 10)", ge=0)
+    epochs: int | None = _option(
+        None, "epochs of sparse training (default: 10, and more where those are less than 3000 steps)", ge=0
+    )
+    steps: int | None = _option(None, "steps of sparse training, in place of epochs", ge=1)
     retrain_epochs: int = _option(0, "epochs of masked retraining afterwards (default: 0)", ge=0)
     precision: Precision = _option(Precision.FP32, "training in fp32, bf16 or fp16 (default: fp32)")
     target: tuple[str, ...] = _option(
@@ -98,6 +119,7 @@ class CompileConfig(MethodSettings):
     plan: Path | None = _option(None, "a plan to use instead of --pattern and --sparsity")
     threads: int | None = _option(None, "threads of the runtime (default: all cores)", ge=1)
     seed: int = _option(0, "of every random choice (default: 0)", ge=0, lt=2**32)
+    recipe: RecipeSettings = RecipeSettings()
     updates_per_epoch: Annotated[int, Field(ge=1)] = 2
     probe_batches: Annotated[int, Field(ge=1)] = 4
     recalibration_batches: Annotated[int, Field(ge=0)] = 20
@@ -149,6 +171,19 @@ class CompileConfig(MethodSettings):
         return self
 
     @model_validator(mode="after")
+    def _one_budget(self) -> CompileConfig:
+        if self.epochs is not None and self.steps is not None:
+            raise ConfigError(
+                "`--epochs` and `--steps` exclude each other: both say how long to train", hint="leave one out"
+            )
+        return self
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is sparse training, given data."""
+        return self.epochs != 0
+
+    @model_validator(mode="after")
     def _permute_goes_with_blocks(self) -> CompileConfig:
         if self.permute and not (isinstance(self.pattern, Block) and self.pattern.cols == 1):
             raise ConfigError(
@@ -192,7 +227,10 @@ def _extra(field: FieldInfo) -> dict[str, Any]:
     return field.json_schema_extra
 
 
-TABLES: Mapping[str, type[BaseModel]] = {name: type(settings) for name, settings in MethodSettings()}
+TABLES: Mapping[str, type[BaseModel]] = {
+    "recipe": RecipeSettings,
+    **{name: type(settings) for name, settings in MethodSettings()},
+}
 
 
 def make_config(options: Mapping[str, Any], file: Path | None = None) -> CompileConfig:

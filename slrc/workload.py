@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+from torch.optim.lr_scheduler import LRScheduler
 
 from slrc.errors import SlrcError, WorkloadError
 from slrc.user_code import at, calling_line, first_line, lines_in, lines_of, users_line
@@ -50,16 +50,6 @@ def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     return nn.functional.cross_entropy(logits, batch[1])
 
 
-def sgd(parameters: Iterable[nn.Parameter]) -> Optimizer:
-    """Return SGD with Nesterov momentum 0.9, learning rate 0.01 and weight decay 5e-4: a start from trained weights."""
-    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=5e-4, nesterov=True)
-
-
-def cosine(optimizer: Optimizer, total_steps: int) -> LRScheduler:
-    """Return a cosine decay to zero over all steps."""
-    return CosineAnnealingLR(optimizer, T_max=max(1, total_steps))
-
-
 @dataclass
 class Workload:
     """A model and what belongs to it.
@@ -70,8 +60,12 @@ class Workload:
         train_batches: an iterable that can be read again and again, such as a `DataLoader`; `None` without data.
         loss: `loss(model, batch)` returns a scalar; cross-entropy of `(x, y)` unless given.
         evaluate: `evaluate(model)` returns `{"metric": value}`, the first one leading; `None` if there is no data.
-        optimizer: makes the optimiser from the trainable parameters.
-        scheduler: makes the learning-rate schedule from the optimiser and the number of steps.
+        optimizer: makes the optimiser from the trainable parameters; the recipe's SGD unless given.
+        scheduler: makes the learning-rate schedule from the optimiser and the number of steps; unless given, the
+            recipe's, which has the optimiser's own learning rate as its highest.
+        distill: `distill(output, teacher_output)` returns a scalar: how far the model's output in training is from that
+            of the dense model in evaluation mode. For the default loss the divergence of their softened
+            distributions, for another one the mean squared error unless given.
         name: how reports call the model.
     """
 
@@ -80,8 +74,9 @@ class Workload:
     train_batches: Iterable[Any] | None = None
     loss: Callable[[nn.Module, Any], Tensor] = cross_entropy
     evaluate: Callable[[nn.Module], Metrics] | None = None
-    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = sgd
-    scheduler: Callable[[Optimizer, int], LRScheduler] = cosine
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None
+    scheduler: Callable[[Optimizer, int], LRScheduler] | None = None
+    distill: Callable[[Any, Any], Tensor] | None = None
     name: str = "model"
     warnings: list[str] = field(default_factory=list)
     where: str = field(init=False, repr=False, default="")

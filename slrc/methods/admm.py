@@ -25,6 +25,10 @@ class ADMM(Method):
         self.splitting = Splitting(self, self.settings.rho, self.settings.rho_growth, updates)
         self.k = 0
 
+    def rho_at(self, time: float) -> float:
+        """Return ρ, which grows over the run."""
+        return self.splitting.rho_at(time)
+
     def add_penalty_gradient(self) -> None:
         """Add Λ + ρ(W − Z) to `.grad`."""
         self.splitting.add_gradient()

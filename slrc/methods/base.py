@@ -107,6 +107,10 @@ class Method(ABC):
     def add_penalty_gradient(self) -> None:
         """Add the gradient of the method's penalty to the constrained parameters' `.grad`."""
 
+    def rho_at(self, time: float) -> float:
+        """Return the penalty ρ at a share of the run, from 0 to 1, so that a learning rate can fit it; 0 without one."""
+        return 0.0
+
     def after_step(self) -> None:  # noqa: B027
         """Change the parameters after a step of the optimiser, for methods that do more than penalise."""
 
@@ -217,8 +221,12 @@ class Splitting:
 
     def go_on(self, k: int) -> None:
         """Let ρ grow to what it is after the k-th update, and make the penalty ready for the steps after it."""
-        self.rho = self._first_rho * self._growth ** min(1.0, k / max(1, self._updates))
+        self.rho = self.rho_at(k / max(1, self._updates))
         self.refresh()
+
+    def rho_at(self, time: float) -> float:
+        """Return ρ at a share of the run."""
+        return self._first_rho * self._growth ** min(1.0, time)
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -38,6 +38,10 @@ class SLR(Method):
         self._previous_lagrangian: float | None = None
         self._previous_residual = 0.0
 
+    def rho_at(self, time: float) -> float:
+        """Return ρ, which grows over the run."""
+        return self.splitting.rho_at(time)
+
     def add_penalty_gradient(self) -> None:
         """Add Λ + ρ(W − Z) to `.grad`."""
         self.splitting.add_gradient()

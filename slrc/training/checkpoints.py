@@ -49,6 +49,7 @@ class Snapshot:
     curve: tuple[EpochRecord, ...]
     method: MethodState
     masks: Mapping[str, Any]
+    average: Mapping[str, Any]
 
 
 class CheckpointFolder:
@@ -73,6 +74,8 @@ class CheckpointFolder:
                 save_file(dict(snapshot.method.tensors), aside / "method.safetensors")
             if snapshot.masks:
                 save_file({n: m.contiguous() for n, m in snapshot.masks.items()}, aside / "masks.safetensors")
+            if snapshot.average:
+                save_file({n: t.cpu().contiguous() for n, t in snapshot.average.items()}, aside / "average.safetensors")
             progress = {
                 "phase": snapshot.phase,
                 "epochs_done": snapshot.epochs_done,
@@ -101,7 +104,7 @@ class CheckpointFolder:
         """
         try:
             progress = json.loads((folder / PROGRESS).read_text())
-            method, masks = folder / "method.safetensors", folder / "masks.safetensors"
+            method, masks, average = (folder / f"{name}.safetensors" for name in ("method", "masks", "average"))
             state = MethodState(
                 tensors=load_file(method) if method.exists() else {},
                 numbers=progress["numbers"],
@@ -113,6 +116,7 @@ class CheckpointFolder:
                 curve=tuple(EpochRecord.model_validate(r) for r in progress["curve"]),
                 method=state,
                 masks=load_file(masks) if masks.exists() else {},
+                average=load_file(average) if average.exists() else {},
             )
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise TrainingError(

@@ -10,7 +10,8 @@ import copy
 import inspect
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import islice
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,11 +38,16 @@ from slrc.sparsity.plans import Plan
 from slrc.training.batch_norm import recalibrate_batch_norm
 from slrc.training.batches import count_steps, read, seed_epoch, share_of_first, share_out, update_steps
 from slrc.training.checkpoints import CheckpointFolder, EpochRecord, Snapshot, misfit
+from slrc.training.distillation import Teacher
+from slrc.training.recipe import AveragedWeights, peak_learning_rate, schedule, sgd
+from slrc.training.steps import Hooks, StepCost, Steps, Stopwatch, call_loss
 from slrc.workload import Workload, user_error
 
 RETRAIN = "retrain"
 ON_CPU = not torch.accelerator.is_available()
 """Told so, `accelerate` takes several processes on a CPU for a distributed run; it does not by itself."""
+USUAL_EPOCHS, USUAL_STEPS = 10, 3000
+"""Of sparse training, whichever is more, where nobody says how long."""
 T = TypeVar("T")
 MIXED_PRECISION = {Precision.FP32: "no", Precision.BF16: "bf16", Precision.FP16: "fp16"}
 
@@ -51,7 +57,8 @@ class Trained:
     """What training leaves.
 
     `tensors` are the model's parameters and buffers, hard-pruned; `dense` and `hard_pruned` are the leading metric
-    before the first step, and right after pruning with no retraining.
+    before the first step, and right after pruning with no retraining. `cost` is what steps took here: after a resumed
+    run, those since; `None` if there were none. `undistilled` says why the dense network could not teach.
     """
 
     tensors: dict[str, Tensor]
@@ -61,20 +68,25 @@ class Trained:
     hard_pruned: float | None
     curve: tuple[EpochRecord, ...]
     history: tuple[Iteration, ...]
+    cost: StepCost | None = None
+    undistilled: str = ""
 
 
 def _nothing() -> object:
     return None
 
 
+def _no_penalty(time: float) -> float:
+    return 0.0
+
+
 class _Phase(NamedTuple):
-    """One stretch of epochs with an optimiser of its own, and what is done besides its steps."""
+    """One stretch of steps with an optimiser of its own, and what is done besides them; `rho` is as in the recipe."""
 
     name: str
-    epochs: int
-    after_backward: Callable[[], object] = _nothing
-    after_step: Callable[[], object] = _nothing
-    on_update: Callable[[], object] = _nothing
+    steps: int
+    hooks: Hooks
+    rho: Callable[[float], float] = _no_penalty
 
 
 def train(
@@ -91,7 +103,7 @@ def train(
     Args:
         workload: the model, its data, loss and optimiser.
         plan: what is constrained.
-        config: method, epochs, retraining epochs, precision, seed.
+        config: method, budget, recipe, retraining epochs, precision, seed.
         checkpoints: a folder to save to after every epoch; `None` saves nothing.
         resume: go on from the newest checkpoint there, if there is one.
         reporter: where progress goes.
@@ -113,7 +125,7 @@ def choose_method(config: CompileConfig, workload: Workload) -> MethodName:
     Raises:
         WorkloadError: the method asked for needs data and there is none.
     """
-    needs_data = config.method not in (None, MethodName.MAGNITUDE) and config.epochs > 0
+    needs_data = config.method not in (None, MethodName.MAGNITUDE) and config.trains
     if workload.train_batches is None and (needs_data or config.retrain_epochs > 0):
         what = f"method `{config.method}`" if needs_data else "retraining"
         raise WorkloadError(
@@ -122,7 +134,7 @@ def choose_method(config: CompileConfig, workload: Workload) -> MethodName:
         )
     if config.method is not None:
         return config.method
-    return MethodName.SLR if workload.train_batches is not None and config.epochs else MethodName.MAGNITUDE
+    return MethodName.SLR if workload.train_batches is not None and config.trains else MethodName.MAGNITUDE
 
 
 class _Trainer:
@@ -154,10 +166,14 @@ class _Trainer:
         self.masks = Masks(self.snapshot.masks) if self.snapshot else Masks()
         self.method: Method = Magnitude(_parameters(self.model), plan)
         self.probe: list[Any] = []
+        self.teacher: Teacher | None = None
+        self.stopwatch = Stopwatch(self.accelerator.device)
 
     def run(self) -> Trained:
         """Sparse epochs, projection, retraining; what the newest checkpoint has done already is not done again."""
         self._check_storable()
+        if self._has_steps and self.config.recipe.distill:
+            self.teacher = Teacher(self._twin(), self.workload, self.config.recipe)
         in_retraining = self.snapshot is not None and self.snapshot.phase == RETRAIN
         if in_retraining:
             assert self.snapshot is not None
@@ -182,22 +198,31 @@ class _Trainer:
             hard_pruned=[r.hard_pruned for r in self.curve if r.phase != RETRAIN][-1],
             curve=tuple(self.curve),
             history=tuple(self.method.history),
+            cost=self.stopwatch.cost(self.teacher.num_bytes if self.teacher else 0, self._method_bytes()),
+            undistilled=(self.teacher and self.teacher.unfit) or "",
         )
 
+    @property
+    def _has_steps(self) -> bool:
+        return self.workload.train_batches is not None and (self.config.trains or self.config.retrain_epochs > 0)
+
+    def _method_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.method.state().tensors.values())
+
     def _check_storable(self) -> None:
-        trains = self.workload.train_batches is not None and self.config.epochs + self.config.retrain_epochs > 0
         objects = [n for n, value in self.model.state_dict().items() if not isinstance(value, Tensor)]
-        if self.folder and trains and objects:
+        if self.folder and self._has_steps and objects:
             raise WorkloadError(
                 f"the model's state holds `{objects[0]}`, which is no tensor: checkpoints take tensors only",
                 hint="return a tensor from `get_extra_state`, or leave it out while compiling",
             )
 
     def _run_sparse_phase(self) -> None:
-        epochs = self.config.epochs if self.workload.train_batches is not None else 0
-        updates = epochs * len(update_steps(self.steps, self.config.updates_per_epoch)) if epochs else 0
-        self.method = make_method(self.method_name, _parameters(self.model), self.plan, updates, self.config)
-        if epochs:
+        total = self._budget() if self.workload.train_batches is not None and self.config.trains else 0
+        self.method = make_method(
+            self.method_name, _parameters(self.model), self.plan, self._updates_in(total), self.config
+        )
+        if total:
             self._read_probe()
         if self.snapshot:
             self._load_method(self.snapshot)
@@ -208,17 +233,31 @@ class _Trainer:
                     f"`evaluate` returned {dense} for the model as it was given",
                     hint="its leading metric must be finite: look for a division by zero, or a loss that overflows",
                 )
-            if epochs:
+            if total:
                 self.method.start(self.probe_loss)
-        if epochs:
-            phase = _Phase(
-                name=str(self.method_name),
-                epochs=epochs,
+        if total:
+            hooks = Hooks(
                 after_backward=self.method.add_penalty_gradient,
                 after_step=self.method.after_step,
                 on_update=lambda: self.method.update(self.probe_loss),
             )
-            self._run_phase(phase)
+            self._run_phase(_Phase(str(self.method_name), total, hooks, self.method.rho_at))
+
+    def _budget(self) -> int:
+        """Return the steps of sparse training."""
+        if self.config.steps is not None:
+            return self.config.steps
+        if self.config.epochs is not None:
+            return self.config.epochs * self.steps
+        return self.steps * max(USUAL_EPOCHS, math.ceil(USUAL_STEPS / self.steps))
+
+    def _updates_in(self, total: int) -> int:
+        """Return how many updates there are in so many steps."""
+        if not total:
+            return 0
+        due = update_steps(self.steps, self.config.updates_per_epoch)
+        epochs, rest = divmod(total, self.steps)
+        return epochs * len(due) + sum(step <= rest for step in due)
 
     def _load_method(self, snapshot: Snapshot) -> None:
         assert self.resume_from is not None
@@ -237,7 +276,7 @@ class _Trainer:
                 for parameter, mask in masks:
                     parameter.mul_(mask)
 
-        return _Phase(RETRAIN, self.config.retrain_epochs, after_step=keep_pruned)
+        return _Phase(RETRAIN, self.config.retrain_epochs * self.steps, Hooks(_nothing, keep_pruned, _nothing))
 
     @cached_property
     def steps(self) -> int:
@@ -250,7 +289,7 @@ class _Trainer:
         training = self.model.training
         self.model.eval()
         with torch.no_grad(), self.accelerator.autocast():
-            losses = [self._loss(self.model, batch) for batch in self.probe]
+            losses = [call_loss(self.workload, self.model, batch) for batch in self.probe]
         self.model.train(training)
         mean = torch.stack([loss.float() for loss in losses]).mean()
         value = float(self.accelerator.reduce(mean, reduction="mean"))
@@ -268,13 +307,88 @@ class _Trainer:
         return float(self.accelerator.reduce(tensor, reduction="mean"))
 
     def _run_phase(self, phase: _Phase) -> None:
-        batches, steps = self.workload.train_batches, self.steps
+        batches, steps, recipe = self.workload.train_batches, self.steps, self.config.recipe
         assert batches is not None
+        optimizer, scheduler = self._make_optimizer(phase)
+        self.accelerator.free_memory()
+        model, optimizer, scheduler = self.accelerator.prepare(self.model, optimizer, scheduler)
+        loader = share_out(batches, self.accelerator)
+        optimizer.zero_grad()  # the user's own training may have left gradients, and a resumed run has others
+        average = AveragedWeights(_parameters(self.model), recipe.average, phase.steps) if recipe.average else None
+        clip = recipe.clip if self.workload.optimizer is None else 0.0
+        taker = Steps(
+            self.workload,
+            self.accelerator,
+            self.config.precision,
+            model,
+            self.model,
+            optimizer,
+            scheduler,
+            phase.hooks,
+            clip,
+            average,
+            self.stopwatch,
+        )
+        first = 0
+        if self.snapshot and self.folder and self.resume_from and self.snapshot.phase == phase.name:
+            self.folder.restore(self.accelerator, self.resume_from)
+            first = self.snapshot.epochs_done
+            if average is not None:
+                average.load(self.snapshot.average)
+        due, epochs = update_steps(steps, self.config.updates_per_epoch), math.ceil(phase.steps / steps)
+        for epoch in range(first, epochs):
+            seed_epoch(batches, self.config.seed, phase.name, epoch)
+            started, total, count = time.perf_counter(), 0.0, 0
+            done = epoch * steps
+            model.train()
+            with self.reporter.task(f"{phase.name} epoch {epoch + 1}/{epochs}", steps) as task:
+                for count, batch in enumerate(islice(read(loader), phase.steps - done), start=1):
+                    where = f"{phase.name}, epoch {epoch + 1}, step {count}"
+                    loss = taker.take(batch, self.teacher, where, done + count)
+                    total += loss
+                    if count in due:
+                        taker.update()
+                    task.advance(f"loss {loss:.4f}")
+            if count == 0:
+                raise WorkloadError(
+                    f"`train_batches` yielded nothing in epoch {epoch + 1}",
+                    hint="give an iterable that starts anew each epoch and is not empty, such as a DataLoader",
+                )
+            if average is not None and epoch + 1 == epochs:
+                average.store()
+            mean_loss = self._mean_of_processes(total / count)
+            record = self._measure(phase.name, epoch + 1, mean_loss, time.perf_counter() - started)
+            self.curve.append(record)
+            self.reporter.note(_describe(record))
+            if self.folder and self.accelerator.is_main_process:
+                kept = average.average if average is not None else {}
+                self.folder.save(self.accelerator, self._snapshot(phase, epoch + 1, kept))
+            self.accelerator.wait_for_everyone()
+
+    def _make_optimizer(self, phase: _Phase) -> tuple[Optimizer, LRScheduler]:
+        """Return the workload's optimiser and schedule, or those of the recipe.
+
+        Raises:
+            WorkloadError: the workload's failed, or are of a kind that does not fit.
+        """
+        workload, recipe = self.workload, self.config.recipe
         trainable = [p for p in self.model.parameters() if p.requires_grad]
+        if not trainable:
+            raise WorkloadError(
+                "the model has no parameters to train: none has `requires_grad`",
+                hint="unfreeze it, or prune in one shot with `--method magnitude --epochs 0`",
+            )
+        own_optimizer, own_scheduler = workload.optimizer, workload.scheduler
+        if own_optimizer is None:
+            optimizer = sgd(trainable, peak_learning_rate(recipe, phase.rho))
+        else:
+            optimizer = _made("optimizer", Optimizer, lambda: own_optimizer(trainable))
         # accelerate steps a schedule once for each process
-        total = steps * phase.epochs * self.accelerator.num_processes
-        optimizer = _made("optimizer", Optimizer, lambda: self.workload.optimizer(trainable))
-        scheduler = _made("scheduler", LRScheduler, lambda: self.workload.scheduler(optimizer, total))
+        total = phase.steps * self.accelerator.num_processes
+        if own_scheduler is None:
+            scheduler = schedule(optimizer, total, recipe)
+        else:
+            scheduler = _made("scheduler", LRScheduler, lambda: own_scheduler(optimizer, total))
         if isinstance(scheduler, ReduceLROnPlateau):
             raise WorkloadError(
                 "`Workload.scheduler` must return a schedule of its own, got ReduceLROnPlateau",
@@ -286,88 +400,7 @@ class _Trainer:
                 f"`Workload.optimizer` made a {type(optimizer).__name__}, whose steps need a closure",
                 hint="give one that steps by the gradients there are, such as SGD or AdamW",
             )
-        self.accelerator.free_memory()
-        model, optimizer, scheduler = self.accelerator.prepare(self.model, optimizer, scheduler)
-        loader = share_out(batches, self.accelerator)
-        optimizer.zero_grad()  # the user's own training may have left gradients, and a resumed run has others
-        first = 0
-        if self.snapshot and self.folder and self.resume_from and self.snapshot.phase == phase.name:
-            self.folder.restore(self.accelerator, self.resume_from)
-            first = self.snapshot.epochs_done
-        due = update_steps(steps, self.config.updates_per_epoch)
-        for epoch in range(first, phase.epochs):
-            seed_epoch(batches, self.config.seed, phase.name, epoch)
-            started, total, count = time.perf_counter(), 0.0, 0
-            model.train()
-            with self.reporter.task(f"{phase.name} epoch {epoch + 1}/{phase.epochs}", steps) as task:
-                for count, batch in enumerate(read(loader), start=1):
-                    loss = self._step(phase, model, optimizer, scheduler, batch, epoch, count)
-                    total += loss
-                    if count in due:
-                        phase.on_update()
-                    task.advance(f"loss {loss:.4f}")
-            if count == 0:
-                raise WorkloadError(
-                    f"`train_batches` yielded nothing in epoch {epoch + 1}",
-                    hint="give an iterable that starts anew each epoch and is not empty, such as a DataLoader",
-                )
-            mean_loss = self._mean_of_processes(total / count)
-            record = self._measure(phase.name, epoch + 1, mean_loss, time.perf_counter() - started)
-            self.curve.append(record)
-            self.reporter.note(_describe(record))
-            if self.folder and self.accelerator.is_main_process:
-                self.folder.save(self.accelerator, self._snapshot(phase, epoch + 1))
-            self.accelerator.wait_for_everyone()
-
-    def _step(
-        self,
-        phase: _Phase,
-        model: nn.Module,
-        optimizer: Any,
-        scheduler: Any,
-        batch: Any,
-        epoch: int,
-        step: int,
-    ) -> float:
-        loss = self._loss(model, send_to_device(batch, self.accelerator.device))
-        value = float(loss.detach())
-        if not loss.requires_grad:
-            raise WorkloadError(
-                "`loss(model, batch)` returned a tensor without a gradient",
-                hint="compute it from the model's output, without `detach`, `item` or `torch.no_grad`",
-            )
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"the loss is {value} in {phase.name}, epoch {epoch + 1}, step {step}",
-                hint="lower the learning rate or the penalty (`rho`), or train in `--precision fp32`",
-            )
-        self.accelerator.backward(loss)
-        if self.accelerator.sync_gradients:
-            if self.config.precision is Precision.FP16:
-                self.accelerator.unscale_gradients(optimizer)
-            phase.after_backward()
-        try:
-            optimizer.step()
-        except Exception as error:
-            raise user_error("`step` of `Workload.optimizer`", error) from error
-        scheduler.step()
-        optimizer.zero_grad()
-        phase.after_step()
-        return value
-
-    def _loss(self, model: nn.Module, batch: Any) -> Tensor:
-        try:
-            loss = self.workload.loss(model, batch)
-        except SlrcError:
-            raise
-        except Exception as error:
-            raise user_error("`loss(model, batch)`", error) from error
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise WorkloadError(
-                "`loss(model, batch)` must return a scalar tensor, got "
-                + (f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__)
-            )
-        return loss
+        return optimizer, scheduler
 
     def _measure(self, phase: str, epoch: int, loss: float | None, seconds: float) -> EpochRecord:
         """Evaluate the live model and, while it is not pruned yet, a hard-pruned copy, in float32."""
@@ -388,7 +421,8 @@ class _Trainer:
             return
         seed_epoch(batches, self.config.seed, "recalibrate", 0)
         on_device = (send_to_device(batch, self.accelerator.device) for batch in read(batches))
-        recalibrate_batch_norm(pruned, self._loss, on_device, self.config.recalibration_batches)
+        count = self.config.recalibration_batches
+        recalibrate_batch_norm(pruned, lambda model, batch: call_loss(self.workload, model, batch), on_device, count)
 
     def _twin(self) -> nn.Module:
         """A copy of the model without the wrapper that casts to the training precision."""
@@ -402,11 +436,11 @@ class _Trainer:
         measured = self.workload.measure(model)
         return None if measured is None else measured[1]
 
-    def _snapshot(self, phase: _Phase, epochs_done: int) -> Snapshot:
+    def _snapshot(self, phase: _Phase, epochs_done: int, average: Mapping[str, Tensor]) -> Snapshot:
         retraining = phase.name == RETRAIN
         state = MethodState({}, {}, tuple(self.method.history)) if retraining else self.method.state()
         masks = self.masks.tensors if retraining else {}
-        return Snapshot(phase.name, epochs_done, tuple(self.curve), state, masks)
+        return Snapshot(phase.name, epochs_done, tuple(self.curve), state, masks, average)
 
     def _read_probe(self) -> None:
         """Take the first batches once, from a seed of their own, so that a resumed run takes the same."""

@@ -40,13 +40,14 @@ _point = _os.environ.get("KILL_AT", "")
 if _point == "structure":
     from slrc.passes.structure.apply_masks import ApplyMasks
     ApplyMasks.__call__ = lambda *_: _os.kill(_os.getpid(), 9)
-elif _point:
-    _whole = workload
 
-    def workload():
-        made = _whole()
-        made.loss = kill_at(int(_point))
-        return made
+_whole = workload
+
+
+def workload():
+    made = _whole()
+    made.loss, made.distill = kill_at(int(_point) if _point.isdigit() else -1), slrc.soft_divergence
+    return made
 """
 
 

@@ -1,0 +1,143 @@
+"""Distillation (Hinton et al., arXiv 1503.02531): the pruned network learns from the dense one's outputs too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import kl_div, log_softmax, mse_loss
+from torch.utils import _pytree as pytree
+
+from slrc.config import RecipeSettings
+from slrc.errors import SlrcError, WorkloadError
+from slrc.workload import Workload, cross_entropy, user_error
+
+Distance = Callable[[Any, Any], Tensor]
+"""How far a network's output is from the teacher's: a scalar."""
+
+
+class Call(NamedTuple):
+    """One call of the network, by the workload's loss."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    output: Any
+
+
+class Teacher:
+    """The dense network, frozen and in evaluation mode, which is shown what the trained one is shown.
+
+    The workload's loss calls the network as it likes: its calls are watched, and the teacher answers the same ones. The
+    loss becomes `(1 − weight) · loss + weight · distance`. The distance is that of the workload, if it gives one; for
+    the default cross-entropy the divergence of the softened distributions times T², over dimension 1; else the mean
+    squared error of the raw outputs.
+
+    Args:
+        model: a copy of the dense network, for the teacher alone.
+        workload: whose loss and distance.
+        settings: weight and temperature.
+    """
+
+    def __init__(self, model: nn.Module, workload: Workload, settings: RecipeSettings) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.weight = settings.distill
+        self.distance = _distance(workload, settings.temperature)
+        self.own_distance = workload.distill is not None
+        self.unfit: str | None = None
+        """Why outputs cannot be compared, once the first ones were seen; empty if they can."""
+
+    @contextmanager
+    def watch(self, student: nn.Module) -> Iterator[list[Call]]:
+        """Yield a list that fills with the calls of `student` meanwhile."""
+        calls: list[Call] = []
+
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            calls.append(Call(args, kwargs, output))
+
+        handle = student.register_forward_hook(keep, with_kwargs=True)
+        try:
+            yield calls
+        finally:
+            handle.remove()
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory that the teacher takes."""
+        state = self.model.state_dict().values()
+        return sum(t.numel() * t.element_size() for t in state if isinstance(t, Tensor))
+
+    def _why_not(self, calls: list[Call], answers: list[Any]) -> str:
+        if not calls:
+            return "the loss does not call the model itself"
+        if self.own_distance:
+            return ""
+        for call, answer in zip(calls, answers, strict=True):
+            (ours, shape), (theirs, other) = pytree.tree_flatten(call.output), pytree.tree_flatten(answer)
+            if shape != other or [_size(t) for t in ours] != [_size(t) for t in theirs]:
+                return "the model returns something else in training than in evaluation mode"
+            if not any(isinstance(t, Tensor) and t.is_floating_point() and t.requires_grad for t in ours):
+                return "the model's outputs have no gradient"
+        return ""
+
+    def blend(self, loss: Tensor, calls: list[Call]) -> Tensor:
+        """Return the loss with the mean distance of the calls blended in; the loss alone if outputs do not compare.
+
+        Raises:
+            WorkloadError: the workload's distance failed, or is not a scalar.
+        """
+        if self.unfit:
+            return loss
+        with torch.no_grad():
+            answers = [self.model(*call.args, **call.kwargs) for call in calls]
+        if self.unfit is None:
+            self.unfit = self._why_not(calls, answers)
+            if self.unfit:
+                return loss
+        distances = []
+        for call, answer in zip(calls, answers, strict=True):
+            try:
+                distance = self.distance(call.output, answer)
+            except SlrcError:
+                raise
+            except Exception as error:
+                raise user_error("`distill(output, teacher_output)`", error) from error
+            if not isinstance(distance, Tensor) or distance.numel() != 1:
+                raise WorkloadError("`distill(output, teacher_output)` must return a scalar tensor")
+            distances.append(distance.reshape(()))
+        return (1.0 - self.weight) * loss + self.weight * torch.stack(distances).mean()
+
+
+def soft_divergence(output: Tensor, teacher_output: Tensor, temperature: float = 2.0) -> Tensor:
+    """Return T² times the divergence of the softened distributions over dimension 1, averaged over all others.
+
+    Args:
+        output: logits `(n, classes, …)`.
+        teacher_output: the teacher's, of the same shape.
+        temperature: T, by which logits are divided.
+    """
+    ours = log_softmax(output.float() / temperature, dim=1)
+    theirs = log_softmax(teacher_output.float() / temperature, dim=1)
+    elementwise = kl_div(ours, theirs, reduction="none", log_target=True)
+    return temperature**2 * elementwise.sum(dim=1).mean()
+
+
+def output_error(output: Any, teacher_output: Any) -> Tensor:
+    """Return the mean squared error of the floating-point tensors in two outputs of one structure, averaged."""
+    pairs = zip(pytree.tree_leaves(output), pytree.tree_leaves(teacher_output), strict=True)
+    errors = [mse_loss(a.float(), b.float()) for a, b in pairs if isinstance(a, Tensor) and a.is_floating_point()]
+    return torch.stack(errors).mean()
+
+
+def _distance(workload: Workload, temperature: float) -> Distance:
+    if workload.distill is not None:
+        return workload.distill
+    if workload.loss is cross_entropy:
+        return lambda ours, theirs: soft_divergence(ours, theirs, temperature)
+    return output_error
+
+
+def _size(leaf: Any) -> tuple[int, ...] | None:
+    return tuple(leaf.shape) if isinstance(leaf, Tensor) else None

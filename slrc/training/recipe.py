@@ -1,0 +1,99 @@
+"""The recipe: how weights are trained, whatever the method.
+
+SGD whose learning rate rises and falls once over the run (Smith & Topin, arXiv 1708.07120), with gradients of limited
+norm, and, where asked for, an average of the last weights. Distillation is in `slrc.training.distillation`. What the
+workload brings of its own wins.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from slrc.config import RecipeSettings
+
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
+LARGEST_SHARE = 0.5
+"""Of a weight, which the penalty may take away in a step at the full speed of momentum; from 1 on it oscillates."""
+START = 0.1
+"""The first learning rate over its peak."""
+AVERAGED = 0.1
+"""The share of a run, at its end, over which weights are averaged."""
+MOMENTS = 100
+"""At which ρ and the learning rate are looked at."""
+
+
+def sgd(parameters: Iterable[nn.Parameter], peak_lr: float) -> Optimizer:
+    """Return SGD with Nesterov momentum 0.9 and weight decay 5e-4, whose schedule reaches `peak_lr`."""
+    return torch.optim.SGD(parameters, lr=peak_lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
+
+
+def schedule(optimizer: Optimizer, steps: int, settings: RecipeSettings) -> LRScheduler:
+    """Return the schedule over `steps` steps, with the optimiser's own learning rates as the highest."""
+    return LambdaLR(optimizer, lambda step: share_of_peak(step / max(1, steps), settings))
+
+
+def share_of_peak(time: float, settings: RecipeSettings) -> float:
+    """Return the learning rate over its peak at a share of the run, from 0 to 1: half waves of a cosine."""
+    rise = settings.warmup if settings.one_cycle else 0.0
+    if time < rise:
+        return START + (1.0 - START) * (1.0 - math.cos(math.pi * time / rise)) / 2
+    return (1.0 + math.cos(math.pi * (min(1.0, time) - rise) / (1.0 - rise))) / 2
+
+
+def peak_learning_rate(settings: RecipeSettings, rho: Callable[[float], float]) -> float:
+    """Return the highest learning rate with which the penalty stays stable: ρ·lr / (1 − momentum) ≤ 1/2 at all times.
+
+    Args:
+        settings: the recipe; its `peak_lr` is the most that is returned.
+        rho: ρ at a share of the run, from 0 to 1; 0 without a penalty.
+    """
+    moments = (i / MOMENTS for i in range(MOMENTS + 1))
+    strongest = max(rho(time) * share_of_peak(time, settings) for time in moments) / (1.0 - MOMENTUM)
+    return settings.peak_lr if strongest == 0 else min(settings.peak_lr, LARGEST_SHARE / strongest)
+
+
+class AveragedWeights:
+    """An exponential average of parameters over the last part of a run (Polyak & Juditsky 1992).
+
+    Args:
+        parameters: the live ones, by name.
+        decay: the share of the average that stays at a step.
+        steps: of the whole run.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float, steps: int) -> None:
+        self.parameters, self.decay = dict(parameters), decay
+        self.first = steps - max(1, round(AVERAGED * steps))
+        self.average: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Take in the weights after a step, counted from 1."""
+        if step < self.first:
+            return
+        if not self.average:
+            self.average = {n: p.detach().clone() for n, p in self.parameters.items()}
+            return
+        live = [p.detach() for p in self.parameters.values()]
+        torch._foreach_lerp_(list(self.average.values()), live, 1.0 - self.decay)
+
+    @torch.no_grad()
+    def store(self) -> None:
+        """Write the average over the live weights."""
+        for name, value in self.average.items():
+            self.parameters[name].copy_(value)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            KeyError: the average is of other parameters.
+        """
+        if tensors:
+            self.average = {n: tensors[n].to(p.device).clone() for n, p in self.parameters.items()}

@@ -1,0 +1,221 @@
+"""One step of training: the workload's loss, the teacher's, the method's penalty, the optimiser; and what each costs."""
+
+from __future__ import annotations
+
+import math
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from slrc.config import Precision
+from slrc.errors import SlrcError, TrainingError, WorkloadError
+from slrc.training.distillation import Teacher
+from slrc.training.recipe import AveragedWeights
+from slrc.workload import Workload, user_error
+
+SAMPLED = 16
+"""On an accelerator, which has to be waited for, one of so many steps is timed."""
+
+
+class StepCost(BaseModel):
+    """What training took.
+
+    `step_ms` is the median step without the method's updates. Of the time of all steps, `distillation` is the teacher's
+    share and `method` that of the method, updates included. `peak_mb` is the most memory that the process had (on an
+    accelerator: that was allocated there); `teacher_mb` and `method_mb` are parts of it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int
+    step_ms: float
+    distillation: float
+    method: float
+    peak_mb: float
+    teacher_mb: float
+    method_mb: float
+
+
+class Hooks(NamedTuple):
+    """What a phase does besides the loss's own step."""
+
+    after_backward: Callable[[], object]
+    after_step: Callable[[], object]
+    on_update: Callable[[], object]
+
+
+class Stopwatch:
+    """Adds up the time of the parts of steps."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.waits = device.type != "cpu"
+        self.steps: list[float] = []
+        self.totals = {"teacher": 0.0, "method": 0.0, "update": 0.0}
+        self.count, self.timed = 0, True
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Time a whole step."""
+        self.timed = not self.waits or self.count % SAMPLED == 0
+        self.count += 1
+        started = self._now()
+        yield
+        if self.timed:
+            self.steps.append(self._now() - started)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time a part of a step, or an update between two."""
+        self.timed |= name == "update"
+        started = self._now()
+        yield
+        if self.timed:
+            self.totals[name] += self._now() - started
+
+    def _now(self) -> float:
+        if self.waits and self.timed:
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+    def cost(self, teacher_bytes: int, method_bytes: int) -> StepCost | None:
+        """Return what was measured; nothing if no step was taken."""
+        if not self.steps:
+            return None
+        per_step = {name: total / len(self.steps) for name, total in self.totals.items() if name != "update"}
+        update = self.totals["update"] / self.count
+        step = statistics.fmean(self.steps) + update
+        return StepCost(
+            steps=self.count,
+            step_ms=1e3 * statistics.median(self.steps),
+            distillation=per_step["teacher"] / step,
+            method=(per_step["method"] + update) / step,
+            peak_mb=_peak_bytes(self.waits) / 2**20,
+            teacher_mb=teacher_bytes / 2**20,
+            method_mb=method_bytes / 2**20,
+        )
+
+
+class Steps:
+    """Takes steps of one phase.
+
+    Args:
+        workload: whose loss.
+        accelerator: which scales losses, and gathers gradients from other processes.
+        precision: of the steps.
+        model: as the accelerator prepared it; `inner` is the user's own, whose calls the teacher answers.
+        optimizer: prepared too, as is `scheduler`.
+        hooks: of the phase.
+        clip: the most that the norm of the loss's gradient may be; 0 for no limit.
+        average: takes in the weights after each step, if there is one.
+        stopwatch: what adds up the times.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        accelerator: Accelerator,
+        precision: Precision,
+        model: nn.Module,
+        inner: nn.Module,
+        optimizer: Any,
+        scheduler: Any,
+        hooks: Hooks,
+        clip: float,
+        average: AveragedWeights | None,
+        stopwatch: Stopwatch,
+    ) -> None:
+        self.workload, self.accelerator, self.precision = workload, accelerator, precision
+        self.model, self.inner, self.optimizer, self.scheduler = model, inner, optimizer, scheduler
+        self.hooks, self.clip, self.average, self.stopwatch = hooks, clip, average, stopwatch
+
+    def take(self, batch: Any, teacher: Teacher | None, where: str, number: int) -> float:
+        """Take a step, the `number`-th of the phase from 1; return the workload's loss.
+
+        Raises:
+            WorkloadError: the user's loss, distance or optimiser failed.
+            TrainingError: the loss is not finite; `where` says when.
+        """
+        with self.stopwatch.step():
+            return self._take(batch, teacher, where, number)
+
+    def update(self) -> None:
+        """Let the method do an outer iteration."""
+        with self.stopwatch.part("update"):
+            self.hooks.on_update()
+
+    def _take(self, batch: Any, teacher: Teacher | None, where: str, number: int) -> float:
+        batch = send_to_device(batch, self.accelerator.device)
+        if teacher is None:
+            loss = whole = call_loss(self.workload, self.model, batch)
+        else:
+            with teacher.watch(self.inner) as calls:
+                loss = call_loss(self.workload, self.model, batch)
+            with self.stopwatch.part("teacher"), self.accelerator.autocast():
+                whole = teacher.blend(loss, calls)
+        value = float(loss.detach())
+        if not loss.requires_grad:
+            raise WorkloadError(
+                "`loss(model, batch)` returned a tensor without a gradient",
+                hint="compute it from the model's output, without `detach`, `item` or `torch.no_grad`",
+            )
+        if not math.isfinite(float(whole.detach())):
+            raise TrainingError(
+                f"the loss is {value} in {where}",
+                hint="lower the learning rate or the penalty (`rho`), or train in `--precision fp32`",
+            )
+        self.accelerator.backward(whole)
+        if self.accelerator.sync_gradients:
+            if self.precision is Precision.FP16:
+                self.accelerator.unscale_gradients(self.optimizer)
+            if self.clip:
+                nn.utils.clip_grad_norm_(self.inner.parameters(), self.clip)
+            with self.stopwatch.part("method"):
+                self.hooks.after_backward()
+        try:
+            self.optimizer.step()
+        except Exception as error:
+            raise user_error("`step` of `Workload.optimizer`", error) from error
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        with self.stopwatch.part("method"):
+            self.hooks.after_step()
+        if self.average is not None:
+            self.average.after_step(number)
+        return value
+
+
+def call_loss(workload: Workload, model: nn.Module, batch: Any) -> Tensor:
+    """Return the workload's loss.
+
+    Raises:
+        WorkloadError: it failed, or is not a scalar.
+    """
+    try:
+        loss = workload.loss(model, batch)
+    except SlrcError:
+        raise
+    except Exception as error:
+        raise user_error("`loss(model, batch)`", error) from error
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise WorkloadError(
+            "`loss(model, batch)` must return a scalar tensor, got "
+            + (f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__)
+        )
+    return loss
+
+
+def _peak_bytes(on_accelerator: bool) -> int:
+    if on_accelerator and torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,172 +1,118 @@
-"""What `convergence.py` compares: the package's methods with their settings, and Torch-Pruning's."""
+"""What is compared: the methods with their grids, and the parts of the recipe and of SLR left out one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-import slrc
+from slrc.config import CompileConfig
+from slrc.methods.base import Copies, Method
 from slrc.methods.registry import make_method
-from slrc.methods.settings import ADMMSettings, MethodName, MethodSettings, SLRSettings
-from slrc.sparsity.masks import Masks
+from slrc.methods.settings import MethodName
+from slrc.methods.slr import SLR
+from slrc.sparsity.plans import Plan
+
+PEAKS = (0.02, 0.05, 0.1)
+"""Highest learning rates, of which each method takes its best."""
+Options = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """A method, how it is set, and how often it updates."""
+class Contender:
+    """A method, and the options of `CompileConfig` that it is tuned over.
 
-    method: MethodName | None
-    values: MethodSettings = field(default_factory=MethodSettings)
-    updates_per_epoch: int = 2
-
-
-def slr(**values: Any) -> Settings:
-    """Return SLR with something changed."""
-    return Settings(MethodName.SLR, MethodSettings(slr=SLRSettings(**values)))
-
-
-CONTENDERS: Mapping[str, Settings] = {
-    "slr": Settings(MethodName.SLR),
-    "admm": Settings(MethodName.ADMM),
-    "admm-rising": Settings(MethodName.ADMM, MethodSettings(admm=ADMMSettings(rho=0.1, rho_growth=100))),
-    "magnitude": Settings(MethodName.MAGNITUDE),
-    "gradual": Settings(MethodName.GRADUAL),
-    "ac-dc": Settings(MethodName.AC_DC),
-    "group-lasso": Settings(MethodName.GROUP_LASSO),
-    "torch-pruning": Settings(None),
-    "slr: the paper's": slr(rho=0.1, rho_growth=1.0, follow=False),
-    "slr: Z stays": slr(follow=False),
-    "slr: ρ constant": slr(rho_growth=1.0),
-    "slr: ρ to 10 ρ from 0.3": slr(rho=0.3),
-    "slr: ρ to 10 ρ from 3": slr(rho=3.0),
-    "slr: s0 = 0.001": slr(s0=0.001),
-    "slr: s0 = 0.1": slr(s0=0.1),
-    "slr: M = 10": slr(M=10.0),
-    "slr: r = 0.5": slr(r=0.5),
-    "slr: 6 updates an epoch": Settings(MethodName.SLR, updates_per_epoch=6),
-}
-"""Those after Torch-Pruning leave out or change a part of SLR's default."""
-
-
-class Contender(Protocol):
-    """What the loop asks of a method."""
-
-    def start(self, loss: Callable[[], float]) -> None:
-        """See f before the first step."""
-
-    def add_penalty_gradient(self) -> None:
-        """After every backward pass."""
-
-    def after_step(self) -> None:
-        """After every step of the optimiser."""
-
-    def update(self, loss: Callable[[], float]) -> object:
-        """Some times an epoch."""
-
-    def prune(self, twin: nn.Module) -> tuple[nn.Module, Masks]:
-        """Prune a copy of the model hard; return it and the masks for retraining."""
-
-    def summary(self) -> list[dict[str, float]]:
-        """Return what is kept of the history."""
-
-    def state_bytes(self) -> int:
-        """Return the memory that the method needs between steps."""
-
-
-def make_contender(settings: Settings, model: nn.Module, plan: slrc.Plan, updates: int, example: Tensor) -> Contender:
-    """Return a contender that constrains `model` as `plan` says."""
-    if settings.method is None:
-        return TorchPruning(model, plan, example)
-    return Own(settings, model, plan, updates)
-
-
-class Own:
-    """A method of this package."""
-
-    def __init__(self, settings: Settings, model: nn.Module, plan: slrc.Plan, updates: int) -> None:
-        assert settings.method is not None
-        parameters = dict(model.named_parameters())
-        self.method = make_method(settings.method, parameters, plan, updates, settings.values)
-        self.start = self.method.start
-        self.add_penalty_gradient = self.method.add_penalty_gradient
-        self.after_step = self.method.after_step
-        self.update = self.method.update
-
-    def prune(self, twin: nn.Module) -> tuple[nn.Module, Masks]:
-        """Project the copy's weights."""
-        masks = self.method.masks()
-        masks.apply_(dict(twin.named_parameters()))
-        return twin, masks
-
-    def summary(self) -> list[dict[str, float]]:
-        """Loss, residual, step size and acceptance of every update."""
-        return [
-            {
-                "loss": round(r.loss, 4),
-                "residual": float(f"{r.residual:.4g}"),
-                "step_size": float(f"{r.step_size:.4g}"),
-                "accepted": r.accepted_loss + r.accepted_projection,
-            }
-            for r in self.method.history
-        ]
-
-    def state_bytes(self) -> int:
-        """The tensors of a checkpoint."""
-        return sum(t.numel() * t.element_size() for t in self.method.state().tensors.values())
-
-
-class TorchPruning:
-    """Torch-Pruning's group-norm pruner (DepGraph, Fang et al., CVPR 2023), by its own interface, for `channel`.
-
-    Its regularisation goes on all the time; pruning makes a copy narrower, by the same share of each group. What it
-    keeps the plan leaves alone too: the first layer's inputs and the classifier's outputs, and no rounding of widths.
+    `grid` has the settings that are tried with each learning rate. `fixed_set` keeps the sets that SLR's first
+    projection finds. `masked` prunes before the first step, and trains under the masks.
     """
 
-    def __init__(self, model: nn.Module, plan: slrc.Plan, example: Tensor) -> None:
-        self.model, self.plan, self.example = model, plan, example
-        self.pruner = self._pruner(model)
+    method: str
+    grid: tuple[Options, ...] = ({},)
+    fixed_set: bool = False
+    masked: bool = False
 
-    def _pruner(self, model: nn.Module) -> Any:
-        import torch_pruning as tp
+    def settings(self) -> list[Options]:
+        """Return what is tried: the grid, with each learning rate."""
+        return [merged(options, {"recipe": {"peak_lr": peak}}) for options in self.grid for peak in PEAKS]
 
-        last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
-        example = self.example.to(next(model.parameters()).device)
-        return tp.pruner.GroupNormPruner(
-            model,
-            example,
-            importance=tp.importance.GroupMagnitudeImportance(p=2),
-            pruning_ratio=self.plan.sparsity_asked,
-            ignored_layers=[last],
-        )
+    def config(self, epochs: int, options: Options) -> dict[str, Any]:
+        """Return the options of a run of so many epochs in all."""
+        budget = {"epochs": 0, "retrain_epochs": epochs} if self.masked else {"epochs": epochs}
+        return merged({"method": self.method, **budget}, options)
 
-    def start(self, loss: Callable[[], float]) -> None:
-        """Make the regulariser ready."""
-        self.pruner.update_regularizer()
 
-    def add_penalty_gradient(self) -> None:
-        """Add the regulariser's gradient."""
-        self.pruner.regularize(self.model)
+def grid(table: str, *rows: Options) -> tuple[Options, ...]:
+    """Return settings of one method's table."""
+    return tuple({table: row} for row in rows)
 
-    def after_step(self) -> None:
-        """Nothing."""
 
-    def update(self, loss: Callable[[], float]) -> object:
-        """Nothing."""
+ADMM = ({"rho": 0.1}, {"rho": 0.1, "rho_growth": 100}, {"rho": 1.0, "rho_growth": 10})
+FOLLOWING = ({"rho": 0.2, "rho_growth": 10, "follow": True}, {"rho": 1.0, "rho_growth": 10, "follow": True})
+CONTENDERS: Mapping[str, Contender] = {
+    "gradual": Contender("gradual", grid("gradual", {"until": 0.5}, {"until": 0.75})),
+    "slr-tightening": Contender("slr-tightening", grid("slr-tightening", {"rho": 0.2}, {"rho": 1.0})),
+    "slr-tightening, Λ ≡ 0": Contender(
+        "slr-tightening", grid("slr-tightening", {"rho": 0.2, "s0": 0}, {"rho": 1.0, "s0": 0})
+    ),
+    "slr": Contender("slr", grid("slr", {"rho": 0.1}, {"rho": 1.0})),
+    "slr, Λ ≡ 0": Contender("slr", grid("slr", {"rho": 0.1, "s0": 0}, {"rho": 1.0, "s0": 0})),
+    "slr, Z follows": Contender("slr", grid("slr", *FOLLOWING)),
+    "slr, Z follows, fixed set": Contender("slr", grid("slr", *FOLLOWING), fixed_set=True),
+    "admm": Contender("admm", grid("admm", *ADMM)),
+    "admm, Z follows": Contender("admm", grid("admm", *({**row, "follow": True} for row in ADMM))),
+    "ac-dc": Contender("ac-dc", grid("ac-dc", {"final": 0.25}, {"final": 0.5})),
+    "group-lasso": Contender("group-lasso", grid("group-lasso", {"until": 0.5}, {"until": 0.75})),
+    "masks from the start": Contender("magnitude", masked=True),
+    "dense": Contender("magnitude"),
+}
+"""`dense` prunes nothing: the dense network, trained as long with the same recipe."""
 
-    def prune(self, twin: nn.Module) -> tuple[nn.Module, Masks]:
-        """Make the copy narrower; there are no masks."""
-        for p in twin.parameters():
-            p.grad = None
-        self._pruner(twin).step()
-        return twin, Masks()
+NO_RECIPE = {"distill": 0.0, "one_cycle": False, "clip": 0.0, "peak_lr": 0.01}
+PARTS: Mapping[str, Options] = {
+    "the default": {},
+    "no distillation": {"recipe": {"distill": 0.0}},
+    "no rise of the learning rate": {"recipe": {"one_cycle": False}},
+    "highest learning rate 0.01": {"recipe": {"peak_lr": 0.01}},
+    "no clipping": {"recipe": {"clip": 0.0}},
+    "none of these": {"recipe": NO_RECIPE},
+    "temperature 4": {"recipe": {"temperature": 4.0}},
+    "averaged weights": {"recipe": {"average": 0.98}},
+    "pruned until 0.5 of the run": {"gradual": {"until": 0.5}},
+    "pruned until the end": {"gradual": {"until": 1.0}},
+    "6 updates an epoch": {"updates_per_epoch": 6},
+}
+"""Parts of the default left out or changed, one at a time."""
 
-    def summary(self) -> list[dict[str, float]]:
-        """Nothing is kept."""
-        return []
 
-    def state_bytes(self) -> int:
-        """Nothing beside its groups of indices."""
-        return 0
+class FixedSet(SLR):
+    """SLR that never projects again: its sets stay those of the first projection."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        first = self.splitting.copies
+
+        def project() -> Copies:
+            scored = self.splitting.scored()
+            return Copies([scored[n] * kept for n, kept in zip(self.names, first.support, strict=True)], first.support)
+
+        self.splitting.project = project  # type: ignore[method-assign]
+
+
+def make_fixed_set(
+    name: MethodName, parameters: Mapping[str, nn.Parameter], plan: Plan, updates: int, config: CompileConfig
+) -> Method:
+    """Return SLR with fixed sets, or another method as it is."""
+    if name is MethodName.SLR:
+        return FixedSet(parameters, plan, updates, config.slr)
+    return make_method(name, parameters, plan, updates, config)
+
+
+def merged(first: Options, second: Options) -> dict[str, Any]:
+    """Return options with those of `second` over those of `first`, tables too."""
+    both = {**first, **second}
+    for name in first.keys() & second.keys():
+        if isinstance(first[name], Mapping):
+            both[name] = {**first[name], **second[name]}
+    return both

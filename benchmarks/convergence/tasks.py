@@ -38,8 +38,7 @@ Images = Iterable[tuple[Tensor, Tensor]]
 class Task:
     """What a row trains and measures on.
 
-    `validation` is a part of the training images that no training sees; `test` only ever reports, and `glance` is a
-    part of it, looked at while training goes on.
+    `validation` is a part of the training images that no training sees; `test` only ever reports.
     """
 
     make: Callable[[], nn.Module]
@@ -48,7 +47,6 @@ class Task:
     batches: Iterable[Any]
     validation: Images
     test: Images
-    glance: Images
     bfloat16: bool = False
     """Whether training computes in bfloat16, by autocast, with channels last."""
 
@@ -80,10 +78,6 @@ class Normalized:
         for x, y in zip(self.pixels.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
             yield self.normalize(x), y
 
-    def thin(self, every: int) -> Normalized:
-        """Return one of every so many images."""
-        return Normalized(self.pixels[::every], self.labels[::every], self.normalize)
-
 
 def start_of(network: Callable[[], nn.Module], name: str, train: Callable[[nn.Module], None]) -> nn.Module:
     """Return a network with dense weights, trained once and cached."""
@@ -105,7 +99,6 @@ def digits_task(name: str) -> Task:
         batches=batches,
         validation=Normalized(x[:200], y[:200], lambda x: x),
         test=images,
-        glance=images,
     )
 
 
@@ -126,7 +119,6 @@ def fashion_task(name: str) -> Task:
         batches=batches,
         validation=Normalized(pixels[-5_000:], labels[-5_000:], fashion_mnist.normalize),
         test=test,
-        glance=test.thin(4),
     )
 
 
@@ -185,7 +177,6 @@ def validated_task(
         batches=batches,
         validation=Normalized(pixels[held], labels[held], normalize),
         test=images,
-        glance=images.thin(4),
         bfloat16=cifar10.has_bfloat16(),
     )
 
@@ -214,6 +205,5 @@ def images_task(name: str) -> Task:
         batches=loader("train", moved, lambda i: i % 50 != 49, shuffle=True),
         validation=loader("train", still, lambda i: i % 50 == 49),
         test=loader("val", still, lambda i: True),
-        glance=loader("val", still, lambda i: i % 10 == 0),
         bfloat16=cifar10.has_bfloat16(),
     )

@@ -22,7 +22,8 @@ class ADMM(Method):
     ) -> None:
         super().__init__(parameters, plan)
         self.settings = settings or ADMMSettings()
-        self.splitting = Splitting(self, self.settings.rho, self.settings.rho_growth, updates)
+        rho, growth, follow = self.settings.rho, self.settings.rho_growth, self.settings.follow
+        self.splitting = Splitting(self, rho, growth, updates, follows=follow)
         self.k = 0
 
     def rho_at(self, time: float) -> float:

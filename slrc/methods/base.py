@@ -108,7 +108,7 @@ class Method(ABC):
         """Add the gradient of the method's penalty to the constrained parameters' `.grad`."""
 
     def rho_at(self, time: float) -> float:
-        """Return the penalty ρ at a share of the run, from 0 to 1, so that a learning rate can fit it; 0 without one."""
+        """Return the penalty ρ at a share of the run, from 0 to 1, for a learning rate that fits it; 0 without one."""
         return 0.0
 
     def after_step(self) -> None:  # noqa: B027
@@ -143,11 +143,11 @@ class MaskedMethod(Method):
         self.k = 0
         self.kept: dict[str, Tensor] = {}
 
-    def prune(self, plan: Plan) -> None:
-        """Put the masks of the weights' projection on `plan` in force."""
+    def prune(self, plan: Plan, scored: Mapping[str, Tensor] | None = None) -> None:
+        """Put the masks of a projection on `plan` in force: that of the weights, or of what is `scored` instead."""
         live = {n: p.detach() for n, p in self.parameters.items()}
-        self.kept = {n: m.to(live[n]) for n, m in Masks.project(plan, live).tensors.items()}
-        self.after_step()
+        self.kept = {n: m.to(live[n]) for n, m in Masks.project(plan, scored or live).tensors.items()}
+        MaskedMethod.after_step(self)
 
     def release(self) -> None:
         """Go on dense; pruned weights start from zero."""
@@ -175,12 +175,13 @@ class MaskedMethod(Method):
 
     def state(self) -> MethodState:
         """The masks in force, k and the history."""
-        tensors = {n: m.bool().cpu() for n, m in self.kept.items()}
+        tensors = {f"kept.{n}": m.bool().cpu() for n, m in self.kept.items()}
         return MethodState(tensors, {"k": float(self.k)}, tuple(self.history))
 
     def load_state(self, state: MethodState) -> None:
         """Go on from a checkpoint."""
-        self.kept = {n: m.to(self.parameters[n]) for n, m in state.tensors.items()}
+        kept = {n.removeprefix("kept."): m for n, m in state.tensors.items() if n.startswith("kept.")}
+        self.kept = {n: m.to(self.parameters[n]) for n, m in kept.items()}
         self.k, self.history = int(state.numbers["k"]), list(state.history)
 
 
@@ -207,10 +208,20 @@ class Splitting:
         growth: by how much ρ has grown at the last update.
         updates: how many there will be.
         follows: whether Z follows W on its support.
+        plan: the sets at first; the method's unless given.
     """
 
-    def __init__(self, method: Method, rho: float, growth: float, updates: int, *, follows: bool = False) -> None:
-        self.method, self.rho, self.follows = method, rho, follows
+    def __init__(
+        self,
+        method: Method,
+        rho: float,
+        growth: float,
+        updates: int,
+        *,
+        follows: bool = False,
+        plan: Plan | None = None,
+    ) -> None:
+        self.method, self.rho, self.follows, self.plan = method, rho, follows, plan or method.plan
         self._first_rho, self._growth, self._updates = rho, growth, updates
         self.multipliers = [torch.zeros_like(w) for w in method.weights]
         self.owned = self._owned()
@@ -252,13 +263,30 @@ class Splitting:
             torch._foreach_addcmul_(gradients, [w.data for w in weights], self._pulls)
 
     @torch.no_grad()
-    def project(self) -> Copies:
-        """Return the projection of W + Λ/ρ on the constraint sets; elements nobody owns are zero."""
+    def scored(self) -> dict[str, Tensor]:
+        """Return what is projected: W + Λ/ρ, and the parameters that are not constrained as they are."""
         live = {n: p.detach() for n, p in self.method.parameters.items()}
         for n, w, m in zip(self.method.names, self.method.weights, self.multipliers, strict=True):
             live[n] = w.detach() + m / self.rho
+        return live
+
+    def project(self) -> Copies:
+        """Return the projection of W + Λ/ρ on the sets; elements nobody owns are zero."""
+        return self._projected(self.scored())
+
+    @torch.no_grad()
+    def restrict(self, plan: Plan) -> None:
+        """Go over to smaller sets: Z is projected on them, so that what it is compared with lies in the same ones."""
+        self.plan = plan
+        live, scored = {n: p.detach() for n, p in self.method.parameters.items()}, self.scored()
+        for n, value, kept in zip(self.method.names, self.copies.values, self.copies.support, strict=True):
+            live[n] = scored[n] * kept if self.follows else value
+        self.copies = self._projected(live)
+
+    @torch.no_grad()
+    def _projected(self, live: Mapping[str, Tensor]) -> Copies:
         masks = {n: torch.ones(live[n].shape, dtype=torch.bool) for n in self.method.names}
-        for c in self.method.plan:
+        for c in self.plan:
             c.scatter(c.project(live), masks, followers=False)
         support = [masks[n].to(live[n].device) for n in self.method.names]
         values = [live[n] * kept * o for n, kept, o in zip(self.method.names, support, self.owned, strict=True)]

@@ -32,6 +32,8 @@ def make_method(
     match name:
         case MethodName.SLR:
             return SLR(parameters, plan, updates, settings.slr)
+        case MethodName.SLR_TIGHTENING:
+            return SLR(parameters, plan, updates, settings.slr_tightening)
         case MethodName.ADMM:
             return ADMM(parameters, plan, updates, settings.admm)
         case MethodName.GRADUAL:

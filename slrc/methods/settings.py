@@ -8,19 +8,30 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class SLRSettings(BaseModel):
-    """SLR's parameters, with the paper's names.
+    """SLR's parameters, with the paper's names and values; those after `r` are not the paper's.
 
     α_k = 1 − 1/(M k^p) with p = 1 − 1/k^r; M > 1 and 0 < r < 1 make the steps shrink slowly enough.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    rho: float = Field(default=1.0, gt=0, description="penalty ρ at first")
-    s0: float = Field(default=0.01, gt=0, description="first step size")
+    rho: float = Field(default=0.1, gt=0, description="penalty ρ at first")
+    s0: float = Field(default=0.01, ge=0, description="first step size; with 0 the multipliers stay zero")
     M: float = Field(default=300.0, gt=1, description="step-size constant, above 1")
     r: float = Field(default=0.1, gt=0, lt=1, description="step-size exponent, in (0, 1)")
-    rho_growth: float = Field(default=10.0, ge=1, description="by how much ρ has grown at the last update")
+    rho_growth: float = Field(default=1.0, ge=1, description="by how much ρ has grown at the last update")
+    follow: bool = Field(default=False, description="whether Z follows W between projections where it is not zero")
+    tighten: float = Field(default=0.0, ge=0, le=1, description="share of the updates in which the sets tighten")
+    hold: float = Field(default=1.0, gt=0, le=1, description="share of the updates after which masks are in force")
+
+
+class TighteningSettings(SLRSettings):
+    """SLR's parameters where its sets tighten and masks are in force at the end."""
+
+    rho: float = Field(default=1.0, gt=0, description="penalty ρ at first")
     follow: bool = Field(default=True, description="whether Z follows W between projections where it is not zero")
+    tighten: float = Field(default=0.5, ge=0, le=1, description="share of the updates in which the sets tighten")
+    hold: float = Field(default=0.5, gt=0, le=1, description="share of the updates after which masks are in force")
 
 
 class ADMMSettings(BaseModel):
@@ -30,6 +41,7 @@ class ADMMSettings(BaseModel):
 
     rho: float = Field(default=0.1, gt=0, description="penalty ρ, also the dual step")
     rho_growth: float = Field(default=1.0, ge=1, description="by how much ρ has grown at the last update")
+    follow: bool = Field(default=False, description="whether Z follows W between projections where it is not zero")
 
 
 class GradualSettings(BaseModel):
@@ -61,6 +73,7 @@ class MethodName(StrEnum):
     """The methods by their name on the command line."""
 
     SLR = "slr"
+    SLR_TIGHTENING = "slr-tightening"
     ADMM = "admm"
     MAGNITUDE = "magnitude"
     GRADUAL = "gradual"
@@ -74,6 +87,7 @@ class MethodSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     slr: SLRSettings = SLRSettings()
+    slr_tightening: TighteningSettings = TighteningSettings()
     admm: ADMMSettings = ADMMSettings()
     gradual: GradualSettings = GradualSettings()
     ac_dc: ACDCSettings = ACDCSettings()

@@ -16,13 +16,14 @@ from typing import ClassVar
 
 from torch import nn
 
-from slrc.methods.base import Iteration, Method, MethodState, Splitting, norm
+from slrc.methods.base import Iteration, MaskedMethod, MethodState, Splitting, norm
+from slrc.methods.gradual import cubic
 from slrc.methods.settings import SLRSettings
 from slrc.sparsity.plans import Plan
 
 
-class SLR(Method):
-    """The method of the paper; see the module's docstring and `Method` for its use in a loop of one's own."""
+class SLR(MaskedMethod):
+    """The method of the paper, or with sets that tighten; see the module's docstring and `Method` for its use."""
 
     name: ClassVar[str] = "slr"
 
@@ -31,20 +32,31 @@ class SLR(Method):
     ) -> None:
         super().__init__(parameters, plan)
         self.settings = settings = settings or SLRSettings()
-        self.splitting = Splitting(self, settings.rho, settings.rho_growth, updates, follows=settings.follow)
-        self.step_size = self.settings.s0
-        self.k = 0
+        self.updates = updates
+        first = self.plan_at(0)
+        self.splitting = Splitting(
+            self, settings.rho, settings.rho_growth, updates, follows=settings.follow, plan=first
+        )
+        self.step_size = settings.s0
         # L_ρ(W^{k-1}, Z^{k-1}, Λ^k) and ‖W^{k-1} − Z^{k-1}‖, taken when W^{k-1} was live: no copy of W is needed.
         self._previous_lagrangian: float | None = None
         self._previous_residual = 0.0
 
+    def plan_at(self, k: int) -> Plan:
+        """Return S^k: what the plan prunes, or only a part of it while the sets still tighten, cubic in time."""
+        tighten = self.updates * self.settings.tighten
+        return self.plan.partly(cubic(k / tighten)) if k < tighten else self.plan
+
     def rho_at(self, time: float) -> float:
-        """Return ρ, which grows over the run."""
-        return self.splitting.rho_at(time)
+        """Return ρ, which grows over the run; no penalty is left once masks are in force."""
+        return self.splitting.rho_at(time) if time < self.settings.hold else 0.0
 
     def add_penalty_gradient(self) -> None:
-        """Add Λ + ρ(W − Z) to `.grad`."""
-        self.splitting.add_gradient()
+        """Add Λ + ρ(W − Z) to `.grad`; once masks are in force, clear the gradients of pruned weights."""
+        if self.kept:
+            super().add_penalty_gradient()
+        else:
+            self.splitting.add_gradient()
 
     def start(self, loss: Callable[[], float]) -> None:
         """Record f at the start W⁰; `update` does so itself if this was not called, and then accepts nothing once."""
@@ -58,9 +70,14 @@ class SLR(Method):
         return 1.0 - 1.0 / (self.settings.M * k**p)
 
     def update(self, loss: Callable[[], float]) -> Iteration:
-        """Check, move the multipliers, project, check, move again."""
-        split = self.splitting
+        """Check, move the multipliers, tighten and project, check, move again; put masks in force when it is time.
+
+        With masks in force W = Z: nothing is left to check or to move.
+        """
         self.k += 1
+        if self.kept:
+            return self.record(loss())
+        split = self.splitting
         alpha = self.step_factor(self.k)
         f = loss()
 
@@ -69,9 +86,12 @@ class SLR(Method):
         lagrangian = f + split.penalty(old_difference)
         accepted_loss = self._previous_lagrangian is not None and lagrangian < self._previous_lagrangian
         if accepted_loss:
-            self.step_size *= alpha * _ratio(self._previous_residual, old_residual)
+            self.step_size = self._bounded(alpha * _ratio(self._previous_residual, old_residual))
             split.move_multipliers(self.step_size, old_difference)
 
+        if (plan := self.plan_at(self.k)) is not split.plan:
+            split.restrict(plan)
+            old_residual = norm(split.difference())
         old_penalty = split.penalty(split.difference())
         copies = split.project()
         difference = split.difference(copies)
@@ -80,7 +100,7 @@ class SLR(Method):
         # A copy that follows is the minimiser for its support: with the same support it cannot become better.
         accepted_projection = new_penalty <= old_penalty if split.follows else new_penalty < old_penalty
         if accepted_projection:
-            self.step_size *= alpha * _ratio(old_residual, residual)
+            self.step_size = self._bounded(alpha * _ratio(old_residual, residual))
             split.move_multipliers(self.step_size, difference, copies)
 
         split.copies = copies
@@ -98,10 +118,21 @@ class SLR(Method):
             multiplier_norm=norm(split.multipliers),
         )
         self.history.append(record)
+        if self.settings.hold < 1 and self.k >= self.updates * self.settings.hold:
+            self.prune(self.plan, split.scored())
         return record
 
+    def _bounded(self, factor: float) -> float:
+        """Return the next step size. With sets that tighten it is at most ρ, which maximises the dual function.
+
+        There the residual starts at zero, and the ratio of residuals would let it grow without bound.
+        """
+        longer = self.step_size * factor
+        return min(longer, self.splitting.rho) if self.settings.tighten else longer
+
     def state(self) -> MethodState:
-        """Z, Λ, s, k, what the next acceptance compares with, and the history."""
+        """Z, Λ, s, k, masks in force, what the next acceptance compares with, and the history."""
+        masked = super().state()
         numbers = {
             "step_size": self.step_size,
             "k": float(self.k),
@@ -109,15 +140,16 @@ class SLR(Method):
         }
         if self._previous_lagrangian is not None:
             numbers["previous_lagrangian"] = self._previous_lagrangian
-        return MethodState(self.splitting.tensors(), numbers, tuple(self.history))
+        return MethodState({**self.splitting.tensors(), **masked.tensors}, numbers, tuple(self.history))
 
     def load_state(self, state: MethodState) -> None:
         """Go on from a checkpoint."""
-        self.step_size, self.k = state.numbers["step_size"], int(state.numbers["k"])
+        super().load_state(state)
+        self.step_size = state.numbers["step_size"]
+        self.splitting.plan = self.plan_at(self.k)
         self.splitting.load_tensors(state.tensors, self.k)
         self._previous_lagrangian = state.numbers.get("previous_lagrangian")
         self._previous_residual = state.numbers["previous_residual"]
-        self.history = list(state.history)
 
 
 def _ratio(before: float, after: float) -> float:

@@ -11,9 +11,9 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Mapping
-from itertools import islice
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils import _pytree as pytree
 
 from slrc.config import CompileConfig, Precision
-from slrc.errors import SlrcError, TrainingError, WorkloadError
+from slrc.errors import TrainingError, WorkloadError
 from slrc.methods.base import Iteration, Method, MethodState
 from slrc.methods.magnitude import Magnitude
 from slrc.methods.registry import make_method
@@ -48,6 +48,7 @@ ON_CPU = not torch.accelerator.is_available()
 """Told so, `accelerate` takes several processes on a CPU for a distributed run; it does not by itself."""
 USUAL_EPOCHS, USUAL_STEPS = 10, 3000
 """Of sparse training, whichever is more, where nobody says how long."""
+MethodMaker = Callable[[MethodName, Mapping[str, nn.Parameter], Plan, int, CompileConfig], Method]
 T = TypeVar("T")
 MIXED_PRECISION = {Precision.FP32: "no", Precision.BF16: "bf16", Precision.FP16: "fp16"}
 
@@ -97,6 +98,7 @@ def train(
     checkpoints: Path | None = None,
     resume: bool = False,
     reporter: Reporter | None = None,
+    make: MethodMaker = make_method,
 ) -> Trained:
     """Train the workload's model in place so that it obeys the plan, then prune it hard.
 
@@ -107,12 +109,13 @@ def train(
         checkpoints: a folder to save to after every epoch; `None` saves nothing.
         resume: go on from the newest checkpoint there, if there is one.
         reporter: where progress goes.
+        make: makes the method, for one that has no name here.
 
     Raises:
         TrainingError: the loss is not finite, or a checkpoint does not fit.
         WorkloadError: there is no data though the method needs it, or the user's functions fail.
     """
-    trainer = _Trainer(workload, plan, config, checkpoints, resume, reporter or Quiet())
+    trainer = _Trainer(workload, plan, config, checkpoints, resume, reporter or Quiet(), make)
     try:
         return trainer.run()
     finally:
@@ -148,7 +151,9 @@ class _Trainer:
         checkpoints: Path | None,
         resume: bool,
         reporter: Reporter,
+        make: MethodMaker,
     ) -> None:
+        self.make = make
         self.workload, self.plan, self.config, self.reporter = workload, plan, config, reporter
         self.method_name = choose_method(config, workload)
         AcceleratorState._reset_state()  # else the first run's precision holds for the whole process
@@ -219,7 +224,7 @@ class _Trainer:
 
     def _run_sparse_phase(self) -> None:
         total = self._budget() if self.workload.train_batches is not None and self.config.trains else 0
-        self.method = make_method(
+        self.method = self.make(
             self.method_name, _parameters(self.model), self.plan, self._updates_in(total), self.config
         )
         if total:

@@ -1,4 +1,4 @@
-"""One step of training: the workload's loss, the teacher's, the method's penalty, the optimiser; and what each costs."""
+"""A step of training: the workload's loss, the teacher's, the method's penalty, the optimiser; and what each costs."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ class CompileConfig(MethodSettings):
         None, "slr, admm, gradual, ac-dc, group-lasso or magnitude (default: slr, without data magnitude)"
     )
     epochs: int | None = _option(
-        None, "epochs of sparse training (default: 10, and more where those are less than 3000 steps)", ge=0
+        None, "epochs of sparse training (default: 10, or as many as 2000 steps take where that is more)", ge=0
     )
     steps: int | None = _option(None, "steps of sparse training, in place of epochs", ge=1)
     retrain_epochs: int = _option(0, "epochs of masked retraining afterwards (default: 0)", ge=0)

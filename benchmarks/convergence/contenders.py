@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -25,22 +25,27 @@ class Contender:
     """A method, and the options of `CompileConfig` that it is tuned over.
 
     `grid` has the settings that are tried with each learning rate. `fixed_set` keeps the sets that SLR's first
-    projection finds. `masked` prunes before the first step, and trains under the masks.
+    projection finds. `masked` prunes before the first step, and trains under the masks. With `like`, what was the best
+    for another contender is taken, with `options` on top.
     """
 
     method: str
     grid: tuple[Options, ...] = ({},)
     fixed_set: bool = False
     masked: bool = False
+    like: str = ""
+    options: Options = field(default_factory=dict)
 
     def settings(self) -> list[Options]:
-        """Return what is tried: the grid, with each learning rate."""
+        """Return what is tried: the grid, with each learning rate; nothing if it takes those of another."""
+        if self.like:
+            return []
         return [merged(options, {"recipe": {"peak_lr": peak}}) for options in self.grid for peak in PEAKS]
 
     def config(self, epochs: int, options: Options) -> dict[str, Any]:
         """Return the options of a run of so many epochs in all."""
         budget = {"epochs": 0, "retrain_epochs": epochs} if self.masked else {"epochs": epochs}
-        return merged({"method": self.method, **budget}, options)
+        return merged(merged({"method": self.method, **budget}, options), self.options)
 
 
 def grid(table: str, *rows: Options) -> tuple[Options, ...]:
@@ -54,18 +59,18 @@ CONTENDERS: Mapping[str, Contender] = {
     "gradual": Contender("gradual", grid("gradual", {"until": 0.5}, {"until": 0.75})),
     "slr-tightening": Contender("slr-tightening", grid("slr-tightening", {"rho": 0.2}, {"rho": 1.0})),
     "slr-tightening, Λ ≡ 0": Contender(
-        "slr-tightening", grid("slr-tightening", {"rho": 0.2, "s0": 0}, {"rho": 1.0, "s0": 0})
+        "slr-tightening", like="slr-tightening", options={"slr-tightening": {"s0": 0}}
     ),
     "slr": Contender("slr", grid("slr", {"rho": 0.1}, {"rho": 1.0})),
-    "slr, Λ ≡ 0": Contender("slr", grid("slr", {"rho": 0.1, "s0": 0}, {"rho": 1.0, "s0": 0})),
+    "slr, Λ ≡ 0": Contender("slr", like="slr", options={"slr": {"s0": 0}}),
     "slr, Z follows": Contender("slr", grid("slr", *FOLLOWING)),
-    "slr, Z follows, fixed set": Contender("slr", grid("slr", *FOLLOWING), fixed_set=True),
+    "slr, Z follows, fixed set": Contender("slr", like="slr, Z follows", fixed_set=True),
     "admm": Contender("admm", grid("admm", *ADMM)),
     "admm, Z follows": Contender("admm", grid("admm", *({**row, "follow": True} for row in ADMM))),
     "ac-dc": Contender("ac-dc", grid("ac-dc", {"final": 0.25}, {"final": 0.5})),
     "group-lasso": Contender("group-lasso", grid("group-lasso", {"until": 0.5}, {"until": 0.75})),
     "masks from the start": Contender("magnitude", masked=True),
-    "dense": Contender("magnitude"),
+    "dense": Contender("magnitude", like="masks from the start"),
 }
 """`dense` prunes nothing: the dense network, trained as long with the same recipe."""
 

@@ -46,7 +46,7 @@ from slrc.workload import Workload, user_error
 RETRAIN = "retrain"
 ON_CPU = not torch.accelerator.is_available()
 """Told so, `accelerate` takes several processes on a CPU for a distributed run; it does not by itself."""
-USUAL_EPOCHS, USUAL_STEPS = 10, 3000
+USUAL_EPOCHS, USUAL_STEPS = 10, 2000
 """Of sparse training, whichever is more, where nobody says how long."""
 MethodMaker = Callable[[MethodName, Mapping[str, nn.Parameter], Plan, int, CompileConfig], Method]
 T = TypeVar("T")

@@ -81,7 +81,9 @@ class CompileConfig(MethodSettings):
         lt=1,
     )
     method: MethodName | None = _option(
-        None, "slr, admm, gradual, ac-dc, group-lasso or magnitude (default: slr, without data magnitude)"
+        None,
+        "gradual, slr, slr-tightening, admm, ac-dc, group-lasso or magnitude "
+        "(default: gradual, without data magnitude)",
     )
     epochs: int | None = _option(
         None, "epochs of sparse training (default: 10, or as many as 2000 steps take where that is more)", ge=0

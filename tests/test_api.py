@@ -436,7 +436,7 @@ def test_a_cache_that_cannot_be_written(
 
 def test_without_data_and_evaluate(tiny_workload: MakeWorkload, tmp_path: Path) -> None:
     report = slrc.compile(tiny_workload(train_batches=None, evaluate=None), tmp_path / "out")
-    assert (report.accuracy, report.method, report.slr) == (None, "magnitude", ())
+    assert (report.accuracy, report.method, report.history) == (None, "magnitude", ())
     assert any("no training data" in note for note in report.notes)
     assert any("no `evaluate`" in note for note in report.notes)
 

@@ -58,9 +58,7 @@ FOLLOWING = ({"rho": 0.2, "rho_growth": 10, "follow": True}, {"rho": 1.0, "rho_g
 CONTENDERS: Mapping[str, Contender] = {
     "gradual": Contender("gradual", grid("gradual", {"until": 0.5}, {"until": 0.75})),
     "slr-tightening": Contender("slr-tightening", grid("slr-tightening", {"rho": 0.2}, {"rho": 1.0})),
-    "slr-tightening, Λ ≡ 0": Contender(
-        "slr-tightening", like="slr-tightening", options={"slr-tightening": {"s0": 0}}
-    ),
+    "slr-tightening, Λ ≡ 0": Contender("slr-tightening", like="slr-tightening", options={"slr-tightening": {"s0": 0}}),
     "slr": Contender("slr", grid("slr", {"rho": 0.1}, {"rho": 1.0})),
     "slr, Λ ≡ 0": Contender("slr", like="slr", options={"slr": {"s0": 0}}),
     "slr, Z follows": Contender("slr", grid("slr", *FOLLOWING)),

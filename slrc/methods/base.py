@@ -312,6 +312,8 @@ class Splitting:
     @torch.no_grad()
     def move_multipliers(self, step: float, difference: list[Tensor], copies: Copies | None = None) -> None:
         """Λ ← Λ + step · (W − Z)."""
+        if step == 0:
+            return
         if self.follows:
             support = (copies or self.copies).support
             scaled = [torch.where(k, min(1.0, self.rho / step), 1.0) for k in support]

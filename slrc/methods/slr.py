@@ -89,7 +89,7 @@ class SLR(MaskedMethod):
             self.step_size = self._bounded(alpha * _ratio(self._previous_residual, old_residual))
             split.move_multipliers(self.step_size, old_difference)
 
-        if (plan := self.plan_at(self.k)) is not split.plan:
+        if (plan := self.plan_at(self.k)) != split.plan:
             split.restrict(plan)
             old_residual = norm(split.difference())
         old_penalty = split.penalty(split.difference())

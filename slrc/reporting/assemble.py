@@ -56,8 +56,9 @@ def assemble(
         size_bytes=targets[0].size_bytes,
         latency=tuple(latency),
         checks=tuple(checks),
-        slr=trained.history,
+        history=trained.history,
         curve=trained.curve,
+        training=trained.cost,
         layers=tuple(
             LayerSparsity(
                 name=c.name,

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from slrc.methods.slr import SLR
+from slrc.methods.settings import MethodName
 from slrc.reporting import plots
 from slrc.reporting.report import Pair, Report
 
@@ -39,7 +39,7 @@ def render_page(report: Report) -> str:
         "flatten": _flatten,
         "plural": _plural,
     }
-    has_conditions = report.method == SLR.name
+    has_conditions = report.method in (MethodName.SLR, MethodName.SLR_TIGHTENING)
     accuracy = report.accuracy
     return environment.get_template(TEMPLATE).render(
         report=report,
@@ -53,7 +53,7 @@ def render_page(report: Report) -> str:
         ),
         layers=[Markup(svg) for svg in plots.layers_plots(report.layers)],
         latency=Markup(plots.latency_plot(report.latency)),
-        history=Markup(plots.history_plot(report.slr, has_conditions)),
+        history=Markup(plots.history_plot(report.history, has_conditions)),
     )
 
 

@@ -13,6 +13,7 @@ from slrc.forms.form import FormChoice
 from slrc.measuring.timing import Latency
 from slrc.methods.base import Iteration
 from slrc.training.checkpoints import EpochRecord
+from slrc.training.steps import StepCost
 from slrc.verify import Check
 
 REPORT_SCHEMA_VERSION: Final = 1
@@ -86,8 +87,9 @@ class Report(_Data):
     size_bytes: Pair[int]
     latency: tuple[Latency, ...]
     checks: tuple[Check, ...]
-    slr: tuple[Iteration, ...]
+    history: tuple[Iteration, ...]
     curve: tuple[EpochRecord, ...]
+    training: StepCost | None
     layers: tuple[LayerSparsity, ...]
     targets: tuple[TargetResult, ...]
     notes: tuple[str, ...]

@@ -137,7 +137,7 @@ def choose_method(config: CompileConfig, workload: Workload) -> MethodName:
         )
     if config.method is not None:
         return config.method
-    return MethodName.SLR if workload.train_batches is not None and config.trains else MethodName.MAGNITUDE
+    return MethodName.GRADUAL if workload.train_batches is not None and config.trains else MethodName.MAGNITUDE
 
 
 class _Trainer:

@@ -30,9 +30,10 @@ SAMPLED = 16
 class StepCost(BaseModel):
     """What training took.
 
-    `step_ms` is the median step without the method's updates. Of the time of all steps, `distillation` is the teacher's
-    share and `method` that of the method, updates included. `peak_mb` is the most memory that the process had (on an
-    accelerator: that was allocated there); `teacher_mb` and `method_mb` are parts of it.
+    `step_ms` is the median step. `distillation` is what the teacher adds to the time of a step of the loss and the
+    optimiser alone, as a share of that, and `method` what the method adds, its updates included. `peak_mb` is the most
+    memory that the process had (on an accelerator: that was allocated there), of which `teacher_mb` are the dense
+    network's weights and `method_mb` what the method keeps.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -91,14 +92,14 @@ class Stopwatch:
         """Return what was measured; nothing if no step was taken."""
         if not self.steps:
             return None
-        per_step = {name: total / len(self.steps) for name, total in self.totals.items() if name != "update"}
-        update = self.totals["update"] / self.count
-        step = statistics.fmean(self.steps) + update
+        timed = len(self.steps)
+        teacher, method = self.totals["teacher"] / timed, self.totals["method"] / timed
+        plain = statistics.fmean(self.steps) - teacher - method
         return StepCost(
             steps=self.count,
             step_ms=1e3 * statistics.median(self.steps),
-            distillation=per_step["teacher"] / step,
-            method=(per_step["method"] + update) / step,
+            distillation=teacher / plain,
+            method=(method + self.totals["update"] / self.count) / plain,
             peak_mb=_peak_bytes(self.waits) / 2**20,
             teacher_mb=teacher_bytes / 2**20,
             method_mb=method_bytes / 2**20,
@@ -171,7 +172,7 @@ class Steps:
         if not math.isfinite(float(whole.detach())):
             raise TrainingError(
                 f"the loss is {value} in {where}",
-                hint="lower the learning rate or the penalty (`rho`), or train in `--precision fp32`",
+                hint="lower the learning rate (`peak-lr` of the recipe) or the penalty (`rho`), or train in `--precision fp32`",
             )
         self.accelerator.backward(whole)
         if self.accelerator.sync_gradients:

@@ -26,6 +26,7 @@ from slrc.methods.settings import (
     MethodName,
     MethodSettings,
     SLRSettings,
+    TighteningSettings,
 )
 from slrc.methods.slr import SLR
 from slrc.sparsity.masks import Masks
@@ -43,8 +44,9 @@ def on_weight(pattern: str, tensor: str, groups: int, keep: int) -> Constraint:
     )
 
 
-PAPER = SLRSettings(rho=0.1, rho_growth=1.0, follow=False)
+PAPER = SLRSettings()
 """The paper's equations as they stand there."""
+FOLLOWING = SLRSettings(rho=1.0, rho_growth=10.0, follow=True)
 
 PLANS = {
     "unstructured": plan_of(on_weight("unstructured", "a", 64, 16)),
@@ -121,10 +123,19 @@ class ReferenceSLR:
     def __init__(self, w: Tensor, f: Callable[[Tensor], float], keep: int, settings: SLRSettings, updates: int) -> None:
         self.f, self.keep, self.settings, self.updates = f, keep, settings, updates
         self.w_old = w.clone()
-        self.z = keep_largest(w, keep)
+        self.z = keep_largest(w, self.keep_at(0))
         self.multiplier = torch.zeros_like(w)
         self.s, self.k, self.rho = settings.s0, 0, settings.rho
         self.previous = self.distance(w, self.z, self.multiplier)
+
+    def keep_at(self, k: int) -> int:
+        """l^k: the sets tighten, cubic in time, from all that there is."""
+        until, size = self.updates * self.settings.tighten, self.w_old.numel()
+        return size - round((size - self.keep) * (1 - (1 - k / until) ** 3)) if k < until else self.keep
+
+    def stepped(self, factor: float) -> float:
+        """The next step: with sets that tighten, of at most ρ."""
+        return min(self.s * factor, self.rho) if self.settings.tighten else self.s * factor
 
     def copy(self, w: Tensor, z: Tensor, multiplier: Tensor) -> Tensor:
         """Z for the weights w: as it was projected, or its minimiser with the same support."""
@@ -155,14 +166,18 @@ class ReferenceSLR:
         was, now = self.previous, self.distance(w, z_old, self.multiplier)
         first = self.lagrangian(w, z_old, self.multiplier) < self.lagrangian(w_old, z_old, self.multiplier)
         if first:
-            self.s = alpha * self.s * was / now
+            self.s = self.stepped(alpha * (was / now if was > 0 and now > 0 else 1.0))
             self.multiplier = self.moved(w, z_old)
-        z = keep_largest(w + self.multiplier / self.rho, self.keep)
+        keep, before = self.keep_at(self.k), self.keep_at(self.k - 1)
+        if keep < before:  # Z of before, in the new set
+            z_old = keep_largest(self.copy(w, z_old, self.multiplier), keep)
+            now = self.distance(w, z_old, self.multiplier)
+        z = keep_largest(w + self.multiplier / self.rho, keep)
         new, old = self.lagrangian(w, z, self.multiplier), self.lagrangian(w, z_old, self.multiplier)
         second = new < old or (self.settings.follow and torch.equal(z != 0, z_old != 0))
         residual = self.distance(w, z, self.multiplier)
         if second:
-            self.s = alpha * self.s * now / residual
+            self.s = self.stepped(alpha * (now / residual if now > 0 and residual > 0 else 1.0))
             self.multiplier = self.moved(w, z)
         self.z, self.w_old, self.previous = z, w.clone(), residual
         self.rho = self.settings.rho * self.settings.rho_growth ** min(1.0, self.k / self.updates)
@@ -174,8 +189,12 @@ class ReferenceSLR:
     [
         PAPER,
         PAPER.model_copy(update={"rho": 1.5, "s0": 0.2, "M": 5.0, "r": 0.6}),
-        SLRSettings(),
-        SLRSettings(rho=0.2, rho_growth=40.0, s0=0.3, M=5.0, r=0.6),
+        FOLLOWING,
+        SLRSettings(rho=0.2, rho_growth=40.0, s0=0.3, M=5.0, r=0.6, follow=True),
+        SLRSettings(s0=0.0),
+        TighteningSettings(hold=1.0),
+        TighteningSettings(rho=0.3, s0=0.2, M=5.0, r=0.6, tighten=0.7, hold=1.0),
+        SLRSettings(rho=0.5, s0=0.2, tighten=0.9),
     ],
 )
 @pytest.mark.parametrize("rate", [0.02, 0.3, 2.3])
@@ -637,3 +656,52 @@ def test_group_lasso_updates_only_after_steps() -> None:
     with pytest.raises(TrainingError, match="update 2 came before any step"):
         method.update(lambda: 0.0)
     assert all(torch.equal(parameters[n], before[n]) for n in before)
+
+
+def test_sets_that_tighten_hold_one_another_and_end_with_masks_in_force() -> None:
+    plan, parameters = PLANS["two weights"], make_parameters()
+    slr = SLR(parameters, plan, 8, TighteningSettings(rho=0.5, s0=0.1))
+    slr.start(lambda: 1.0)
+    kept: list[int] = []
+    for k in range(1, 9):
+        for name in ("a", "b"):
+            parameters[name].grad = torch.ones(8, 8)
+        slr.add_penalty_gradient()
+        if k > 4:  # in force: gradients of what is pruned are cleared, no penalty is added
+            assert all(torch.equal(parameters[n].grad, m.to(torch.float32)) for n, m in slr.masks().tensors.items())
+        slr.after_step()
+        slr.update(lambda k=k: 1.0 / k)
+        kept.append(slr.splitting.plan.constraints[0].keep)
+        assert all(
+            int(z.count_nonzero()) <= c.keep * 64 // c.groups
+            for z, c in zip(slr.splitting.copies.values, slr.splitting.plan, strict=True)
+        )
+    assert kept == [36, 22, 17, 16, 16, 16, 16, 16]
+    assert not any(r.residual for r in slr.history[4:])
+    assert slr.rho_at(0.4) == 0.5
+    assert slr.rho_at(0.6) == 0.0
+    with torch.no_grad():
+        parameters["a"] += 1.0
+    slr.after_step()
+    masks = slr.masks().tensors
+    assert all(not parameters[n].detach()[~m].any() for n, m in masks.items())
+    assert int(masks["a"].sum()) == 16
+
+
+def test_without_a_step_size_the_multipliers_stay_zero() -> None:
+    parameters = make_parameters()
+    slr = SLR(parameters, PLANS["block"], 4, TighteningSettings(s0=0.0, hold=1.0))
+    slr.start(lambda: 1.0)
+    for k in range(4):
+        slr.update(lambda k=k: -float(k))
+    assert not any(m.any() for m in slr.splitting.multipliers)
+    assert {r.step_size for r in slr.history} == {0.0}
+
+
+def test_admm_whose_copy_follows_pulls_only_what_is_pruned() -> None:
+    parameters = make_parameters()
+    admm = ADMM(parameters, PLANS["unstructured"], 4, ADMMSettings(rho=2.0, follow=True))
+    parameters["a"].grad = torch.zeros(8, 8)
+    admm.add_penalty_gradient()
+    kept = keep_largest(parameters["a"].detach(), 16) != 0
+    torch.testing.assert_close(parameters["a"].grad, torch.where(kept, 0.0, 2.0 * parameters["a"].detach()))

@@ -10,6 +10,7 @@ from slrc.reporting.page import render_page, write_page
 from slrc.reporting.plots import ROWS_PER_PLOT, layers_plots
 from slrc.reporting.report import Accuracy, LayerSparsity, Pair, Report, Sparsity, TargetResult
 from slrc.training.checkpoints import EpochRecord
+from slrc.training.steps import StepCost
 from slrc.verify import Check
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "area", "base", "col", "source", "wbr", "embed"}
@@ -75,7 +76,7 @@ def make_report(**changes) -> Report:
             Check(step="eager = captured", max_abs_error=0, max_rel_error=0, tolerance=1e-4, passed=True),
             Check(step="slim <i>= ort", max_abs_error=3e-7, max_rel_error=2e-8, tolerance=1e-4, passed=True),
         ),
-        "slr": tuple(
+        "history": tuple(
             Iteration(
                 k=k,
                 loss=1 / k,
@@ -92,6 +93,9 @@ def make_report(**changes) -> Report:
             EpochRecord(phase="slr", epoch=0, loss=None, metric=0.91, hard_pruned=0.1, seconds=0),
             EpochRecord(phase="slr", epoch=1, loss=0.3, metric=0.9, hard_pruned=0.8, seconds=1),
             EpochRecord(phase="retrain", epoch=1, loss=0.2, metric=0.9, hard_pruned=None, seconds=1),
+        ),
+        "training": StepCost(
+            steps=96, step_ms=12.34, distillation=0.331, method=0.012, peak_mb=1234.5, teacher_mb=1.5, method_mb=2.25
         ),
         "layers": (LayerSparsity(name="a<script>$x$", pattern="channel", groups=32, kept=8, weights=9632),),
         "targets": (
@@ -119,7 +123,16 @@ def whole_page() -> str:
     return render_page(make_report())
 
 
-BARE = {"accuracy": None, "latency": (), "slr": (), "curve": (), "layers": (), "checks": (), "notes": ()}
+BARE = {
+    "accuracy": None,
+    "training": None,
+    "latency": (),
+    "history": (),
+    "curve": (),
+    "layers": (),
+    "checks": (),
+    "notes": (),
+}
 
 
 @pytest.mark.parametrize("changes", [{}, BARE, BARE | {"targets": (), "config": {}, "environment": {}}])
@@ -154,7 +167,7 @@ def test_figures_stand_with_their_conditions():
     assert "slim <i>= ort3.0e−07 2.0e−081.0e−04 yes" in text
 
 
-@pytest.mark.parametrize(("field", "heading"), zip(("curve", "slr", "latency", "layers"), HEADINGS, strict=True))
+@pytest.mark.parametrize(("field", "heading"), zip(("curve", "history", "latency", "layers"), HEADINGS, strict=True))
 def test_a_plot_without_data_is_left_out(field, heading):
     whole, without = whole_page(), render_page(make_report(**{field: ()}))
     assert whole.count("<svg") == 4
@@ -201,3 +214,10 @@ def test_many_layers_are_split_into_plots_of_equal_length():
 def test_the_same_report_gives_the_same_bytes(tmp_path):
     write_page(make_report(), tmp_path / "report.html")
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == whole_page()
+
+
+def test_the_page_tells_what_a_step_took():
+    page = render_page(make_report())
+    for told in ("12.3&nbsp;ms", "adds 33%", "the method 1.2%", "1,234&nbsp;MB", "1.5&nbsp;MB", "2.2&nbsp;MB"):
+        assert told in page
+    assert "A step took" not in render_page(make_report(training=None))

@@ -104,6 +104,6 @@ def test_two_processes_resume_after_one_was_killed_and_make_what_one_does(one: P
         assert (weights[0][name] - weight).abs().max() <= TOLERANCE * weight.abs().max(), name
     reports = [Report.load(p) for p in (two, one)]
     assert [c.epoch for c in reports[0].curve] == [c.epoch for c in reports[1].curve]
-    assert [i.loss for i in reports[0].slr] == pytest.approx([i.loss for i in reports[1].slr], rel=1e-4)
+    assert [i.loss for i in reports[0].history] == pytest.approx([i.loss for i in reports[1].history], rel=1e-4)
     losses = [[c.loss for c in r.curve if c.loss is not None] for r in reports]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

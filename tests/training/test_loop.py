@@ -76,8 +76,8 @@ def zeros(state: dict[str, torch.Tensor], masks: slrc.Masks) -> bool:
 
 def test_hard_pruned_is_measured_on_a_copy(tiny_workload: MakeWorkload) -> None:
     watched, free = Watch(), tiny_workload(evaluate=None)
-    measured = run(tiny_workload(evaluate=watched))
-    unmeasured = run(free)
+    measured = run(tiny_workload(evaluate=watched), method="slr")
+    unmeasured = run(free, method="slr")
     assert all(torch.equal(t, unmeasured.tensors[n]) for n, t in measured.tensors.items())
     assert [(r.metric, r.hard_pruned) for r in measured.curve] == [(1.0, 2.0), (3.0, 4.0), (5.0, 6.0)]
     assert not any(watched.training)
@@ -129,7 +129,7 @@ def test_probe_is_the_same_data_in_evaluation_mode(tiny_workload: MakeWorkload) 
         seen.append((model.training, torch.is_grad_enabled(), batch[0]))
         return slrc.cross_entropy(model, batch)
 
-    run(tiny_workload(loss=loss), probe_batches=3, recalibration_batches=0)
+    run(tiny_workload(loss=loss), method="slr", probe_batches=3, recalibration_batches=0)
     probes = [x for training, grad, x in seen if not training and not grad]
     assert len(probes) == 3 * (1 + 4)
     assert all(torch.equal(x, probes[i % 3]) for i, x in enumerate(probes))
@@ -284,7 +284,7 @@ def test_the_loss_is_not_finite(tiny_workload: MakeWorkload) -> None:
         calls += model.training
         return slrc.cross_entropy(model, batch) * (float("nan") if calls == STEPS + 3 else 1.0)
 
-    with pytest.raises(TrainingError, match=r"the loss is nan in slr, epoch 2, step 3") as caught:
+    with pytest.raises(TrainingError, match=r"the loss is nan in gradual, epoch 2, step 3") as caught:
         run(tiny_workload(loss=loss))
     assert "learning rate" in (caught.value.hint or "")
 
@@ -526,7 +526,7 @@ def test_no_data_and_no_wish_prunes_in_one_shot(tiny_workload: MakeWorkload) -> 
 @pytest.mark.parametrize(
     ("with_data", "options", "expected"),
     [
-        (True, {}, MethodName.SLR),
+        (True, {}, MethodName.GRADUAL),
         (True, {"epochs": 0}, MethodName.MAGNITUDE),
         (True, {"method": "admm"}, MethodName.ADMM),
         (True, {"method": "magnitude"}, MethodName.MAGNITUDE),
@@ -606,10 +606,21 @@ def resumable(tiny_workload: MakeWorkload, **fields: Any) -> slrc.Workload:
 OPTIONS: dict[str, Any] = {"epochs": 3, "retrain_epochs": 2, "sparsity": 0.5}
 
 
-@pytest.mark.parametrize("method", ["slr", "admm", "magnitude"])
-def test_resume_from_every_checkpoint(tiny_workload: MakeWorkload, tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "recipe"),
+    [
+        ("slr", {}),
+        ("slr-tightening", {"average": 0.9}),
+        ("gradual", {"average": 0.9, "one_cycle": False}),
+        ("admm", {}),
+        ("magnitude", {"distill": 0.0}),
+    ],
+)
+def test_resume_from_every_checkpoint(
+    tiny_workload: MakeWorkload, tmp_path: Path, method: str, recipe: dict[str, Any]
+) -> None:
     """Stop in the middle of each epoch of both phases; before the first checkpoint a resumed run starts anew."""
-    options = {**OPTIONS, "method": method}
+    options = {**OPTIONS, "method": method, "recipe": recipe}
     uninterrupted = run(resumable(tiny_workload), **options)
     for epoch in range(5):
         check_resume(tiny_workload, tmp_path / str(epoch), options, epoch, uninterrupted)

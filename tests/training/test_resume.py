@@ -104,7 +104,7 @@ def assert_same_output(found: Path, expected: Path) -> None:
         assert weights[0] == weights[1]
         assert weights[0]
     reports = [Report.load(p) for p in (found, expected)]
-    assert reports[0].slr == reports[1].slr
+    assert reports[0].history == reports[1].history
     assert reports[0].accuracy == reports[1].accuracy
     curves = [[r.model_copy(update={"seconds": 0.0}) for r in report.curve] for report in reports]
     assert curves[0] == curves[1]

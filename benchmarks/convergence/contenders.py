@@ -57,16 +57,16 @@ ADMM = ({"rho": 0.1}, {"rho": 0.1, "rho_growth": 100}, {"rho": 1.0, "rho_growth"
 FOLLOWING = ({"rho": 0.2, "rho_growth": 10, "follow": True}, {"rho": 1.0, "rho_growth": 10, "follow": True})
 CONTENDERS: Mapping[str, Contender] = {
     "gradual": Contender("gradual", grid("gradual", {"until": 0.5}, {"until": 0.75})),
-    "slr-tightening": Contender("slr-tightening", grid("slr-tightening", {"rho": 0.2}, {"rho": 1.0})),
-    "slr-tightening, Λ ≡ 0": Contender("slr-tightening", like="slr-tightening", options={"slr-tightening": {"s0": 0}}),
+    "slr-tightening": Contender("slr-tightening", grid("slr_tightening", {"rho": 0.2}, {"rho": 1.0})),
+    "slr-tightening, Λ ≡ 0": Contender("slr-tightening", like="slr-tightening", options={"slr_tightening": {"s0": 0}}),
     "slr": Contender("slr", grid("slr", {"rho": 0.1}, {"rho": 1.0})),
     "slr, Λ ≡ 0": Contender("slr", like="slr", options={"slr": {"s0": 0}}),
     "slr, Z follows": Contender("slr", grid("slr", *FOLLOWING)),
     "slr, Z follows, fixed set": Contender("slr", like="slr, Z follows", fixed_set=True),
     "admm": Contender("admm", grid("admm", *ADMM)),
     "admm, Z follows": Contender("admm", grid("admm", *({**row, "follow": True} for row in ADMM))),
-    "ac-dc": Contender("ac-dc", grid("ac-dc", {"final": 0.25}, {"final": 0.5})),
-    "group-lasso": Contender("group-lasso", grid("group-lasso", {"until": 0.5}, {"until": 0.75})),
+    "ac-dc": Contender("ac-dc", grid("ac_dc", {"final": 0.25}, {"final": 0.5})),
+    "group-lasso": Contender("group-lasso", grid("group_lasso", {"until": 0.5}, {"until": 0.75})),
     "masks from the start": Contender("magnitude", masked=True),
     "dense": Contender("magnitude", like="masks from the start"),
 }

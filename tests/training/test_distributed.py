@@ -82,13 +82,13 @@ def test_two_processes_resume_after_one_was_killed_and_make_what_one_does(one: P
     (tmp_path / "net.py").write_text(WORKLOAD)
     killed = run(tmp_path, KILL="1")
     assert killed.returncode != 0
-    assert "slr epoch 1/2" in killed.stderr
+    assert "gradual epoch 1/2" in killed.stderr
     assert sorted(p.name for p in tmp_path.glob("build*")) == ["build.work"], killed.stderr
 
     resumed = run(tmp_path, "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    assert "slr epoch 1/2" not in resumed.stderr  # six steps an epoch: the first one was whole
-    assert resumed.stderr.count("  slr epoch 2: ") == 1
+    assert "gradual epoch 1/2" not in resumed.stderr  # six steps an epoch: the first one was whole
+    assert resumed.stderr.count("  gradual epoch 2: ") == 1
     assert "another slrc run" not in resumed.stderr
     assert resumed.stdout.count("report: build/report.html") == 1
     two = tmp_path / "build"

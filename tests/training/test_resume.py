@@ -123,7 +123,7 @@ def test_killed_and_resumed(start: Start, tmp_path: Path, reference: Path, workl
         assert blocked.code == 2
         assert "an unfinished run lies in" in blocked.err
     err = finish(start(tmp_path, "--resume"))
-    assert ("slr epoch 1/2" in err) is (kill_at == "3")
+    assert ("gradual epoch 1/2" in err) is (kill_at == "3")
     assert ("retrain epoch 2/2" in err) is kill_at.isdigit()
     assert sorted(p.name for p in tmp_path.glob("build*")) == ["build"]
     assert_same_output(tmp_path / "build", reference)

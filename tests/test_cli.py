@@ -78,7 +78,7 @@ def test_compile_prints_the_result_on_stdout_and_progress_on_stderr(run: Run, mo
     for word in ("accuracy", "parameters", "multiply-accumulates", "latency, ort"):
         assert word in result.out
     assert result.out.rstrip().endswith("report: my[bold]build/report.html")
-    assert "slr epoch 1/1" in result.err
+    assert "gradual epoch 1/1" in result.err
     assert "epoch" not in result.out
     assert "accuracy" not in result.err
     assert Path("my[bold]build/report.html").exists()

@@ -1,37 +1,89 @@
-"""Tables and plots of what `convergence.py` has measured.
+"""Tables and plots of what `convergence/run.py` has measured.
 
     python benchmarks/convergence/answers.py
 
-Reads `benchmarks/results/convergence.jsonl`, prints tables and writes them to `convergence.md` beside it, with a
-plot for each question: `convergence_curves.svg` and others. Accuracies are of test images, in percent, of a copy that
-was hard-pruned without retraining and has batch-norm statistics of its own, unless said otherwise; seeds are averaged.
+Reads `benchmarks/results/convergence.jsonl`, prints tables and writes them to `convergence.md` beside it, with two
+plots: `convergence_curves.svg` and `convergence_budgets.svg`. Accuracies are those of the pruned network on test
+images, in percent, unless said otherwise; ± is a 95 % interval of the mean over seeds (Student's t).
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from contenders import CONTENDERS, PARTS
 from plots import write_plots
-from reading import (
-    BUDGETED,
-    COMPARED,
-    EPOCHS_OF_RUNS,
-    PACED,
-    RIVALS,
-    Case,
-    Result,
-    Results,
-    cost,
-    final,
-    least_budget,
-    mean,
-    ratio_of_epochs,
-    share_of_run,
-)
-from run import METHODS, RESULTS, USUAL_EPOCHS, read_rows
+from run import CASES, DEFAULT, EPOCHS, RESULTS, RIVALS, TUNED_ON, read_rows, short, tuned
+
+Result = Mapping[str, Any]
+Seeds = dict[str, float]
+"""A figure by seed."""
+STUDENT_95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160)
+"""Two-sided quantiles by degrees of freedom; from 14 on 2.145 to 1.96 is taken as 2.1."""
+MARGINS = (1.0, 2.0)
+"""Points below dense, as targets."""
+
+
+class Interval(NamedTuple):
+    """A mean and half the width of its interval; infinite for a single value."""
+
+    mean: float
+    half: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Interval:
+        """Return the interval of some values' mean."""
+        freedom = len(values) - 1
+        if not freedom:
+            return Interval(values[0], math.inf)
+        quantile = STUDENT_95[freedom] if freedom < len(STUDENT_95) else 2.1
+        return Interval(statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(len(values)))
+
+    @property
+    def verdict(self) -> str:
+        """Whether a difference is one: a tie if its interval holds zero."""
+        if abs(self.mean) <= self.half:
+            return "tie"
+        return "ahead" if self.mean > 0 else "behind"
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f} ± {self.half:.2f}" if math.isfinite(self.half) else f"{self.mean:+.2f}"
+
+
+class Results:
+    """The rows, by tier, case, contender with setting, epochs and seed."""
+
+    def __init__(self, rows: Mapping[str, Result]) -> None:
+        self.rows: dict[tuple[str, str, str, int], dict[str, Result]] = defaultdict(dict)
+        for name, row in rows.items():
+            tier, network, case, what, epochs, seed = name.split("/")
+            self.rows[tier, f"{network}/{case}", what, int(epochs)][seed] = row
+
+    def seeds(self, tier: str, case: str, what: str, epochs: int = EPOCHS, figure: str = "test") -> Seeds:
+        """Return a figure by seed; empty where nothing was measured."""
+        return {seed: row[figure] for seed, row in self.rows.get((tier, case, what, epochs), {}).items()}
+
+    def difference(self, tier: str, case: str, first: str, second: str, figure: str = "test") -> list[float]:
+        """Return the differences of two contenders in the seeds that both have."""
+        ours, theirs = (self.seeds(tier, case, what, figure=figure) for what in (first, second))
+        return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+
+    def cases(self, tier: str) -> list[str]:
+        """Return a tier's cases, in order."""
+        found = {case for (at, case, _, _) in self.rows if at == tier}
+        return sorted(found, key=lambda case: ([*map(name_of, CASES), case].index(case), case))
+
+
+def name_of(case: tuple[str, str, float]) -> str:
+    """Return a case as rows name it."""
+    network, pattern, sparsity = case
+    return f"{network}/{pattern}@{sparsity}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -40,173 +92,153 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def number(value: float | None, digits: int = 1) -> str:
-    """Print a number, or that there is none."""
-    return "–" if value is None else f"{value:.{digits}f}"
+def mean_of(values: Seeds) -> str:
+    """Print the mean over seeds."""
+    return f"{statistics.fmean(values.values()):.2f}" if values else "–"
 
 
-def accuracy_table(results: Results) -> str:
-    """Hard-pruned accuracy at equal sparsity, and how often SLR is ahead."""
+def accuracy_table(results: Results, figure: str) -> str:
+    """Accuracy of every contender, and how many seeds it has."""
+    cases = results.cases("small")
     rows = []
-    for case, by_name in results.cases(COMPARED):
-        means = {name: mean(map(final, by_name[name])) for name in METHODS}
-        best = max(value for value in means.values() if value is not None)
-        cells = [f"**{number(v, 2)}**" if v == best else number(v, 2) for v in means.values()]
-        rows.append([case[1], case[2], str(len(by_name["slr"])), number(by_name["slr"][0]["dense"], 2), *cells])
-    wins = [[final(mine) >= final(theirs) for mine, theirs in results.pairs(rival)] for rival in RIVALS]
-    shares = [f"{sum(won)} of {len(won)}" if won else "–" for won in wins]
-    rows.append(["SLR at least as good", "", "", "", "", *shares])
-    return table(["network", "pattern", "seeds", "dense", *METHODS], rows)
-
-
-def epochs_table(results: Results) -> str:
-    """Epochs, and time, until the accuracy is within 1 and 0.5 points of what the rival has at its end.
-
-    Time is in steps of plain training: processors differed between rows.
-    """
-    rows = []
-    for rival in RIVALS:
-        pairs = list(results.pairs(rival, PACED))
-        cells = [rival]
-        for margin in (1.0, 0.5):
-            ratios = [ratio_of_epochs(*pair, margin) for pair in pairs]
-            times = [ratio * cost(mine) / cost(theirs) for ratio, (mine, theirs) in zip(ratios, pairs, strict=True)]
-            cells += [number(median(ratios), 2), number(median(times), 2), up_to_a_third(ratios)]
-            cells.append(str(sum(ratio == float("inf") for ratio in ratios)))
-        rows.append(cells)
-    heads = (("within 1: epochs, ratio", "time, ratio"), ("within 0.5: epochs, ratio", "time, ratio"))
-    return table(["rival", *(cell for head in heads for cell in (*head, "at most 1/3", "never"))], rows)
-
-
-def share_of_run_table(results: Results) -> str:
-    """The share of all epochs after which SLR is within a point of a rival's accuracy at its end."""
-    rows = []
-    for rival in RIVALS:
-        shares = [share_of_run(*pair, 1.0) for pair in results.pairs(rival, PACED)]
-        rows.append([rival, number(median(shares), 2), up_to_a_third(shares)])
-    return table(["rival", "share of the epochs, median", "at most 1/3"], rows)
-
-
-def budget_table(results: Results) -> str:
-    """Accuracy at the end of whole runs of few epochs, and the shortest within a point of a rival's usual run."""
-    rows = []
-    shares: dict[str, list[float]] = {name: [] for name in BUDGETED}
-    ratios: dict[str, list[float]] = {name: [] for name in BUDGETED}
-    for case, by_name in results.budgets():
-        cells = []
-        for name in BUDGETED:
-            seeds = by_name[name].items()
-            means = [mean(final(runs[epochs]) for _, runs in seeds) for epochs in EPOCHS_OF_RUNS]
-            cells.append(", ".join(map(number, means)))
-            for mine, theirs in ((by_name["slr"][seed], runs) for seed, runs in seeds if seed in by_name["slr"]):
-                goal = final(theirs[USUAL_EPOCHS]) - 1.0
-                shares[name].append(least_budget(mine, goal) / USUAL_EPOCHS)
-                ratios[name].append(least_budget(mine, goal) / least_budget(theirs, goal))
-        rows.append([case[1], case[2], str(len(by_name["slr"])), *cells])
-    for what, found in (("share of the rival's usual run", shares), ("ratio to the rival's shortest run", ratios)):
-        cells = [f"{number(median(found[name]), 2)}; {up_to_a_third(found[name])}" for name in BUDGETED[1:]]
-        rows.append([f"SLR's shortest run, {what}: median; at most 1/3", "", "", "", *cells])
-    epochs = ", ".join(map(str, EPOCHS_OF_RUNS))
-    return table(["network", "pattern", "seeds", *(f"{name}: {epochs} epochs" for name in BUDGETED)], rows)
-
-
-def median(values: Sequence[float]) -> float | None:
-    """Return the median, or nothing of nothing."""
-    return statistics.median(values) if values else None
-
-
-def up_to_a_third(ratios: Sequence[float]) -> str:
-    """Say how many ratios are a third or less."""
-    return f"{sum(ratio <= 1 / 3 for ratio in ratios)} of {len(ratios)}"
-
-
-def retraining_table(results: Results) -> str:
-    """Accuracy after masked retraining for some epochs."""
-    rows = []
-    for case, by_name in results.cases(("retraining",)):
-        for name in METHODS:
-            retrained = [row for row in by_name[name] if row["retrained"]]
-            if retrained:
-                after = [mean(row["retrained"][e] for row in retrained) for e in ("1", "3", "10")]
-                zero = mean(map(final, retrained))
-                gain = after[1] - zero if after[1] is not None and zero is not None else None
-                rows.append([case[1], case[2], name, *(number(v, 2) for v in (zero, *after)), number(gain, 2)])
-    return table(["network", "pattern", "method", "0 epochs", "1", "3", "10", "gain of 3"], rows)
-
-
-def sparsity_table(results: Results) -> str:
-    """The greatest sparsity that was tried with an accuracy within a point of the dense one."""
-    dense, rows = results.dense(), []
-    for key, by_method in results.sparsities().items():
-        if key[1] != "2:4":
-            near = [
-                [s for s, accuracy in by_method[name].items() if accuracy >= dense[key[0]] - 1.0] for name in METHODS
-            ]
-            rows.append([*key, *(f"{100 * max(found):.0f} %" if found else "–" for found in near)])
-    return table(["network", "pattern", *METHODS], rows)
-
-
-def ablation_table(results: Results) -> str:
-    """What each part of SLR's default gives, on the validation split."""
-    cases = [case for case in results.rows if case[0] == "ablation"]
-    names = list(dict.fromkeys(name for case in cases for name in results.rows[case]))
-
-    def cells(get: Callable[[Case], list[Result]]) -> list[str]:
-        found = [get(case) for case in cases]
-        values = [mean(row["final"]["hard_bn_val"] for row in rows) for rows in found]
-        early = [mean(row["curve"][3]["hard_bn"] for row in rows) for rows in found]
-        known = [v for v in values if v is not None], [e for e in early if e is not None]
-        return [*(number(v, 2) for v in values), number(mean(known[0]), 2), number(mean(known[1]), 2)]
-
-    rows = [
-        [name, *cells(lambda case, name=name: results.rows[case][name])] for name in sorted(names, key="slr".__ne__)
+    for name in CONTENDERS:
+        values = [results.seeds("small", case, name, figure=figure) for case in cases]
+        if any(values):
+            rows.append([name, *map(mean_of, values), str(max(map(len, values)))])
+    starts = [
+        results.seeds("small", case, DEFAULT, figure={"test": "dense", "val": "dense_val"}[figure]) for case in cases
     ]
-    return table(["setting", *(f"{c[1]} {c[2]}" for c in cases), "mean", "mean after 2 epochs (test)"], rows)
+    return table(["", *cases, "seeds"], [["the dense start", *map(mean_of, starts), ""], *rows])
 
 
-def cost_table(results: Results) -> str:
-    """Time and memory, and what the conditions of acceptance said."""
+def against_table(results: Results, tier: str) -> str:
+    """The default less each rival: in each case, over all of them, and how many are won, tied and lost."""
+    cases, rows, score = results.cases(tier), [], []
+    for rival in RIVALS:
+        differences = [results.difference(tier, case, DEFAULT, rival) for case in cases]
+        if rival == DEFAULT or not any(differences):
+            continue
+        intervals = [Interval.of(d) if d else None for d in differences]
+        verdicts = [i.verdict for i in intervals if i]
+        score += verdicts
+        pooled = Interval.of([d for one in differences for d in one])
+        counts = "/".join(str(verdicts.count(v)) for v in ("ahead", "tie", "behind"))
+        rows.append([rival, *(str(i) if i else "–" for i in intervals), str(pooled), counts])
+    if score:
+        share = (score.count("ahead") + 0.5 * score.count("tie")) / len(score)
+        not_behind = 1 - score.count("behind") / len(score)
+        last = f"{share:.0%} with ties as half; at least as good in {not_behind:.0%}"
+        rows.append([f"all {len(score)}", *[""] * len(cases), "", last])
+    return table(["default less", *cases, "all cases", "ahead/tie/behind"], rows)
+
+
+def parts_table(results: Results) -> str:
+    """What the default loses without a part, on the validation split and on test images."""
+    cases, rows = results.cases("parts"), []
+    base = f"{DEFAULT}: the default"
+    for setting in PARTS:
+        name = f"{DEFAULT}: {setting}"
+        means = [mean_of(results.seeds("parts", case, name)) for case in cases]
+        cells = []
+        for figure in ("test", "val"):
+            pooled = [d for case in cases for d in results.difference("parts", case, name, base, figure)]
+            cells.append(str(Interval.of(pooled)) if pooled and setting != "the default" else "")
+        rows.append([setting, *means, *cells])
+    return table(["", *cases, "difference", "on validation"], rows)
+
+
+def budgets_table(results: Results) -> str:
+    """Accuracy after whole runs of few and of many epochs, and the shortest that reach targets below dense."""
+    case = name_of(CASES[0])
+    lengths = sorted({epochs for (tier, _, _, epochs) in results.rows if tier == "budgets"} | {EPOCHS})
     rows = []
-    for name in METHODS:
-        found = [row for _, by_name in results.cases(("small",)) for row in by_name[name]]
-        if found:
-            share = statistics.median(row["method_ms"] / row["step_ms"] for row in found)
-            state = statistics.median(row["state_kb"] for row in found)
-            steps = [point for row in found for point in row["history"]]
-            accepted = f"{sum(p['accepted'] for p in steps) / (2 * len(steps)):.0%}" if steps else "–"
-            residual = mean(row["history"][-1]["residual"] for row in found if row["history"])
-            rows.append(
-                [name, f"{share:.1%}", f"{state:.0f} KB", accepted if name == "slr" else "–", number(residual, 3)]
-            )
-    return table(["method", "share of a step's time", "state", "accepted", "residual at the end"], rows)
+    starts = results.seeds("small", case, DEFAULT, figure="dense").values()
+    dense = statistics.fmean(starts) if starts else math.inf
+    for name in RIVALS:
+        by_epochs = {e: results.seeds("small" if e == EPOCHS else "budgets", case, name, e) for e in lengths}
+        reached = []
+        for margin in MARGINS:
+            goal = dense - margin
+            enough = [e for e, found in by_epochs.items() if found and statistics.fmean(found.values()) >= goal]
+            reached.append(str(min(enough)) if enough else "–")
+        if len([e for e in lengths if by_epochs[e]]) > 1:
+            rows.append([name, *(mean_of(by_epochs[e]) for e in lengths), *reached])
+    targets = [f"epochs to dense − {margin:.0f}" for margin in MARGINS]
+    return table(["", *(f"{e} epochs" for e in lengths), *targets], rows)
 
 
-SECTIONS: tuple[tuple[str, Callable[[Results], str]], ...] = (
-    ("Hard-pruned accuracy without retraining", accuracy_table),
-    ("Epochs to come near a rival's final accuracy, over the rival's own", epochs_table),
-    ("Share of the run after which SLR is within 1 point of a rival's final accuracy", share_of_run_table),
-    ("Whole runs of few epochs, each with its own schedule", budget_table),
-    ("After masked retraining", retraining_table),
-    ("Greatest sparsity within 1 point of dense", sparsity_table),
-    ("Parts of the default, and its sensitivity (validation images)", ablation_table),
-    ("Cost, acceptance, residual", cost_table),
-)
+def others_table(results: Results) -> str:
+    """Larger networks: accuracy, and what the dense network had."""
+    rows = []
+    for (tier, case, name, epochs), found in sorted(results.rows.items()):
+        if tier in ("middle", "large"):
+            tests = {s: r["test"] for s, r in found.items()}
+            starts = {s: r["dense"] for s, r in found.items()}
+            rows.append([case, name, str(epochs), mean_of(starts), mean_of(tests), str(len(found))])
+    return table(["case", "contender", "epochs", "dense start", "accuracy", "seeds"], rows)
+
+
+def inside_table(results: Results) -> str:
+    """What happens inside: how much of the first mask changes, which conditions hold, what a step takes."""
+    rows = []
+    for name in CONTENDERS:
+        found = [
+            r for (tier, _, what, _), by in results.rows.items() if (tier, what) == ("small", name) for r in by.values()
+        ]
+        if not found:
+            continue
+        changed = [r["changed"] for r in found if r["changed"] is not None]
+        updates = [u for r in found for u in r["history"]]
+        held = statistics.fmean(u["accepted"] / 2 for u in updates) if updates and name.startswith("slr") else None
+        costs = [r["cost"] for r in found if r["cost"]]
+        rows.append(
+            [
+                name,
+                f"{min(changed):.1%} to {max(changed):.1%}" if changed else "–",
+                "–" if held is None else f"{held:.0%}",
+                f"{statistics.median(c['distillation'] for c in costs):.0%}",
+                f"{statistics.median(c['method'] for c in costs):.1%}",
+            ]
+        )
+    head = ["", "of the first mask changed", "conditions that held", "distillation adds to a step", "the method adds"]
+    return table(head, rows)
+
+
+def settings_table(rows: Mapping[str, Result]) -> str:
+    """What was the best for each contender in its grid, on the validation split of two cases."""
+    found = []
+    for name, contender in CONTENDERS.items():
+        tries = [r for r in rows.values() if r["row"].startswith("tuning/") and r["contender"] == name]
+        if not contender.like and tries:
+            best = tuned(name, rows)
+            values = [r["val"] for r in tries if r["setting"] == short(best)]
+            found.append([name, str(len(contender.settings())), short(best), ", ".join(f"{v:.2f}" for v in values)])
+    return table(["", "tried", "the best", f"validation, {' and '.join(map(name_of, TUNED_ON))}"], found)
 
 
 def main() -> None:
-    """Print and write."""
+    """Print and write everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, default=RESULTS)
-    parser.add_argument("--out", type=Path, default=RESULTS.parent)
+    parser.add_argument("--out", type=Path, default=RESULTS.parent, help="folder of the tables and plots")
     args = parser.parse_args()
-    results = Results(read_rows(args.rows).values())
-    text = "# Convergence\n\nMade by `python benchmarks/convergence/answers.py`; see there what the words mean.\n"
-    for title, make in SECTIONS:
-        text += f"\n## {title}\n\n{make(results)}"
+    rows = read_rows(args.rows)
+    results = Results(rows)
+    sections = (
+        (f"Accuracy after {EPOCHS} epochs, test images", accuracy_table(results, "test")),
+        ("The same on the validation split", accuracy_table(results, "val")),
+        ("The default less each other method, in points", against_table(results, "small")),
+        ("Parts of the default left out or changed, one seed", parts_table(results)),
+        (f"Whole runs of few and of many epochs, {name_of(CASES[0])}", budgets_table(results)),
+        ("Larger networks", others_table(results)),
+        ("What happens inside", inside_table(results)),
+        ("Settings", settings_table(rows)),
+    )
+    text = "\n".join(f"## {title}\n\n{body}" for title, body in sections)
     print(text)
-    args.out.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(exist_ok=True)
     (args.out / "convergence.md").write_text(text)
-    write_plots(results, args.out)
+    write_plots(rows, args.out)
 
 
 if __name__ == "__main__":

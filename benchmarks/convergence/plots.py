@@ -15,22 +15,8 @@ from matplotlib.figure import Figure
 from run import CASES, DEFAULT, EPOCHS
 
 Result = Mapping[str, Any]
-PALETTE = [
-    "#d62728",
-    "#1f77b4",
-    "#aec7e8",
-    "#2ca02c",
-    "#98df8a",
-    "#17becf",
-    "#9edae5",
-    "#9467bd",
-    "#c5b0d5",
-    "#ff7f0e",
-    "#8c564b",
-    "#7f7f7f",
-    "#000000",
-]
-COLORS = dict(zip(CONTENDERS, PALETTE, strict=True))
+PALETTE = ("#d62728", "#1f77b4", "#aec7e8", "#2ca02c", "#98df8a", "#17becf", "#9edae5", "#9467bd", "#c5b0d5", "#ff7f0e")
+COLORS = dict(zip(CONTENDERS, (*PALETTE, "#8c564b", "#7f7f7f", "#000000"), strict=True))
 BELOW, ABOVE = 8.0, 1.5
 """Points around the dense accuracy that are drawn."""
 ACROSS = 3

@@ -91,7 +91,6 @@ class SLR(MaskedMethod):
 
         if (plan := self.plan_at(self.k)) != split.plan:
             split.restrict(plan)
-            old_residual = norm(split.difference())
         old_penalty = split.penalty(split.difference())
         copies = split.project()
         difference = split.difference(copies)
@@ -125,7 +124,8 @@ class SLR(MaskedMethod):
     def _bounded(self, factor: float) -> float:
         """Return the next step size. With sets that tighten it is at most ρ, which maximises the dual function.
 
-        There the residual starts at zero, and the ratio of residuals would let it grow without bound.
+        The ratios make the move of the multipliers one of a length that only α shortens. Where the residual falls to
+        almost nothing between two updates, that would be a step beyond the maximum.
         """
         longer = self.step_size * factor
         return min(longer, self.splitting.rho) if self.settings.tighten else longer

@@ -172,7 +172,7 @@ class Steps:
         if not math.isfinite(float(whole.detach())):
             raise TrainingError(
                 f"the loss is {value} in {where}",
-                hint="lower the learning rate (the recipe's `peak-lr`) or the penalty (`rho`), or use `--precision fp32`",
+                hint="lower the learning rate (recipe's `peak-lr`) or the penalty (`rho`), or use `--precision fp32`",
             )
         self.accelerator.backward(whole)
         if self.accelerator.sync_gradients:

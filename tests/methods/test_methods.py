@@ -171,7 +171,6 @@ class ReferenceSLR:
         keep, before = self.keep_at(self.k), self.keep_at(self.k - 1)
         if keep < before:  # Z of before, in the new set
             z_old = keep_largest(self.copy(w, z_old, self.multiplier), keep)
-            now = self.distance(w, z_old, self.multiplier)
         z = keep_largest(w + self.multiplier / self.rho, keep)
         new, old = self.lagrangian(w, z, self.multiplier), self.lagrangian(w, z_old, self.multiplier)
         second = new < old or (self.settings.follow and torch.equal(z != 0, z_old != 0))

@@ -92,16 +92,16 @@ FILES = (
         ("benchmarks/channel_permutation.py", "passes/allocation", "slrc/sparsity"),
     ),
     ResultsFile(
-        "penalty_cost.json",
-        "python benchmarks/penalty_cost.py && python benchmarks/penalty_cost.py --bf16",
-        ("benchmarks/penalty_cost.py", "slrc/methods"),
+        "step_cost.json",
+        "python benchmarks/step_cost.py",
+        ("benchmarks/step_cost.py", "slrc/methods", "slrc/training"),
     ),
     ResultsFile(
         "convergence.jsonl",
         "python benchmarks/convergence/run.py TIER",
         (
             *(f"benchmarks/convergence/{name}.py" for name in ("run", "tasks", "contenders")),
-            *("slrc/methods", "slrc/sparsity", "slrc/training/batch_norm.py"),
+            *("slrc/methods", "slrc/sparsity", "slrc/training"),
         ),
     ),
 )

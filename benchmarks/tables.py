@@ -182,13 +182,13 @@ def analysis_growth() -> str:
     return text + made(rows.values())
 
 
-def penalty_cost() -> str:
-    """What SLR adds to a training step."""
-    rows, lines = read("penalty_cost"), []
+def step_cost() -> str:
+    """What the teacher and the method add to a training step."""
+    rows, lines = read("step_cost"), []
     for row in rows.values():
-        step, penalty = f"{row['step_ms']:.0f} ms", f"{row['penalty_ms']:.1f} ms"
-        lines.append([row["model"], f"`{row['pattern']}`", step, penalty, f"{row['penalty_share_of_step']:.2%}"])
-    titles = ("training", "pattern", "a step without", "the penalty", "share")
+        added = f"{row['distillation']:.0%}", f"{row['method']:.1%}"
+        lines.append([row["network"], row["precision"], f"`{row['method_name']}`", f"{row['step_ms']:.0f} ms", *added])
+    titles = ("network", "training", "method", "a step", "distillation adds", "the method adds")
     return table(titles, lines) + made(rows.values())
 
 
@@ -220,7 +220,7 @@ TABLES: dict[str, Callable[[], str]] = {
     f.__name__.replace("_", "-"): f
     for f in (
         *(front_page, sparse_latency, sparse_latency_other, kernel_latency, latency_budget, zoo),
-        *(analysis_growth, penalty_cost, split_copies, channel_permutation),
+        *(analysis_growth, step_cost, split_copies, channel_permutation),
     )
 }
 

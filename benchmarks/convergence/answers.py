@@ -2,8 +2,8 @@
 
     python benchmarks/convergence/answers.py
 
-Reads `benchmarks/results/convergence.jsonl`, prints tables and writes them to `convergence.md` beside it, with two
-plots: `convergence_curves.svg` and `convergence_budgets.svg`. Accuracies are those of the pruned network on test
+Reads `benchmarks/results/convergence.jsonl`, prints tables and writes them to `convergence.md` beside it, with a
+plot, `convergence_budgets.svg`. Accuracies are those of the pruned network on test
 images, in percent, unless said otherwise; ± is a 95 % interval of the mean over seeds (Student's t).
 """
 

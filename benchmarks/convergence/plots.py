@@ -1,4 +1,4 @@
-"""Plots of what `convergence/run.py` has measured: accuracy over the epochs of a run, and over the length of runs."""
+"""A plot of what `convergence/run.py` has measured: accuracy over the length of runs."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ PALETTE = ("#d62728", "#1f77b4", "#aec7e8", "#2ca02c", "#98df8a", "#17becf", "#9
 COLORS = dict(zip(CONTENDERS, (*PALETTE, "#8c564b", "#7f7f7f", "#000000"), strict=True))
 BELOW, ABOVE = 8.0, 1.5
 """Points around the dense accuracy that are drawn."""
-ACROSS = 3
-"""Panels in a row."""
 
 
 def draw(axes: Axes, name: str, x: Sequence[float], y: Sequence[float], marker: str = "") -> None:
@@ -36,32 +34,6 @@ def explain(figure: Figure) -> None:
     names = [name for name in CONTENDERS if name in entries]
     if names:
         figure.legend([entries[n] for n in names], names, loc="outside lower center", ncols=4, fontsize=7)
-
-
-def curves(rows: Mapping[str, Result]) -> Figure:
-    """Validation accuracy of a pruned copy over the epochs of a run, mean over seeds."""
-    found: dict[str, dict[str, list[Result]]] = defaultdict(lambda: defaultdict(list))
-    for name, row in rows.items():
-        tier, network, case, _, _, _ = name.split("/")
-        if tier in ("small", "short"):
-            found[f"{network}, {case}"][row["contender"]].append(row)
-    figure = Figure(figsize=(1.0 + 3.2 * min(ACROSS, max(1, len(found))), 1.2 + 2.6 * -(-len(found) // ACROSS)))
-    figure.set_layout_engine("constrained")
-    for i, (title, by_name) in enumerate(found.items(), start=1):
-        axes = figure.add_subplot(-(-len(found) // ACROSS), min(ACROSS, len(found)), i)
-        axes.set_title(title, fontsize=8)
-        axes.set_xlabel("epoch")
-        for name in reversed([n for n in CONTENDERS if n in by_name]):
-            points = list(zip(*(row["curve"] for row in by_name[name]), strict=True))
-            draw(
-                axes, name, [at[0]["epoch"] for at in points], [statistics.fmean(p["val"] for p in at) for at in points]
-            )
-        dense = next(iter(by_name.values()))[0]["dense_val"]
-        axes.axhline(dense, color="#888888", lw=0.8, ls=":")
-        axes.set_ylim(dense - BELOW, dense + ABOVE)
-    figure.supylabel("accuracy of a pruned copy, validation, %", fontsize=8)
-    explain(figure)
-    return figure
 
 
 def budgets(rows: Mapping[str, Result]) -> Figure:
@@ -90,7 +62,6 @@ def budgets(rows: Mapping[str, Result]) -> Figure:
 
 
 def write_plots(rows: Mapping[str, Result], folder: Path) -> None:
-    """Write `convergence_NAME.svg` for each plot."""
+    """Write `convergence_budgets.svg`."""
     with matplotlib.style.context({"svg.hashsalt": "slrc", "svg.fonttype": "none", "font.size": 8}):
-        for plot in (curves, budgets):
-            plot(rows).savefig(folder / f"convergence_{plot.__name__}.svg", metadata={"Date": None})
+        budgets(rows).savefig(folder / "convergence_budgets.svg", metadata={"Date": None})

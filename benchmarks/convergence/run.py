@@ -67,6 +67,8 @@ CASES = (
 )
 TUNED_ON = (CASES[1], CASES[4])
 RIVALS = tuple(name for name in CONTENDERS if name != "dense")
+WATCHED = ("short", "middle", "large")
+"""Tiers whose pruned copies are measured after each epoch, on the validation split: a look at long runs."""
 TIERS = ("short", "tuning", "small", "parts", "budgets", "middle", "large")
 Case = tuple[str, str, float]
 
@@ -172,30 +174,27 @@ def run_row(row: Row) -> dict[str, Any]:
     if task.bfloat16:
         model.to(memory_format=torch.channels_last)
     first = Masks.project(plan, dict(model.named_parameters()))
-    dense = accuracy(model, task.test) if row.tier != "tuning" else None
+    looks = row.tier != "tuning"
+    start = accuracy(model, task.validation), accuracy(model, task.test) if looks else None
     workload = slrc.Workload(
         model=model,
         example_inputs=(task.example,),
         train_batches=task.batches,
-        evaluate=lambda m: {"accuracy": accuracy(m, task.validation)},
+        evaluate=(lambda m: {"accuracy": accuracy(m, task.validation)}) if row.tier in WATCHED else None,
     )
     checkpoints = CACHE / "convergence-checkpoints" / digest(row)
     config = make_config({**contender.config(row.epochs, row.options), **precision(task), "seed": row.seed})
     trained = run(contender, workload, plan, config, checkpoints)
-    curve = [
-        {"epoch": i, "val": r.hard_pruned if r.hard_pruned is not None else r.metric}
-        for i, r in enumerate(trained.curve)
-    ]
     result = {
         "row": str(row),
         "contender": row.contender,
         "setting": row.setting,
         "options": row.options,
-        "dense": dense,
-        "dense_val": trained.dense,
-        "val": curve[-1]["val"],
-        "test": accuracy(model, task.test) if row.tier != "tuning" else None,
-        "curve": curve,
+        "dense": start[1],
+        "dense_val": start[0],
+        "val": accuracy(model, task.validation),
+        "test": accuracy(model, task.test) if looks else None,
+        "curve": [r.hard_pruned for r in trained.curve],
         "changed": changed(first, trained.masks),
         "history": [
             {

@@ -30,9 +30,7 @@ class RecipeSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    distill: float = Field(
-        default=0.7, ge=0, le=1, description="weight of the distillation from the dense network, 0 for none"
-    )
+    distill_weight: float = Field(default=0.7, gt=0, le=1, description="of distillation; the loss has the rest")
     temperature: float = Field(default=2.0, gt=0, description="of the logits in the distillation of a classifier")
     one_cycle: bool = Field(default=True, description="whether the learning rate rises first; else it only falls")
     warmup: float = Field(default=0.3, gt=0, lt=1, description="share of the steps in which the learning rate rises")
@@ -89,6 +87,11 @@ class CompileConfig(MethodSettings):
         None, "epochs of sparse training (default: 10, or as many as 2000 steps take where that is more)", ge=0
     )
     steps: int | None = _option(None, "steps of sparse training, in place of epochs", ge=1)
+    distill: bool = _option(
+        True,
+        "learn from the dense network's outputs too (default: distill)",
+        flags="--distill/--no-distill",
+    )
     retrain_epochs: int = _option(0, "epochs of masked retraining afterwards (default: 0)", ge=0)
     precision: Precision = _option(Precision.FP32, "training in fp32, bf16 or fp16 (default: fp32)")
     target: tuple[str, ...] = _option(

@@ -72,14 +72,14 @@ CONTENDERS: Mapping[str, Contender] = {
 }
 """`dense` prunes nothing: the dense network, trained as long with the same recipe."""
 
-NO_RECIPE = {"distill": 0.0, "one_cycle": False, "clip": 0.0, "peak_lr": 0.01}
+NO_RECIPE = {"one_cycle": False, "clip": 0.0, "peak_lr": 0.01}
 PARTS: Mapping[str, Options] = {
     "the default": {},
-    "no distillation": {"recipe": {"distill": 0.0}},
+    "no distillation": {"distill": False},
     "no rise of the learning rate": {"recipe": {"one_cycle": False}},
     "highest learning rate 0.01": {"recipe": {"peak_lr": 0.01}},
     "no clipping": {"recipe": {"clip": 0.0}},
-    "none of these": {"recipe": NO_RECIPE},
+    "none of these": {"distill": False, "recipe": NO_RECIPE},
     "temperature 4": {"recipe": {"temperature": 4.0}},
     "averaged weights": {"recipe": {"average": 0.98}},
     "pruned until 0.5 of the run": {"gradual": {"until": 0.5}},

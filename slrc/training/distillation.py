@@ -43,7 +43,7 @@ class Teacher:
 
     def __init__(self, model: nn.Module, workload: Workload, settings: RecipeSettings) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.weight = settings.distill
+        self.weight = settings.distill_weight
         self.distance = _distance(workload, settings.temperature)
         self.own_distance = workload.distill is not None
         self.unfit: str | None = None

@@ -177,7 +177,7 @@ class _Trainer:
     def run(self) -> Trained:
         """Sparse epochs, projection, retraining; what the newest checkpoint has done already is not done again."""
         self._check_storable()
-        if self._has_steps and self.config.recipe.distill:
+        if self._has_steps and self.config.distill:
             self.teacher = Teacher(self._twin(), self.workload, self.config.recipe)
         in_retraining = self.snapshot is not None and self.snapshot.phase == RETRAIN
         if in_retraining:

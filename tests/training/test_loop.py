@@ -613,7 +613,7 @@ OPTIONS: dict[str, Any] = {"epochs": 3, "retrain_epochs": 2, "sparsity": 0.5}
         ("slr-tightening", {"average": 0.9}),
         ("gradual", {"average": 0.9, "one_cycle": False}),
         ("admm", {}),
-        ("magnitude", {"distill": 0.0}),
+        ("magnitude", {"clip": 0.0}),
     ],
 )
 def test_resume_from_every_checkpoint(

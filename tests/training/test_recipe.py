@@ -98,8 +98,9 @@ def test_gradients_are_clipped_before_the_penalty_and_only_with_the_recipes_own_
         )
         plan = slrc.plan(slrc.capture(workload), "unstructured", 0.5, keep_ends=False)
         before = model.weight.detach().clone()
-        recipe = {"clip": clip, "distill": 0.0, "one_cycle": False}
-        train(workload, plan, make_config({"steps": 1, "method": "slr", "recipe": recipe, "slr": {"rho": 1e-6}}))
+        recipe = {"clip": clip, "one_cycle": False}
+        options = {"steps": 1, "method": "slr", "distill": False, "slr": {"rho": 1e-6}, "recipe": recipe}
+        train(workload, plan, make_config(options))
         norms.append(float((model.weight.detach() - before).norm()))
         return before
 
@@ -170,21 +171,22 @@ def test_the_teacher_is_the_dense_network_in_evaluation_mode(tiny_workload: Make
 
 
 def test_the_loss_is_a_blend(tiny_workload: MakeWorkload) -> None:
-    """With a weight of 1 the workload's loss has no say; with 0 the teacher has none."""
+    """With a weight of 1 the workload's loss has no say; without distillation the teacher has none."""
 
-    def trained(weight: float, scale: float, distance: float) -> dict[str, torch.Tensor]:
+    def trained(weight: float | None, scale: float, distance: float) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
         workload = tiny_workload(
             loss=lambda m, batch: scale * slrc.cross_entropy(m, batch),
             distill=lambda ours, theirs: distance * nn.functional.mse_loss(ours, theirs),
         )
-        return run(workload, recipe={"distill": weight}, method="magnitude").tensors
+        recipe = {} if weight is None else {"distill_weight": weight}
+        return run(workload, distill=weight is not None, recipe=recipe, method="magnitude").tensors
 
     def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
         return all(torch.equal(t, b[n]) for n, t in a.items())
 
     assert same(trained(1.0, 1.0, 1.0), trained(1.0, 2.0, 1.0))
-    assert same(trained(0.0, 1.0, 1.0), trained(0.0, 1.0, 2.0))
+    assert same(trained(None, 1.0, 1.0), trained(None, 1.0, 2.0))
     assert not same(trained(0.5, 1.0, 1.0), trained(0.5, 1.0, 2.0))
 
 
@@ -242,7 +244,7 @@ def test_a_teacher_takes_calls_with_keywords_and_several_a_step() -> None:
     student, teacher = nn.Linear(3, 3), nn.Linear(3, 3)
     workload = slrc.Workload(model=student, example_inputs=(torch.zeros(1, 3),))
     x, y = torch.randn(4, 3), torch.randn(2, 3)
-    judge = Teacher(teacher, workload, RecipeSettings(distill=0.25))
+    judge = Teacher(teacher, workload, RecipeSettings(distill_weight=0.25))
     with judge.watch(student) as calls:
         student(x)
         student(input=y)
@@ -284,7 +286,7 @@ def test_what_a_step_takes_is_told(tiny_workload: MakeWorkload) -> None:
     assert 0 < cost.method < 20
     assert 0 < cost.teacher_mb < cost.peak_mb
     assert cost.method_mb > 0
-    without = run(tiny_workload(), method="magnitude", recipe={"distill": 0}).cost
+    without = run(tiny_workload(), method="magnitude", distill=False).cost
     assert without is not None
     assert (without.distillation, without.teacher_mb, without.method_mb) == (0.0, 0.0, 0.0)
 

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+sys.path.insert(1, str(Path(__file__).parent / "convergence"))
+import answers
 from analysis_growth import slope
 from front_page import CASES
-from results import FILES, ROOT, Row, rows_of
+from results import FILES, ROOT, Row, file_of, rows_of
 from sparse_latency import NETWORKS, SPARSITIES, key
 from zoo import EXACT
 
@@ -216,11 +219,54 @@ def channel_permutation() -> str:
     return table(("network", "pattern", "energy kept", "accuracy, one shot"), lines) + made(rows.values())
 
 
+def methods() -> str:
+    """The methods' accuracy after six epochs."""
+    return answers.accuracy_table(answers.Results(compared()), "test") + made(compared("small").values())
+
+
+def methods_against() -> str:
+    """The default less each other method."""
+    return answers.against_table(answers.Results(compared()), "small")
+
+
+def methods_parts() -> str:
+    """Parts of the default left out or changed."""
+    return answers.parts_table(answers.Results(compared())) + made(compared("parts").values())
+
+
+def methods_budgets() -> str:
+    """Runs of few and of many epochs."""
+    return answers.budgets_table(answers.Results(compared())) + made(compared("budgets").values())
+
+
+def methods_large() -> str:
+    """Larger networks."""
+    rows = {**compared("middle"), **compared("large")}
+    return answers.others_table(answers.Results(compared())) + made(rows.values())
+
+
+def methods_inside() -> str:
+    """What happens inside the methods."""
+    return answers.inside_table(answers.Results(compared()))
+
+
+def methods_settings() -> str:
+    """What was the best for each method."""
+    return answers.settings_table(compared()) + made(compared("tuning").values())
+
+
+def compared(tier: str = "") -> dict[str, Row]:
+    """Return the rows of the comparison, all or those of a tier."""
+    rows = rows_of(file_of("convergence"))
+    return {name: row for name, row in rows.items() if name.startswith(tier)}
+
+
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__.replace("_", "-"): f
     for f in (
         *(front_page, sparse_latency, sparse_latency_other, kernel_latency, latency_budget, zoo),
         *(analysis_growth, step_cost, split_copies, channel_permutation),
+        *(methods, methods_against, methods_parts, methods_budgets, methods_large, methods_inside, methods_settings),
     )
 }
 

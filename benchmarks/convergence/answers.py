@@ -2,9 +2,9 @@
 
     python benchmarks/convergence/answers.py
 
-Reads `benchmarks/results/convergence.jsonl`, prints tables and writes them to `convergence.md` beside it, with a
-plot, `convergence_budgets.svg`. Accuracies are those of the pruned network on test
-images, in percent, unless said otherwise; ± is a 95 % interval of the mean over seeds (Student's t).
+Reads `benchmarks/results/convergence.jsonl`, prints tables, and draws `convergence_budgets.svg` beside it. The tables
+of docs/method.md are these: `make tables` writes them there. Accuracies are those of the pruned network on test images,
+in percent, unless said otherwise; ± is a 95 % interval of the mean over seeds (Student's t).
 """
 
 from __future__ import annotations
@@ -26,6 +26,15 @@ Seeds = dict[str, float]
 """A figure by seed."""
 STUDENT_95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160)
 """Two-sided quantiles by degrees of freedom; from 14 on 2.145 to 1.96 is taken as 2.1."""
+NETWORKS = {
+    "fashion-resnet": "ResNet",
+    "fashion-mixer": "Mixer",
+    "cifar-resnet20": "ResNet-20, CIFAR-10",
+    "imagenette-mobilenet_v2": "MobileNetV2, Imagenette",
+    "cifar-vgg16": "VGG-16, CIFAR-10",
+    "cifar-resnet18": "ResNet-18, CIFAR-10",
+    "cifar-resnet110": "ResNet-110, CIFAR-10",
+}
 MARGINS = (1.0, 2.0)
 """Points below dense, as targets."""
 
@@ -80,6 +89,16 @@ class Results:
         return sorted(found, key=lambda case: ([*map(name_of, CASES), case].index(case), case))
 
 
+def titles(cases: Sequence[str]) -> list[str]:
+    """Return cases as tables show them, such as `ResNet, block:8x1 75 %`."""
+    found = []
+    for case in cases:
+        network, pattern = case.split("/")
+        kind, sparsity = pattern.split("@")
+        found.append(f"{NETWORKS.get(network, network)}, `{kind}` {float(sparsity):.0%}")
+    return found
+
+
 def name_of(case: tuple[str, str, float]) -> str:
     """Return a case as rows name it."""
     network, pattern, sparsity = case
@@ -90,6 +109,14 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table in Markdown."""
     lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
     return "\n".join(lines) + "\n"
+
+
+def tuned_or_none(name: str, rows: Mapping[str, Result]) -> Mapping[str, Any] | None:
+    """Return a contender's best settings, or nothing before it is tuned."""
+    try:
+        return tuned(name, rows)
+    except SystemExit:
+        return None
 
 
 def mean_of(values: Seeds) -> str:
@@ -108,7 +135,7 @@ def accuracy_table(results: Results, figure: str) -> str:
     starts = [
         results.seeds("small", case, DEFAULT, figure={"test": "dense", "val": "dense_val"}[figure]) for case in cases
     ]
-    return table(["", *cases, "seeds"], [["the dense start", *map(mean_of, starts), ""], *rows])
+    return table(["", *titles(cases), "seeds"], [["the dense start", *map(mean_of, starts), ""], *rows])
 
 
 def against_table(results: Results, tier: str) -> str:
@@ -129,7 +156,7 @@ def against_table(results: Results, tier: str) -> str:
         not_behind = 1 - score.count("behind") / len(score)
         last = f"{share:.0%} with ties as half; at least as good in {not_behind:.0%}"
         rows.append([f"all {len(score)}", *[""] * len(cases), "", last])
-    return table(["default less", *cases, "all cases", "ahead/tie/behind"], rows)
+    return table(["", *titles(cases), "all", "ahead/tie/behind"], rows)
 
 
 def parts_table(results: Results) -> str:
@@ -144,7 +171,7 @@ def parts_table(results: Results) -> str:
             pooled = [d for case in cases for d in results.difference("parts", case, name, base, figure)]
             cells.append(str(Interval.of(pooled)) if pooled and setting != "the default" else "")
         rows.append([setting, *means, *cells])
-    return table(["", *cases, "difference", "on validation"], rows)
+    return table(["", *titles(cases), "difference", "on validation"], rows)
 
 
 def budgets_table(results: Results) -> str:
@@ -174,7 +201,7 @@ def others_table(results: Results) -> str:
         if tier in ("middle", "large"):
             tests = {s: r["test"] for s, r in found.items()}
             starts = {s: r["dense"] for s, r in found.items()}
-            rows.append([case, name, str(epochs), mean_of(starts), mean_of(tests), str(len(found))])
+            rows.append([*titles([case]), name, str(epochs), mean_of(starts), mean_of(tests), str(len(found))])
     return table(["case", "contender", "epochs", "dense start", "accuracy", "seeds"], rows)
 
 
@@ -210,17 +237,19 @@ def settings_table(rows: Mapping[str, Result]) -> str:
     for name, contender in CONTENDERS.items():
         tries = [r for r in rows.values() if r["row"].startswith("tuning/") and r["contender"] == name]
         if not contender.like and tries:
-            best = tuned(name, rows)
+            if (best := tuned_or_none(name, rows)) is None:
+                continue
             values = [r["val"] for r in tries if r["setting"] == short(best)]
             found.append([name, str(len(contender.settings())), short(best), ", ".join(f"{v:.2f}" for v in values)])
-    return table(["", "tried", "the best", f"validation, {' and '.join(map(name_of, TUNED_ON))}"], found)
+    on = " and ".join(titles([name_of(case) for case in TUNED_ON]))
+    return table(["", "tried", "the best", f"validation: {on}"], found)
 
 
 def main() -> None:
-    """Print and write everything."""
+    """Print everything, and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, default=RESULTS)
-    parser.add_argument("--out", type=Path, default=RESULTS.parent, help="folder of the tables and plots")
+    parser.add_argument("--out", type=Path, default=RESULTS.parent, help="folder of the plot")
     args = parser.parse_args()
     rows = read_rows(args.rows)
     results = Results(rows)
@@ -234,10 +263,8 @@ def main() -> None:
         ("What happens inside", inside_table(results)),
         ("Settings", settings_table(rows)),
     )
-    text = "\n".join(f"## {title}\n\n{body}" for title, body in sections)
-    print(text)
+    print("\n".join(f"## {title}\n\n{body}" for title, body in sections))
     args.out.mkdir(exist_ok=True)
-    (args.out / "convergence.md").write_text(text)
     write_plots(rows, args.out)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 import pytest
 
-BUDGETS = ("budget-1", "budget-2", "budget-3")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -33,34 +33,63 @@ runpy.run_path({str(path)!r}, run_name="__main__")
 
 
 def test_the_short_form_measures_resumes_and_answers(run: Callable[..., str], tmp_path: Path) -> None:
-    rows, both = (
-        tmp_path / "rows.jsonl",
-        ["short", "--only", "*/[sg][lr][ra]*/*", "--out", str(tmp_path / "rows.jsonl")],
-    )
-    printed = run("convergence/run.py", *both)
-    by_name = {row["row"].split("/")[3]: row for row in map(json.loads, rows.read_text().splitlines())}
-    assert by_name.keys() == {"slr", "gradual"}
-    assert printed.count("\n") == 2
-    slr = by_name["slr"]
-    assert [point["epoch"] for point in slr["curve"]] == [0.5 * i for i in range(1, 7)]
-    assert len(slr["history"]) == 6
-    assert slr["final"]["hard_bn"] > 80
-    assert slr["retrained"].keys() == {"1"}
-    assert slr["history"][-1]["residual"] < 0.2 * slr["history"][0]["residual"]
+    rows = tmp_path / "rows.jsonl"
+    some = ["short", "--only", "*/[dgm]*[elt]/3/0", "--out", str(rows)]
+    printed = run("convergence/run.py", *some)
+    found = {row["contender"]: row for row in map(json.loads, rows.read_text().splitlines())}
+    assert found.keys() == {"gradual", "dense", "masks from the start"}
+    assert printed.count("\n") == len(found)
+    gradual, dense, masked = (found[name] for name in ("gradual", "dense", "masks from the start"))
+    assert len(gradual["curve"]) == 4
+    assert gradual["cost"]["steps"] == dense["cost"]["steps"] == masked["cost"]["steps"]
+    assert gradual["test"] > 80
+    assert (masked["changed"], dense["changed"]) == (0.0, None)
+    assert len(gradual["history"]) == 6
 
     before = rows.read_bytes()
     rows.write_bytes(b"".join(before.splitlines(keepends=True)[:1]))  # as if it had been interrupted
-    assert run("convergence/run.py", *both).count("\n") == 1
-    assert len(rows.read_text().splitlines()) == 2
-    assert run("convergence/run.py", *both) == ""
+    assert run("convergence/run.py", *some).count("\n") == len(found) - 1
+    assert run("convergence/run.py", *some) == ""
 
-    measured = rows.read_text()
-    rows.write_text("".join(measured.replace("short/", f"{tier}/") for tier in ("small", *BUDGETS)))
-    answers = run("convergence/answers.py", "--rows", str(rows), "--out", str(tmp_path / "answers"))
-    assert f"{slr['final']['hard_bn']:.2f}" in answers
-    assert ", ".join([f"{slr['final']['hard_bn']:.1f}"] * 4) in answers  # runs of 1, 2, 3 and 6 epochs
-    assert (tmp_path / "answers" / "convergence.md").read_text() == answers.removesuffix("\n")
-    assert "SLR" in answers
-    plots = {path.stem for path in (tmp_path / "answers").glob("*.svg") if "<svg" in path.read_text()}
-    questions = ("curves", "sparsity", "epochs", "budgets", "retraining", "sensitivity", "residual")
-    assert plots == {f"convergence_{question}" for question in questions}
+    rows.write_text(rows.read_text().replace('"row": "short/', '"row": "small/').replace("/3/0", "/6/0"))
+    answers = run("convergence/answers.py", "--rows", str(rows), "--out", str(tmp_path))
+    assert f"| gradual | {gradual['test']:.2f} | 1 |" in answers
+    assert f"| dense | {dense['test']:.2f} | 1 |" in answers
+    assert f"{gradual['test'] - masked['test']:+.2f}" in answers
+    assert "<svg" in (tmp_path / "convergence_budgets.svg").read_text()
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> Any:
+    for folder in (BENCHMARKS / "convergence", BENCHMARKS):
+        monkeypatch.syspath_prepend(str(folder))
+    return importlib.import_module("answers")
+
+
+def test_intervals_and_verdicts(answers: Any) -> None:
+    interval = answers.Interval.of([1.0, 2.0, 3.0])
+    assert interval.mean == 2.0
+    assert interval.half == pytest.approx(4.303 / 3**0.5, rel=1e-3)
+    assert interval.verdict == "tie"
+    assert answers.Interval.of([1.0, 1.1, 0.9]).verdict == "ahead"
+    assert answers.Interval.of([-1.0, -1.1, -0.9]).verdict == "behind"
+    assert answers.Interval.of([5.0]).verdict == "tie"  # one value says nothing
+
+
+def test_settings_are_taken_from_the_validation_split_of_all_cases(answers: Any) -> None:
+    def row(case: str, setting: str, value: float) -> dict[str, Any]:
+        name = f"tuning/{case}/admm: {setting}/6/0"
+        options = {"admm": {"rho": float(setting[-1])}}
+        return {"row": name, "contender": "admm", "setting": setting, "val": value, "test": 99.0, "options": options}
+
+    first, second = (answers.name_of(case) for case in answers.TUNED_ON)
+    rows = [
+        row(first, "rho 1", 80.0),
+        row(second, "rho 1", 84.0),
+        row(first, "rho 2", 83.0),
+        row(second, "rho 2", 83.0),
+    ]
+    rows.append(row(first, "rho 3", 95.0))  # was run on one case alone
+    assert answers.tuned("admm", {r["row"]: r for r in rows}) == {"admm": {"rho": 2.0}}
+    with pytest.raises(SystemExit, match="is not tuned"):
+        answers.tuned("ac-dc", {})

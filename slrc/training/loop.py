@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 from slrc.config import CompileConfig, Precision
 from slrc.errors import TrainingError, WorkloadError
-from slrc.methods.base import Iteration, Method, MethodState
+from slrc.methods.base import Iteration, MaskedMethod, Method, MethodState
 from slrc.methods.magnitude import Magnitude
 from slrc.methods.registry import make_method
 from slrc.methods.settings import MethodName
@@ -316,24 +316,13 @@ class _Trainer:
         assert batches is not None
         optimizer, scheduler = self._make_optimizer(phase)
         self.accelerator.free_memory()
-        model, optimizer, scheduler = self.accelerator.prepare(self.model, optimizer, scheduler)
+        prepared = self.accelerator.prepare(self.model, optimizer, scheduler)
         loader = share_out(batches, self.accelerator)
         optimizer.zero_grad()  # the user's own training may have left gradients, and a resumed run has others
         average = AveragedWeights(_parameters(self.model), recipe.average, phase.steps) if recipe.average else None
         clip = recipe.clip if self.workload.optimizer is None else 0.0
-        taker = Steps(
-            self.workload,
-            self.accelerator,
-            self.config.precision,
-            model,
-            self.model,
-            optimizer,
-            scheduler,
-            phase.hooks,
-            clip,
-            average,
-            self.stopwatch,
-        )
+        common = self.workload, self.accelerator, self.config.precision, self.model
+        taker = Steps(*common, *prepared, phase.hooks, clip, average, self.stopwatch)
         first = 0
         if self.snapshot and self.folder and self.resume_from and self.snapshot.phase == phase.name:
             self.folder.restore(self.accelerator, self.resume_from)
@@ -345,9 +334,10 @@ class _Trainer:
             seed_epoch(batches, self.config.seed, phase.name, epoch)
             started, total, count = time.perf_counter(), 0.0, 0
             done = epoch * steps
-            model.train()
-            with self.reporter.task(f"{phase.name} epoch {epoch + 1}/{epochs}", steps) as task:
-                for count, batch in enumerate(islice(read(loader), phase.steps - done), start=1):
+            taker.model.train()
+            left = min(steps, phase.steps - done)
+            with self.reporter.task(f"{phase.name} epoch {epoch + 1}/{epochs}", left) as task:
+                for count, batch in enumerate(islice(read(loader), left), start=1):
                     where = f"{phase.name}, epoch {epoch + 1}, step {count}"
                     loss = taker.take(batch, self.teacher, where, done + count)
                     total += loss
@@ -408,10 +398,16 @@ class _Trainer:
         return optimizer, scheduler
 
     def _measure(self, phase: str, epoch: int, loss: float | None, seconds: float) -> EpochRecord:
-        """Evaluate the live model and, while it is not pruned yet, a hard-pruned copy, in float32."""
+        """Evaluate the live model and, while it is not pruned yet, a hard-pruned copy, in float32.
+
+        Masks may have come in force in the step before: then the live model's statistics are taken anew too.
+        """
         metric = hard = None
         if self.workload.evaluate is not None:
-            metric = hard = self._metric(self._twin())
+            live = self._twin()
+            if phase != RETRAIN and isinstance(self.method, MaskedMethod) and self.method.kept:
+                self._recalibrate(live)
+            metric = hard = self._metric(live)
             if phase != RETRAIN:
                 pruned = self._twin()
                 self.method.masks().apply_(_parameters(pruned))

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -106,38 +107,33 @@ class Stopwatch:
         )
 
 
+@dataclass
 class Steps:
-    """Takes steps of one phase.
+    """Takes the steps of one phase.
 
     Args:
         workload: whose loss.
         accelerator: which scales losses, and gathers gradients from other processes.
         precision: of the steps.
-        model: as the accelerator prepared it; `inner` is the user's own, whose calls the teacher answers.
-        optimizer: prepared too, as is `scheduler`.
+        inner: the user's model, whose calls the teacher answers.
+        model: the same as the accelerator prepared it, as are `optimizer` and `scheduler`.
         hooks: of the phase.
         clip: the most that the norm of the loss's gradient may be; 0 for no limit.
         average: takes in the weights after each step, if there is one.
-        stopwatch: what adds up the times.
+        stopwatch: adds up the times.
     """
 
-    def __init__(
-        self,
-        workload: Workload,
-        accelerator: Accelerator,
-        precision: Precision,
-        model: nn.Module,
-        inner: nn.Module,
-        optimizer: Any,
-        scheduler: Any,
-        hooks: Hooks,
-        clip: float,
-        average: AveragedWeights | None,
-        stopwatch: Stopwatch,
-    ) -> None:
-        self.workload, self.accelerator, self.precision = workload, accelerator, precision
-        self.model, self.inner, self.optimizer, self.scheduler = model, inner, optimizer, scheduler
-        self.hooks, self.clip, self.average, self.stopwatch = hooks, clip, average, stopwatch
+    workload: Workload
+    accelerator: Accelerator
+    precision: Precision
+    inner: nn.Module
+    model: nn.Module
+    optimizer: Any
+    scheduler: Any
+    hooks: Hooks
+    clip: float
+    average: AveragedWeights | None
+    stopwatch: Stopwatch
 
     def take(self, batch: Any, teacher: Teacher | None, where: str, number: int) -> float:
         """Take a step, the `number`-th of the phase from 1; return the workload's loss.

@@ -316,13 +316,23 @@ class _Trainer:
         assert batches is not None
         optimizer, scheduler = self._make_optimizer(phase)
         self.accelerator.free_memory()
-        prepared = self.accelerator.prepare(self.model, optimizer, scheduler)
+        model, optimizer, scheduler = self.accelerator.prepare(self.model, optimizer, scheduler)
         loader = share_out(batches, self.accelerator)
         optimizer.zero_grad()  # the user's own training may have left gradients, and a resumed run has others
         average = AveragedWeights(_parameters(self.model), recipe.average, phase.steps) if recipe.average else None
-        clip = recipe.clip if self.workload.optimizer is None else 0.0
-        common = self.workload, self.accelerator, self.config.precision, self.model
-        taker = Steps(*common, *prepared, phase.hooks, clip, average, self.stopwatch)
+        taker = Steps(
+            workload=self.workload,
+            accelerator=self.accelerator,
+            precision=self.config.precision,
+            inner=self.model,
+            model=model,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            hooks=phase.hooks,
+            clip=recipe.clip if self.workload.optimizer is None else 0.0,
+            average=average,
+            stopwatch=self.stopwatch,
+        )
         first = 0
         if self.snapshot and self.folder and self.resume_from and self.snapshot.phase == phase.name:
             self.folder.restore(self.accelerator, self.resume_from)
@@ -334,7 +344,7 @@ class _Trainer:
             seed_epoch(batches, self.config.seed, phase.name, epoch)
             started, total, count = time.perf_counter(), 0.0, 0
             done = epoch * steps
-            taker.model.train()
+            model.train()
             left = min(steps, phase.steps - done)
             with self.reporter.task(f"{phase.name} epoch {epoch + 1}/{epochs}", left) as task:
                 for count, batch in enumerate(islice(read(loader), left), start=1):

@@ -7,7 +7,6 @@ one did, bit by bit, as long as the user's batches depend on torch's, numpy's an
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -15,15 +14,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, send_to_device
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils import _pytree as pytree
 
 from slrc.config import CompileConfig, Precision
@@ -39,9 +36,9 @@ from slrc.training.batch_norm import recalibrate_batch_norm
 from slrc.training.batches import count_steps, read, seed_epoch, share_of_first, share_out, update_steps
 from slrc.training.checkpoints import CheckpointFolder, EpochRecord, Snapshot, misfit
 from slrc.training.distillation import Teacher
-from slrc.training.recipe import AveragedWeights, peak_learning_rate, schedule, sgd
+from slrc.training.recipe import AveragedWeights, make_optimizer
 from slrc.training.steps import Hooks, StepCost, Steps, Stopwatch, call_loss
-from slrc.workload import Workload, user_error
+from slrc.workload import Workload
 
 RETRAIN = "retrain"
 ON_CPU = not torch.accelerator.is_available()
@@ -49,7 +46,6 @@ ON_CPU = not torch.accelerator.is_available()
 USUAL_EPOCHS, USUAL_STEPS = 10, 2000
 """Of sparse training, whichever is more, where nobody says how long."""
 MethodMaker = Callable[[MethodName, Mapping[str, nn.Parameter], Plan, int, CompileConfig], Method]
-T = TypeVar("T")
 MIXED_PRECISION = {Precision.FP32: "no", Precision.BF16: "bf16", Precision.FP16: "fp16"}
 
 
@@ -314,7 +310,10 @@ class _Trainer:
     def _run_phase(self, phase: _Phase) -> None:
         batches, steps, recipe = self.workload.train_batches, self.steps, self.config.recipe
         assert batches is not None
-        optimizer, scheduler = self._make_optimizer(phase)
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        # accelerate steps a schedule once for each process
+        total = phase.steps * self.accelerator.num_processes
+        optimizer, scheduler = make_optimizer(self.workload, trainable, total, recipe, phase.rho)
         self.accelerator.free_memory()
         model, optimizer, scheduler = self.accelerator.prepare(self.model, optimizer, scheduler)
         loader = share_out(batches, self.accelerator)
@@ -342,7 +341,7 @@ class _Trainer:
         due, epochs = update_steps(steps, self.config.updates_per_epoch), math.ceil(phase.steps / steps)
         for epoch in range(first, epochs):
             seed_epoch(batches, self.config.seed, phase.name, epoch)
-            started, total, count = time.perf_counter(), 0.0, 0
+            started, summed, count = time.perf_counter(), 0.0, 0
             done = epoch * steps
             model.train()
             left = min(steps, phase.steps - done)
@@ -350,7 +349,7 @@ class _Trainer:
                 for count, batch in enumerate(islice(read(loader), left), start=1):
                     where = f"{phase.name}, epoch {epoch + 1}, step {count}"
                     loss = taker.take(batch, self.teacher, where, done + count)
-                    total += loss
+                    summed += loss
                     if count in due:
                         taker.update()
                     task.advance(f"loss {loss:.4f}")
@@ -361,7 +360,7 @@ class _Trainer:
                 )
             if average is not None and epoch + 1 == epochs:
                 average.store()
-            mean_loss = self._mean_of_processes(total / count)
+            mean_loss = self._mean_of_processes(summed / count)
             record = self._measure(phase.name, epoch + 1, mean_loss, time.perf_counter() - started)
             self.curve.append(record)
             self.reporter.note(_describe(record))
@@ -369,43 +368,6 @@ class _Trainer:
                 kept = average.average if average is not None else {}
                 self.folder.save(self.accelerator, self._snapshot(phase, epoch + 1, kept))
             self.accelerator.wait_for_everyone()
-
-    def _make_optimizer(self, phase: _Phase) -> tuple[Optimizer, LRScheduler]:
-        """Return the workload's optimiser and schedule, or those of the recipe.
-
-        Raises:
-            WorkloadError: the workload's failed, or are of a kind that does not fit.
-        """
-        workload, recipe = self.workload, self.config.recipe
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
-        if not trainable:
-            raise WorkloadError(
-                "the model has no parameters to train: none has `requires_grad`",
-                hint="unfreeze it, or prune in one shot with `--method magnitude --epochs 0`",
-            )
-        own_optimizer, own_scheduler = workload.optimizer, workload.scheduler
-        if own_optimizer is None:
-            optimizer = sgd(trainable, peak_learning_rate(recipe, phase.rho))
-        else:
-            optimizer = _made("optimizer", Optimizer, lambda: own_optimizer(trainable))
-        # accelerate steps a schedule once for each process
-        total = phase.steps * self.accelerator.num_processes
-        if own_scheduler is None:
-            scheduler = schedule(optimizer, total, recipe)
-        else:
-            scheduler = _made("scheduler", LRScheduler, lambda: own_scheduler(optimizer, total))
-        if isinstance(scheduler, ReduceLROnPlateau):
-            raise WorkloadError(
-                "`Workload.scheduler` must return a schedule of its own, got ReduceLROnPlateau",
-                hint="the schedule is stepped after every batch, without a metric: try OneCycleLR or CosineAnnealingLR",
-            )
-        closure = inspect.signature(optimizer.step).parameters.get("closure")
-        if closure is not None and closure.default is inspect.Parameter.empty:
-            raise WorkloadError(
-                f"`Workload.optimizer` made a {type(optimizer).__name__}, whose steps need a closure",
-                hint="give one that steps by the gradients there are, such as SGD or AdamW",
-            )
-        return optimizer, scheduler
 
     def _measure(self, phase: str, epoch: int, loss: float | None, seconds: float) -> EpochRecord:
         """Evaluate the live model and, while it is not pruned yet, a hard-pruned copy, in float32.
@@ -486,14 +448,3 @@ def _unwrap(model: nn.Module) -> None:
         del model.forward
         if getattr(original, "__func__", None) is not type(model).forward:
             model.forward = original
-
-
-def _made(name: str, kind: type[T], make: Callable[[], T]) -> T:
-    """Return what the user's function makes; what it raises becomes an error that names the user's line."""
-    try:
-        made = make()
-    except Exception as error:
-        raise user_error(f"`Workload.{name}`", error) from error
-    if not isinstance(made, kind):
-        raise WorkloadError(f"`Workload.{name}` must return a {kind.__name__}, got {type(made).__name__}")
-    return made

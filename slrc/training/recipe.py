@@ -7,16 +7,21 @@ workload brings of its own wins.
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from slrc.config import RecipeSettings
+from slrc.errors import WorkloadError
+from slrc.workload import Workload, user_error
 
+T = TypeVar("T")
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 LARGEST_SHARE = 0.5
 """Of a weight, which the penalty may take away in a step at the full speed of momentum; from 1 on it oscillates."""
@@ -26,6 +31,53 @@ AVERAGED = 0.1
 """The share of a run, at its end, over which weights are averaged."""
 MOMENTS = 100
 """At which ρ and the learning rate are looked at."""
+
+
+def make_optimizer(
+    workload: Workload,
+    parameters: Sequence[nn.Parameter],
+    steps: int,
+    settings: RecipeSettings,
+    rho: Callable[[float], float],
+) -> tuple[Optimizer, LRScheduler]:
+    """Return the workload's optimiser and schedule, or those of the recipe.
+
+    Args:
+        workload: its own ones win.
+        parameters: those that train.
+        steps: how often the schedule will be stepped.
+        settings: the recipe.
+        rho: the penalty's strength at a share of the run, see `peak_learning_rate`.
+
+    Raises:
+        WorkloadError: there is nothing to train; the workload's functions failed, or made what does not fit.
+    """
+    if not parameters:
+        raise WorkloadError(
+            "the model has no parameters to train: none has `requires_grad`",
+            hint="unfreeze it, or prune in one shot with `--method magnitude --epochs 0`",
+        )
+    own_optimizer, own_scheduler = workload.optimizer, workload.scheduler
+    if own_optimizer is None:
+        optimizer = sgd(parameters, peak_learning_rate(settings, rho))
+    else:
+        optimizer = _made("optimizer", Optimizer, lambda: own_optimizer(parameters))
+    if own_scheduler is None:
+        scheduler = schedule(optimizer, steps, settings)
+    else:
+        scheduler = _made("scheduler", LRScheduler, lambda: own_scheduler(optimizer, steps))
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise WorkloadError(
+            "`Workload.scheduler` must return a schedule of its own, got ReduceLROnPlateau",
+            hint="the schedule is stepped after every batch, without a metric: try OneCycleLR or CosineAnnealingLR",
+        )
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise WorkloadError(
+            f"`Workload.optimizer` made a {type(optimizer).__name__}, whose steps need a closure",
+            hint="give one that steps by the gradients there are, such as SGD or AdamW",
+        )
+    return optimizer, scheduler
 
 
 def sgd(parameters: Iterable[nn.Parameter], peak_lr: float) -> Optimizer:
@@ -97,3 +149,14 @@ class AveragedWeights:
         """
         if tensors:
             self.average = {n: tensors[n].to(p.device).clone() for n, p in self.parameters.items()}
+
+
+def _made(name: str, kind: type[T], make: Callable[[], T]) -> T:
+    """Return what the user's function makes; what it raises becomes an error that names the user's line."""
+    try:
+        made = make()
+    except Exception as error:
+        raise user_error(f"`Workload.{name}`", error) from error
+    if not isinstance(made, kind):
+        raise WorkloadError(f"`Workload.{name}` must return a {kind.__name__}, got {type(made).__name__}")
+    return made

@@ -367,7 +367,7 @@ def test_batches_that_run_dry_later(tiny_workload: MakeWorkload, tiny_data: Tens
 
 def test_a_hard_pruned_copy_has_statistics_of_its_own(tiny_workload: MakeWorkload) -> None:
     """What is measured and what is left behind have the statistics of the pruned weights, on the same data."""
-    for options in ({}, {"precision": "bf16"}, {"epochs": 0, "method": "magnitude"}):
+    for options in ({"method": "slr"}, {"method": "slr", "precision": "bf16"}, {"epochs": 0, "method": "magnitude"}):
         seen: list[dict[str, torch.Tensor]] = []
         workload = tiny_workload(evaluate=lambda m, seen=seen: seen.append(m.state_dict()) or {"x": 1.0})
         trained = run(workload, **options)
@@ -375,6 +375,15 @@ def test_a_hard_pruned_copy_has_statistics_of_its_own(tiny_workload: MakeWorkloa
         assert all(torch.equal(t, trained.tensors[n]) for n, t in hard.items())
         assert trained.tensors["bn1.num_batches_tracked"] == STEPS
         assert not torch.equal(hard["bn1.running_mean"], seen[-2]["bn1.running_mean"])
+
+
+def test_a_live_model_under_masks_has_statistics_of_its_own_too(tiny_workload: MakeWorkload) -> None:
+    """Masks come in force with the last step of an epoch: what it did to batch norm is no news about accuracy."""
+    seen: list[dict[str, torch.Tensor]] = []
+    run(tiny_workload(evaluate=lambda m: seen.append(m.state_dict()) or {"x": 1.0}), method="gradual")
+    live, pruned = seen[-2:]
+    assert live["bn1.num_batches_tracked"] == STEPS
+    assert all(torch.equal(t, pruned[n]) for n, t in live.items())
 
 
 class Broken(TensorDataset):

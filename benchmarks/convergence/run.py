@@ -31,7 +31,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from functools import lru_cache
 from hashlib import sha256
@@ -65,6 +65,8 @@ CASES = (
     ("fashion-resnet", "channel", 0.75),
     ("fashion-mixer", "block:8x1", 0.75),
 )
+NEAR = 1.0
+"""Points of validation accuracy that a setting may be behind its contender's best to be tried on the second case."""
 TUNED_ON = (CASES[1], CASES[4])
 RIVALS = tuple(name for name in CONTENDERS if name != "dense")
 WATCHED = ("short", "middle", "large")
@@ -91,17 +93,26 @@ class Row:
         return f"{self.tier}/{network}/{pattern}@{sparsity}/{what}/{self.epochs}/{self.seed}"
 
 
-def rows_of(tier: str, seeds: int, known: Mapping[str, Mapping[str, Any]]) -> Iterator[Row]:
-    """Yield a tier's rows: a seed before the next one, so that what there is compares."""
+def rows_of(tier: str, seeds: int, out: Path) -> Iterator[Row]:
+    """Yield a tier's rows: a seed before the next one, so that what there is compares. `out` has those of before."""
+    known = read_rows(out)
     if tier == "tuning":
         for case, (name, contender) in itertools.product(TUNED_ON, CONTENDERS.items()):
-            for options in contender.settings():
-                yield Row(tier, case, name, short(options), EPOCHS, 0, options)
+            rows = [Row(tier, case, name, short(options), EPOCHS, 0, options) for options in contender.settings()]
+            yield from rows if case == TUNED_ON[0] else promising(rows, out)
         return
     for seed in range(seeds):
         for case, name, setting, epochs, options in plain_rows(tier):
             best = {} if tier == "short" or name == DEFAULT else tuned(name, known)
             yield Row(tier, case, name, setting, epochs, seed, merged(best, options))
+
+
+def promising(rows: Sequence[Row], out: Path) -> list[Row]:
+    """Return the settings that came within a point of their contender's best on the first case."""
+    known = read_rows(out)
+    first = {row.setting: known.get(str(replace(row, case=TUNED_ON[0]))) for row in rows}
+    values = {setting: found["val"] for setting, found in first.items() if found}
+    return [row for row in rows if values.get(row.setting, 0.0) >= max(values.values(), default=0.0) - NEAR]
 
 
 def plain_rows(tier: str) -> Iterator[tuple[Case, str, str, int, Options]]:
@@ -287,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_flush_denormal(True)  # weights on their way to zero; arithmetic with denormals is slow
     args.out.parent.mkdir(exist_ok=True)
     made = made_with(file_of(RESULTS.name))
-    for row in rows_of(args.tier, args.seeds, read_rows(args.out)):
+    for row in rows_of(args.tier, args.seeds, args.out):
         if not fnmatch(str(row), args.only):
             continue
         with claim(row) as mine:

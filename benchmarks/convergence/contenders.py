@@ -78,11 +78,12 @@ PARTS: Mapping[str, Options] = {
     "no distillation": {"distill": False},
     "no rise of the learning rate": {"recipe": {"one_cycle": False}},
     "highest learning rate 0.01": {"recipe": {"peak_lr": 0.01}},
+    "highest learning rate 0.1": {"recipe": {"peak_lr": 0.1}},
     "no clipping": {"recipe": {"clip": 0.0}},
     "none of these": {"distill": False, "recipe": NO_RECIPE},
     "temperature 4": {"recipe": {"temperature": 4.0}},
     "averaged weights": {"recipe": {"average": 0.98}},
-    "pruned until 0.5 of the run": {"gradual": {"until": 0.5}},
+    "pruned until 0.75 of the run": {"gradual": {"until": 0.75}},
     "pruned until the end": {"gradual": {"until": 1.0}},
     "6 updates an epoch": {"updates_per_epoch": 6},
 }

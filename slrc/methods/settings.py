@@ -49,7 +49,7 @@ class GradualSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    until: float = Field(default=0.75, gt=0, le=1, description="share of the updates after which all is pruned")
+    until: float = Field(default=0.5, gt=0, le=1, description="share of the updates after which all is pruned")
 
 
 class ACDCSettings(BaseModel):

@@ -167,7 +167,8 @@ def test_the_report_has_the_documented_fields(compile_once: Callable[[str], tupl
     inputs = {c["step"]: c["inputs"] for c in data["checks"]}
     assert inputs["eager module = captured program"] == ["example", "random", "random, batch 3"]
     assert inputs["masked module = ort"] == ["example", "random", "random, batch 3", "evaluation data"]
-    assert len(data["slr"]) == 4
+    assert len(data["history"]) == 4
+    assert data["training"].keys() >= {"steps", "step_ms", "distillation", "method", "peak_mb"}
     assert data["environment"].keys() >= {"cpu", "versions"}
     assert Report.load(out) == report
 

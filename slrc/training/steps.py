@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 
 from slrc.config import Precision
 from slrc.errors import SlrcError, TrainingError, WorkloadError
+from slrc.machine.memory import peak_bytes
 from slrc.training.distillation import Teacher
 from slrc.training.recipe import AveragedWeights
 from slrc.workload import Workload, user_error
@@ -33,7 +32,7 @@ class StepCost(BaseModel):
 
     `step_ms` is the median step. `distillation` is what the teacher adds to the time of a step of the loss and the
     optimiser alone, as a share of that, and `method` what the method adds, its updates included. `peak_mb` is the most
-    memory that the process had (on an accelerator: that was allocated there), of which `teacher_mb` are the dense
+    memory that the process had (on an accelerator: that was allocated there; unknown on some systems), of which `teacher_mb` are the dense
     network's weights and `method_mb` what the method keeps.
     """
 
@@ -43,7 +42,7 @@ class StepCost(BaseModel):
     step_ms: float
     distillation: float
     method: float
-    peak_mb: float
+    peak_mb: float | None
     teacher_mb: float
     method_mb: float
 
@@ -93,7 +92,7 @@ class Stopwatch:
         """Return what was measured; nothing if no step was taken."""
         if not self.steps:
             return None
-        timed = len(self.steps)
+        timed, peak = len(self.steps), _peak_bytes(self.waits)
         teacher, method = self.totals["teacher"] / timed, self.totals["method"] / timed
         plain = statistics.fmean(self.steps) - teacher - method
         return StepCost(
@@ -101,7 +100,7 @@ class Stopwatch:
             step_ms=1e3 * statistics.median(self.steps),
             distillation=teacher / plain,
             method=(method + self.totals["update"] / self.count) / plain,
-            peak_mb=_peak_bytes(self.waits) / 2**20,
+            peak_mb=None if peak is None else peak / 2**20,
             teacher_mb=teacher_bytes / 2**20,
             method_mb=method_bytes / 2**20,
         )
@@ -211,8 +210,7 @@ def call_loss(workload: Workload, model: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
-def _peak_bytes(on_accelerator: bool) -> int:
+def _peak_bytes(on_accelerator: bool) -> int | None:
     if on_accelerator and torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_bytes()

@@ -34,7 +34,7 @@ runpy.run_path({str(path)!r}, run_name="__main__")
 
 def test_the_short_form_measures_resumes_and_answers(run: Callable[..., str], tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
-    some = ["short", "--only", "*/[dgm]*[elt]/3/0", "--out", str(rows)]
+    some = ["short", "--only", "*/[dgm][era][nas]*[elt]/3/0", "--out", str(rows)]
     printed = run("convergence/run.py", *some)
     found = {row["contender"]: row for row in map(json.loads, rows.read_text().splitlines())}
     assert found.keys() == {"gradual", "dense", "masks from the start"}

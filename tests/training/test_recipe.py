@@ -284,6 +284,7 @@ def test_what_a_step_takes_is_told(tiny_workload: MakeWorkload) -> None:
     assert cost.step_ms > 0
     assert 0 < cost.distillation < 5
     assert 0 < cost.method < 20
+    assert cost.peak_mb is not None
     assert 0 < cost.teacher_mb < cost.peak_mb
     assert cost.method_mb > 0
     without = run(tiny_workload(), method="magnitude", distill=False).cost

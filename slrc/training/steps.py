@@ -32,8 +32,8 @@ class StepCost(BaseModel):
 
     `step_ms` is the median step. `distillation` is what the teacher adds to the time of a step of the loss and the
     optimiser alone, as a share of that, and `method` what the method adds, its updates included. `peak_mb` is the most
-    memory that the process had (on an accelerator: that was allocated there; unknown on some systems), of which `teacher_mb` are the dense
-    network's weights and `method_mb` what the method keeps.
+    memory that the process had (on an accelerator: that was allocated there; `None` where the system does not tell), of
+    which `teacher_mb` are the dense network's weights and `method_mb` what the method keeps.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -136,7 +136,7 @@ def plain_rows(tier: str) -> Iterator[tuple[Case, str, str, int, Options]]:
             resnet, mobilenet = (("cifar-resnet20", "block:8x1", 0.75), ("imagenette-mobilenet_v2", "block:8x1", 0.75))
             for epochs in (12, 30):
                 yield resnet, DEFAULT, UNTUNED, epochs, {}
-            yield mobilenet, DEFAULT, UNTUNED, 31, {}
+            yield mobilenet, DEFAULT, "pruned until 0.75 of the run", 31, {"gradual": {"until": 0.75}}
             for name in ("masks from the start", "slr", "admm", "dense"):
                 yield resnet, name, "", 12, {}
         case "large":

@@ -51,11 +51,11 @@ _HOME = {
     "Masks": "sparsity.masks",
     "Plan": "sparsity.plans",
     "Program": "ir.program",
-    "soft_divergence": "training.distillation",
     "Report": "reporting.report",
     "Workload": "workload",
     "cached_weights": "workload",
     "cross_entropy": "workload",
+    "soft_divergence": "training.distillation",
 }
 
 __all__ = [

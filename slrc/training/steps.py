@@ -158,15 +158,14 @@ class Steps:
                 loss = call_loss(self.workload, self.model, batch)
             with self.stopwatch.part("teacher"), self.accelerator.autocast():
                 whole = teacher.blend(loss, calls)
-        value = float(loss.detach())
         if not loss.requires_grad:
             raise WorkloadError(
                 "`loss(model, batch)` returned a tensor without a gradient",
                 hint="compute it from the model's output, without `detach`, `item` or `torch.no_grad`",
             )
-        if not math.isfinite(float(whole.detach())):
+        if not math.isfinite(blended := float(whole.detach())):
             raise TrainingError(
-                f"the loss is {value} in {where}",
+                f"the loss is {blended} in {where}",
                 hint="lower the learning rate (recipe's `peak-lr`) or the penalty (`rho`), or use `--precision fp32`",
             )
         self.accelerator.backward(whole)
@@ -187,7 +186,7 @@ class Steps:
             self.hooks.after_step()
         if self.average is not None:
             self.average.after_step(number)
-        return value
+        return float(loss.detach())
 
 
 def call_loss(workload: Workload, model: nn.Module, batch: Any) -> Tensor:

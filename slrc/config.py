@@ -277,7 +277,7 @@ def _config_error(error: ValidationError, file: Path | None, options: Mapping[st
     field = ".".join(str(part) for part in first["loc"])
     top = str(first["loc"][0]) if first["loc"] else ""
     option = f"--{top.replace('_', '-')}" if field == top else field
-    where = f"option `{option}`" if top in options else f"`{field}` in `{file}`"
+    where = f"option `{option}`" if top in options else f"`{field.replace('_', '-')}` in `{file}`"
     if first["type"] == "extra_forbidden":
         table = TABLES.get(top, CompileConfig) if field != top else CompileConfig
         known = ", ".join(name.replace("_", "-") for name in table.model_fields)

@@ -140,7 +140,7 @@ def accuracy_table(results: Results, figure: str) -> str:
 
 def against_table(results: Results, tier: str) -> str:
     """The default less each rival: in each case, over all of them, and how many are won, tied and lost."""
-    cases, rows, score = results.cases(tier), [], []
+    cases, rows, score, means = results.cases(tier), [], [], []
     for rival in RIVALS:
         differences = [results.difference(tier, case, DEFAULT, rival) for case in cases]
         if rival == DEFAULT or not any(differences):
@@ -148,13 +148,14 @@ def against_table(results: Results, tier: str) -> str:
         intervals = [Interval.of(d) if d else None for d in differences]
         verdicts = [i.verdict for i in intervals if i]
         score += verdicts
+        means += [i.mean >= 0 for i in intervals if i]
         pooled = Interval.of([d for one in differences for d in one])
         counts = "/".join(str(verdicts.count(v)) for v in ("ahead", "tie", "behind"))
         rows.append([rival, *(str(i) if i else "–" for i in intervals), str(pooled), counts])
     if score:
         share = (score.count("ahead") + 0.5 * score.count("tie")) / len(score)
-        not_behind = 1 - score.count("behind") / len(score)
-        last = f"{share:.0%} with ties as half; at least as good in {not_behind:.0%}"
+        behind = score.count("behind") / len(score)
+        last = f"{share:.0%} with ties as half; clearly behind in {behind:.0%}; the mean ahead in {statistics.fmean(means):.0%}"
         rows.append([f"all {len(score)}", *[""] * len(cases), "", last])
     return table(["", *titles(cases), "all", "ahead/tie/behind"], rows)
 

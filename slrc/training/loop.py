@@ -173,6 +173,8 @@ class _Trainer:
     def run(self) -> Trained:
         """Sparse epochs, projection, retraining; what the newest checkpoint has done already is not done again."""
         self._check_storable()
+        if self.snapshot:
+            self.reporter.note(f"going on after {self.snapshot.phase} epoch {self.snapshot.epochs_done}")
         if self._has_steps and self.config.distill:
             self.teacher = Teacher(self._twin(), self.workload, self.config.recipe)
         in_retraining = self.snapshot is not None and self.snapshot.phase == RETRAIN

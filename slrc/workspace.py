@@ -192,7 +192,10 @@ class Workspace:
     def _check_same(self, known: dict[str, Any] | None, run: Mapping[str, Any], out: Path) -> None:
         if known is None:
             shutil.rmtree(self.work, ignore_errors=True)
-            raise OutputError(f"there is no unfinished run of `{out}` to resume", hint="run without `--resume`; a run that was interrupted before its first epoch leaves nothing behind")
+            raise OutputError(
+                f"there is no unfinished run of `{out}` to resume",
+                hint="run without `--resume`; one that was interrupted before it began to train leaves nothing behind",
+            )
         asked = json.loads(json.dumps(dict(run)))
         differing = sorted(k for k in known.keys() | asked.keys() if known.get(k) != asked.get(k))
         if differing:

@@ -155,7 +155,8 @@ def against_table(results: Results, tier: str) -> str:
     if score:
         share = (score.count("ahead") + 0.5 * score.count("tie")) / len(score)
         behind = score.count("behind") / len(score)
-        last = f"{share:.0%} with ties as half; clearly behind in {behind:.0%}; the mean ahead in {statistics.fmean(means):.0%}"
+        ahead = statistics.fmean(means)
+        last = f"{share:.0%} with ties as half; clearly behind in {behind:.0%}; the mean ahead in {ahead:.0%}"
         rows.append([f"all {len(score)}", *[""] * len(cases), "", last])
     return table(["", *titles(cases), "all", "ahead/tie/behind"], rows)
 

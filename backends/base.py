@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from slrc.errors import BackendError
+from slrc.forms.packed_weight import PackedWeight
 from slrc.ir.program import Program
 
 MANIFEST = "manifest.json"
@@ -149,6 +150,13 @@ class Backend(ABC):
         Raises:
             BackendError: the program cannot be emitted.
         """
+
+    def repack(self, artifact: Artifact, folder: Path, packed: PackedWeight, out: Path) -> None:
+        """Write an artifact of one packed layer again into the existing folder `out`, with other blocks in the layer.
+
+        It is much faster than `lower`, for timing one layer with many masks. Only where `why_not_packed` says nothing.
+        """
+        raise NotImplementedError(f"{self.name} has no packed layers")
 
     @abstractmethod
     def tolerance(self, artifact: Artifact) -> float:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import onnx
     import onnx_ir
 
+    from slrc.forms.packed_weight import PackedWeight
+
 DOMAIN = "ai.slrc"
 VERSION = 1
 CONV, GEMM, MLP, POOL = "BlockSparseConv", "BlockSparseGemm", "BlockSparseMlp", "MaxPool2x2"
@@ -256,3 +258,16 @@ def _renamed(nodes: Iterable[onnx.NodeProto], prefix: str, names: Mapping[str, s
             if attribute.ref_attr_name:
                 attribute.ref_attr_name = prefix + attribute.ref_attr_name
         yield copy
+
+
+def replace_blocks(model: onnx.ModelProto, packed: PackedWeight) -> None:
+    """Give the one packed layer of a model other blocks, of any number of rows."""
+    from onnx import numpy_helper
+
+    (node,) = [n for n in model.graph.node if n.domain == DOMAIN and n.op_type != POOL]
+    tensors = (packed.values, packed.columns, packed.row_pointers)
+    blocks = dict(zip(node.input[1:4], tensors, strict=True))
+    for initializer in model.graph.initializer:
+        if initializer.name in blocks:
+            initializer.CopyFrom(numpy_helper.from_array(blocks[initializer.name].numpy(), initializer.name))
+    next(a for a in node.attribute if a.name == "block").i = packed.values.shape[1]

@@ -33,7 +33,7 @@ BUDGETS = (0.7, 0.5, 0.35)
 def measure_budget(program: Program, dense: Any, budget: float, cache: Path) -> dict[str, Any]:
     """Plan for a budget, then measure."""
     started = time.perf_counter()
-    plan = slrc.plan(program, "channel", allocate="latency", latency_budget=budget, threads=1, cache=cache)
+    plan = slrc.plan(program, "channel", latency_budget=budget, threads=1, cache=cache)
     planned = time.perf_counter() - started
     assert plan.latency is not None
     slim = structure(program, plan, Masks.project(plan, program.tensors))

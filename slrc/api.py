@@ -18,7 +18,9 @@ from slrc.errors import BackendError, ConfigError
 from slrc.ir.program import Program
 from slrc.ir.program import capture as capture_module
 from slrc.measuring.choose_forms import choose_forms
-from slrc.measuring.choose_widths import LatencyGoal, LatencyMeter, plan_for_latency
+from slrc.measuring.choose_options import offered_patterns, plan_options
+from slrc.measuring.choose_widths import plan_widths
+from slrc.measuring.latency_meter import LatencyMeter
 from slrc.passes.allocation.allocate_sparsity import allocate_sparsity
 from slrc.passes.allocation.check_plan import checked_plan
 from slrc.pipeline import Checker as ProgramChecker
@@ -34,9 +36,6 @@ from slrc.training import loop as training
 from slrc.training.loop import Trained
 from slrc.workload import Workload, load_workload
 from slrc.workspace import Workspace
-
-PROBED_SPARSITIES = (0.5, 0.75)
-"""Where the parts of a program are timed, besides dense."""
 
 
 def capture(workload: Workload) -> Program:
@@ -55,9 +54,9 @@ def plan(
 ) -> Plan:
     """Return what to constrain in a program and how much of it to keep. See `allocate_sparsity`.
 
-    `options` are those of `CompileConfig` that make a plan, such as `skip=("head",)` or `permute=True`. With
-    `allocate="latency"` the parts of the program are timed on the first `target`, with `threads` threads, and widths
-    are chosen to meet `latency_budget`, a share of the dense latency. What was timed once is kept in `cache`.
+    `options` are those of `CompileConfig` that make a plan, such as `skip=("head",)` or `permute=True`. With `speedup`
+    or `latency_budget` the parts of the program are timed on the first `target`, with `threads` threads, and how much
+    of each layer is kept is chosen to meet it. What was timed once is kept in `cache`.
     """
     made = make_config({"pattern": pattern, "sparsity": sparsity, **options})
     return plan_from(program, made, cache=Path(cache) if cache else None, reporter=reporter)
@@ -153,6 +152,7 @@ def compile(
         if not leads:
             processes.wait_for_everyone()
             return Report.load(Path(out))
+        chosen = trained.plan
         check, metric = run.evaluate_masked(program, trained, probes)
         slim = structure(program, chosen, trained, check.program)
         emitted = run.lower(dense_lowered, slim, check.program)
@@ -213,10 +213,10 @@ def plan_from(
 ) -> Plan:
     """Return the plan that a configuration asks for. See `plan`."""
 
-    def allocate(allocation: Allocation, sparsity: float | None, goal: LatencyGoal | None = None) -> Plan:
+    def allocate(pattern: AnyPattern, allocation: Allocation, sparsity: float | None, **others: Any) -> Plan:
         return allocate_sparsity(
             program,
-            config.pattern,
+            pattern,
             sparsity,
             allocation=allocation,
             skip=config.skip,
@@ -225,12 +225,17 @@ def plan_from(
             attention=config.attention,
             layer_norm=config.layer_norm,
             permute=config.permute,
-            choose_widths=goal,
+            **others,
         )
 
-    if config.latency_budget is None:
-        return allocate(config.allocate, config.sparsity)
+    budget, pattern = config.latency_share, config.pattern
+    if budget is None:
+        assert not isinstance(pattern, str)
+        return allocate(pattern, config.allocate, config.sparsity)
     target = parse_target(config.target[0])
     meter = LatencyMeter(program, target, threads=config.threads, cache=cache, reporter=reporter)
-    probes = [allocate(Allocation.UNIFORM, sparsity) for sparsity in PROBED_SPARSITIES]
-    return plan_for_latency(meter, probes, config.latency_budget, partial(allocate, Allocation.LATENCY, None))
+    if not isinstance(pattern, str) and pattern.coupled:
+        return plan_widths(meter, partial(allocate, pattern, Allocation.UNIFORM), budget)
+    patterns = offered_patterns(target) if isinstance(pattern, str) else (pattern,)
+    start = allocate(patterns[0], Allocation.UNIFORM, 0.0, alternatives=patterns[1:])
+    return plan_options(meter, program, start, patterns, budget)

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from slrc.errors import ConfigError, SlrcError
 from slrc.methods.settings import MethodName, MethodSettings
 from slrc.sparsity.choices import Allocation, Attention, LayerNorm
-from slrc.sparsity.patterns import AnyPattern, Block, Channel, PatternField
+from slrc.sparsity.patterns import AnyPattern, Block, Channel, PatternOrAuto
 
 
 class Precision(StrEnum):
@@ -58,9 +58,9 @@ class CompileConfig(MethodSettings):
     A field with a text is an option of the command line, named with hyphens; the others are for the file and the API.
     """
 
-    pattern: PatternField = _option(
+    pattern: PatternOrAuto = _option(
         Channel,
-        "what may survive: unstructured, block:RxC, columns:R, channel or N:M (default: channel)",
+        "what may survive: auto, unstructured, block:RxC, columns:R, channel or N:M (default: channel)",
         plans=True,
     )
     sparsity: float | None = _option(
@@ -68,12 +68,15 @@ class CompileConfig(MethodSettings):
     )
     allocate: Allocation = _option(
         Allocation.UNIFORM,
-        "uniform per layer, global by magnitude, or latency by what widths cost (default: uniform)",
+        "of --sparsity: uniform per layer, or global by magnitude (default: uniform)",
         plans=True,
+    )
+    speedup: float | None = _option(
+        None, "how many times as fast as dense to become on the first target, such as 2", plans=True, gt=1
     )
     latency_budget: float | None = _option(
         None,
-        "for --allocate latency: the share of the dense latency to meet on the first target, such as 0.5",
+        "the same as --speedup, as a share of the dense latency, such as 0.5",
         plans=True,
         gt=0,
         lt=1,
@@ -144,26 +147,46 @@ class CompileConfig(MethodSettings):
         return value
 
     @model_validator(mode="after")
-    def _budget_goes_with_latency(self) -> CompileConfig:
-        if self.allocate is Allocation.LATENCY:
-            if self.latency_budget is None:
+    def _budget_decides(self) -> CompileConfig:
+        if self.speedup is not None and self.latency_budget is not None:
+            raise ConfigError(
+                "`--speedup` and `--latency-budget` exclude each other: the one is 1 over the other",
+                hint="leave one out",
+            )
+        if self.latency_share is None:
+            if isinstance(self.pattern, str):
                 raise ConfigError(
-                    "`--allocate latency` needs `--latency-budget`",
-                    hint="the share of the dense latency to meet, for example `--latency-budget 0.5`",
+                    "`--pattern auto` chooses patterns by what they take, and needs to know what to reach",
+                    hint="add `--speedup 2`, or name a pattern",
                 )
-            if self.sparsity is not None:
-                raise ConfigError(
-                    "`--sparsity` and `--latency-budget` exclude each other",
-                    hint="with `--allocate latency` the budget decides how much is pruned",
-                )
-            if not self.pattern.coupled:
-                raise ConfigError(
-                    f"`--allocate latency` chooses widths of channels, got `--pattern {self.pattern}`",
-                    hint="use `--pattern channel`",
-                )
-        elif self.latency_budget is not None:
-            raise ConfigError("`--latency-budget` needs `--allocate latency`", hint="add it, or leave the budget out")
+            return self
+        option = "--speedup" if self.speedup is not None else "--latency-budget"
+        if self.sparsity is not None:
+            raise ConfigError(
+                f"`--sparsity` and `{option}` exclude each other: the budget decides how much is pruned",
+                hint="leave one out",
+            )
+        if self.allocate is not Allocation.UNIFORM:
+            raise ConfigError(
+                f"`--allocate {self.allocate}` and `{option}` exclude each other: the budget decides what is pruned",
+                hint="leave one out",
+            )
+        if self.permute:
+            raise ConfigError(
+                f"`--permute` and `{option}` exclude each other: orders belong to one pattern",
+                hint="leave one out",
+            )
+        if not isinstance(self.pattern, str) and self.pattern.fixed_sparsity is not None:
+            raise ConfigError(
+                f"`{option}` chooses how much is pruned, and `--pattern {self.pattern}` prescribes it",
+                hint="use `--pattern auto`, `block:8x1`, `columns:2` or `channel`",
+            )
         return self
+
+    @property
+    def latency_share(self) -> float | None:
+        """The share of the dense latency to meet; `None` where a sparsity decides."""
+        return 1.0 / self.speedup if self.speedup is not None else self.latency_budget
 
     @model_validator(mode="after")
     def _plan_decides(self) -> CompileConfig:

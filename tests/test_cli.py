@@ -122,7 +122,7 @@ def test_a_compile_for_a_latency_shows_what_was_predicted(
         return tuple(Timing(float(sum(t.numel() for t in job.make().tensors.values()))) for job in jobs)
 
     monkeypatch.setattr(Clock, "times", made_up)  # nothing is timed: any machine gives this plan
-    wanted = ["--allocate", "latency", "--latency-budget", 0.8, "--threads", 1, "--round-to", 1, "--prune-ends"]
+    wanted = ["--speedup", 1.25, "--threads", 1, "--round-to", 1, "--prune-ends"]
     result = run("compile", model, *wanted, "--epochs", 1)
     assert result.code == 0, result.err
     assert "  predicted" in result.out

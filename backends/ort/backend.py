@@ -11,7 +11,9 @@ from typing import ClassVar
 
 from slrc.backends.base import Artifact, Availability, Backend, Runner, Target
 from slrc.backends.onnx_export import OPSET, export_onnx
+from slrc.backends.packed_onnx import replace_blocks
 from slrc.errors import BackendError
+from slrc.forms.packed_weight import PackedWeight
 from slrc.ir.program import Program
 from slrc.kernels.build import TILE_SETS, build, family_of, find_compiler
 
@@ -84,6 +86,17 @@ class OnnxRuntime(Backend):
         )
         artifact.write(out)
         return artifact
+
+    def repack(self, artifact: Artifact, folder: Path, packed: PackedWeight, out: Path) -> None:
+        """Replace the blocks of the one packed node, and link to the rest."""
+        import onnx
+
+        for path in folder.iterdir():
+            if path.name != artifact.model_file:
+                (out / path.name).symlink_to(path.resolve())
+        model = onnx.load(folder / artifact.model_file)
+        replace_blocks(model, packed)
+        onnx.save(model, out / artifact.model_file)
 
     def tolerance(self, artifact: Artifact) -> float:
         """Return 1e-4: float32 throughout, summed in another order."""

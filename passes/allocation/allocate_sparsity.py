@@ -39,6 +39,7 @@ def allocate_sparsity(
     attention: Attention = Attention.HEADS,
     layer_norm: LayerNorm = LayerNorm.KEEP,
     permute: bool = False,
+    alternatives: Sequence[AnyPattern] = (),
     choose_widths: WidthChooser | None = None,
 ) -> Plan:
     """Return a plan that prunes `sparsity` of the constrained weights, to within one group.
@@ -54,7 +55,8 @@ def allocate_sparsity(
         attention: whether whole heads or the width of every head is pruned.
         layer_norm: whether what layer and RMS norms normalise over may be pruned.
         permute: whether outputs may be reordered, so that alike ones fall into one block. See `order_channels`.
-        choose_widths: what `Allocation.LATENCY` needs; it decides instead of `sparsity`.
+        alternatives: patterns on single weights for the layers that cannot take `pattern`.
+        choose_widths: for `channel`: chooses the widths instead of `sparsity`.
 
     Raises:
         PatternError: the pattern prescribes another sparsity.
@@ -68,7 +70,7 @@ def allocate_sparsity(
     if labels is not None and pattern.coupled:
         candidates, left_out = _coupled_constraints(program, labels, pattern, skip, keep_ends)
     else:
-        candidates, left_out = _layer_constraints(program, pattern, skip, keep_ends)
+        candidates, left_out = _layer_constraints(program, (pattern, *alternatives), skip, keep_ends)
     if not candidates:
         raise PlanError(
             f"nothing in {program.name} can be pruned by {pattern}: {_reasons(left_out)}",
@@ -77,7 +79,7 @@ def allocate_sparsity(
     weights = np.array([c.num_weights(program.tensors) for c in candidates], dtype=np.int64)
     groups = np.array([c.groups for c in candidates], dtype=np.int64)
     forecast = None
-    if allocation is Allocation.LATENCY:
+    if choose_widths is not None:
         keep, forecast = _for_latency(program, labels, pattern, candidates, round_to, choose_widths)
     elif pattern.fixed_sparsity is not None:
         keep = np.array([c.keep for c in candidates])
@@ -138,21 +140,24 @@ def _end_of(layer: Layer) -> str:
 
 
 def _layer_constraints(
-    program: Program, pattern: AnyPattern, skip: Sequence[str], keep_ends: bool
+    program: Program, patterns: Sequence[AnyPattern], skip: Sequence[str], keep_ends: bool
 ) -> tuple[list[Constraint], list[LeftOut]]:
+    """Return a constraint for each layer, by the first of the patterns that it can take."""
     chosen, left_out = [], []
     for weight, layer in program.layers.items():
         if any(_matches(layer.name, glob) for glob in skip):
             reason: str | None = "skipped by the user"
         elif keep_ends and _end_of(layer):
             reason = f"{_end_of(layer)} is left alone by default"
-        elif layer.op.startswith("conv_transpose") and not isinstance(pattern, Unstructured):
-            reason = f"transposed convolutions do not take {pattern} yet"
+        elif layer.op.startswith("conv_transpose") and not isinstance(patterns[0], Unstructured):
+            reason = f"transposed convolutions do not take {patterns[0]} yet"
         else:
-            reason = pattern.why_not(layer.shape, layer.groups)
+            reasons = [p.why_not(layer.shape, layer.groups) for p in patterns]
+            reason = None if None in reasons else reasons[0]
         if reason is not None:
             left_out.append(LeftOut(name=layer.name, reason=reason))
             continue
+        pattern = next(p for p in patterns if p.why_not(layer.shape, layer.groups) is None)
         one = Constraint(name=layer.name, pattern=pattern, groups=1, keep=1, members=(Slice(tensor=weight),))
         groups = one.energies(program.tensors).shape[1]
         keep = groups if pattern.fixed_sparsity is None else round(groups * (1 - pattern.fixed_sparsity))
@@ -271,13 +276,10 @@ def _for_latency(
     pattern: AnyPattern,
     constraints: Sequence[Constraint],
     multiple: int,
-    choose_widths: WidthChooser | None,
+    choose_widths: WidthChooser,
 ) -> tuple[np.ndarray, LatencyForecast]:
-    if choose_widths is None or labels is None:
-        raise ConfigError(
-            f"allocation by latency chooses widths of `channel` groups, got pattern {pattern}",
-            hint="use `--pattern channel` with `--latency-budget`, or another `--allocate`",
-        )
+    if labels is None or not pattern.coupled:
+        raise ConfigError(f"widths are chosen of `channel` groups, got pattern {pattern}", hint="use `channel`")
     steps = [_step(program, c, multiple) for c in constraints]
     return choose_widths(program, labels, constraints, steps)
 

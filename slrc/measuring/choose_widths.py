@@ -1,147 +1,48 @@
 """Choose kept widths that meet a latency on a target, losing as little as possible of the weights' energy.
 
 The parts of the network and the whole are timed dense and at a few widths (`LatencyMeter.table`). Widths are chosen by
-that table (`LatencyGoal`); what they make of the whole is timed too, and corrects it (`plan_for_latency`).
+that table (`LatencyGoal`); what they make of the whole is timed too, and corrects it (`meet_budget`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.fx import Node
 
-from slrc.backends import Target, get_backend
-from slrc.errors import BackendError, PlanError
+from slrc.errors import PlanError
 from slrc.ir.nodes import node_macs, node_shape
 from slrc.ir.program import Program
-from slrc.machine.cache import cache_folder
-from slrc.machine.cores import usable_cores
-from slrc.measuring.clock import Clock, Job
-from slrc.measuring.latency_table import LatencyTable, SegmentLatency, WholeLatency
-from slrc.measuring.timing import PART, WHOLE, Budget
-from slrc.passes.analysis.cut_segments import anchors, cut_segments
+from slrc.measuring.latency_meter import LatencyMeter, meet_budget
+from slrc.measuring.latency_table import LatencyTable
+from slrc.passes.analysis.cut_segments import anchors
 from slrc.passes.analysis.label_indices import IndexLabels
-from slrc.pipeline import baseline, structure
-from slrc.progress import Quiet, Reporter
-from slrc.sparsity.masks import Masks
 from slrc.sparsity.plans import Constraint, LatencyForecast, Plan
 
-CORRECTIONS = 3
-"""How often a plan is made again where the whole program misses the budget by more than this:"""
-MARGIN = 0.03
+PROBED_SPARSITIES = (0.5, 0.75)
+"""Where the parts of a program are timed, besides dense."""
 
 
-def plan_for_latency(
-    meter: LatencyMeter, probes: Sequence[Plan], budget: float, allocate: Callable[[LatencyGoal], Plan]
-) -> Plan:
-    """Return the plan whose latency, measured on the whole program, is nearest to a share of the dense one.
+def plan_widths(meter: LatencyMeter, allocate: Callable[..., Plan], budget: float) -> Plan:
+    """Return the plan of widths that meets a share of the dense latency.
 
     Args:
         meter: measures.
-        probes: plans at whose widths the parts of the program are timed, besides dense.
+        allocate: makes a plan of a sparsity, or of `choose_widths=`.
         budget: the share.
-        allocate: makes a plan of what chooses widths.
 
     Raises:
         PlanError: the budget cannot be met by any widths.
     """
-    table = meter.table(probes)
-    measured: list[Plan] = []
-    for _ in range(1 + CORRECTIONS):
-        plan = allocate(LatencyGoal(table, budget))
-        assert plan.latency is not None
-        share = meter.share(plan)
-        measured.append(plan.model_copy(update={"latency": plan.latency.model_copy(update={"predicted": share})}))
-        if abs(share / budget - 1) <= MARGIN:
-            return measured[-1]
-        table = table.with_whole(plan.latency.segments_ms, share)
-    nearest = min(measured, key=lambda plan: abs(plan.latency.predicted - budget) if plan.latency else np.inf)
-    assert nearest.latency is not None
-    missed = f"a latency of {budget:.1%} of the dense one was asked for, and {nearest.latency.predicted:.1%} reached"
-    return nearest.model_copy(update={"shortfall": "; ".join(filter(None, [nearest.shortfall, missed]))})
+    table = meter.table([allocate(sparsity) for sparsity in PROBED_SPARSITIES])
 
+    def allocated(table: LatencyTable) -> Plan:
+        return allocate(None, choose_widths=LatencyGoal(table, budget))
 
-class LatencyMeter:
-    """Measures a program's parts, and what plans make of the whole, on one target; what is in the cache it knows.
-
-    Args:
-        program: the captured model.
-        target: where to measure; it must run on this machine.
-        threads: of the runtime; all cores by default.
-        cache: a folder for measured times; `cache_folder()` by default.
-        reporter: where progress goes.
-
-    Raises:
-        BackendError: the target does not run here.
-    """
-
-    def __init__(
-        self,
-        program: Program,
-        target: Target,
-        *,
-        threads: int | None = None,
-        cache: Path | None = None,
-        reporter: Reporter | None = None,
-    ) -> None:
-        if why_not := get_backend(target).available(target).why_not_run:
-            raise BackendError(
-                f"`--allocate latency` measures on the target, and {target} cannot run here: {why_not}",
-                hint="give a target that runs here, or another `--allocate`",
-            )
-        self._program, self._target, self._reporter = program, target, reporter or Quiet()
-        self._clock = Clock(target, threads or usable_cores(), cache or cache_folder())
-        self._dense = baseline(program)
-
-    def table(self, plans: Sequence[Plan]) -> LatencyTable:
-        """Time the segments, and the whole, dense and at the widths of each plan.
-
-        Raises:
-            PlanError: the program has nothing that multiplies.
-            BackendError: a segment or the whole does not run on the target.
-        """
-        programs = [self._dense, *(self._slim(plan) for plan in plans)]
-        names = [segment.anchor for segment in cut_segments(self._program)]
-        if not names:
-            raise PlanError(f"{self._program.name} has no layer or matrix product to time")
-        segments = []
-        with self._reporter.task(f"timing parts on {self._target}", len(names)) as task:
-            for name, versions in zip(names, zip(*map(cut_segments, programs), strict=True), strict=True):
-                ms = self._times([Job.of_segment(v) for v in versions], PART, f"`{name}`")
-                segments.append(SegmentLatency(name=name, macs=tuple(v.macs for v in versions), ms=ms))
-                task.advance(name)
-        sums = [sum(one) for one in zip(*(s.ms for s in segments), strict=True)]
-        whole = self._times([Job.of_whole(p) for p in programs], WHOLE, self._program.name)
-        return LatencyTable(
-            target=str(self._target),
-            threads=self._clock.threads,
-            machine=self._clock.machine["cpu"],
-            segments=tuple(segments),
-            whole=tuple(WholeLatency(segments_ms=s, ms=ms) for s, ms in zip(sums, whole, strict=True)),
-        )
-
-    def share(self, plan: Plan) -> float:
-        """Return the latency with a plan's widths as a share of the dense one, measured in turns.
-
-        Raises:
-            BackendError: one of the two does not run on the target.
-        """
-        jobs = [Job.of_whole(self._dense), Job.of_whole(self._slim(plan))]
-        dense, slim = self._times(jobs, WHOLE, self._program.name)
-        return slim / dense
-
-    def _slim(self, plan: Plan) -> Program:
-        return structure(self._program, plan, Masks.project(plan, self._program.tensors))
-
-    def _times(self, jobs: Sequence[Job], budget: Budget, what: str) -> tuple[float, ...]:
-        timings = self._clock.times(jobs, budget)
-        if reason := next((t.why_not for t in timings if t.why_not), ""):
-            raise BackendError(f"{what} cannot be timed on {self._target}: {reason}")
-        return tuple(t.ms for t in timings)
+    return meet_budget(table, budget, allocated, meter.share)
 
 
 @dataclass(frozen=True)

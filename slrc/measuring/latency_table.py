@@ -47,7 +47,7 @@ class LatencyTable(_Data):
 
     def segment_ms(self, k: int, macs: float) -> float:
         """Return the latency of one segment with so many multiply-accumulates."""
-        return _interpolate(macs, self.segments[k].macs, self.segments[k].ms)
+        return interpolate(macs, self.segments[k].macs, self.segments[k].ms)
 
     def share(self, segments_ms: float) -> float:
         """Return the share of the dense latency that goes with a sum over segments."""
@@ -55,7 +55,7 @@ class LatencyTable(_Data):
         least = min(sums)
         if segments_ms < least:
             return self.share(least) * segments_ms / least
-        return _interpolate(segments_ms, sums, ms) / _interpolate(sums[0], sums, ms)
+        return interpolate(segments_ms, sums, ms) / interpolate(sums[0], sums, ms)
 
     def budget_ms(self, share: float) -> float:
         """Return the greatest sum over segments that goes with a share of the dense latency."""
@@ -89,7 +89,7 @@ class LatencyTable(_Data):
             raise OutputError(f"latency table `{path}`: {error.errors()[0]['msg']}") from None
 
 
-def _interpolate(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
+def interpolate(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
     """Between the nearest of the measured points, which rise by necessity: less work never takes longer."""
     order = np.argsort(xs, kind="stable")
     rising: NDArray[np.float64] = np.maximum.accumulate(np.asarray(ys, dtype=float)[order])

@@ -30,5 +30,6 @@ class ACDC(MaskedMethod):
         if not sparse:
             self.release()
         elif not self.kept:
+            self.reallocate()
             self.prune(self.plan)
         return self.record(loss())

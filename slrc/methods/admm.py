@@ -40,6 +40,8 @@ class ADMM(Method):
         self.k += 1
         f = loss()
         lagrangian = f + split.penalty(split.difference())
+        self.reallocate(split.scored())
+        split.plan = self.plan
         split.copies = split.project()
         difference = split.difference()
         split.move_multipliers(split.rho, difference)

@@ -96,6 +96,10 @@ class Method(ABC):
         """The constrained parameters, in the order of `names`."""
         return [self.parameters[n] for n in self.names]
 
+    def reallocate(self, scored: Mapping[str, Tensor] | None = None) -> None:
+        """Share the plan's budget out anew, for the weights as they are, or for what is `scored` instead."""
+        self.plan = self.plan.reallocated(scored or {n: p.detach() for n, p in self.parameters.items()})
+
     def masks(self) -> Masks:
         """Return the masks with which the weights, as they are now, would be hard-pruned: their projection."""
         return Masks.project(self.plan, {n: p.detach() for n, p in self.parameters.items()})

@@ -24,9 +24,12 @@ class Gradual(MaskedMethod):
         self.settings, self.updates = settings or GradualSettings(), updates
 
     def update(self, loss: Callable[[], float]) -> Iteration:
-        """Prune as far as the schedule has come."""
+        """Prune as far as the schedule has come; until its end a budget is shared out anew each time."""
         self.k += 1
-        self.prune(self.plan.partly(cubic(self.k / (self.updates * self.settings.until))))
+        time = self.k / (self.updates * self.settings.until)
+        if time <= 1:
+            self.reallocate()
+        self.prune(self.plan.partly(cubic(time)))
         return self.record(loss())
 
 

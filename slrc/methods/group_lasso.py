@@ -65,6 +65,7 @@ class GroupLasso(Method):
                 hint="call `after_step()` after every step, and `update()` after some steps",
             )
         self.k += 1
+        self.reallocate()
         partly = self.plan.partly(cubic(self.k / (self.updates * self.settings.until)))
         self.shrink = [self._threshold(c.energies(self.parameters).sqrt(), c.keep) / self.steps for c in partly]
         self.steps = 0

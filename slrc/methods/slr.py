@@ -89,6 +89,8 @@ class SLR(MaskedMethod):
             self.step_size = self._bounded(alpha * _ratio(self._previous_residual, old_residual))
             split.move_multipliers(self.step_size, old_difference)
 
+        if self.k <= self.updates * self.settings.hold:
+            self.reallocate(split.scored())
         if (plan := self.plan_at(self.k)) != split.plan:
             split.restrict(plan)
         old_penalty = split.penalty(split.difference())

@@ -12,8 +12,6 @@ class Allocation(StrEnum):
     """The same share of every layer or group."""
     GLOBAL = "global"
     """Wherever the weights are smallest, by mean energy of a group."""
-    LATENCY = "latency"
-    """Channels only: the widths that meet a latency on the target at the least loss of energy."""
 
 
 class Attention(StrEnum):

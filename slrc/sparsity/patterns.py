@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Protocol
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol
 
 from pydantic import BeforeValidator, PlainSerializer
 
@@ -216,10 +216,13 @@ def parse_pattern(text: str) -> AnyPattern:
                 )
             return make(*numbers)
     raise PatternError(
-        f"unknown pattern `{text}`: expected unstructured, block:RxC, columns:R, channel or N:M",
+        f"unknown pattern `{text}`: expected auto, unstructured, block:RxC, columns:R, channel or N:M",
         hint="for example `--pattern channel`, `--pattern block:8x1` or `--pattern 2:4`",
     )
 
+
+AUTO = "auto"
+"""In the place of a pattern: for each layer the one that is best for it."""
 
 PatternField = Annotated[
     AnyPattern,
@@ -227,6 +230,13 @@ PatternField = Annotated[
     PlainSerializer(str, return_type=str),
 ]
 """A pattern in data: its text in JSON, in TOML and on the command line."""
+
+PatternOrAuto = Annotated[
+    AnyPattern | Literal["auto"],
+    BeforeValidator(lambda v: v if isinstance(v, AnyPattern) or v == AUTO else parse_pattern(str(v))),
+    PlainSerializer(str, return_type=str),
+]
+"""A pattern, or `auto`."""
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 from torch import Tensor
 
 from slrc.errors import PatternError, PlanError
+from slrc.sparsity.budget import Budget, Floats, Menu, Option, choose_options
 from slrc.sparsity.choices import Attention, LayerNorm
 from slrc.sparsity.patterns import PatternField
 from slrc.sparsity.projection import energies, project
@@ -139,6 +141,12 @@ class Constraint(_Data):
         """Return the energy of every group, `(rows, groups)`."""
         return energies(self.pattern, self.gather(tensors))
 
+    def lost(self, tensors: Mapping[str, Tensor], keeps: Sequence[int]) -> Floats:
+        """Return the share of the energy that the projection takes away with each of `keeps` groups kept."""
+        smallest = self.energies(tensors).sort(dim=1).values.sum(dim=0).double().cumsum(dim=0).cpu().numpy()
+        removed = np.concatenate([[0.0], smallest])
+        return removed[[self.groups - keep for keep in keeps]] / max(float(smallest[-1]), np.finfo(float).tiny)
+
     def project(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the projection's mask, of the shape of `gather`."""
         return project(self.pattern, self.gather(tensors), self.keep)
@@ -200,12 +208,52 @@ class Plan(_Data):
     shortfall: str = ""
     constraints: tuple[Constraint, ...]
     left_out: tuple[LeftOut, ...] = ()
+    budget: Budget | None = None
 
     def partly(self, share: float) -> Plan:
         """Return the plan with only a `share` of what it prunes, in [0, 1], for schedules."""
         keeps = [c.groups - round((c.groups - c.keep) * share) for c in self.constraints]
         partly = [c.model_copy(update={"keep": k}) for c, k in zip(self.constraints, keeps, strict=True)]
         return self.model_copy(update={"constraints": tuple(partly)})
+
+    def reallocated(self, tensors: Mapping[str, Tensor]) -> Plan:
+        """Return the plan with the options of its budget that cost these weights least; without a budget, itself.
+
+        What an option costs is the share of the layer's energy that its projection takes away, times its weight.
+
+        Raises:
+            PlanError: not even the fastest options keep to the budget.
+        """
+        if self.budget is None:
+            return self
+        named = {c.name: c for c in self.constraints}
+        losses = [_losses(named[menu.name], menu, tensors) for menu in self.budget.menus]
+        ms = [np.array([o.ms for o in menu.options]) for menu in self.budget.menus]
+        chosen = choose_options(losses, ms, self.budget.ms)
+        if chosen is None:
+            raise PlanError(
+                f"a budget of {self.budget.ms:.3f} ms cannot be met: the fastest options of all layers take "
+                f"{self.budget.least_ms:.3f} ms"
+            )
+        return self.with_options(dict(zip((m.name for m in self.budget.menus), chosen, strict=True)))
+
+    def with_options(self, chosen: Mapping[str, int]) -> Plan:
+        """Return the plan with these options of its budget, by the name of the constraint."""
+        menus = {menu.name: menu.options for menu in self.budget.menus} if self.budget else {}
+        constraints = [
+            c if c.name not in chosen else _with_option(c, menus[c.name][chosen[c.name]]) for c in self.constraints
+        ]
+        return self.model_copy(update={"constraints": tuple(constraints)})
+
+    def options(self) -> dict[str, int]:
+        """Return which options of its budget the plan has, as `with_options` takes them."""
+        named = {c.name: c for c in self.constraints}
+        return {
+            menu.name: next(
+                k for k, o in enumerate(menu.options) if _with_option(named[menu.name], o) == named[menu.name]
+            )
+            for menu in (self.budget.menus if self.budget else ())
+        }
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
@@ -274,6 +322,23 @@ class Plan(_Data):
 
     def __iter__(self) -> Iterator[Constraint]:  # type: ignore[override]
         return iter(self.constraints)
+
+
+def _with_option(constraint: Constraint, option: Option) -> Constraint:
+    return constraint.model_copy(update={"pattern": option.pattern, "groups": option.groups, "keep": option.keep})
+
+
+def _losses(constraint: Constraint, menu: Menu, tensors: Mapping[str, Tensor]) -> Floats:
+    losses = np.zeros(len(menu.options))
+    by_pattern: dict[str, list[int]] = {}
+    for k, option in enumerate(menu.options):
+        if option.keep < option.groups:
+            by_pattern.setdefault(str(option.pattern), []).append(k)
+    for places in by_pattern.values():
+        options = [menu.options[k] for k in places]
+        lost = _with_option(constraint, options[0]).lost(tensors, [o.keep for o in options])
+        losses[places] = lost * [o.weight for o in options]
+    return losses
 
 
 def check_slice(c: Constraint, s: Slice, tensors: Mapping[str, Tensor]) -> None:

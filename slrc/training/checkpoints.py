@@ -50,6 +50,8 @@ class Snapshot:
     method: MethodState
     masks: Mapping[str, Any]
     average: Mapping[str, Any]
+    options: Mapping[str, int]
+    """Which options of its budget the plan has."""
 
 
 class CheckpointFolder:
@@ -81,6 +83,7 @@ class CheckpointFolder:
                 "epochs_done": snapshot.epochs_done,
                 "curve": [r.model_dump() for r in snapshot.curve],
                 "numbers": dict(snapshot.method.numbers),
+                "options": dict(snapshot.options),
                 "history": [r.model_dump() for r in snapshot.method.history],
             }
             (aside / PROGRESS).write_text(json.dumps(progress))
@@ -117,6 +120,7 @@ class CheckpointFolder:
                 method=state,
                 masks=load_file(masks) if masks.exists() else {},
                 average=load_file(average) if average.exists() else {},
+                options=progress["options"],
             )
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise TrainingError(

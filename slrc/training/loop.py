@@ -53,12 +53,14 @@ MIXED_PRECISION = {Precision.FP32: "no", Precision.BF16: "bf16", Precision.FP16:
 class Trained:
     """What training leaves.
 
-    `tensors` are the model's parameters and buffers, hard-pruned; `dense` and `hard_pruned` are the leading metric
+    `tensors` are the model's parameters and buffers, hard-pruned; `plan` is what they obey, with its budget shared out
+    as it was at last; `dense` and `hard_pruned` are the leading metric
     before the first step, and right after pruning with no retraining. `cost` is what steps took here: after a resumed
     run, those since; `None` if there were none. `undistilled` says why the dense network could not teach.
     """
 
     tensors: dict[str, Tensor]
+    plan: Plan
     masks: Masks
     method: str
     dense: float | None
@@ -178,12 +180,14 @@ class _Trainer:
         if self._has_steps and self.config.distill:
             self.teacher = Teacher(self._twin(), self.workload, self.config.recipe)
         in_retraining = self.snapshot is not None and self.snapshot.phase == RETRAIN
+        if self.snapshot:
+            self.plan = self.plan.with_options(self.snapshot.options)
         if in_retraining:
             assert self.snapshot is not None
             self.method.history = list(self.snapshot.method.history)
         else:
             self._run_sparse_phase()
-            self.masks = self.method.masks()
+            self.plan, self.masks = self.method.plan, self.method.masks()
         parameters = _parameters(self.model)
         self.masks.check(self.plan, parameters)
         if self.config.retrain_epochs:
@@ -195,6 +199,7 @@ class _Trainer:
             self._recalibrate(self.model)
         return Trained(
             tensors={n: t.detach().cpu().clone() for n, t in self.model.state_dict().items() if isinstance(t, Tensor)},
+            plan=self.plan,
             masks=self.masks,
             method=str(self.method_name),
             dense=self.curve[0].metric,
@@ -415,7 +420,8 @@ class _Trainer:
         retraining = phase.name == RETRAIN
         state = MethodState({}, {}, tuple(self.method.history)) if retraining else self.method.state()
         masks = self.masks.tensors if retraining else {}
-        return Snapshot(phase.name, epochs_done, tuple(self.curve), state, masks, average)
+        options = (self.plan if retraining else self.method.plan).options()
+        return Snapshot(phase.name, epochs_done, tuple(self.curve), state, masks, average, options)
 
     def _read_probe(self) -> None:
         """Take the first batches once, from a seed of their own, so that a resumed run takes the same."""

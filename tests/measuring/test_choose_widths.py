@@ -18,7 +18,6 @@ from slrc.passes.allocation.allocate_sparsity import allocate_sparsity
 from slrc.passes.analysis.cut_segments import cut_segments
 from slrc.passes.analysis.label_indices import label_indices
 from slrc.passes.structure.shrink_channels import ShrinkChannels
-from slrc.sparsity.choices import Allocation
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.patterns import Channel, Unstructured
 from slrc.sparsity.plans import Plan
@@ -67,7 +66,7 @@ def table_of(program: Program, cost: Callable[[str], float] = lambda name: 1.0) 
 
 def by_latency(program: Program, table: LatencyTable, budget: float, **options: Any) -> Plan:
     goal = LatencyGoal(table, budget)
-    return allocate_sparsity(program, Channel(), allocation=Allocation.LATENCY, choose_widths=goal, **options)
+    return allocate_sparsity(program, Channel(), choose_widths=goal, **options)
 
 
 def slim(program: Program, plan: Plan) -> Program:
@@ -133,6 +132,4 @@ def test_a_budget_out_of_reach_is_an_error_that_says_what_is_not(program: Progra
 def test_only_channels_have_widths(program: Program) -> None:
     goal = LatencyGoal(table_of(program), 0.5)
     with pytest.raises(ConfigError, match="channel"):
-        allocate_sparsity(program, Unstructured(), allocation=Allocation.LATENCY, choose_widths=goal)
-    with pytest.raises(ConfigError, match="channel"):
-        allocate_sparsity(program, Channel(), allocation=Allocation.LATENCY)
+        allocate_sparsity(program, Unstructured(), choose_widths=goal)

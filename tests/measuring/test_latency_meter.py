@@ -14,8 +14,8 @@ from slrc.backends import parse_target
 from slrc.backends.ort import OnnxRuntime
 from slrc.errors import BackendError, PlanError
 from slrc.ir.program import Program, capture
-from slrc.measuring.choose_widths import CORRECTIONS, LatencyMeter
 from slrc.measuring.clock import Clock, Timing
+from slrc.measuring.latency_meter import CORRECTIONS, LatencyMeter
 from slrc.sparsity.plans import Plan
 
 pytestmark = pytest.mark.usefixtures("quick_timing")
@@ -92,9 +92,7 @@ def sizes_for_times(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def plan_for(program: Program, budget: float, cache: Path) -> Plan:
-    return slrc.plan(
-        program, "channel", allocate="latency", latency_budget=budget, cache=cache, round_to=1, keep_ends=False
-    )
+    return slrc.plan(program, "channel", latency_budget=budget, cache=cache, round_to=1, keep_ends=False)
 
 
 def test_a_plan_for_a_latency_is_checked_on_the_whole(

@@ -17,6 +17,7 @@ import slrc
 from slrc.config import CompileConfig, make_config
 from slrc.errors import OutputError, SlrcError, TrainingError, WorkloadError
 from slrc.methods.settings import MethodName
+from slrc.sparsity.budget import Budget, Menu, Option
 from slrc.sparsity.patterns import Block
 from slrc.sparsity.plans import Constraint, Plan, Slice
 from slrc.training.checkpoints import CheckpointFolder
@@ -633,6 +634,57 @@ def test_resume_from_every_checkpoint(
     uninterrupted = run(resumable(tiny_workload), **options)
     for epoch in range(5):
         check_resume(tiny_workload, tmp_path / str(epoch), options, epoch, uninterrupted)
+
+
+@pytest.mark.parametrize("method", ["gradual", "slr", "slr-tightening", "admm", "ac-dc", "group-lasso"])
+def test_a_budget_is_shared_out_anew_and_a_resumed_run_goes_on_with_it(
+    tiny_workload: MakeWorkload, tmp_path: Path, method: str
+) -> None:
+    """Two layers, of which the first is about to lose what it has: the budget goes over to the other."""
+
+    def start(**fields: Any) -> slrc.Workload:
+        return resumable(tiny_workload, **fields)
+
+    def go(workload: slrc.Workload, **others: Any) -> Trained:
+        plan = with_budget(dict(workload.model.named_parameters()))
+        options = {"epochs": 3, "retrain_epochs": 1, "method": method}
+        resume = others.pop("resume", False)
+        return train(workload, plan, make_config(options), resume=resume, **others)
+
+    whole = go(start())
+    assert whole.plan.budget is not None
+    took = [menu.options[whole.plan.options()[menu.name]].ms for menu in whole.plan.budget.menus]
+    assert sum(took) <= whole.plan.budget.ms
+    whole.masks.check(whole.plan, whole.tensors)
+    for at in (STEPS + 4, 3 * STEPS + 2):  # in the second epoch, and in retraining
+        folder = tmp_path / str(at)
+        with pytest.raises(WorkloadError, match="StopHere"):
+            go(start(loss=Interrupted(at=at)), checkpoints=folder)
+        resumed = go(start(), checkpoints=folder, resume=True)
+        assert_same(resumed, whole)
+        assert resumed.plan == whole.plan
+
+
+def with_budget(parameters: dict[str, nn.Parameter]) -> Plan:
+    """A plan on both convolutions of `WithDropout` that begins dense: half of all blocks fit in its budget."""
+    names, pattern = ("conv1", "conv2"), Block(4, 1)
+    groups = {n: pattern.group_view(parameters[f"{n}.weight"]).shape[1] for n in names}
+    menus = tuple(
+        Menu(
+            name=n,
+            options=tuple(
+                Option(pattern=pattern, groups=g, keep=max(1, g * k // 8), ms=max(1, g * k // 8))
+                for k in range(8, 0, -1)
+            ),
+        )
+        for n, g in groups.items()
+    )
+    constraints = tuple(
+        Constraint(name=n, pattern=pattern, groups=g, keep=g, members=(Slice(tensor=f"{n}.weight"),))
+        for n, g in groups.items()
+    )
+    budget = Budget(ms=sum(groups.values()) / 2, menus=menus)
+    return Plan(sparsity_asked=0.5, sparsity=0.5, constraints=constraints, budget=budget)
 
 
 def check_resume(

@@ -1,0 +1,103 @@
+"""Choose how every layer is pruned so that the network meets a latency, by what each option takes on the target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from slrc.backends import Target, get_backend
+from slrc.errors import PlanError
+from slrc.ir.program import Program
+from slrc.measuring.latency_meter import LatencyMeter, Menus, meet_budget
+from slrc.measuring.latency_table import LatencyTable
+from slrc.sparsity.budget import Budget, Menu
+from slrc.sparsity.patterns import AnyPattern, Block, Columns
+from slrc.sparsity.plans import LatencyForecast, Plan
+
+MOST_LAYERS = 6
+"""How many layers an error names."""
+
+
+def offered_patterns(target: Target) -> tuple[AnyPattern, ...]:
+    """Return what layers of `--pattern auto` may be pruned by on a target: blocks where it has kernels for them."""
+    if get_backend(target).why_not_packed(target):
+        return (Columns(2), Columns(1), Columns(4))
+    return (Block(8, 1), Block(4, 1), Block(16, 1))
+
+
+def plan_options(
+    meter: LatencyMeter, program: Program, start: Plan, patterns: Sequence[AnyPattern], budget: float
+) -> Plan:
+    """Return the plan of options that meets a share of the dense latency.
+
+    Args:
+        meter: measures.
+        program: the captured model.
+        start: constrains single weights.
+        patterns: what a layer may be pruned by.
+        budget: the share.
+
+    Raises:
+        PlanError: the budget cannot be met; the message says what can be reached, layer by layer.
+    """
+    found = meter.menus(start, patterns)
+
+    def allocated(table: LatencyTable) -> Plan:
+        return allocate_options(program, start, found, table, budget)
+
+    return meet_budget(meter.whole(found.dense_ms), budget, allocated, meter.share)
+
+
+def allocate_options(program: Program, plan: Plan, found: Menus, table: LatencyTable, budget: float) -> Plan:
+    """Return the plan with the options that meet a share of the dense latency at the least loss of energy.
+
+    Args:
+        program: the captured model.
+        plan: its constraints are of single weights.
+        found: what the options take.
+        table: how a sum over segments relates to the whole.
+        budget: the share.
+
+    Raises:
+        PlanError: the budget cannot be met; the message says what can be reached, layer by layer.
+    """
+    limit = Budget(ms=table.budget_ms(budget) - found.rest_ms, menus=found.menus)
+    if limit.ms < limit.least_ms:
+        raise PlanError(_unreachable(found, table, budget), hint=_hint(table.share(found.rest_ms + limit.least_ms)))
+    made = plan.model_copy(update={"budget": limit}).reallocated(program.tensors)
+    took = {m.name: m.options[k].ms for m in found.menus for name, k in made.options().items() if name == m.name}
+    total = found.rest_ms + sum(took.values())
+    forecast = LatencyForecast(
+        target=table.target,
+        threads=table.threads,
+        budget=budget,
+        predicted=table.share(total),
+        segments_ms=total,
+    )
+    weights = [(c, c.num_weights(program.tensors)) for c in made]
+    reached = 1.0 - sum(n * c.keep / c.groups for c, n in weights) / sum(n for _, n in weights)
+    return made.model_copy(
+        update={"latency": forecast, "sparsity": reached, "sparsity_asked": reached, "shortfall": ""}
+    )
+
+
+def _unreachable(found: Menus, table: LatencyTable, budget: float) -> str:
+    least = found.rest_ms + sum(min(o.ms for o in menu.options) for menu in found.menus)
+    slowest = sorted(found.menus, key=_least, reverse=True)
+    layers = [f"{menu.name} {menu.options[0].ms:.3f} to {_least(menu):.3f} ms" for menu in slowest[:MOST_LAYERS]]
+    if len(slowest) > MOST_LAYERS:
+        others = slowest[MOST_LAYERS:]
+        layers.append(
+            f"{len(others)} more {sum(m.options[0].ms for m in others):.3f} to {sum(map(_least, others)):.3f} ms"
+        )
+    return (
+        f"a latency of {budget:.0%} of the dense one cannot be reached on {table.target}: with every layer at its "
+        f"fastest {table.share(least):.0%} are left; {'; '.join(layers)}; what is not pruned {found.rest_ms:.3f} ms"
+    )
+
+
+def _hint(reached: float) -> str:
+    return f"ask for `--latency-budget {min(0.99, int(reached * 100 + 1) / 100):.2f}` or more, or for another pattern"
+
+
+def _least(menu: Menu) -> float:
+    return min(option.ms for option in menu.options)

@@ -1,0 +1,290 @@
+"""Latencies of a program's parts, and of what plans make of the whole, on one target; and plans that meet a budget.
+
+Whatever chooses by a table of parts is corrected by the whole: the plan that it makes is timed as one network, and what
+that took joins the table (`meet_budget`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+from torch import Tensor
+
+from slrc.backends import Artifact, Target, get_backend
+from slrc.errors import BackendError, PlanError
+from slrc.forms.form import BLOCK_ROWS, DENSE, Form, FormKind, candidate_forms
+from slrc.forms.packed_weight import PackedWeight
+from slrc.ir.nodes import layer_weight
+from slrc.ir.program import Layer, Program
+from slrc.machine.cache import cache_folder
+from slrc.machine.cores import usable_cores
+from slrc.measuring.choose_forms import choose_forms, form_content
+from slrc.measuring.clock import Clock, Job, digest
+from slrc.measuring.latency_table import LatencyTable, SegmentLatency, WholeLatency, interpolate
+from slrc.measuring.timing import PART, WHOLE
+from slrc.measuring.timing import Budget as TimeBudget
+from slrc.passes.analysis.cut_segments import Segment, cut_segments
+from slrc.passes.forms.pack_blocks import why_not_packed
+from slrc.pipeline import apply_forms, baseline, structure
+from slrc.progress import Quiet, Reporter
+from slrc.sparsity.budget import Menu, Option
+from slrc.sparsity.masks import Masks
+from slrc.sparsity.patterns import AnyPattern, Block
+from slrc.sparsity.plans import Constraint, Plan
+from slrc.sparsity.projection import project
+
+CORRECTIONS = 3
+"""How often a plan is made again where the whole program misses the budget by more than this:"""
+MARGIN = 0.03
+TIMED_DENSITIES = (0.5, 0.1)
+"""The shares of its groups that a layer is timed with in each pattern, besides dense; in between is interpolated."""
+DENSITIES = (0.75, 0.625, 0.5, 0.4375, 0.375, 0.3125, 0.25, 0.2, 0.16, 0.125, 0.1, 0.075, 0.05)
+"""The shares that an option may keep."""
+
+
+def meet_budget(
+    table: LatencyTable, budget: float, allocate: Callable[[LatencyTable], Plan], share: Callable[[Plan], float]
+) -> Plan:
+    """Return the plan whose latency, measured on the whole program, is nearest to a share of the dense one.
+
+    Args:
+        table: what the parts take.
+        budget: the share.
+        allocate: makes a plan by a table, with a forecast.
+        share: times what a plan makes of the whole, as a share of the dense latency.
+
+    Raises:
+        PlanError: the budget cannot be met.
+    """
+    measured: list[Plan] = []
+    for _ in range(1 + CORRECTIONS):
+        plan = allocate(table)
+        assert plan.latency is not None
+        reached = share(plan)
+        measured.append(plan.model_copy(update={"latency": plan.latency.model_copy(update={"predicted": reached})}))
+        if abs(reached / budget - 1) <= MARGIN:
+            return measured[-1]
+        table = table.with_whole(plan.latency.segments_ms, reached)
+    nearest = min(measured, key=lambda plan: abs(plan.latency.predicted - budget) if plan.latency else float("inf"))
+    assert nearest.latency is not None
+    missed = f"a latency of {budget:.1%} of the dense one was asked for, and {nearest.latency.predicted:.1%} reached"
+    return nearest.model_copy(update={"shortfall": "; ".join(filter(None, [nearest.shortfall, missed]))})
+
+
+class Menus(NamedTuple):
+    """The options of every constrained layer, the dense one first, and what the rest of the network takes."""
+
+    menus: tuple[Menu, ...]
+    rest_ms: float
+
+    @property
+    def dense_ms(self) -> float:
+        """What all segments take together before anything is pruned."""
+        return self.rest_ms + sum(menu.options[0].ms for menu in self.menus)
+
+
+class LatencyMeter:
+    """Measures a program's parts, and what plans make of the whole, on one target; what is in the cache it knows.
+
+    Args:
+        program: the captured model.
+        target: where to measure; it must run on this machine.
+        threads: of the runtime; all cores by default.
+        cache: a folder for measured times; `cache_folder()` by default.
+        reporter: where progress goes.
+
+    Raises:
+        BackendError: the target does not run here.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        target: Target,
+        *,
+        threads: int | None = None,
+        cache: Path | None = None,
+        reporter: Reporter | None = None,
+    ) -> None:
+        if why_not := get_backend(target).available(target).why_not_run:
+            raise BackendError(
+                f"a latency budget is measured on the target, and {target} cannot run here: {why_not}",
+                hint="give a target that runs here, or `--sparsity` in place of the budget",
+            )
+        self.target, self.threads = target, threads or usable_cores()
+        self._program, self._cache, self._reporter = program, cache or cache_folder(), reporter or Quiet()
+        self._clock = Clock(target, self.threads, self._cache)
+        self._dense = baseline(program)
+
+    def table(self, plans: Sequence[Plan] = ()) -> LatencyTable:
+        """Time the segments, and the whole, dense and at the widths of each plan.
+
+        Raises:
+            PlanError: the program has nothing that multiplies.
+            BackendError: a segment or the whole does not run on the target.
+        """
+        programs = [self._dense, *(self._slim(plan) for plan in plans)]
+        names = [segment.anchor for segment in cut_segments(self._program)]
+        if not names:
+            raise PlanError(f"{self._program.name} has no layer or matrix product to time")
+        segments = []
+        with self._reporter.task(f"timing parts on {self.target}", len(names)) as task:
+            for name, versions in zip(names, zip(*map(cut_segments, programs), strict=True), strict=True):
+                ms = self._times([Job.of_segment(v) for v in versions], PART, f"`{name}`")
+                segments.append(SegmentLatency(name=name, macs=tuple(v.macs for v in versions), ms=ms))
+                task.advance(name)
+        sums = [sum(one) for one in zip(*(s.ms for s in segments), strict=True)]
+        whole = self._times([Job.of_whole(p) for p in programs], WHOLE, self._program.name)
+        return self._made(segments, [WholeLatency(segments_ms=s, ms=ms) for s, ms in zip(sums, whole, strict=True)])
+
+    def menus(self, plan: Plan, patterns: Sequence[AnyPattern]) -> Menus:
+        """Time every segment, those of constrained layers in each pattern that the layer can take.
+
+        Args:
+            plan: constrains single weights.
+            patterns: what a layer may be pruned by.
+
+        Raises:
+            BackendError: a dense segment does not run on the target.
+        """
+        constraint_of = {c.members[0].tensor: c for c in plan}
+        captured, segments = cut_segments(self._program), cut_segments(self._dense)
+        nodes = {node.name: node for node in self._program.nodes}
+        ms: dict[str, dict[Option, float]] = {}
+        rest = 0.0
+        with self._reporter.task(f"timing options on {self.target}", len(segments)) as task:
+            for before, segment in zip(captured, segments, strict=True):
+                c = constraint_of.get(layer_weight(nodes[before.anchor]) or "")
+                if c is None:
+                    rest += self._times([Job.of_segment(segment)], PART, f"`{before.anchor}`")[0]
+                else:
+                    sums = ms.setdefault(c.name, {})
+                    for option, took in self._time_options(c, segment, patterns).items():
+                        sums[option] = sums.get(option, 0.0) + took
+                task.advance(before.anchor)
+        menus = [
+            Menu(name=c.name, options=tuple(o.model_copy(update={"ms": took}) for o, took in ms[c.name].items()))
+            for c in plan
+        ]
+        return Menus(tuple(menus), rest)
+
+    def whole(self, segments_ms: float) -> LatencyTable:
+        """Return a table of the dense network alone, whose segments take so long together."""
+        ms = self._times([Job.of_whole(self._dense)], WHOLE, self._program.name)[0]
+        return self._made([], [WholeLatency(segments_ms=segments_ms, ms=ms)])
+
+    def share(self, plan: Plan) -> float:
+        """Return the latency of what a plan makes of the program as a share of the dense one, measured in turns.
+
+        Layers have the forms that are chosen for them, as in a compile.
+
+        Raises:
+            BackendError: one of the two does not run on the target.
+        """
+        slim = self._slim(plan)
+        choice = choose_forms(slim, self.target, threads=self.threads, cache=self._cache, reporter=self._reporter)
+        formed = apply_forms(slim, choice.forms)
+        dense, compiled = self._times([Job.of_whole(self._dense), Job.of_whole(formed)], WHOLE, self._program.name)
+        return compiled / dense
+
+    def _time_options(self, c: Constraint, segment: Segment, patterns: Sequence[AnyPattern]) -> dict[Option, float]:
+        """Return what a segment takes with each option of its layer, dense first; what is slower than dense too."""
+        anchor = next(n for n in segment.module.graph.nodes if layer_weight(n) is not None)
+        weight = segment.module.get_parameter(str(anchor.args[1].target)).detach()  # type: ignore[union-attr]
+        layer = self._program.layers[c.members[0].tensor]
+        variants = _Variants(segment, layer.groups, self.target)
+        timed: list[tuple[AnyPattern, float, Form, Job]] = []
+        for pattern in patterns:
+            if pattern.why_not(tuple(weight.shape), layer.groups) is not None:
+                continue
+            groups = pattern.group_view(weight).shape[1]
+            for density in TIMED_DENSITIES:
+                zeros = weight * project(pattern, weight, _kept(groups, density))
+                timed += [
+                    (pattern, density, form, variants.job(zeros, form)) for form in self._forms(pattern, zeros, layer)
+                ]
+        jobs = [Job.of_segment(segment), *(job for *_, job in timed)]
+        timings = self._clock.times(jobs, PART)
+        if timings[0].why_not:
+            raise BackendError(f"`{segment.anchor}` cannot be timed on {self.target}: {timings[0].why_not}")
+        dense_ms = timings[0].ms
+        found: dict[tuple[AnyPattern, float], float] = {}
+        for (pattern, density, _, _), timing in zip(timed, timings[1:], strict=True):
+            found[pattern, density] = min(found.get((pattern, density), dense_ms), timing.ms)
+        options = {Option(pattern=c.pattern, groups=c.groups, keep=c.groups, ms=0.0): dense_ms}
+        for pattern in dict.fromkeys(pattern for pattern, _ in found):
+            groups = pattern.group_view(weight).shape[1]
+            known = [d for p, d in found if p == pattern]
+            for density in DENSITIES:
+                keep = _kept(groups, density)
+                ms = interpolate(keep / groups, [*known, 1.0], [*(found[pattern, d] for d in known), dense_ms])
+                options.setdefault(Option(pattern=pattern, groups=groups, keep=keep, ms=0.0), ms)
+        return options
+
+    def _forms(self, pattern: AnyPattern, zeros: Tensor, layer: Layer) -> list[Form]:
+        """Return the forms that make use of a pattern's zeros on the target."""
+        nodes = {node.name: node for node in self._program.nodes}
+        no_kernels = get_backend(self.target).why_not_packed(self.target)
+        forms = []
+        for form in candidate_forms(zeros, layer.op, layer.groups):
+            if form == DENSE:
+                continue
+            if form.kind is FormKind.PACKED:
+                if no_kernels or any(why_not_packed(nodes[name], form.size) for name in layer.nodes):
+                    continue
+                if isinstance(pattern, Block) and pattern.rows in BLOCK_ROWS and form.size != pattern.rows:
+                    continue
+            forms.append(form)
+        return forms
+
+    def _slim(self, plan: Plan) -> Program:
+        return structure(self._program, plan, Masks.project(plan, self._program.tensors))
+
+    def _made(self, segments: Sequence[SegmentLatency], whole: Sequence[WholeLatency]) -> LatencyTable:
+        return LatencyTable(
+            target=str(self.target),
+            threads=self.threads,
+            machine=self._clock.machine["cpu"],
+            segments=tuple(segments),
+            whole=tuple(whole),
+        )
+
+    def _times(self, jobs: Sequence[Job], budget: TimeBudget, what: str) -> tuple[float, ...]:
+        timings = self._clock.times(jobs, budget)
+        if reason := next((t.why_not for t in timings if t.why_not), ""):
+            raise BackendError(f"{what} cannot be timed on {self.target}: {reason}")
+        return tuple(t.ms for t in timings)
+
+
+def _kept(groups: int, density: float) -> int:
+    return min(groups, max(1, round(groups * density)))
+
+
+class _Variants:
+    """Jobs of one segment with other zeros in its layer. It is emitted packed once, and repacked for each."""
+
+    def __init__(self, segment: Segment, groups: int, target: Target) -> None:
+        self._segment, self._groups, self._target = segment, groups, target
+        self._packed: tuple[Artifact, TemporaryDirectory[str]] | None = None
+
+    def job(self, zeros: Tensor, form: Form) -> Job:
+        """Return the job of the segment with these weights in a form."""
+        segment, backend = self._segment, get_backend(self._target)
+
+        def make() -> Program:
+            own = segment.program()
+            anchor = next(w for n in own.nodes if (w := layer_weight(n)) is not None)
+            return apply_forms(own.with_tensors({anchor: zeros}), {anchor: form})
+
+        def emit(folder: Path) -> None:
+            if self._packed is None:
+                place = TemporaryDirectory()
+                self._packed = backend.lower(make(), self._target, Path(place.name), portable=False), place
+            artifact, first = self._packed
+            backend.repack(artifact, Path(first.name), PackedWeight.of(zeros, form.size, self._groups), folder)
+
+        name = digest(segment.module, segment.inputs, form_content(form, zeros, self._groups))
+        return Job(name, make, segment.inputs, emit if form.kind is FormKind.PACKED else None)

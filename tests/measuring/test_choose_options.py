@@ -1,0 +1,137 @@
+"""Options of layers by what they take: with a clock that is made up, and really emitted, on a small network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import slrc
+from slrc.backends import get_backend, parse_target
+from slrc.errors import PlanError
+from slrc.forms.form import Form, FormKind
+from slrc.ir.program import Program, capture
+from slrc.measuring import latency_meter
+from slrc.measuring.clock import Clock, Timing
+from slrc.measuring.latency_meter import LatencyMeter
+from slrc.passes.analysis.cut_segments import cut_segments
+from slrc.passes.forms.pack_blocks import why_not_packed
+from slrc.sparsity.patterns import Block
+from slrc.sparsity.plans import Plan
+from slrc.sparsity.projection import project
+
+pytestmark = pytest.mark.usefixtures("quick_timing")
+ORT = parse_target("ort")
+
+
+class Net(nn.Module):
+    """Two 3×3 layers, of 16 and of 8 outputs, and one that no pattern fits, of 6."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.wide, self.narrow = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.Conv2d(16, 8, 3, padding=1)
+        self.norm, self.odd = nn.BatchNorm2d(16), nn.Conv2d(8, 6, 1)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.norm(self.wide(torch.relu(self.stem(x)))))
+        return self.head(self.odd(torch.relu(self.narrow(y))).mean(dim=(2, 3)))
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    torch.manual_seed(0)
+    return capture(Net().eval(), (torch.randn(1, 3, 8, 8),), "net")
+
+
+@pytest.fixture
+def times_are_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A runtime whose time is the number of weights that it holds."""
+
+    def made_up(clock: Any, jobs: Any, budget: Any) -> tuple[Timing, ...]:
+        sizes = [sum(t.numel() for t in job.make().tensors.values() if t.is_floating_point()) for job in jobs]
+        return tuple(Timing(float(size)) for size in sizes)
+
+    monkeypatch.setattr(Clock, "times", made_up)
+
+
+def plan_for(program: Program, pattern: str, budget: float, cache: Path) -> Plan:
+    return slrc.plan(program, pattern, latency_budget=budget, threads=1, cache=cache)
+
+
+@pytest.mark.usefixtures("times_are_sizes")
+@pytest.mark.parametrize("pattern", ["block:8x1", "columns:2", "auto"])
+def test_a_budget_is_met_on_the_whole(program: Program, pattern: str, tmp_path: Path) -> None:
+    plan = plan_for(program, pattern, 0.6, tmp_path)
+    assert plan.latency is not None
+    assert plan.latency.predicted == pytest.approx(0.6, rel=0.07)  # few options
+    assert plan.latency.budget == 0.6
+    assert plan.budget is not None
+    assert {c.name for c in plan} == {menu.name for menu in plan.budget.menus}
+    took = sum(menu.options[plan.options()[menu.name]].ms for menu in plan.budget.menus)
+    assert took <= plan.budget.ms
+    assert 0 < plan.sparsity == plan.sparsity_asked
+
+
+@pytest.mark.usefixtures("times_are_sizes")
+def test_the_dense_option_comes_first_and_costs_what_dense_does(program: Program, tmp_path: Path) -> None:
+    start = slrc.plan(program, "block:8x1", 0.0)
+    found = LatencyMeter(program, ORT, threads=1, cache=tmp_path).menus(start, (Block(8, 1), Block(16, 1)))
+    sizes = {"wide": 16 * 16 * 9 + 16, "narrow": 16 * 8 * 9 + 8}
+    assert {menu.name: menu.options[0].ms for menu in found.menus} == sizes
+    assert all(menu.options[0].keep == menu.options[0].groups for menu in found.menus)
+    offered = {menu.name: {str(o.pattern) for o in menu.options} for menu in found.menus}
+    assert offered == {"wide": {"block:8x1", "block:16x1"}, "narrow": {"block:8x1"}}
+    assert found.dense_ms == sum(sizes.values()) + (3 * 16 * 9 + 16) + (8 * 6 + 6) + (6 * 3 + 3)
+    for menu in found.menus:
+        for pattern in ("block:8x1", "block:16x1"):
+            ms = [o.ms for o in menu.options if str(o.pattern) == pattern]
+            assert ms == sorted(ms, reverse=True)
+
+
+@pytest.mark.usefixtures("times_are_sizes")
+def test_a_budget_out_of_reach_is_told_layer_by_layer(program: Program, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"cannot be reached on ort: .*% are left; wide .* to .* ms; narrow") as error:
+        plan_for(program, "block:8x1", 0.05, tmp_path)
+    assert "what is not pruned" in error.value.message
+    assert "--latency-budget" in (error.value.hint or "")
+
+
+@pytest.mark.usefixtures("times_are_sizes")
+def test_a_pattern_that_nothing_makes_fast_reaches_nothing(program: Program, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="100% are left"):
+        slrc.plan(program, "block:8x1", latency_budget=0.6, threads=1, cache=tmp_path, target="ort:stock")
+
+
+def test_options_are_timed_for_real(program: Program, tmp_path: Path) -> None:
+    start = slrc.plan(program, "block:8x1", 0.0)
+    meter = LatencyMeter(program, ORT, threads=1, cache=tmp_path)
+    found = meter.menus(start, (Block(8, 1), Block(4, 1)))
+    assert all(option.ms > 0 for menu in found.menus for option in menu.options)
+    assert LatencyMeter(program, ORT, threads=1, cache=tmp_path).menus(start, (Block(8, 1), Block(4, 1))) == found
+
+
+@pytest.mark.parametrize("rows", [4, 8, 16])
+def test_a_segment_that_is_repacked_is_as_if_emitted(program: Program, rows: int, tmp_path: Path) -> None:
+    """Emitted once with few blocks of eight rows, then with other blocks: the numbers are those of the new ones."""
+    segment = next(s for s in cut_segments(slrc.pipeline.baseline(program)) if s.anchor == "conv2d_1")
+    variants = latency_meter._Variants(segment, 1, ORT)
+    name, weight = next((n, p.detach()) for n, p in segment.module.named_parameters() if p.dim() == 4)
+    del name
+    for i, (size, keep) in enumerate([(8, 0.1), (rows, 0.5)]):
+        pattern = Block(size, 1)
+        zeros = weight * project(pattern, weight, round(pattern.group_view(weight).shape[1] * keep))
+        job = variants.job(zeros, Form(FormKind.PACKED, size))
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        assert job.emit is not None
+        job.emit(folder)
+        (found,) = get_backend(ORT).load(folder, threads=1)(*segment.inputs)
+        expected = job.make().module()(*segment.inputs)[0]
+        assert torch.allclose(found, expected, atol=1e-5)
+    node = next(n for n in program.nodes if n.name == "conv2d_1")
+    assert not why_not_packed(node, rows)

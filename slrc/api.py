@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache as cached
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -18,8 +19,8 @@ from slrc.errors import BackendError, ConfigError
 from slrc.ir.program import Program
 from slrc.ir.program import capture as capture_module
 from slrc.measuring.choose_forms import choose_forms
-from slrc.measuring.choose_options import offered_patterns, plan_options
-from slrc.measuring.choose_widths import plan_widths
+from slrc.measuring.choose_options import offered_patterns, plan_mixed, plan_options
+from slrc.measuring.choose_widths import LatencyGoal, plan_widths, width_table
 from slrc.measuring.latency_meter import LatencyMeter
 from slrc.passes.allocation.allocate_sparsity import allocate_sparsity
 from slrc.passes.allocation.check_plan import checked_plan
@@ -30,7 +31,7 @@ from slrc.reporting.assemble import accuracy_of, assemble
 from slrc.reporting.report import Pair, Report, TargetResult
 from slrc.sparsity.choices import Allocation
 from slrc.sparsity.masks import Masks
-from slrc.sparsity.patterns import AnyPattern
+from slrc.sparsity.patterns import AnyPattern, Channel
 from slrc.sparsity.plans import Plan
 from slrc.training import loop as training
 from slrc.training.loop import Trained
@@ -238,4 +239,12 @@ def plan_from(
         return plan_widths(meter, partial(allocate, pattern, Allocation.UNIFORM), budget)
     patterns = offered_patterns(target) if isinstance(pattern, str) else (pattern,)
     start = allocate(patterns[0], Allocation.UNIFORM, 0.0, alternatives=patterns[1:])
-    return plan_options(meter, program, start, patterns, budget)
+    if not isinstance(pattern, str):
+        return plan_options(meter, program, start, patterns, budget)
+    channels = partial(allocate, Channel(), Allocation.UNIFORM)
+    table = cached(lambda: width_table(meter, channels))
+
+    def narrow(share: float) -> Plan:
+        return channels(None, choose_widths=LatencyGoal(table(), share))
+
+    return plan_mixed(meter, program, start, patterns, narrow, budget)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import sys
+from collections.abc import Callable, Sequence
 
 from slrc.backends import Target, get_backend
 from slrc.errors import PlanError
@@ -10,11 +12,14 @@ from slrc.ir.program import Program
 from slrc.measuring.latency_meter import LatencyMeter, Menus, meet_budget
 from slrc.measuring.latency_table import LatencyTable
 from slrc.sparsity.budget import Budget, Menu
+from slrc.sparsity.masks import Masks
 from slrc.sparsity.patterns import AnyPattern, Block, Columns
 from slrc.sparsity.plans import LatencyForecast, Plan
 
 MOST_LAYERS = 6
 """How many layers an error names."""
+WIDTH_SHARES = (0.75, 0.5, 0.25, 0.0)
+"""How much of the latency between the budget and all is left to options, where widths are chosen first."""
 
 
 def offered_patterns(target: Target) -> tuple[AnyPattern, ...]:
@@ -45,6 +50,72 @@ def plan_options(
         return allocate_options(program, start, found, table, budget)
 
     return meet_budget(meter.whole(found.dense_ms), budget, allocated, meter.share)
+
+
+def plan_mixed(
+    meter: LatencyMeter,
+    program: Program,
+    start: Plan,
+    patterns: Sequence[AnyPattern],
+    narrow: Callable[[float], Plan],
+    budget: float,
+) -> Plan:
+    """Return the plan of options, and of narrower channels where those lose less, that meets a share of the latency.
+
+    Widths are chosen first, for some share between the budget and all; options then take the narrower layers to the
+    budget. Of several such shares the one is taken that keeps most of the energy of all layers.
+
+    Args:
+        meter: measures.
+        program: the captured model.
+        start: constrains single weights.
+        patterns: what a layer may be pruned by.
+        narrow: returns a plan of channels for a share of the dense latency.
+        budget: the share.
+
+    Raises:
+        PlanError: the budget cannot be met; the message says what can be reached, layer by layer.
+    """
+    dense_ms = meter.menus(start, patterns).dense_ms
+    table = meter.whole(dense_ms)
+    tried: list[tuple[float, Plan, Menus]] = []
+    reason: PlanError | None = None
+    for share in (1.0, *(budget + (1 - budget) * part for part in WIDTH_SHARES)):
+        try:
+            mixed = _joined(narrow(share), start) if share < 1 else start
+            found = meter.menus(mixed, patterns)
+            made = allocate_options(program, mixed, found, table, budget)
+        except PlanError as error:
+            reason = reason or error
+            continue
+        tried.append((kept_energy(program, made), mixed, found))
+    if not tried:
+        assert reason is not None
+        raise reason
+    _, mixed, found = max(tried, key=lambda one: one[0])
+
+    def allocated(table: LatencyTable) -> Plan:
+        return allocate_options(program, mixed, found, table, budget)
+
+    return meet_budget(table, budget, allocated, meter.share)
+
+
+def kept_energy(program: Program, plan: Plan) -> float:
+    """Return the sum over layers of log of the share of their weight's energy that a plan's projection keeps."""
+    masks = Masks.project(plan, program.tensors).tensors
+    total = 0.0
+    for weight in program.layers:
+        if weight in masks:
+            energy = program.tensors[weight].detach().double().square()
+            kept = float((energy * masks[weight]).sum()) / max(float(energy.sum()), sys.float_info.min)
+            total += math.log(max(kept, sys.float_info.min))
+    return total
+
+
+def _joined(channels: Plan, layers: Plan) -> Plan:
+    """Return a plan with the constraints of both, names told apart."""
+    coupled = [c.model_copy(update={"name": f"{c.name} (channels)"}) for c in channels if c.keep < c.groups]
+    return channels.model_copy(update={"constraints": (*coupled, *layers), "latency": None})
 
 
 def allocate_options(program: Program, plan: Plan, found: Menus, table: LatencyTable, budget: float) -> Plan:

@@ -37,12 +37,16 @@ def plan_widths(meter: LatencyMeter, allocate: Callable[..., Plan], budget: floa
     Raises:
         PlanError: the budget cannot be met by any widths.
     """
-    table = meter.table([allocate(sparsity) for sparsity in PROBED_SPARSITIES])
 
     def allocated(table: LatencyTable) -> Plan:
         return allocate(None, choose_widths=LatencyGoal(table, budget))
 
-    return meet_budget(table, budget, allocated, meter.share)
+    return meet_budget(width_table(meter, allocate), budget, allocated, meter.share)
+
+
+def width_table(meter: LatencyMeter, allocate: Callable[..., Plan]) -> LatencyTable:
+    """Return what the parts and the whole take dense and at a few widths."""
+    return meter.table([allocate(sparsity) for sparsity in PROBED_SPARSITIES])
 
 
 @dataclass(frozen=True)

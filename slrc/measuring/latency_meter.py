@@ -144,14 +144,17 @@ class LatencyMeter:
         """Time every segment, those of constrained layers in each pattern that the layer can take.
 
         Args:
-            plan: constrains single weights.
+            plan: constrains single weights, and perhaps coupled groups: segments then have the widths that are kept.
             patterns: what a layer may be pruned by.
 
         Raises:
             BackendError: a dense segment does not run on the target.
         """
-        constraint_of = {c.members[0].tensor: c for c in plan}
-        captured, segments = cut_segments(self._program), cut_segments(self._dense)
+        single = [c for c in plan if not c.pattern.coupled]
+        constraint_of = {c.members[0].tensor: c for c in single}
+        coupled = plan.model_copy(update={"constraints": tuple(c for c in plan if c.pattern.coupled)})
+        narrow = self._slim(coupled) if coupled.constraints else self._dense
+        captured, segments = cut_segments(self._program), cut_segments(narrow)
         nodes = {node.name: node for node in self._program.nodes}
         ms: dict[str, dict[Option, float]] = {}
         rest = 0.0
@@ -167,7 +170,7 @@ class LatencyMeter:
                 task.advance(before.anchor)
         menus = [
             Menu(name=c.name, options=tuple(o.model_copy(update={"ms": took}) for o, took in ms[c.name].items()))
-            for c in plan
+            for c in single
         ]
         return Menus(tuple(menus), rest)
 
@@ -198,11 +201,10 @@ class LatencyMeter:
         variants = _Variants(segment, layer.groups, self.target)
         timed: list[tuple[AnyPattern, float, Form, Job]] = []
         for pattern in patterns:
-            if pattern.why_not(tuple(weight.shape), layer.groups) is not None:
+            if any(pattern.why_not(shape, layer.groups) for shape in (tuple(weight.shape), layer.shape)):
                 continue
-            groups = pattern.group_view(weight).shape[1]
             for density in TIMED_DENSITIES:
-                zeros = weight * project(pattern, weight, _kept(groups, density))
+                zeros = weight * project(pattern, weight, _kept(pattern.group_view(weight).shape[1], density))
                 timed += [
                     (pattern, density, form, variants.job(zeros, form)) for form in self._forms(pattern, zeros, layer)
                 ]
@@ -216,7 +218,7 @@ class LatencyMeter:
             found[pattern, density] = min(found.get((pattern, density), dense_ms), timing.ms)
         options = {Option(pattern=c.pattern, groups=c.groups, keep=c.groups, ms=0.0): dense_ms}
         for pattern in dict.fromkeys(pattern for pattern, _ in found):
-            groups = pattern.group_view(weight).shape[1]
+            groups = pattern.group_view(self._program.tensors[c.members[0].tensor]).shape[1]
             known = [d for p, d in found if p == pattern]
             for density in DENSITIES:
                 keep = _kept(groups, density)

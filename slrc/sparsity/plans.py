@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ from torch import Tensor
 from slrc.errors import PatternError, PlanError
 from slrc.sparsity.budget import Budget, Floats, Menu, Option, choose_options
 from slrc.sparsity.choices import Attention, LayerNorm
-from slrc.sparsity.patterns import PatternField
-from slrc.sparsity.projection import energies, project
+from slrc.sparsity.patterns import AnyPattern, Block, PatternField
+from slrc.sparsity.projection import energies, obeys, project
 
 PLAN_SCHEMA_VERSION = 1
 
@@ -141,15 +141,37 @@ class Constraint(_Data):
         """Return the energy of every group, `(rows, groups)`."""
         return energies(self.pattern, self.gather(tensors))
 
-    def lost(self, tensors: Mapping[str, Tensor], keeps: Sequence[int]) -> Floats:
+    def lost(self, tensors: Mapping[str, Tensor], keeps: Sequence[int], left: Tensor | None = None) -> Floats:
         """Return the share of the energy that the projection takes away with each of `keeps` groups kept."""
-        smallest = self.energies(tensors).sort(dim=1).values.sum(dim=0).double().cumsum(dim=0).cpu().numpy()
+        window = Window.of(self.pattern, self.gather(tensors), left)
+        found = energies(self.pattern, window.seen)
+        smallest = found.sort(dim=1).values.sum(dim=0).double().cumsum(dim=0).cpu().numpy()
         removed = np.concatenate([[0.0], smallest])
-        return removed[[self.groups - keep for keep in keeps]] / max(float(smallest[-1]), np.finfo(float).tiny)
+        groups = found.shape[1]
+        gone = [groups - self._kept_of(groups, keep) for keep in keeps]
+        return removed[gone] / max(float(smallest[-1]), np.finfo(float).tiny)
 
-    def project(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return the projection's mask, of the shape of `gather`."""
-        return project(self.pattern, self.gather(tensors), self.keep)
+    def project(self, tensors: Mapping[str, Tensor], left: Tensor | None = None) -> Tensor:
+        """Return the projection's mask, of the shape of `gather`.
+
+        `left`, for a single weight of that shape, is what other constraints leave of it: whole outputs and whole inputs
+        are gone. The pattern then sees the weight without them, and the same share of its groups is kept.
+        """
+        window = Window.of(self.pattern, self.gather(tensors), left)
+        if window.is_whole:
+            return project(self.pattern, window.seen, self.keep)
+        groups = self.pattern.group_view(window.seen).shape[1]
+        return window.put_back(project(self.pattern, window.seen, self._kept_of(groups, self.keep)))
+
+    def obeyed_by(self, mask: Tensor, left: Tensor | None = None) -> bool:
+        """Return whether a mask of the shape of `gather` keeps whole groups, and no more of them than it may."""
+        window = Window.of(self.pattern, mask, left)
+        groups = self.pattern.group_view(window.seen).shape[1]
+        return obeys(self.pattern, window.seen, self._kept_of(groups, self.keep))
+
+    def _kept_of(self, groups: int, keep: int) -> int:
+        """Return how many of so many groups are the same share as `keep` of all."""
+        return keep if groups == self.groups else max(1, round(groups * keep / self.groups))
 
     def scatter(self, mask: Tensor, masks: Mapping[str, Tensor], *, followers: bool) -> None:
         """Clear in `masks` what `mask`, of the shape of `gather`, does not keep."""
@@ -170,6 +192,10 @@ class Constraint(_Data):
         spread = factors.unsqueeze(-1).expand(-1, -1, weight.numel() // factors.numel())
         weight.mul_(self._in_place_order(self.pattern.from_group_view(spread, tuple(weight.shape))))
 
+    def in_order(self, left: Tensor | None) -> Tensor | None:
+        """Return a mask of a single weight as `gather` returns the weight."""
+        return left if left is None or self.order is None else left[torch.tensor(self.order)]
+
     def _in_place_order(self, seen: Tensor) -> Tensor:
         """Return what the pattern sees of a weight with its outputs back in the weight's own order."""
         return seen if self.order is None else seen[torch.tensor(self.order, device=seen.device).argsort()]
@@ -177,6 +203,47 @@ class Constraint(_Data):
     def surviving_units(self, masks: Mapping[str, Tensor]) -> Tensor:
         """Return which units of a coupled group survive in `masks`, `(units,)`."""
         return self.gather(masks).any(dim=1)
+
+
+class Window(NamedTuple):
+    """A weight without the outputs and inputs that are gone; its last block is filled up with outputs of no energy."""
+
+    seen: Tensor
+    shape: tuple[int, ...]
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+    @staticmethod
+    def of(pattern: AnyPattern, weight: Tensor, left: Tensor | None) -> Window:
+        """Return what a pattern sees of a weight `(out, in, *kernel)` of which `left`, of its shape, is left."""
+        shape = tuple(weight.shape)
+        if left is None or bool(left.all()):
+            return Window(weight, shape)
+        rows, columns = left.flatten(1).any(dim=1), left.transpose(0, 1).flatten(1).any(dim=1)
+        rectangle = rows[:, None] & columns[None, :]
+        if not bool((left == rectangle.reshape(*rectangle.shape, *(1 for _ in shape[2:]))).all()):
+            return Window(weight, shape)
+        kept_rows, kept_columns = rows.nonzero().flatten(), columns.nonzero().flatten()
+        seen = weight[kept_rows][:, kept_columns]
+        if missing := -len(seen) % (pattern.rows if isinstance(pattern, Block) else 1):
+            last = seen[-1:].expand(missing, *seen.shape[1:])
+            seen = torch.cat([seen, last if seen.dtype == torch.bool else torch.zeros_like(last)])
+        return Window(seen, shape, kept_rows, kept_columns)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is gone."""
+        return self.rows is None
+
+    def put_back(self, mask: Tensor) -> Tensor:
+        """Return a mask of what is seen as one of the whole weight, false where it is gone."""
+        assert self.rows is not None
+        assert self.columns is not None
+        whole = mask.new_zeros(self.shape)
+        part = whole[self.rows]
+        part[:, self.columns] = mask[: len(self.rows)]
+        whole[self.rows] = part
+        return whole
 
 
 class LatencyForecast(_Data):
@@ -219,15 +286,16 @@ class Plan(_Data):
     def reallocated(self, tensors: Mapping[str, Tensor]) -> Plan:
         """Return the plan with the options of its budget that cost these weights least; without a budget, itself.
 
-        What an option costs is the share of the layer's energy that its projection takes away, times its weight.
+        An option costs −log of the share of the layer's energy that its projection keeps, times its weight: the least
+        sum keeps the greatest product of shares, so that the scale of a layer says nothing and none is starved.
 
         Raises:
             PlanError: not even the fastest options keep to the budget.
         """
         if self.budget is None:
             return self
-        named = {c.name: c for c in self.constraints}
-        losses = [_losses(named[menu.name], menu, tensors) for menu in self.budget.menus]
+        named, left = {c.name: c for c in self.constraints}, self.left_by_channels(tensors)
+        losses = [_losses(named[menu.name], menu, tensors, left) for menu in self.budget.menus]
         ms = [np.array([o.ms for o in menu.options]) for menu in self.budget.menus]
         chosen = choose_options(losses, ms, self.budget.ms)
         if chosen is None:
@@ -236,6 +304,15 @@ class Plan(_Data):
                 f"{self.budget.least_ms:.3f} ms"
             )
         return self.with_options(dict(zip((m.name for m in self.budget.menus), chosen, strict=True)))
+
+    def left_by_channels(self, tensors: Mapping[str, Tensor], *, followers: bool = True) -> dict[str, Tensor]:
+        """Return what the projection on the constraints of coupled groups leaves of their tensors, as masks."""
+        coupled = [c for c in self.constraints if c.pattern.coupled]
+        names = {s.tensor for c in coupled for s in c.members + c.followers}
+        masks = {n: torch.ones(tensors[n].shape, dtype=torch.bool) for n in sorted(names)}
+        for c in coupled:
+            c.scatter(c.project(tensors), masks, followers=followers)
+        return masks
 
     def with_options(self, chosen: Mapping[str, int]) -> Plan:
         """Return the plan with these options of its budget, by the name of the constraint."""
@@ -328,7 +405,8 @@ def _with_option(constraint: Constraint, option: Option) -> Constraint:
     return constraint.model_copy(update={"pattern": option.pattern, "groups": option.groups, "keep": option.keep})
 
 
-def _losses(constraint: Constraint, menu: Menu, tensors: Mapping[str, Tensor]) -> Floats:
+def _losses(constraint: Constraint, menu: Menu, tensors: Mapping[str, Tensor], left: Mapping[str, Tensor]) -> Floats:
+    weight = constraint.members[0].tensor
     losses = np.zeros(len(menu.options))
     by_pattern: dict[str, list[int]] = {}
     for k, option in enumerate(menu.options):
@@ -336,8 +414,10 @@ def _losses(constraint: Constraint, menu: Menu, tensors: Mapping[str, Tensor]) -
             by_pattern.setdefault(str(option.pattern), []).append(k)
     for places in by_pattern.values():
         options = [menu.options[k] for k in places]
-        lost = _with_option(constraint, options[0]).lost(tensors, [o.keep for o in options])
-        losses[places] = lost * [o.weight for o in options]
+        lost = _with_option(constraint, options[0]).lost(
+            tensors, [o.keep for o in options], constraint.in_order(left.get(weight))
+        )
+        losses[places] = -np.log(np.maximum(1.0 - lost, np.finfo(float).tiny)) * [o.weight for o in options]
     return losses
 
 

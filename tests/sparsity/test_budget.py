@@ -10,8 +10,9 @@ import torch
 
 from slrc.errors import PlanError
 from slrc.sparsity.budget import TICKS, Budget, Menu, Option, choose_options
-from slrc.sparsity.patterns import Block
-from slrc.sparsity.plans import Constraint, Plan, Slice
+from slrc.sparsity.masks import Masks
+from slrc.sparsity.patterns import Block, Channel
+from slrc.sparsity.plans import Constraint, Plan, Slice, Window
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -104,3 +105,47 @@ def test_a_budget_out_of_reach_says_what_is_least() -> None:
     tensors = {"a": torch.ones(8, 8), "b": torch.ones(8, 8)}
     with pytest.raises(PlanError, match=r"0\.100 ms cannot be met: .* take 0\.500 ms"):
         plan_of(0.1, **tensors).reallocated(tensors)
+
+
+def test_a_pattern_sees_what_channels_leave() -> None:
+    """Blocks are chosen among the outputs and inputs that are left, four at a time, and none is half gone."""
+    torch.manual_seed(0)
+    tensors = {"a": torch.randn(16, 8, 3, 3), "bias": torch.randn(16), "b": torch.randn(8, 16, 1, 1)}
+    channels = Constraint(
+        name="channels",
+        pattern=Channel(),
+        groups=16,
+        keep=10,
+        members=(Slice(tensor="a"), Slice(tensor="bias")),
+        followers=(Slice(tensor="b", dim=1),),
+    )
+    blocks = [
+        Constraint(name="a", pattern=Block(4, 1), groups=4 * 72, keep=2 * 72, members=(Slice(tensor="a"),)),
+        Constraint(name="b", pattern=Block(4, 1), groups=2 * 16, keep=8, members=(Slice(tensor="b"),)),
+    ]
+    plan = Plan(sparsity_asked=0.5, sparsity=0.5, constraints=(channels, *blocks))
+    masks = Masks.project(plan, tensors)
+    masks.check(plan, tensors)
+    rows = masks.tensors["bias"]
+    assert int(rows.sum()) == 10
+    slim = {"a": masks.tensors["a"][rows], "b": masks.tensors["b"][:, rows]}
+    assert not masks.tensors["a"][~rows].any()
+    assert not masks.tensors["b"][:, ~rows].any()
+    full = torch.cat([slim["a"], slim["a"][-2:]])  # the last block has two outputs alone
+    for mask, share in ((full, 0.5), (slim["b"], 0.25)):
+        view = Block(4, 1).group_view(mask)
+        assert bool((view == view[..., :1]).all())
+        assert int(view[..., 0].sum()) == round(view.shape[1] * share)
+    broken = {**masks.tensors, "a": masks.tensors["a"].clone()}
+    broken["a"][rows.nonzero()[0], 0, 0, 0] ^= True
+    with pytest.raises(PlanError, match="the mask of `a` does not obey block:4x1"):
+        Masks(broken).check(plan)
+
+
+def test_without_channels_a_weight_is_seen_whole() -> None:
+    weight = torch.randn(8, 4, 3, 3)
+    left = torch.ones(8, 4, 3, 3, dtype=torch.bool)
+    assert Window.of(Block(4, 1), weight, None).is_whole
+    assert Window.of(Block(4, 1), weight, left).is_whole
+    left[0, 0, 0, 0] = False  # no rectangle: a grouped layer
+    assert Window.of(Block(4, 1), weight, left).is_whole

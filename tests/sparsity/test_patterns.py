@@ -57,7 +57,9 @@ def test_space_around_the_text_is_allowed() -> None:
 
 @pytest.mark.parametrize("text", ["", "block", "block:8", "block:8x1x1", "block:-1x2", "columns:", "2:4:8", "Channel"])
 def test_unknown_text_names_the_forms(text: str) -> None:
-    with pytest.raises(PatternError, match="expected unstructured, block:RxC, columns:R, channel or N:M") as caught:
+    with pytest.raises(
+        PatternError, match="expected auto, unstructured, block:RxC, columns:R, channel or N:M"
+    ) as caught:
         parse_pattern(text)
     assert f"`{text}`" in caught.value.message
     assert caught.value.hint is not None

@@ -77,6 +77,18 @@ FILES = (
         ("benchmarks/latency_budget.py", "passes/allocation", "passes/analysis", "slrc/measuring"),
     ),
     ResultsFile(
+        "pareto.jsonl",
+        "SLRC_DATA=~/data python benchmarks/pareto.py TIER",
+        (
+            "benchmarks/pareto.py",
+            "benchmarks/convergence/tasks.py",
+            "passes",
+            "backends",
+            *(f"slrc/{x}" for x in COMPILED),
+        ),
+        kernels=True,
+    ),
+    ResultsFile(
         "zoo.json",
         "python benchmarks/zoo.py",
         ("benchmarks/zoo.py", "benchmarks/zoo_timm.txt", "passes/analysis", "passes/structure"),

@@ -20,7 +20,7 @@ from slrc.ir.program import Program
 from slrc.ir.program import capture as capture_module
 from slrc.measuring.choose_forms import choose_forms
 from slrc.measuring.choose_options import offered_patterns, plan_mixed, plan_options
-from slrc.measuring.choose_widths import LatencyGoal, plan_widths, width_table
+from slrc.measuring.choose_widths import LatencyGoal, plan_widths, width_shares, width_table
 from slrc.measuring.latency_meter import LatencyMeter
 from slrc.passes.allocation.allocate_sparsity import allocate_sparsity
 from slrc.passes.allocation.check_plan import checked_plan
@@ -247,4 +247,7 @@ def plan_from(
     def narrow(share: float) -> Plan:
         return channels(None, choose_widths=LatencyGoal(table(), share))
 
-    return plan_mixed(meter, program, start, patterns, narrow, budget)
+    def shares_of(plan: Plan) -> list[tuple[float, float]]:
+        return width_shares(program, plan, table())
+
+    return plan_mixed(meter, program, start, patterns, narrow, shares_of, budget)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from slrc.backends import Target, get_backend
 from slrc.errors import PlanError
 from slrc.ir.program import Program
-from slrc.measuring.latency_meter import LatencyMeter, Menus, meet_budget
+from slrc.measuring.latency_meter import LatencyMeter, Menus, make_menus, meet_budget
 from slrc.measuring.latency_table import LatencyTable
 from slrc.sparsity.budget import Budget, Menu
 from slrc.sparsity.masks import Masks
@@ -44,7 +44,7 @@ def plan_options(
     Raises:
         PlanError: the budget cannot be met; the message says what can be reached, layer by layer.
     """
-    found = meter.menus(start, patterns)
+    found = make_menus(meter.options(start, patterns), start, program)
 
     def allocated(table: LatencyTable) -> Plan:
         return allocate_options(program, start, found, table, budget)
@@ -58,6 +58,7 @@ def plan_mixed(
     start: Plan,
     patterns: Sequence[AnyPattern],
     narrow: Callable[[float], Plan],
+    shares_of: Callable[[Plan], Sequence[tuple[float, float]]],
     budget: float,
 ) -> Plan:
     """Return the plan of options, and of narrower channels where those lose less, that meets a share of the latency.
@@ -71,19 +72,24 @@ def plan_mixed(
         start: constrains single weights.
         patterns: what a layer may be pruned by.
         narrow: returns a plan of channels for a share of the dense latency.
+        shares_of: returns what such a plan leaves of every segment's work and dense time.
         budget: the share.
 
     Raises:
         PlanError: the budget cannot be met; the message says what can be reached, layer by layer.
     """
-    dense_ms = meter.menus(start, patterns).dense_ms
-    table = meter.whole(dense_ms)
+    times = meter.options(start, patterns)
+    table = meter.whole(make_menus(times, start, program).dense_ms)
     tried: list[tuple[float, Plan, Menus]] = []
     reason: PlanError | None = None
     for share in (1.0, *(budget + (1 - budget) * part for part in WIDTH_SHARES)):
         try:
-            mixed = _joined(narrow(share), start) if share < 1 else start
-            found = meter.menus(mixed, patterns)
+            if share == 1:
+                mixed, found = start, make_menus(times, start, program)
+            else:
+                channels = narrow(share)
+                mixed = _joined(channels, start)
+                found = make_menus(times, mixed, program, shares_of(channels))
             made = allocate_options(program, mixed, found, table, budget)
         except PlanError as error:
             reason = reason or error

@@ -19,7 +19,7 @@ from slrc.ir.program import Program
 from slrc.measuring.latency_meter import LatencyMeter, meet_budget
 from slrc.measuring.latency_table import LatencyTable
 from slrc.passes.analysis.cut_segments import anchors
-from slrc.passes.analysis.label_indices import IndexLabels
+from slrc.passes.analysis.label_indices import IndexLabels, label_indices
 from slrc.sparsity.plans import Constraint, LatencyForecast, Plan
 
 PROBED_SPARSITIES = (0.5, 0.75)
@@ -86,6 +86,17 @@ class LatencyGoal:
             segments_ms=search.total_ms,
         )
         return search.keep, forecast
+
+
+def width_shares(program: Program, plan: Plan, table: LatencyTable) -> list[tuple[float, float]]:
+    """Return the share of every segment's work that a plan's widths leave, and the share of its dense time."""
+    work = _Work.of(program, label_indices(program, plan.attention, plan.layer_norm), plan.constraints)
+    keep = np.array([c.keep for c in plan], dtype=np.int64)
+    shares = []
+    for k, segment in enumerate(table.segments):
+        macs = work.macs(k, keep)
+        shares.append((macs / segment.macs[0], table.segment_ms(k, macs) / table.segment_ms(k, segment.macs[0])))
+    return shares
 
 
 class _Search:

@@ -6,7 +6,7 @@ that took joins the table (`meet_budget`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -39,7 +39,7 @@ from slrc.sparsity.projection import project
 CORRECTIONS = 3
 """How often a plan is made again where the whole program misses the budget by more than this:"""
 MARGIN = 0.03
-TIMED_DENSITIES = (0.5, 0.1)
+TIMED_DENSITIES = (0.5, 0.08)
 """The shares of its groups that a layer is timed with in each pattern, besides dense; in between is interpolated."""
 DENSITIES = (0.75, 0.625, 0.5, 0.4375, 0.375, 0.3125, 0.25, 0.2, 0.16, 0.125, 0.1, 0.075, 0.05)
 """The shares that an option may keep."""
@@ -84,6 +84,56 @@ class Menus(NamedTuple):
     def dense_ms(self) -> float:
         """What all segments take together before anything is pruned."""
         return self.rest_ms + sum(menu.options[0].ms for menu in self.menus)
+
+
+class SegmentTimes(NamedTuple):
+    """What a segment takes dense, and with shares of its layer's groups kept, in each pattern."""
+
+    name: str
+    constraint: Constraint | None
+    dense_ms: float
+    by_pattern: Mapping[AnyPattern, Mapping[float, float]]
+
+    def at(self, pattern: AnyPattern, density: float, work: float, dense_ms: float) -> float:
+        """Return the milliseconds with a share of the groups kept, where widths leave a share of the work."""
+        known = self.by_pattern[pattern]
+        packed = interpolate(density * work, [*known, 1.0], [*known.values(), self.dense_ms])
+        return min(packed, dense_ms)
+
+
+def make_menus(
+    times: Sequence[SegmentTimes], plan: Plan, program: Program, narrow: Sequence[tuple[float, float]] | None = None
+) -> Menus:
+    """Return the options of the layers that a plan constrains.
+
+    Args:
+        times: of all segments.
+        plan: its constraints of single weights have menus.
+        program: the captured model.
+        narrow: for each segment, the share of its work that narrower channels leave, and the share of its dense time.
+    """
+    ms: dict[str, dict[Option, float]] = {}
+    rest = 0.0
+    for segment, (work, time) in zip(times, narrow or [(1.0, 1.0)] * len(times), strict=True):
+        c, dense_ms = segment.constraint, segment.dense_ms * time
+        if c is None:
+            rest += dense_ms
+            continue
+        sums = ms.setdefault(c.name, {})
+        options = {Option(pattern=c.pattern, groups=c.groups, keep=c.groups, ms=0.0): dense_ms}
+        for pattern in segment.by_pattern:
+            groups = pattern.group_view(program.tensors[c.members[0].tensor]).shape[1]
+            for density in DENSITIES:
+                option = Option(pattern=pattern, groups=groups, keep=_kept(groups, density), ms=0.0)
+                options.setdefault(option, segment.at(pattern, option.keep / groups, work, dense_ms))
+        for option, took in options.items():
+            sums[option] = sums.get(option, 0.0) + took
+    menus = [
+        Menu(name=c.name, options=tuple(o.model_copy(update={"ms": took}) for o, took in ms[c.name].items()))
+        for c in plan
+        if not c.pattern.coupled
+    ]
+    return Menus(tuple(menus), rest)
 
 
 class LatencyMeter:
@@ -140,39 +190,30 @@ class LatencyMeter:
         whole = self._times([Job.of_whole(p) for p in programs], WHOLE, self._program.name)
         return self._made(segments, [WholeLatency(segments_ms=s, ms=ms) for s, ms in zip(sums, whole, strict=True)])
 
-    def menus(self, plan: Plan, patterns: Sequence[AnyPattern]) -> Menus:
+    def options(self, plan: Plan, patterns: Sequence[AnyPattern]) -> list[SegmentTimes]:
         """Time every segment, those of constrained layers in each pattern that the layer can take.
 
         Args:
-            plan: constrains single weights, and perhaps coupled groups: segments then have the widths that are kept.
+            plan: constrains single weights.
             patterns: what a layer may be pruned by.
 
         Raises:
             BackendError: a dense segment does not run on the target.
         """
-        single = [c for c in plan if not c.pattern.coupled]
-        constraint_of = {c.members[0].tensor: c for c in single}
-        coupled = plan.model_copy(update={"constraints": tuple(c for c in plan if c.pattern.coupled)})
-        narrow = self._slim(coupled) if coupled.constraints else self._dense
-        captured, segments = cut_segments(self._program), cut_segments(narrow)
+        constraint_of = {c.members[0].tensor: c for c in plan}
+        captured, segments = cut_segments(self._program), cut_segments(self._dense)
         nodes = {node.name: node for node in self._program.nodes}
-        ms: dict[str, dict[Option, float]] = {}
-        rest = 0.0
+        found = []
         with self._reporter.task(f"timing options on {self.target}", len(segments)) as task:
             for before, segment in zip(captured, segments, strict=True):
                 c = constraint_of.get(layer_weight(nodes[before.anchor]) or "")
                 if c is None:
-                    rest += self._times([Job.of_segment(segment)], PART, f"`{before.anchor}`")[0]
+                    ms = self._times([Job.of_segment(segment)], PART, f"`{before.anchor}`")[0]
+                    found.append(SegmentTimes(before.anchor, None, ms, {}))
                 else:
-                    sums = ms.setdefault(c.name, {})
-                    for option, took in self._time_options(c, segment, patterns).items():
-                        sums[option] = sums.get(option, 0.0) + took
+                    found.append(self._time_options(c, segment, patterns))
                 task.advance(before.anchor)
-        menus = [
-            Menu(name=c.name, options=tuple(o.model_copy(update={"ms": took}) for o, took in ms[c.name].items()))
-            for c in single
-        ]
-        return Menus(tuple(menus), rest)
+        return found
 
     def whole(self, segments_ms: float) -> LatencyTable:
         """Return a table of the dense network alone, whose segments take so long together."""
@@ -193,38 +234,27 @@ class LatencyMeter:
         dense, compiled = self._times([Job.of_whole(self._dense), Job.of_whole(formed)], WHOLE, self._program.name)
         return compiled / dense
 
-    def _time_options(self, c: Constraint, segment: Segment, patterns: Sequence[AnyPattern]) -> dict[Option, float]:
-        """Return what a segment takes with each option of its layer, dense first; what is slower than dense too."""
+    def _time_options(self, c: Constraint, segment: Segment, patterns: Sequence[AnyPattern]) -> SegmentTimes:
         anchor = next(n for n in segment.module.graph.nodes if layer_weight(n) is not None)
         weight = segment.module.get_parameter(str(anchor.args[1].target)).detach()  # type: ignore[union-attr]
         layer = self._program.layers[c.members[0].tensor]
         variants = _Variants(segment, layer.groups, self.target)
-        timed: list[tuple[AnyPattern, float, Form, Job]] = []
+        timed: list[tuple[AnyPattern, float, Job]] = []
         for pattern in patterns:
-            if any(pattern.why_not(shape, layer.groups) for shape in (tuple(weight.shape), layer.shape)):
+            if pattern.why_not(layer.shape, layer.groups):
                 continue
             for density in TIMED_DENSITIES:
                 zeros = weight * project(pattern, weight, _kept(pattern.group_view(weight).shape[1], density))
-                timed += [
-                    (pattern, density, form, variants.job(zeros, form)) for form in self._forms(pattern, zeros, layer)
-                ]
-        jobs = [Job.of_segment(segment), *(job for *_, job in timed)]
-        timings = self._clock.times(jobs, PART)
+                timed += [(pattern, density, variants.job(zeros, form)) for form in self._forms(pattern, zeros, layer)]
+        timings = self._clock.times([Job.of_segment(segment), *(job for *_, job in timed)], PART)
         if timings[0].why_not:
             raise BackendError(f"`{segment.anchor}` cannot be timed on {self.target}: {timings[0].why_not}")
         dense_ms = timings[0].ms
-        found: dict[tuple[AnyPattern, float], float] = {}
-        for (pattern, density, _, _), timing in zip(timed, timings[1:], strict=True):
-            found[pattern, density] = min(found.get((pattern, density), dense_ms), timing.ms)
-        options = {Option(pattern=c.pattern, groups=c.groups, keep=c.groups, ms=0.0): dense_ms}
-        for pattern in dict.fromkeys(pattern for pattern, _ in found):
-            groups = pattern.group_view(self._program.tensors[c.members[0].tensor]).shape[1]
-            known = [d for p, d in found if p == pattern]
-            for density in DENSITIES:
-                keep = _kept(groups, density)
-                ms = interpolate(keep / groups, [*known, 1.0], [*(found[pattern, d] for d in known), dense_ms])
-                options.setdefault(Option(pattern=pattern, groups=groups, keep=keep, ms=0.0), ms)
-        return options
+        found: dict[AnyPattern, dict[float, float]] = {}
+        for (pattern, density, _), timing in zip(timed, timings[1:], strict=True):
+            known = found.setdefault(pattern, {})
+            known[density] = min(known.get(density, dense_ms), timing.ms)
+        return SegmentTimes(segment.anchor, c, dense_ms, found)
 
     def _forms(self, pattern: AnyPattern, zeros: Tensor, layer: Layer) -> list[Form]:
         """Return the forms that make use of a pattern's zeros on the target."""

@@ -16,7 +16,7 @@ from slrc.forms.form import Form, FormKind
 from slrc.ir.program import Program, capture
 from slrc.measuring import latency_meter
 from slrc.measuring.clock import Clock, Timing
-from slrc.measuring.latency_meter import LatencyMeter
+from slrc.measuring.latency_meter import LatencyMeter, make_menus
 from slrc.passes.analysis.cut_segments import cut_segments
 from slrc.passes.forms.pack_blocks import why_not_packed
 from slrc.sparsity.patterns import Block
@@ -80,7 +80,8 @@ def test_a_budget_is_met_on_the_whole(program: Program, pattern: str, tmp_path: 
 @pytest.mark.usefixtures("times_are_sizes")
 def test_the_dense_option_comes_first_and_costs_what_dense_does(program: Program, tmp_path: Path) -> None:
     start = slrc.plan(program, "block:8x1", 0.0)
-    found = LatencyMeter(program, ORT, threads=1, cache=tmp_path).menus(start, (Block(8, 1), Block(16, 1)))
+    times = LatencyMeter(program, ORT, threads=1, cache=tmp_path).options(start, (Block(8, 1), Block(16, 1)))
+    found = make_menus(times, start, program)
     sizes = {"wide": 16 * 16 * 9 + 16, "narrow": 16 * 8 * 9 + 8}
     assert {menu.name: menu.options[0].ms for menu in found.menus} == sizes
     assert all(menu.options[0].keep == menu.options[0].groups for menu in found.menus)
@@ -110,9 +111,10 @@ def test_a_pattern_that_nothing_makes_fast_reaches_nothing(program: Program, tmp
 def test_options_are_timed_for_real(program: Program, tmp_path: Path) -> None:
     start = slrc.plan(program, "block:8x1", 0.0)
     meter = LatencyMeter(program, ORT, threads=1, cache=tmp_path)
-    found = meter.menus(start, (Block(8, 1), Block(4, 1)))
+    times = meter.options(start, (Block(8, 1), Block(4, 1)))
+    found = make_menus(times, start, program)
     assert all(option.ms > 0 for menu in found.menus for option in menu.options)
-    assert LatencyMeter(program, ORT, threads=1, cache=tmp_path).menus(start, (Block(8, 1), Block(4, 1))) == found
+    assert LatencyMeter(program, ORT, threads=1, cache=tmp_path).options(start, (Block(8, 1), Block(4, 1))) == times
 
 
 @pytest.mark.parametrize("rows", [4, 8, 16])

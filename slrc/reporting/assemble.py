@@ -47,7 +47,7 @@ def assemble(
     """
     return Report(
         model=model,
-        pattern=" + ".join(sorted({str(c.pattern) for c in plan})),
+        pattern=plan.patterns,
         method=trained.method,
         sparsity=Sparsity(asked=plan.sparsity_asked, reached=plan.sparsity),
         accuracy=accuracy,

@@ -73,10 +73,10 @@ def inspect_tables(program: Program, plan: Plan, labels: IndexLabels) -> Iterato
     """Layers, then constraints, then what pins the rest."""
     total_params, total_macs = program.num_parameters, program.macs
     yield _layers_table(program, plan)
-    first = plan.constraints[0].pattern
     constraints = _table(
-        f"{first}: {plan.sparsity:.1%} of the constrained weights",
+        f"{plan.patterns}: {plan.sparsity:.1%} of the constrained weights",
         "group",
+        "pattern",
         "units",
         "kept",
         "weights",
@@ -85,7 +85,9 @@ def inspect_tables(program: Program, plan: Plan, labels: IndexLabels) -> Iterato
     for c in plan:
         names = [s.tensor for s in c.members]
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        constraints.add_row(c.name, str(c.groups), str(c.keep), f"{c.num_weights(program.tensors):,}", shown)
+        constraints.add_row(
+            c.name, str(c.pattern), str(c.groups), str(c.keep), f"{c.num_weights(program.tensors):,}", shown
+        )
     yield constraints
     if labels.unruled:
         unruled = _table("operators without a rule: what they touch is pinned", "operator", "first met at")

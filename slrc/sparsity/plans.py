@@ -277,6 +277,11 @@ class Plan(_Data):
     left_out: tuple[LeftOut, ...] = ()
     budget: Budget | None = None
 
+    @property
+    def patterns(self) -> str:
+        """The patterns of all constraints, such as `block:8x1 + channel`."""
+        return " + ".join(sorted({str(c.pattern) for c in self.constraints}))
+
     def partly(self, share: float) -> Plan:
         """Return the plan with only a `share` of what it prunes, in [0, 1], for schedules."""
         keeps = [c.groups - round((c.groups - c.keep) * share) for c in self.constraints]

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from slrc.errors import PlanError
-from slrc.sparsity.masks import Masks, projection
+from slrc.sparsity.masks import Masks
 from slrc.sparsity.plans import Plan
 
 
@@ -289,7 +289,7 @@ class Splitting:
 
     @torch.no_grad()
     def _projected(self, live: Mapping[str, Tensor]) -> Copies:
-        masks = projection(self.plan, live, followers=False)
+        masks = Masks.of(self.plan, live, self.plan.project(live), followers=False).tensors
         support = [masks[n].to(live[n].device) for n in self.method.names]
         values = [live[n] * kept * o for n, kept, o in zip(self.method.names, support, self.owned, strict=True)]
         return Copies(values, support)

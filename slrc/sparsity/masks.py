@@ -28,7 +28,16 @@ class Masks:
 
         Coupled groups take their followers with them; patterns of single weights see what those leave.
         """
-        return Masks(projection(plan, tensors, followers=True))
+        return Masks.of(plan, tensors, plan.project(tensors))
+
+    @staticmethod
+    def of(plan: Plan, tensors: Mapping[str, Tensor], kept: Mapping[str, Tensor], *, followers: bool = True) -> Masks:
+        """Return full masks from one mask for each constraint, by the constraint's name; with followers unless not."""
+        names = {s.tensor for c in plan for s in c.members + (c.followers if followers else ())}
+        masks = {n: torch.ones(tensors[n].shape, dtype=torch.bool) for n in sorted(names)}
+        for c in plan:
+            c.scatter(kept[c.name], masks, followers=followers)
+        return Masks(masks)
 
     def apply(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return copies of the masked tensors, zero where they were pruned."""
@@ -66,23 +75,12 @@ class Masks:
             if missing := [s.tensor for s in c.members if s.tensor not in self.tensors]:
                 raise PlanError(f"constraint `{c.name}`: no mask for `{missing[0]}`")
             _check_mask_shapes(c, self.tensors)
-            if not isinstance(c.pattern, Channel) and not c.obeyed_by(c.gather(self.tensors), self._left(c, plan)):
+        left = plan.left_by_channels({c.name: c.gather(self.tensors) for c in plan if c.pattern.coupled}, self.tensors)
+        for c in plan:
+            if not isinstance(c.pattern, Channel) and not c.obeyed_by(c.gather(self.tensors), left.get(c.name)):
                 raise PlanError(f"the mask of `{c.name}` does not obey {c.pattern} with {c.keep} of {c.groups} kept")
             if isinstance(c.pattern, Channel) and int(self.surviving_units(c).sum()) > c.keep:
                 raise PlanError(f"the masks of `{c.name}` keep more than {c.keep} of {c.groups} channels")
-
-    def _left(self, c: Constraint, plan: Plan) -> Tensor | None:
-        """Return what the coupled groups that survive leave of a single weight, as the constraint sees it."""
-        weight = c.members[0].tensor
-        left: Tensor | None = None
-        for group in plan:
-            if not group.pattern.coupled or weight not in {s.tensor for s in group.members + group.followers}:
-                continue
-            left = torch.ones(self.tensors[weight].shape, dtype=torch.bool) if left is None else left
-            for s in group.members + group.followers:
-                if s.tensor == weight:
-                    s.scale_(left, self.surviving_units(group))
-        return c.in_order(left)
 
     def surviving_units(self, constraint: Constraint) -> Tensor:
         """Return which units of a coupled group survive, `(units,)`."""
@@ -117,20 +115,3 @@ def _check_mask_shapes(c: Constraint, masks: Mapping[str, Tensor]) -> None:
         if c.pattern.why_not(shape) or (groups := c.pattern.group_view(mask).shape[1]) != c.groups:
             seen = c.pattern.why_not(shape) or f"expected {c.groups} groups, got {groups}"
             raise PlanError(f"the mask of `{c.name}` of shape {shape} does not fit {c.pattern}: {seen}")
-
-
-def projection(plan: Plan, tensors: Mapping[str, Tensor], *, followers: bool) -> dict[str, Tensor]:
-    """Return masks of all constrained tensors, and of followers if asked: of channels, then of what those leave."""
-    left = plan.left_by_channels(tensors, followers=True)
-    own = {s.tensor for c in plan for s in c.members}
-    masks = {n: torch.ones(tensors[n].shape, dtype=torch.bool) for n in sorted(own)}
-    if followers:
-        masks = {n: left.get(n, m) for n, m in {**masks, **left}.items()}
-    else:
-        masks |= {n: m for n, m in plan.left_by_channels(tensors, followers=False).items() if n in own}
-    masks = {n: masks[n].clone() for n in sorted(masks)}
-    for c in plan:
-        if not c.pattern.coupled:
-            mask = c.project(tensors, c.in_order(left.get(c.members[0].tensor)))
-            c.scatter(mask, masks, followers=False)
-    return masks

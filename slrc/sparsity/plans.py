@@ -192,9 +192,9 @@ class Constraint(_Data):
         spread = factors.unsqueeze(-1).expand(-1, -1, weight.numel() // factors.numel())
         weight.mul_(self._in_place_order(self.pattern.from_group_view(spread, tuple(weight.shape))))
 
-    def in_order(self, left: Tensor | None) -> Tensor | None:
+    def in_order(self, mask: Tensor) -> Tensor:
         """Return a mask of a single weight as `gather` returns the weight."""
-        return left if left is None or self.order is None else left[torch.tensor(self.order)]
+        return mask if self.order is None else mask[torch.tensor(self.order)]
 
     def _in_place_order(self, seen: Tensor) -> Tensor:
         """Return what the pattern sees of a weight with its outputs back in the weight's own order."""
@@ -299,8 +299,10 @@ class Plan(_Data):
         """
         if self.budget is None:
             return self
-        named, left = {c.name: c for c in self.constraints}, self.left_by_channels(tensors)
-        losses = [_losses(named[menu.name], menu, tensors, left) for menu in self.budget.menus]
+        named = {c.name: c for c in self.constraints}
+        coupled = {c.name: c.project(tensors) for c in self.constraints if c.pattern.coupled}
+        left = self.left_by_channels(coupled, tensors)
+        losses = [_losses(named[menu.name], menu, tensors, left.get(menu.name)) for menu in self.budget.menus]
         ms = [np.array([o.ms for o in menu.options]) for menu in self.budget.menus]
         chosen = choose_options(losses, ms, self.budget.ms)
         if chosen is None:
@@ -310,14 +312,30 @@ class Plan(_Data):
             )
         return self.with_options(dict(zip((m.name for m in self.budget.menus), chosen, strict=True)))
 
-    def left_by_channels(self, tensors: Mapping[str, Tensor], *, followers: bool = True) -> dict[str, Tensor]:
-        """Return what the projection on the constraints of coupled groups leaves of their tensors, as masks."""
-        coupled = [c for c in self.constraints if c.pattern.coupled]
-        names = {s.tensor for c in coupled for s in c.members + c.followers}
-        masks = {n: torch.ones(tensors[n].shape, dtype=torch.bool) for n in sorted(names)}
-        for c in coupled:
-            c.scatter(c.project(tensors), masks, followers=followers)
-        return masks
+    def project(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the mask of every constraint's projection, by its name: of channels, then of what those leave."""
+        kept = {c.name: c.project(tensors) for c in self.constraints if c.pattern.coupled}
+        left = self.left_by_channels(kept, tensors)
+        return {c.name: kept[c.name] if c.name in kept else c.project(tensors, left.get(c.name)) for c in self}
+
+    def left_by_channels(self, kept: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what channels leave of single weights, as their constraints see them, by the constraint's name.
+
+        Args:
+            kept: the masks of coupled groups, by the constraint's name.
+            tensors: of the shapes of the model's.
+        """
+        single = {c.members[0].tensor: c for c in self.constraints if not c.pattern.coupled}
+        left = {n: torch.ones(tensors[n].shape, dtype=torch.bool) for n in single}
+        touched = set()
+        for c in self.constraints:
+            if c.pattern.coupled:
+                units = kept[c.name].any(dim=1).cpu()
+                for s in c.members + c.followers:
+                    if s.tensor in single:
+                        touched.add(s.tensor)
+                        s.scale_(left[s.tensor], units)
+        return {single[n].name: single[n].in_order(left[n]) for n in touched}
 
     def with_options(self, chosen: Mapping[str, int]) -> Plan:
         """Return the plan with these options of its budget, by the name of the constraint."""
@@ -410,8 +428,7 @@ def _with_option(constraint: Constraint, option: Option) -> Constraint:
     return constraint.model_copy(update={"pattern": option.pattern, "groups": option.groups, "keep": option.keep})
 
 
-def _losses(constraint: Constraint, menu: Menu, tensors: Mapping[str, Tensor], left: Mapping[str, Tensor]) -> Floats:
-    weight = constraint.members[0].tensor
+def _losses(constraint: Constraint, menu: Menu, tensors: Mapping[str, Tensor], left: Tensor | None) -> Floats:
     losses = np.zeros(len(menu.options))
     by_pattern: dict[str, list[int]] = {}
     for k, option in enumerate(menu.options):
@@ -419,9 +436,7 @@ def _losses(constraint: Constraint, menu: Menu, tensors: Mapping[str, Tensor], l
             by_pattern.setdefault(str(option.pattern), []).append(k)
     for places in by_pattern.values():
         options = [menu.options[k] for k in places]
-        lost = _with_option(constraint, options[0]).lost(
-            tensors, [o.keep for o in options], constraint.in_order(left.get(weight))
-        )
+        lost = _with_option(constraint, options[0]).lost(tensors, [o.keep for o in options], left)
         losses[places] = -np.log(np.maximum(1.0 - lost, np.finfo(float).tiny)) * [o.weight for o in options]
     return losses
 

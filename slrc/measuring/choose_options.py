@@ -88,7 +88,7 @@ def plan_mixed(
                 mixed, found = start, make_menus(times, start, program)
             else:
                 channels = narrow(share)
-                mixed = _joined(channels, start)
+                mixed = joined(channels, start)
                 found = make_menus(times, mixed, program, shares_of(channels))
             made = allocate_options(program, mixed, found, table, budget)
         except PlanError as error:
@@ -118,7 +118,7 @@ def kept_energy(program: Program, plan: Plan) -> float:
     return total
 
 
-def _joined(channels: Plan, layers: Plan) -> Plan:
+def joined(channels: Plan, layers: Plan) -> Plan:
     """Return a plan with the constraints of both, names told apart."""
     coupled = [c.model_copy(update={"name": f"{c.name} (channels)"}) for c in channels if c.keep < c.groups]
     return channels.model_copy(update={"constraints": (*coupled, *layers), "latency": None})

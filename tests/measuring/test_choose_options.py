@@ -13,12 +13,14 @@ import slrc
 from slrc.backends import get_backend, parse_target
 from slrc.errors import PlanError
 from slrc.forms.form import Form, FormKind
+from slrc.forms.packed_weight import block_density
 from slrc.ir.program import Program, capture
-from slrc.measuring import latency_meter
+from slrc.measuring import choose_options, latency_meter
 from slrc.measuring.clock import Clock, Timing
 from slrc.measuring.latency_meter import LatencyMeter, make_menus
 from slrc.passes.analysis.cut_segments import cut_segments
 from slrc.passes.forms.pack_blocks import why_not_packed
+from slrc.passes.structure.apply_masks import ApplyMasks
 from slrc.sparsity.patterns import Block
 from slrc.sparsity.plans import Plan
 from slrc.sparsity.projection import project
@@ -102,10 +104,13 @@ def test_a_budget_out_of_reach_is_told_layer_by_layer(program: Program, tmp_path
     assert "--latency-budget" in (error.value.hint or "")
 
 
-@pytest.mark.usefixtures("times_are_sizes")
-def test_a_pattern_that_nothing_makes_fast_reaches_nothing(program: Program, tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="100% are left"):
-        slrc.plan(program, "block:8x1", latency_budget=0.6, threads=1, cache=tmp_path, target="ort:stock")
+def test_where_nothing_becomes_faster_all_is_left(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Clock, "times", lambda clock, jobs, budget: tuple(Timing(1.0) for _ in jobs))
+    with pytest.raises(PlanError, match="100% are left") as error:
+        plan_for(program, "block:8x1", 0.6, tmp_path)
+    assert "another pattern" in (error.value.hint or "")
 
 
 def test_options_are_timed_for_real(program: Program, tmp_path: Path) -> None:
@@ -137,3 +142,52 @@ def test_a_segment_that_is_repacked_is_as_if_emitted(program: Program, rows: int
         assert torch.allclose(found, expected, atol=1e-5)
     node = next(n for n in program.nodes if n.name == "conv2d_1")
     assert not why_not_packed(node, rows)
+
+
+class Residual(nn.Module):
+    """A residual block between two layers, so that channels are shared, with batch norm and a depthwise layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.widen = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 1, bias=False)
+        self.norm, self.depthwise = nn.BatchNorm2d(32), nn.Conv2d(32, 32, 3, padding=1, groups=32)
+        self.back, self.last = nn.Conv2d(32, 16, 1), nn.Conv2d(16, 24, 3, padding=1)
+        self.head = nn.Linear(24, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.stem(x))
+        y = y + self.back(torch.relu(self.depthwise(torch.relu(self.norm(self.widen(y))))))
+        return self.head(torch.relu(self.last(y)).mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("rows", [4, 8])
+def test_blocks_of_what_channels_leave_are_blocks_of_what_is_emitted(rows: int) -> None:
+    torch.manual_seed(rows)
+    program = capture(Residual().eval(), (torch.randn(1, 3, 8, 8),), "net")
+    channels = slrc.plan(program, "channel", 0.5, round_to=8, keep_ends=False)
+    mixed = choose_options.joined(channels, slrc.plan(program, f"block:{rows}x1", 0.5))
+    masks = slrc.Masks.project(mixed, program.tensors)
+    masks.check(mixed, program.tensors)
+    masked = ApplyMasks(masks)(program).program
+    slim = slrc.structure(program, mixed, masks)
+    assert slim.num_parameters < program.num_parameters
+    for inputs in (program.example_inputs, (torch.randn(3, 3, 8, 8),)):
+        assert torch.allclose(masked.module()(*inputs), slim.module()(*inputs), atol=1e-5)
+    for name in ("widen.weight", "back.weight", "last.weight"):
+        assert slim.tensors[name].shape != program.tensors[name].shape
+        assert block_density(slim.tensors[name], rows) == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.usefixtures("times_are_sizes")
+def test_auto_narrows_where_options_alone_do_not_reach(tmp_path: Path) -> None:
+    """Depthwise layers have no blocks: only fewer channels make them faster."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 5, groups=64), nn.Conv2d(64, 8, 1), nn.Conv2d(8, 3, 1))
+    program = capture(net, (torch.randn(1, 3, 8, 8),), "net")
+    with pytest.raises(PlanError, match="cannot be reached"):
+        slrc.plan(program, "block:8x1", latency_budget=0.5, threads=1, cache=tmp_path, keep_ends=False)
+    plan = slrc.plan(program, "auto", latency_budget=0.5, threads=1, cache=tmp_path, keep_ends=False)
+    assert plan.latency is not None
+    assert plan.latency.predicted == pytest.approx(0.5, rel=0.1)
+    assert any(c.pattern.coupled and c.keep < c.groups for c in plan)
+    assert {str(c.pattern) for c in plan} > {"channel"}

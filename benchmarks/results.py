@@ -109,6 +109,11 @@ FILES = (
         ("benchmarks/step_cost.py", "slrc/methods", "slrc/training"),
     ),
     ResultsFile(
+        "reconstruct.json",
+        "SLRC_DATA=~/data python benchmarks/reconstruct.py NETWORK",
+        ("benchmarks/reconstruct.py", "slrc/reconstruction", "slrc/sparsity", "passes/allocation"),
+    ),
+    ResultsFile(
         "convergence.jsonl",
         "python benchmarks/convergence/run.py TIER",
         (

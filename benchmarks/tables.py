@@ -19,6 +19,9 @@ sys.path.insert(1, str(Path(__file__).parent / "convergence"))
 import answers
 from analysis_growth import slope
 from front_page import CASES
+from reconstruct import CASES as RECONSTRUCTED
+from reconstruct import NAMES as RECONSTRUCTED_NAMES
+from reconstruct import more, row_key
 from results import FILES, ROOT, Row, file_of, rows_of
 from sparse_latency import NETWORKS, SPARSITIES, key
 from zoo import EXACT
@@ -261,11 +264,27 @@ def compared(tier: str = "") -> dict[str, Row]:
     return {name: row for name, row in rows.items() if name.startswith(tier)}
 
 
+def reconstruct() -> str:
+    """Pruning without labels or training."""
+    rows, lines = read("reconstruct"), []
+    for network, cases in RECONSTRUCTED.items():
+        for case in cases:
+            row = rows.get(row_key(network, *case), {})
+            pattern, sparsity, options = case
+            name = f"{RECONSTRUCTED_NAMES[network]}, `{pattern}` {sparsity or 0.5:.0%}{more(options)}"
+            figures = ("dense", "accuracy", "magnitude", "agreement")
+            cells = [f"{row[f]:.1f}" if f in row else "–" if row else TO_FILL for f in figures]
+            peak = f"{row['peak_gb']:.1f} GB" if "peak_gb" in row else "–" if row else TO_FILL
+            lines.append([name, *cells, f"{row['seconds']:.0f} s" if row else TO_FILL, peak])
+    titles = ("network, pattern", "dense", "reconstructed", "by magnitude", "agreement", "time", "peak memory")
+    return table(titles, lines) + made(rows.values())
+
+
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__.replace("_", "-"): f
     for f in (
         *(front_page, sparse_latency, sparse_latency_other, kernel_latency, latency_budget, zoo),
-        *(analysis_growth, step_cost, split_copies, channel_permutation),
+        *(analysis_growth, step_cost, split_copies, channel_permutation, reconstruct),
         *(methods, methods_against, methods_parts, methods_budgets, methods_large, methods_inside, methods_settings),
     )
 }

@@ -22,11 +22,13 @@ from slrc.measuring.choose_forms import choose_forms
 from slrc.measuring.choose_options import offered_patterns, plan_mixed, plan_options
 from slrc.measuring.choose_widths import LatencyGoal, plan_widths, width_shares, width_table
 from slrc.measuring.latency_meter import LatencyMeter
+from slrc.methods.settings import MethodName
 from slrc.passes.allocation.allocate_sparsity import allocate_sparsity
 from slrc.passes.allocation.check_plan import checked_plan
 from slrc.pipeline import Checker as ProgramChecker
 from slrc.probes import make_probes
 from slrc.progress import Quiet, Reporter
+from slrc.reconstruction.reconstruct import reconstruct
 from slrc.reporting.assemble import accuracy_of, assemble
 from slrc.reporting.report import Pair, Report, TargetResult
 from slrc.sparsity.choices import Allocation
@@ -66,10 +68,13 @@ def plan(
 def train(workload: Workload, plan: Plan, *, checkpoints: str | Path | None = None, **options: Any) -> Trained:
     """Train the workload's model in place under the plan and prune it hard.
 
-    `options` are those of `CompileConfig`, such as `method="slr"`, `epochs=5`, `retrain_epochs=0`.
+    `options` are those of `CompileConfig`, such as `method="slr"`, `epochs=5`, `retrain_epochs=0`. With
+    `method="reconstruct"` nothing is trained: the layers are refitted on `Workload.calibration`.
     """
-    folder = Path(checkpoints) if checkpoints else None
-    return training.train(workload, plan, make_config(options), checkpoints=folder)
+    config = make_config(options)
+    if config.method is MethodName.RECONSTRUCT:
+        return reconstruct(capture(workload), workload, plan, config)
+    return training.train(workload, plan, config, checkpoints=Path(checkpoints) if checkpoints else None)
 
 
 def structure(program: Program, plan: Plan, trained: Trained | Masks, check: ProgramChecker | None = None) -> Program:

@@ -20,10 +20,12 @@ from slrc.forms.form import FormChoice
 from slrc.ir.program import Program
 from slrc.measuring.choose_forms import choose_forms
 from slrc.measuring.timing import Latency, time_pair
+from slrc.methods.settings import MethodName
 from slrc.pipeline import Checker as ProgramChecker
 from slrc.pipeline import apply_forms, lower
 from slrc.probes import FirstCall, Probe
 from slrc.progress import Reporter
+from slrc.reconstruction.reconstruct import reconstruct
 from slrc.reporting.bench import INPUTS
 from slrc.reporting.page import write_page
 from slrc.reporting.report import Report
@@ -106,20 +108,26 @@ class Compilation:
         return lowered
 
     def train(self, program: Program, plan: Plan) -> Trained:
-        """Train the workload's model in place under the plan."""
+        """Train the workload's model in place under the plan, or refit its layers."""
         if not program.batch_is_dynamic:
             self.note("the model fixes its batch size: the compiled one takes the example's batch only")
         if plan.shortfall:
             self.note(plan.shortfall)
-        trained = train(
-            self.workload,
-            plan,
-            self.config,
-            checkpoints=self.workspace.checkpoints,
-            resume=self.workspace.resumed,
-            reporter=self.reporter,
-        )
-        if self.workload.train_batches is None:
+        reconstructs = self.config.method is MethodName.RECONSTRUCT
+        if reconstructs:
+            trained = reconstruct(program, self.workload, plan, self.config, reporter=self.reporter)
+        else:
+            trained = train(
+                self.workload,
+                plan,
+                self.config,
+                checkpoints=self.workspace.checkpoints,
+                resume=self.workspace.resumed,
+                reporter=self.reporter,
+            )
+        for text in trained.notes:
+            self.note(text)
+        if self.workload.train_batches is None and not reconstructs:
             self.note(f"the workload has no training data: pruned by {trained.method} in one shot")
         if trained.undistilled:
             self.note(

@@ -83,7 +83,7 @@ class CompileConfig(MethodSettings):
     )
     method: MethodName | None = _option(
         None,
-        "gradual, slr, slr-tightening, admm, ac-dc, group-lasso or magnitude "
+        "gradual, slr, slr-tightening, admm, ac-dc, group-lasso, magnitude, or reconstruct, which needs no labels "
         "(default: gradual, without data magnitude)",
     )
     epochs: int | None = _option(
@@ -203,6 +203,16 @@ class CompileConfig(MethodSettings):
         if self.epochs is not None and self.steps is not None:
             raise ConfigError(
                 "`--epochs` and `--steps` exclude each other: both say how long to train", hint="leave one out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _reconstruct_does_not_train(self) -> CompileConfig:
+        asked = {"epochs": self.epochs, "steps": self.steps, "retrain-epochs": self.retrain_epochs}
+        if self.method is MethodName.RECONSTRUCT and (given := [name for name, value in asked.items() if value]):
+            raise ConfigError(
+                f"`--method reconstruct` does not train, got `--{given[0]} {asked[given[0]]}`",
+                hint=f"leave `--{given[0]}` out, or choose a method that trains, such as gradual",
             )
         return self
 

@@ -66,6 +66,8 @@ class Workload:
         distill: `distill(output, teacher_output)` returns a scalar: how far the model's output in training is from that
             of the dense model in evaluation mode. For the default loss the divergence of their softened
             distributions, for another one the mean squared error unless given.
+        calibration: inputs for a method that needs no labels, an iterable that can be read again and again: each batch
+            a tensor, or a tuple of the model's arguments; the inputs of the training batches unless given.
         name: how reports call the model.
     """
 
@@ -77,6 +79,7 @@ class Workload:
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None
     scheduler: Callable[[Optimizer, int], LRScheduler] | None = None
     distill: Callable[[Any, Any], Tensor] | None = None
+    calibration: Iterable[Any] | None = None
     name: str = "model"
     warnings: list[str] = field(default_factory=list)
     where: str = field(init=False, repr=False, default="")
@@ -94,14 +97,8 @@ class Workload:
             raise WorkloadError(
                 f"`Workload.example_inputs` must be a tuple of inputs, got {_describe(self.example_inputs)}"
             )
-        batches = self.train_batches
-        if batches is not None and not isinstance(batches, Iterable):
-            raise WorkloadError(f"`Workload.train_batches` must be iterable, got {_describe(batches)}")
-        if isinstance(batches, Iterator):
-            raise WorkloadError(
-                "`Workload.train_batches` can be read only once: every epoch after the first would be empty",
-                hint="give a DataLoader, a list, or an object whose `__iter__` starts anew",
-            )
+        _check_batches("train_batches", self.train_batches)
+        _check_batches("calibration", self.calibration)
 
     def measure(self, model: nn.Module) -> tuple[str, float] | None:
         """Return the leading metric's name and value for a model in evaluation mode; `None` without `evaluate`.
@@ -309,6 +306,20 @@ def _torchvision_shape(library: ModuleType, name: str, model: nn.Module) -> tupl
         height = width = own
     frames = (max(CLIP, weights.meta.get("min_temporal_size", 0)),) if "Video" in type(preset).__name__ else ()
     return (3, *frames, height, width)
+
+
+def _check_batches(field: str, batches: Any) -> None:
+    if batches is not None and not isinstance(batches, Iterable):
+        raise WorkloadError(f"`Workload.{field}` must be iterable, got {_describe(batches)}")
+    if isinstance(batches, Tensor):
+        raise WorkloadError(
+            f"`Workload.{field}` must be an iterable of batches, got a tensor", hint=f"write `{field}=x.split(32)`"
+        )
+    if isinstance(batches, Iterator):
+        raise WorkloadError(
+            f"`Workload.{field}` can be read only once: every epoch after the first would be empty",
+            hint="give a DataLoader, a list, or an object whose `__iter__` starts anew",
+        )
 
 
 def _describe(value: Any) -> str:

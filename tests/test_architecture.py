@@ -29,6 +29,7 @@ ROOMS = (
     "config",
     "workload",
     "training",
+    "reconstruction",
     "probes",
     "verify",
     "pipeline",

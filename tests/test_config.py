@@ -115,7 +115,7 @@ def test_underscores_will_do_in_a_file(toml: Any) -> None:
         ({"layer_norm": "off"}, "option `--layer-norm`: input should be 'keep' or 'narrow', got 'off'"),
         (
             {"method": "sgd"},
-            "option `--method`: input should be 'slr', .* or 'group-lasso', got 'sgd'",
+            "option `--method`: input should be 'slr', .* or 'reconstruct', got 'sgd'",
         ),
         ({"allocate": "layer"}, "option `--allocate`: input should be 'uniform' or 'global', got 'layer'"),
         ({"latency_budget": 1.0}, "option `--latency-budget`: .*less than 1, got 1.0"),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from slrc.errors import ConfigError
 from slrc.methods.ac_dc import ACDC
 from slrc.methods.admm import ADMM
 from slrc.methods.base import Method
@@ -44,3 +45,5 @@ def make_method(
             return GroupLasso(parameters, plan, updates, settings.group_lasso)
         case MethodName.MAGNITUDE:
             return Magnitude(parameters, plan)
+        case MethodName.RECONSTRUCT:
+            raise ConfigError("method `reconstruct` does not train", hint="`slrc.train` and `slrc.compile` take it")

@@ -69,6 +69,20 @@ class GroupLassoSettings(BaseModel):
     until: float = Field(default=0.75, gt=0, le=1, description="share of the updates after which the level is reached")
 
 
+class ReconstructSettings(BaseModel):
+    """What a refit layer by layer sees, and how finely it chooses."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    images: int = Field(default=512, ge=1, description="samples that calibrate")
+    positions: int = Field(default=128, ge=1, description="of each sample's positions or tokens, how many a layer sees")
+    rate: float = Field(default=0.1, gt=0, le=1, description="share of what is left that is dropped in one round")
+    damping: float = Field(
+        default=0.1, gt=0, description="ridge for each column of a layer per image, beside its inputs' mean square"
+    )
+    clipping: int = Field(default=5, ge=0, description="rounds in which targets move where a rectifier clips them")
+
+
 class MethodName(StrEnum):
     """The methods by their name on the command line."""
 
@@ -79,6 +93,7 @@ class MethodName(StrEnum):
     GRADUAL = "gradual"
     AC_DC = "ac-dc"
     GROUP_LASSO = "group-lasso"
+    RECONSTRUCT = "reconstruct"
 
 
 class MethodSettings(BaseModel):
@@ -92,3 +107,4 @@ class MethodSettings(BaseModel):
     gradual: GradualSettings = GradualSettings()
     ac_dc: ACDCSettings = ACDCSettings()
     group_lasso: GroupLassoSettings = GroupLassoSettings()
+    reconstruct: ReconstructSettings = ReconstructSettings()

@@ -169,6 +169,10 @@ class Constraint(_Data):
         groups = self.pattern.group_view(window.seen).shape[1]
         return obeys(self.pattern, window.seen, self._kept_of(groups, self.keep))
 
+    def of_groups(self, groups: int) -> Constraint:
+        """Return the constraint for a weight with so many groups, of which it keeps the same share."""
+        return self.model_copy(update={"groups": groups, "keep": self._kept_of(groups, self.keep)})
+
     def _kept_of(self, groups: int, keep: int) -> int:
         """Return how many of so many groups are the same share as `keep` of all."""
         return keep if groups == self.groups else max(1, round(groups * keep / self.groups))

@@ -17,14 +17,14 @@ from slrc.errors import SlrcError
 from slrc.workload import user_error
 
 
-def read(batches: Iterable[Any]) -> Iterator[Any]:
-    """Yield batches; what the user's loader raises becomes an error that names the user's line."""
+def read(batches: Iterable[Any], field: str = "train_batches") -> Iterator[Any]:
+    """Yield a workload's batches; what the user's loader raises becomes an error that names the user's line."""
     try:
         yield from batches
     except (SlrcError, GeneratorExit):
         raise
     except Exception as error:
-        raise user_error("reading `train_batches`", error) from error
+        raise user_error(f"reading `{field}`", error) from error
 
 
 def seed_epoch(batches: Any, seed: int, phase: str, epoch: int) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from slrc.config import CompileConfig, Precision
-from slrc.errors import TrainingError, WorkloadError
+from slrc.errors import ConfigError, TrainingError, WorkloadError
 from slrc.methods.base import Iteration, MaskedMethod, Method, MethodState
 from slrc.methods.magnitude import Magnitude
 from slrc.methods.registry import make_method
@@ -56,7 +56,8 @@ class Trained:
     `tensors` are the model's parameters and buffers, hard-pruned; `plan` is what they obey, with its budget shared out
     as it was at last; `dense` and `hard_pruned` are the leading metric
     before the first step, and right after pruning with no retraining. `cost` is what steps took here: after a resumed
-    run, those since; `None` if there were none. `undistilled` says why the dense network could not teach.
+    run, those since; `None` if there were none. `undistilled` says why the dense network could not teach, and `notes`
+    are for the report.
     """
 
     tensors: dict[str, Tensor]
@@ -69,6 +70,7 @@ class Trained:
     history: tuple[Iteration, ...]
     cost: StepCost | None = None
     undistilled: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def _nothing() -> object:
@@ -124,8 +126,11 @@ def choose_method(config: CompileConfig, workload: Workload) -> MethodName:
     """Return the method asked for; without data and without a wish, one-shot magnitude.
 
     Raises:
+        ConfigError: the method does not train: it is `slrc.reconstruction`.
         WorkloadError: the method asked for needs data and there is none.
     """
+    if config.method is MethodName.RECONSTRUCT:
+        raise ConfigError("method `reconstruct` does not train", hint="`slrc.train` and `slrc.compile` take it")
     needs_data = config.method not in (None, MethodName.MAGNITUDE) and config.trains
     if workload.train_batches is None and (needs_data or config.retrain_epochs > 0):
         what = f"method `{config.method}`" if needs_data else "retraining"

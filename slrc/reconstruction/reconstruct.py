@@ -1,0 +1,223 @@
+"""The method `reconstruct`: the layers in order, each pruned and refitted to the dense network's outputs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.nn import functional
+
+from slrc.config import CompileConfig
+from slrc.errors import WorkloadError
+from slrc.ir.nodes import layer_weight
+from slrc.ir.program import Program
+from slrc.methods.settings import MethodName, ReconstructSettings
+from slrc.progress import Quiet, Reporter
+from slrc.reconstruction.calibration import Inputs, calibration_inputs
+from slrc.reconstruction.observe import Observed, first_uses, observe, operands
+from slrc.reconstruction.select import select
+from slrc.reconstruction.side_by_side import SideBySide
+from slrc.reconstruction.solve import Damped, refit
+from slrc.reconstruction.units import choose_units
+from slrc.sparsity.masks import Masks
+from slrc.sparsity.plans import Constraint, Plan, Window
+from slrc.training.checkpoints import EpochRecord
+from slrc.training.loop import Trained
+from slrc.workload import Workload
+
+
+def reconstruct(
+    program: Program, workload: Workload, plan: Plan, config: CompileConfig, *, reporter: Reporter | None = None
+) -> Trained:
+    """Prune the workload's model in place so that it obeys the plan, with neither labels nor training.
+
+    Each layer is refitted to the outputs that it has in the dense network, from the inputs that it has in the pruned
+    one. Memory is bounded by one layer's moments and the values that some layer still reads.
+
+    Args:
+        program: the captured dense model.
+        workload: the model and its calibration data.
+        plan: what is constrained.
+        config: the settings, and the seed.
+        reporter: where progress goes.
+
+    Raises:
+        WorkloadError: there is no calibration data, or it cannot be used.
+    """
+    name = str(MethodName.RECONSTRUCT)
+    started = time.perf_counter()
+    dense = _metric(workload)
+    inputs = calibration_inputs(program, workload, config.reconstruct.images, config.seed)
+    found = refit_layers(program, plan, inputs, config.reconstruct, config.seed, reporter or Quiet())
+    state = {n: t for n, t in workload.model.state_dict().items() if isinstance(t, Tensor)}
+    with torch.no_grad():
+        for tensor_name, value in found.tensors.items():
+            state[tensor_name].copy_(value)
+    found.masks.check(plan, state)
+    pruned = _metric(workload)
+    seconds = time.perf_counter() - started
+    return Trained(
+        tensors={n: t.detach().cpu().clone() for n, t in state.items()},
+        plan=plan,
+        masks=found.masks,
+        method=name,
+        dense=dense,
+        hard_pruned=pruned,
+        curve=(
+            EpochRecord(phase=name, epoch=0, loss=None, metric=dense, hard_pruned=None, seconds=0.0),
+            EpochRecord(phase=name, epoch=1, loss=None, metric=pruned, hard_pruned=pruned, seconds=seconds),
+        ),
+        history=(),
+        notes=found.notes,
+    )
+
+
+def _metric(workload: Workload) -> float | None:
+    measured = workload.measure(workload.model)
+    if measured is not None and not math.isfinite(measured[1]):
+        raise WorkloadError(
+            f"`evaluate` returned {measured[1]}",
+            hint="its leading metric must be finite: look for a division by zero, or a loss that overflows",
+        )
+    return None if measured is None else measured[1]
+
+
+class Reconstruction(NamedTuple):
+    """The tensors that changed, by every name they have, the masks, and what could not be refitted."""
+
+    tensors: dict[str, Tensor]
+    masks: Masks
+    notes: tuple[str, ...]
+
+
+def refit_layers(
+    program: Program,
+    plan: Plan,
+    inputs: Sequence[Inputs],
+    settings: ReconstructSettings,
+    seed: int,
+    reporter: Reporter,
+) -> Reconstruction:
+    """Return the program's tensors pruned and refitted, layer by layer. See `reconstruct`."""
+    generator = torch.Generator().manual_seed(seed)
+    coupled = tuple(c for c in plan if c.pattern.coupled)
+    units = choose_units(program, coupled, inputs, settings, generator, reporter) if coupled else {}
+    return _Refit(program, plan, inputs, settings, generator, units).run(reporter)
+
+
+class _Refit:
+    """One way through the network."""
+
+    def __init__(
+        self,
+        program: Program,
+        plan: Plan,
+        inputs: Sequence[Inputs],
+        settings: ReconstructSettings,
+        generator: torch.Generator,
+        units: dict[str, Tensor],
+    ) -> None:
+        self.program, self.plan, self.settings, self.generator = program, plan, settings, generator
+        self.kept = dict(units)
+        tensors = program.tensors
+        self.both = SideBySide(program, inputs, list(first_uses(program).values()))
+        self.constraints = {id(tensors[c.members[0].tensor]): c for c in plan if not c.pattern.coupled}
+        coupled = plan.model_copy(update={"constraints": tuple(c for c in plan if c.pattern.coupled)})
+        self.masks = {id(tensors[n]): m for n, m in Masks.of(coupled, tensors, units).tensors.items()}
+        self.notes: list[str] = []
+        for tensor in tensors.values():
+            if (mask := self.masks.get(id(tensor))) is not None:
+                self.both.own[id(tensor)] = tensor.detach() * mask
+
+    def run(self, reporter: Reporter) -> Reconstruction:
+        """Refit all layers in order."""
+        stretches = self.both.stretches
+        with reporter.task("reconstructing", len(stretches)) as task:
+            for number, (_, layer) in enumerate(stretches):
+                self._step(number)
+                task.advance(str(layer_weight(layer)))
+        tensors = self.program.tensors
+        own = {n: self.both.own[id(t)].detach() for n, t in tensors.items() if id(t) in self.both.own}
+        return Reconstruction(own, Masks.of(self.plan, tensors, self.kept), tuple(self.notes))
+
+    def _step(self, number: int) -> None:
+        """Observe a layer and refit it; its moments are gone before those of the next are made."""
+        seen = observe(self.both, number, self.settings.positions, self.generator, self._is_refitted)
+        if seen.moments is not None:
+            self._refit(seen)
+        elif (constraint := self.constraints.get(id(seen.weight))) is not None:
+            self._prune_by_magnitude(seen, constraint)
+
+    def _is_refitted(self, layer: Node) -> bool:
+        """Whether a layer is pruned, or has other inputs than in the dense network and a weight of its own."""
+        source, node = operands(layer)
+        key = id(self.both.constant(node))
+        if key in self.constraints or key in self.masks:
+            return True
+        return self.both.differs(source) and self.both.is_stored(node) and self.both.reads(node) == 1
+
+    def _prune_by_magnitude(self, seen: Observed, c: Constraint) -> None:
+        name = c.members[0].tensor
+        self.kept[c.name] = c.project({name: seen.weight})
+        mask = torch.ones(seen.weight.shape, dtype=torch.bool)
+        c.scatter(self.kept[c.name], {name: mask}, followers=False)
+        self.both.replace(operands(seen.layer)[1], seen.weight * mask)
+        self.notes.append(f"`{c.name}` was pruned by magnitude and not refitted: {seen.why_not}")
+
+    def _refit(self, seen: Observed) -> None:
+        moments, weight, around = seen.moments, seen.weight, seen.around
+        assert moments is not None
+        damped = seen.damped(self.settings.damping)
+        constraint, given = self.constraints.get(id(weight)), self.masks.get(id(weight))
+        if constraint is not None:
+            mask = self._select(constraint, damped, weight, given, seen.scale)
+            in_shape = mask.reshape(weight.shape)
+            self.kept[constraint.name] = constraint.gather({constraint.members[0].tensor: in_shape})
+        else:
+            mask = torch.ones_like(damped.cross, dtype=torch.bool) if given is None else given.flatten(1)
+        fitted, outputs = self._fit(seen, damped, mask)
+        self.both.replace(operands(seen.layer)[1], fitted.reshape(weight.shape))
+        left = outputs - (fitted * moments.inputs[damped.group_of_row()]).sum(dim=1)
+        if around.bias is not None:
+            bias_mask = self.masks.get(id(self.both.constant(around.bias)))
+            self.both.replace(around.bias, left if bias_mask is None else left * bias_mask)
+        elif around.mean is not None:
+            self.both.replace(around.mean, self.both.current(around.mean) - left)
+
+    def _select(
+        self, constraint: Constraint, damped: Damped, weight: Tensor, left: Tensor | None, scale: Tensor
+    ) -> Tensor:
+        """Return the mask `(out, K)` that a layer's own pattern keeps of what channels leave of its weight."""
+        window = Window.of(constraint.pattern, weight, left)
+        if window.rows is None or window.columns is None:
+            return select([constraint], damped, tuple(weight.shape), self.settings.rate, scale)[0]
+        taps = weight[0, 0].numel()
+        columns = (window.columns.unsqueeze(1) * taps + torch.arange(taps)).flatten()
+        missing = len(window.seen) - len(window.rows)
+        cross = functional.pad(damped.cross[window.rows][:, columns], (0, 0, 0, missing))
+        seen = damped._replace(hessian=damped.hessian[:, columns][:, :, columns], cross=cross)
+        groups = constraint.pattern.group_view(window.seen).shape[1]
+        narrow = constraint.of_groups(groups)
+        by_row = functional.pad(scale[window.rows], (0, missing))
+        mask = select([narrow], seen, tuple(window.seen.shape), self.settings.rate, by_row)[0]
+        return window.put_back(mask.reshape(window.seen.shape)).flatten(1)
+
+    def _fit(self, seen: Observed, damped: Damped, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a layer's weights `(out, K)` on a support, and the means that its outputs are to have, `(out,)`.
+
+        Where an activation clips the result, the target moves towards what has been fitted, and that is fitted anew.
+        """
+        assert seen.moments is not None
+        weight, outputs = refit(damped, mask), seen.moments.outputs
+        if seen.clipped is None or not seen.around.takes_means:
+            return weight, outputs
+        for _ in range(self.settings.clipping):
+            cross, mean = seen.clipped.shift(weight, seen.moments.inputs, outputs)
+            outputs = seen.moments.outputs + mean
+            weight = refit(damped._replace(cross=damped.cross + cross), mask)
+        return weight, outputs

@@ -1,0 +1,85 @@
+"""What pruning a layer alone costs, against a run of the layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import slrc
+from slrc.errors import PlanError
+from slrc.methods.settings import ReconstructSettings
+from slrc.reconstruction import select as selecting
+from slrc.reconstruction.calibration import calibration_inputs
+from slrc.reconstruction.errors import layer_errors
+from slrc.sparsity.plans import Constraint
+
+SETTINGS = ReconstructSettings(positions=64, damping=1e-4)
+
+
+def test_errors_are_those_of_the_layer_pruned_alone(residual_workload: slrc.Workload) -> None:
+    program = slrc.capture(residual_workload)
+    inputs = calibration_inputs(program, residual_workload, 96, 0)
+    options: dict[str, list[Constraint]] = {}
+    for pattern in ("block:8x1", "columns:2", "unstructured"):
+        for sparsity in (0.75, 0.5, 0.0):
+            for c in slrc.plan(program, pattern, sparsity):
+                options.setdefault(c.name, []).append(c)
+    errors = layer_errors(program, inputs, options, SETTINGS)
+    assert errors.keys() == options.keys()
+    for name, found in errors.items():
+        assert len(found) == len(options[name])
+        assert all(0 <= e < 0.9 for e in found), (name, found)
+        by_pattern: dict[str, list[float]] = {}
+        for c, e in zip(options[name], found, strict=True):
+            by_pattern.setdefault(str(c.pattern), []).append(e)
+        for values in by_pattern.values():
+            assert values == sorted(values, reverse=True)
+            assert values[0] > values[1] > values[2]
+            assert values[2] == pytest.approx(0, abs=1e-6)
+
+
+def test_an_error_is_that_of_a_refit() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 2))
+    x = torch.randn(200, 6)
+    workload = slrc.Workload(model=model, example_inputs=(x[:1],), calibration=[x])
+    program, settings = slrc.capture(workload), ReconstructSettings(damping=1e-6)
+    plan = slrc.plan(program, "block:8x1", 0.5)
+    (c,) = [c for c in plan if c.name == "2"]
+    inputs = calibration_inputs(program, workload, 200, 0)
+    (found,) = layer_errors(program, inputs, {"a name of its own": [c]}, settings)["a name of its own"]
+    with torch.no_grad():
+        features, y = torch.relu(model[0](x)).double(), model[2](torch.relu(model[0](x))).double()
+    features, y = features - features.mean(0), y - y.mean(0)
+    best = min(_residual(features[:, list(s)], y) for s in _supports(8, c.keep))
+    assert found == pytest.approx(best / float(y.square().sum()), rel=0.05)
+
+
+def _supports(columns: int, keep: int) -> list[tuple[int, ...]]:
+    from itertools import combinations
+
+    return list(combinations(range(columns), keep))
+
+
+def _residual(x: Tensor, y: Tensor) -> float:
+    return float((x @ torch.linalg.lstsq(x, y).solution - y).square().sum())
+
+
+def test_one_elimination_serves_all_amounts(residual_workload: slrc.Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    eliminate = selecting.eliminate
+    monkeypatch.setattr(selecting, "eliminate", lambda *args: calls.append(1) or eliminate(*args))
+    program = slrc.capture(residual_workload)
+    inputs = calibration_inputs(program, residual_workload, 32, 0)
+    plans = [slrc.plan(program, "block:8x1", s) for s in (0.25, 0.5, 0.75)]
+    options = {c.name: [p.constraints[i] for p in plans] for i, c in enumerate(plans[0])}
+    layer_errors(program, inputs, options, SETTINGS)
+    assert len(calls) == len(options)
+
+
+def test_a_coupled_group_has_no_error_of_one_layer(residual_workload: slrc.Workload) -> None:
+    program = slrc.capture(residual_workload)
+    c = slrc.plan(program, "channel", 0.5).constraints[0]
+    with pytest.raises(PlanError, match="spans layers"):
+        layer_errors(program, [], {c.name: [c]}, SETTINGS)

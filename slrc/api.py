@@ -21,17 +21,19 @@ from slrc.ir.program import capture as capture_module
 from slrc.measuring.choose_forms import choose_forms
 from slrc.measuring.choose_options import offered_patterns, plan_mixed, plan_options
 from slrc.measuring.choose_widths import LatencyGoal, plan_widths, width_shares, width_table
-from slrc.measuring.latency_meter import LatencyMeter
+from slrc.measuring.latency_meter import LatencyMeter, Menus
+from slrc.measuring.weigh_options import IMAGES, Weights, weigh_options
 from slrc.methods.settings import MethodName
 from slrc.passes.allocation.allocate_sparsity import allocate_sparsity
 from slrc.passes.allocation.check_plan import checked_plan
 from slrc.pipeline import Checker as ProgramChecker
 from slrc.probes import make_probes
 from slrc.progress import Quiet, Reporter
+from slrc.reconstruction.calibration import calibration_inputs
 from slrc.reconstruction.reconstruct import reconstruct
 from slrc.reporting.assemble import accuracy_of, assemble
 from slrc.reporting.report import Pair, Report, TargetResult
-from slrc.sparsity.choices import Allocation
+from slrc.sparsity.choices import Allocation, Metric
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.patterns import AnyPattern, Channel
 from slrc.sparsity.plans import Plan
@@ -53,16 +55,18 @@ def plan(
     *,
     cache: str | Path | None = None,
     reporter: Reporter | None = None,
+    workload: Workload | None = None,
     **options: Any,
 ) -> Plan:
     """Return what to constrain in a program and how much of it to keep. See `allocate_sparsity`.
 
     `options` are those of `CompileConfig` that make a plan, such as `skip=("head",)` or `permute=True`. With `speedup`
     or `latency_budget` the parts of the program are timed on the first `target`, with `threads` threads, and how much
-    of each layer is kept is chosen to meet it. What was timed once is kept in `cache`.
+    of each layer is kept is chosen to meet it. What was timed once is kept in `cache`. With a `workload` that has data,
+    what pruning a layer costs is measured on it.
     """
     made = make_config({"pattern": pattern, "sparsity": sparsity, **options})
-    return plan_from(program, made, cache=Path(cache) if cache else None, reporter=reporter)
+    return plan_from(program, made, workload, cache=Path(cache) if cache else None, reporter=reporter)
 
 
 def train(workload: Workload, plan: Plan, *, checkpoints: str | Path | None = None, **options: Any) -> Trained:
@@ -148,7 +152,9 @@ def compile(
         with processes.main_process_first():  # a resumed run goes by the plan that it began with
             chosen = workspace.keep_plan(
                 lambda: (
-                    checked_plan(program, loaded_plan) if loaded_plan else plan_from(program, config, reporter=reporter)
+                    checked_plan(program, loaded_plan)
+                    if loaded_plan
+                    else plan_from(program, config, workload, reporter=reporter)
                 )
             )
         dense = pipeline.baseline(program)
@@ -215,9 +221,17 @@ def _identify(path: Path | None, plan: Plan | None) -> str | None:
 
 
 def plan_from(
-    program: Program, config: CompileConfig, *, cache: Path | None = None, reporter: Reporter | None = None
+    program: Program,
+    config: CompileConfig,
+    workload: Workload | None = None,
+    *,
+    cache: Path | None = None,
+    reporter: Reporter | None = None,
 ) -> Plan:
-    """Return the plan that a configuration asks for. See `plan`."""
+    """Return the plan that a configuration asks for. See `plan`.
+
+    A budget is shared out by what pruning costs on the workload's data, where there is any, else by energy alone.
+    """
 
     def allocate(pattern: AnyPattern, allocation: Allocation, sparsity: float | None, **others: Any) -> Plan:
         return allocate_sparsity(
@@ -238,6 +252,14 @@ def plan_from(
     if budget is None:
         assert not isinstance(pattern, str)
         return allocate(pattern, config.allocate, config.sparsity)
+
+    def weigh(start: Plan, found: Menus) -> Weights:
+        has_data = workload is not None and (workload.calibration is not None or workload.train_batches is not None)
+        if workload is None or not has_data or config.budget_metric is Metric.ENERGY:
+            return {}
+        inputs = calibration_inputs(program, workload, IMAGES, config.seed)
+        return weigh_options(program, start, found.menus, inputs, config.budget_metric, reporter)
+
     target = parse_target(config.target[0])
     meter = LatencyMeter(program, target, threads=config.threads, cache=cache, reporter=reporter)
     if not isinstance(pattern, str) and pattern.coupled:
@@ -245,7 +267,7 @@ def plan_from(
     patterns = offered_patterns(target) if isinstance(pattern, str) else (pattern,)
     start = allocate(patterns[0], Allocation.UNIFORM, 0.0, alternatives=patterns[1:])
     if not isinstance(pattern, str):
-        return plan_options(meter, program, start, patterns, budget)
+        return plan_options(meter, program, start, patterns, budget, weigh)
     channels = partial(allocate, Channel(), Allocation.UNIFORM)
     table = cached(lambda: width_table(meter, channels))
 
@@ -255,4 +277,4 @@ def plan_from(
     def shares_of(plan: Plan) -> list[tuple[float, float]]:
         return width_shares(program, plan, table())
 
-    return plan_mixed(meter, program, start, patterns, narrow, shares_of, budget)
+    return plan_mixed(meter, program, start, patterns, narrow, shares_of, budget, weigh)

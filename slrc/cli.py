@@ -126,7 +126,7 @@ def inspect(
 
     workload = load_workload(model)
     program = api.capture(workload)
-    plan = api.plan_from(program, config, reporter=_reporter())
+    plan = api.plan_from(program, config, workload, reporter=_reporter())
     for table in inspect_tables(program, plan, label_indices(program, plan.attention, plan.layer_norm)):
         _console().print(table)
     if plan_out is not None:

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from slrc.errors import ConfigError, SlrcError
 from slrc.methods.settings import MethodName, MethodSettings
-from slrc.sparsity.choices import Allocation, Attention, LayerNorm
+from slrc.sparsity.choices import Allocation, Attention, LayerNorm, Metric
 from slrc.sparsity.patterns import AnyPattern, Block, Channel, PatternOrAuto
 
 
@@ -128,6 +128,7 @@ class CompileConfig(MethodSettings):
     threads: int | None = _option(None, "threads of the runtime (default: all cores)", ge=1)
     seed: int = _option(0, "of every random choice (default: 0)", ge=0, lt=2**32)
     recipe: RecipeSettings = RecipeSettings()
+    budget_metric: Metric = Metric.DIVERGENCE
     updates_per_epoch: Annotated[int, Field(ge=1)] = 2
     probe_batches: Annotated[int, Field(ge=1)] = 4
     recalibration_batches: Annotated[int, Field(ge=0)] = 20

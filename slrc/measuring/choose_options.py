@@ -11,6 +11,7 @@ from slrc.errors import PlanError
 from slrc.ir.program import Program
 from slrc.measuring.latency_meter import LatencyMeter, Menus, make_menus, meet_budget
 from slrc.measuring.latency_table import LatencyTable
+from slrc.measuring.weigh_options import Weights, weighed
 from slrc.sparsity.budget import Budget, Menu
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.patterns import AnyPattern, Block, Columns
@@ -29,8 +30,17 @@ def offered_patterns(target: Target) -> tuple[AnyPattern, ...]:
     return (Block(8, 1), Block(4, 1), Block(16, 1))
 
 
+Weigher = Callable[[Plan, Menus], Weights]
+"""Returns by what the options of a plan's layers count."""
+
+
 def plan_options(
-    meter: LatencyMeter, program: Program, start: Plan, patterns: Sequence[AnyPattern], budget: float
+    meter: LatencyMeter,
+    program: Program,
+    start: Plan,
+    patterns: Sequence[AnyPattern],
+    budget: float,
+    weigh: Weigher,
 ) -> Plan:
     """Return the plan of options that meets a share of the dense latency.
 
@@ -40,11 +50,13 @@ def plan_options(
         start: constrains single weights.
         patterns: what a layer may be pruned by.
         budget: the share.
+        weigh: tells what options count.
 
     Raises:
         PlanError: the budget cannot be met; the message says what can be reached, layer by layer.
     """
     found = make_menus(meter.options(start, patterns), start, program)
+    found = weighed(found, weigh(start, found))
 
     def allocated(table: LatencyTable) -> Plan:
         return allocate_options(program, start, found, table, budget)
@@ -60,6 +72,7 @@ def plan_mixed(
     narrow: Callable[[float], Plan],
     shares_of: Callable[[Plan], Sequence[tuple[float, float]]],
     budget: float,
+    weigh: Weigher,
 ) -> Plan:
     """Return the plan of options, and of narrower channels where those lose less, that meets a share of the latency.
 
@@ -74,22 +87,25 @@ def plan_mixed(
         narrow: returns a plan of channels for a share of the dense latency.
         shares_of: returns what such a plan leaves of every segment's work and dense time.
         budget: the share.
+        weigh: tells what options count.
 
     Raises:
         PlanError: the budget cannot be met; the message says what can be reached, layer by layer.
     """
     times = meter.options(start, patterns)
-    table = meter.whole(make_menus(times, start, program).dense_ms)
+    wide = make_menus(times, start, program)
+    table, weights = meter.whole(wide.dense_ms), weigh(start, wide)
     tried: list[tuple[float, Plan, Menus]] = []
     reason: PlanError | None = None
     for share in (1.0, *(budget + (1 - budget) * part for part in WIDTH_SHARES)):
         try:
             if share == 1:
-                mixed, found = start, make_menus(times, start, program)
+                mixed, found = start, wide
             else:
                 channels = narrow(share)
                 mixed = joined(channels, start)
                 found = make_menus(times, mixed, program, shares_of(channels))
+            found = weighed(found, weights)
             made = allocate_options(program, mixed, found, table, budget)
         except PlanError as error:
             reason = reason or error

@@ -14,6 +14,17 @@ class Allocation(StrEnum):
     """Wherever the weights are smallest, by mean energy of a group."""
 
 
+class Metric(StrEnum):
+    """What pruning a layer is taken to cost, where a budget is shared out."""
+
+    ENERGY = "energy"
+    """The share of its energy that it loses."""
+    ERROR = "error"
+    """The error of its outputs, refitted to the dense ones."""
+    DIVERGENCE = "divergence"
+    """The same, by layers scaled to how far the network's outputs move."""
+
+
 class Attention(StrEnum):
     """What is removed from an attention, where heads and their width are split from one dimension."""
 

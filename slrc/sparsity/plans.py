@@ -345,7 +345,7 @@ class Plan(_Data):
         """Return the plan with these options of its budget, by the name of the constraint."""
         menus = {menu.name: menu.options for menu in self.budget.menus} if self.budget else {}
         constraints = [
-            c if c.name not in chosen else _with_option(c, menus[c.name][chosen[c.name]]) for c in self.constraints
+            c if c.name not in chosen else with_option(c, menus[c.name][chosen[c.name]]) for c in self.constraints
         ]
         return self.model_copy(update={"constraints": tuple(constraints)})
 
@@ -354,7 +354,7 @@ class Plan(_Data):
         named = {c.name: c for c in self.constraints}
         return {
             menu.name: next(
-                k for k, o in enumerate(menu.options) if _with_option(named[menu.name], o) == named[menu.name]
+                k for k, o in enumerate(menu.options) if with_option(named[menu.name], o) == named[menu.name]
             )
             for menu in (self.budget.menus if self.budget else ())
         }
@@ -428,7 +428,8 @@ class Plan(_Data):
         return iter(self.constraints)
 
 
-def _with_option(constraint: Constraint, option: Option) -> Constraint:
+def with_option(constraint: Constraint, option: Option) -> Constraint:
+    """Return a constraint with an option's pattern and what that keeps."""
     return constraint.model_copy(update={"pattern": option.pattern, "groups": option.groups, "keep": option.keep})
 
 
@@ -440,7 +441,7 @@ def _losses(constraint: Constraint, menu: Menu, tensors: Mapping[str, Tensor], l
             by_pattern.setdefault(str(option.pattern), []).append(k)
     for places in by_pattern.values():
         options = [menu.options[k] for k in places]
-        lost = _with_option(constraint, options[0]).lost(tensors, [o.keep for o in options], left)
+        lost = with_option(constraint, options[0]).lost(tensors, [o.keep for o in options], left)
         losses[places] = -np.log(np.maximum(1.0 - lost, np.finfo(float).tiny)) * [o.weight for o in options]
     return losses
 

@@ -1,0 +1,103 @@
+"""Weigh options by what they are measured to cost: how far the network's outputs move, with no labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from slrc.ir.program import Program
+from slrc.measuring.latency_meter import Menus
+from slrc.measuring.latency_table import interpolate
+from slrc.progress import Reporter
+from slrc.reconstruction.calibration import Inputs
+from slrc.reconstruction.errors import layer_errors, output_divergences
+from slrc.sparsity.budget import Menu, Option
+from slrc.sparsity.choices import Metric
+from slrc.sparsity.plans import Constraint, Plan, with_option
+
+IMAGES = 256
+"""Samples that tell what options cost."""
+REFERENCE = 0.25
+"""The share of its groups that a layer keeps where it is pruned alone."""
+LEAST = 1e-12
+Weights = Mapping[tuple[str, Option], float]
+"""By what the loss of energy of each option counts, by the name of its layer; options have no milliseconds here."""
+
+
+def weigh_options(
+    program: Program,
+    plan: Plan,
+    menus: Sequence[Menu],
+    inputs: Sequence[Inputs],
+    metric: Metric,
+    reporter: Reporter | None = None,
+) -> Weights:
+    """Return by what the loss of energy of each option counts, so that the dense weights' loss is what was measured.
+
+    An option costs its layer's error of reconstruction, on the inputs of the dense network. For `divergence` that is
+    scaled for each layer, so that a layer that keeps a quarter costs what the network's outputs move by if it alone is
+    pruned. Errors are measured for the first pattern of a menu; those of other patterns go by the energy that they
+    lose beside it.
+
+    Args:
+        program: the dense network.
+        plan: its constraints of single weights have the menus.
+        menus: the options.
+        inputs: of the network's calls.
+        metric: `error` or `divergence`.
+        reporter: where progress goes.
+
+    Raises:
+        PlanError: a layer's inputs cannot be unfolded.
+    """
+    constraints = {c.name: c for c in plan if not c.pattern.coupled}
+    first = {menu.name: _of_first_pattern(constraints[menu.name], menu) for menu in menus}
+    asked = {name: options for name, options in first.items() if options}
+    errors = layer_errors(program, inputs, asked, reporter=reporter)
+    near = {name: int(np.argmin([abs(c.keep / c.groups - REFERENCE) for c in own])) for name, own in asked.items()}
+    scale = dict.fromkeys(asked, 1.0)
+    if metric is Metric.DIVERGENCE:
+        alone = {name: own[near[name]] for name, own in asked.items()}
+        moved = output_divergences(program, inputs, alone, reporter=reporter)
+        scale = {name: moved[name] / max(errors[name][near[name]], LEAST) for name in asked}
+    weights: dict[tuple[str, Option], float] = {}
+    for menu in menus:
+        if menu.name in asked:
+            own = asked[menu.name]
+            densities, known = [c.keep / c.groups for c in own], errors[menu.name]
+            for option in menu.options:
+                density = option.keep / option.groups
+                if density < 1:
+                    error = interpolate(-density, [*(-d for d in densities), -1.0], [*known, 0.0]) * scale[menu.name]
+                    lost = _lost(program, own[0], max(1, round(own[0].groups * density)))
+                    weights[menu.name, _untimed(option)] = error / max(lost, LEAST)
+    return weights
+
+
+def weighed(found: Menus, weights: Weights) -> Menus:
+    """Return menus whose options have their weights."""
+    menus = [
+        Menu(
+            name=menu.name,
+            options=tuple(
+                o.model_copy(update={"weight": weights.get((menu.name, _untimed(o)), o.weight)}) for o in menu.options
+            ),
+        )
+        for menu in found.menus
+    ]
+    return found._replace(menus=tuple(menus))
+
+
+def _of_first_pattern(constraint: Constraint, menu: Menu) -> list[Constraint]:
+    """Return the options of a menu's first pattern but the dense one, as constraints."""
+    pruned = [o for o in menu.options if o.keep < o.groups]
+    return [with_option(constraint, o) for o in pruned if o.pattern == pruned[0].pattern]
+
+
+def _untimed(option: Option) -> Option:
+    return option.model_copy(update={"ms": 0.0, "weight": 1.0})
+
+
+def _lost(program: Program, constraint: Constraint, keep: int) -> float:
+    return float(-np.log(max(1.0 - float(constraint.lost(program.tensors, [keep])[0]), np.finfo(float).tiny)))

@@ -33,8 +33,16 @@ from torch import Tensor, nn
 from torchvision import models
 
 import slrc
+from slrc.ir.program import Program
 from slrc.machine.memory import peak_bytes
+from slrc.measuring.latency_meter import SegmentTimes, make_menus
+from slrc.measuring.weigh_options import IMAGES as WEIGHED
+from slrc.measuring.weigh_options import weigh_options, weighed
+from slrc.reconstruction.calibration import calibration_inputs
+from slrc.sparsity.budget import Budget
+from slrc.sparsity.choices import Metric
 from slrc.sparsity.masks import Masks
+from slrc.sparsity.plans import Plan
 
 sys.path.insert(0, str(Path(__file__).parent / "convergence"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -51,6 +59,7 @@ CASES: dict[str, list[Case]] = {
         ("block:8x1", 0.75, {}),
         ("block:8x1", 0.5, {"images": 2048}),
         ("block:8x1", 0.75, {"images": 2048}),
+        *(("block:8x1", sparsity, {"by": str(metric)}) for sparsity in (0.5, 0.75) for metric in Metric),
         ("unstructured", 0.8, {}),
         ("2:4", None, {}),
         ("columns:2", 0.5, {}),
@@ -94,7 +103,11 @@ def row_key(network: str, pattern: str, sparsity: float | None, options: dict[st
 
 def more(options: dict[str, Any]) -> str:
     """Return what is special about a case, in words."""
-    words = {"images": f", {options.get('images', 0):,} images", "ends": ", the classifier too"}
+    words = {
+        "by": f", as many MACs, by {options.get('by')}",
+        "images": f", {options.get('images', 0):,} images",
+        "ends": ", the classifier too",
+    }
     return "".join(words[name] for name in options)
 
 
@@ -108,11 +121,29 @@ def prune(
     pruned, by_magnitude = copy.deepcopy(model), copy.deepcopy(model)
     workload = slrc.Workload(model=pruned, example_inputs=(x[:1],), calibration=x.split(BATCH))
     program = slrc.capture(workload)
+    metric = plan.pop("by", None)
     made = slrc.plan(program, pattern, sparsity, **plan)
+    if metric is not None:
+        made = share_out_macs(program, workload, made, Metric(metric), 1 - (sparsity or 0.5))
     Masks.project(made, program.tensors).apply_(dict(by_magnitude.named_parameters()))
     started = time.process_time()
     slrc.train(workload, made, method="reconstruct", reconstruct={"images": len(x)}, seed=seed)
     return pruned, by_magnitude, (time.process_time() - started) / torch.get_num_threads()
+
+
+def share_out_macs(program: Program, workload: slrc.Workload, plan: Plan, metric: Metric, share: float) -> Plan:
+    """Return the plan that shares out so many of the constrained layers' multiply-accumulates by a metric."""
+    macs = {c.name: float(program.layers[c.members[0].tensor].macs) for c in plan}
+    dense = plan.model_copy(update={"constraints": tuple(c.model_copy(update={"keep": c.groups}) for c in plan)})
+    times = [
+        SegmentTimes(c.name, c, macs[c.name], {c.pattern: {d: d * macs[c.name] for d in (0.5, 0.01)}}) for c in dense
+    ]
+    found = make_menus(times, dense, program)
+    if metric is not Metric.ENERGY:
+        inputs = calibration_inputs(program, workload, WEIGHED, 0)
+        found = weighed(found, weigh_options(program, dense, found.menus, inputs, metric))
+    budget = Budget(ms=share * sum(macs.values()), menus=found.menus)
+    return dense.model_copy(update={"budget": budget}).reallocated(program.tensors)
 
 
 def measure_cifar(pattern: str, sparsity: float | None, options: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +154,8 @@ def measure_cifar(pattern: str, sparsity: float | None, options: dict[str, Any])
     for seed in SEEDS:
         drawn = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))[: options.get("images", 512)]
         x = cifar10.normalize(pixels[drawn]).contiguous()
-        pruned, by_magnitude, took = prune(model, x, pattern, sparsity, seed)
+        others = {"by": options["by"]} if "by" in options else {}
+        pruned, by_magnitude, took = prune(model, x, pattern, sparsity, seed, **others)
         found.append(100 * cifar10.accuracy(pruned, *test))
         seconds.append(took)
     return {

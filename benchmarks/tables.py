@@ -269,13 +269,15 @@ def reconstruct() -> str:
     rows, lines = read("reconstruct"), []
     for network, cases in RECONSTRUCTED.items():
         for case in cases:
-            row = rows.get(row_key(network, *case), {})
+            if (key := row_key(network, *case)) not in rows:
+                continue
+            row = rows[key]
             pattern, sparsity, options = case
             name = f"{RECONSTRUCTED_NAMES[network]}, `{pattern}` {sparsity or 0.5:.0%}{more(options)}"
             figures = ("dense", "accuracy", "magnitude", "agreement")
-            cells = [f"{row[f]:.1f}" if f in row else "–" if row else TO_FILL for f in figures]
-            peak = f"{row['peak_gb']:.1f} GB" if "peak_gb" in row else "–" if row else TO_FILL
-            lines.append([name, *cells, f"{row['seconds']:.0f} s" if row else TO_FILL, peak])
+            cells = [f"{row[f]:.1f}" if f in row else "–" for f in figures]
+            peak = f"{row['peak_gb']:.1f} GB" if "peak_gb" in row else "–"
+            lines.append([name, *cells, f"{row['seconds']:.0f} s", peak])
     titles = ("network, pattern", "dense", "reconstructed", "by magnitude", "agreement", "time", "peak memory")
     return table(titles, lines) + made(rows.values())
 

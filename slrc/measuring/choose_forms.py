@@ -154,13 +154,13 @@ def _job(segment: Segment, form: Form, weight: Tensor, groups: int) -> Job:
         anchor = next(w for n in own.nodes if (w := layer_weight(n)) is not None)
         return apply_forms(own, {anchor: form})
 
-    name = digest(segment.module, segment.inputs, form_content(form, weight, groups))
+    name = digest(segment.module, segment.inputs, form_content(form, density_of(weight, form, groups)))
     return Job(name, make, segment.inputs)
 
 
-def form_content(form: Form, weight: Tensor, groups: int) -> str:
+def form_content(form: Form, density: float) -> str:
     """Return what a form makes of a weight as far as its time depends on it."""
-    return f"{form} {density_of(weight, form, groups):.2f}"
+    return f"{form} {density:.2f}"
 
 
 def _time_whole(
@@ -177,7 +177,8 @@ def _time_whole(
 
 
 def _whole_job(program: Program, forms: Forms) -> Job:
-    contents = [(w, form_content(f, program.tensors[w], program.layers[w].groups)) for w, f in forms.items()]
+    groups = {w: program.layers[w].groups for w in forms}
+    contents = [(w, form_content(f, density_of(program.tensors[w], f, groups[w]))) for w, f in forms.items()]
     inputs = program.flat_inputs()
     return Job(digest(program.graph_module, inputs, *contents), lambda: apply_forms(program, forms), inputs)
 

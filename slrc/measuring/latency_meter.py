@@ -7,6 +7,8 @@ that took joins the table (`meet_budget`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache as cached
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from slrc.backends import Artifact, Target, get_backend
 from slrc.errors import BackendError, PlanError
+from slrc.forms.cost import density_of
 from slrc.forms.form import BLOCK_ROWS, DENSE, Form, FormKind, candidate_forms
 from slrc.forms.packed_weight import PackedWeight
 from slrc.ir.nodes import layer_weight
@@ -243,9 +246,14 @@ class LatencyMeter:
         for pattern in patterns:
             if pattern.why_not(layer.shape, layer.groups):
                 continue
+            groups = pattern.group_view(weight).shape[1]
             for density in TIMED_DENSITIES:
-                zeros = weight * project(pattern, weight, _kept(pattern.group_view(weight).shape[1], density))
-                timed += [(pattern, density, variants.job(zeros, form)) for form in self._forms(pattern, zeros, layer)]
+                keep = _kept(groups, density)
+                zeros = cached(partial(_pruned, pattern, weight, keep))
+                timed += [
+                    (pattern, density, variants.job(zeros, form, work))
+                    for form, work in self._forms(pattern, keep / groups, zeros, layer)
+                ]
         timings = self._clock.times([Job.of_segment(segment), *(job for *_, job in timed)], PART)
         if timings[0].why_not:
             raise BackendError(f"`{segment.anchor}` cannot be timed on {self.target}: {timings[0].why_not}")
@@ -256,21 +264,24 @@ class LatencyMeter:
             known[density] = min(known.get(density, dense_ms), timing.ms)
         return SegmentTimes(segment.anchor, c, dense_ms, found)
 
-    def _forms(self, pattern: AnyPattern, zeros: Tensor, layer: Layer) -> list[Form]:
-        """Return the forms that make use of a pattern's zeros on the target."""
+    def _forms(
+        self, pattern: AnyPattern, density: float, zeros: Callable[[], Tensor], layer: Layer
+    ) -> list[tuple[Form, float]]:
+        """Return the forms that use a pattern's zeros on the target, with the share of the work that each does."""
         nodes = {node.name: node for node in self._program.nodes}
         no_kernels = get_backend(self.target).why_not_packed(self.target)
-        forms = []
-        for form in candidate_forms(zeros, layer.op, layer.groups):
-            if form == DENSE:
-                continue
-            if form.kind is FormKind.PACKED:
-                if no_kernels or any(why_not_packed(nodes[name], form.size) for name in layer.nodes):
-                    continue
-                if isinstance(pattern, Block) and pattern.rows in BLOCK_ROWS and form.size != pattern.rows:
-                    continue
-            forms.append(form)
-        return forms
+
+        def can_be_packed(rows: int) -> bool:
+            return not no_kernels and not any(why_not_packed(nodes[name], rows) for name in layer.nodes)
+
+        if isinstance(pattern, Block) and pattern.rows in BLOCK_ROWS and pattern.cols == 1:
+            return [(Form(FormKind.PACKED, pattern.rows), density)] if can_be_packed(pattern.rows) else []
+        found = [form for form in candidate_forms(zeros(), layer.op, layer.groups) if form != DENSE]
+        return [
+            (form, density_of(zeros(), form, layer.groups))
+            for form in found
+            if form.kind is not FormKind.PACKED or can_be_packed(form.size)
+        ]
 
     def _slim(self, plan: Plan) -> Program:
         return structure(self._program, plan, Masks.project(plan, self._program.tensors))
@@ -295,6 +306,10 @@ def _kept(groups: int, density: float) -> int:
     return min(groups, max(1, round(groups * density)))
 
 
+def _pruned(pattern: AnyPattern, weight: Tensor, keep: int) -> Tensor:
+    return weight * project(pattern, weight, keep)
+
+
 class _Variants:
     """Jobs of one segment with other zeros in its layer. It is emitted packed once, and repacked for each."""
 
@@ -302,21 +317,24 @@ class _Variants:
         self._segment, self._groups, self._target = segment, groups, target
         self._packed: tuple[Artifact, TemporaryDirectory[str]] | None = None
 
-    def job(self, zeros: Tensor, form: Form) -> Job:
-        """Return the job of the segment with these weights in a form."""
+    def job(self, zeros: Callable[[], Tensor], form: Form, density: float) -> Job:
+        """Return the job of the segment with other weights in a form, which does a share of the dense work.
+
+        The weights are made when they are needed: where the time is known, they are not.
+        """
         segment, backend = self._segment, get_backend(self._target)
 
         def make() -> Program:
             own = segment.program()
             anchor = next(w for n in own.nodes if (w := layer_weight(n)) is not None)
-            return apply_forms(own.with_tensors({anchor: zeros}), {anchor: form})
+            return apply_forms(own.with_tensors({anchor: zeros()}), {anchor: form})
 
         def emit(folder: Path) -> None:
             if self._packed is None:
                 place = TemporaryDirectory()
                 self._packed = backend.lower(make(), self._target, Path(place.name), portable=False), place
             artifact, first = self._packed
-            backend.repack(artifact, Path(first.name), PackedWeight.of(zeros, form.size, self._groups), folder)
+            backend.repack(artifact, Path(first.name), PackedWeight.of(zeros(), form.size, self._groups), folder)
 
-        name = digest(segment.module, segment.inputs, form_content(form, zeros, self._groups))
+        name = digest(segment.module, segment.inputs, form_content(form, density))
         return Job(name, make, segment.inputs, emit if form.kind is FormKind.PACKED else None)

@@ -132,7 +132,7 @@ def test_a_segment_that_is_repacked_is_as_if_emitted(program: Program, rows: int
     for i, (size, keep) in enumerate([(8, 0.1), (rows, 0.5)]):
         pattern = Block(size, 1)
         zeros = weight * project(pattern, weight, round(pattern.group_view(weight).shape[1] * keep))
-        job = variants.job(zeros, Form(FormKind.PACKED, size))
+        job = variants.job(lambda zeros=zeros: zeros, Form(FormKind.PACKED, size), keep)
         folder = tmp_path / str(i)
         folder.mkdir()
         assert job.emit is not None

@@ -171,6 +171,7 @@ class LatencyMeter:
         self._program, self._cache, self._reporter = program, cache or cache_folder(), reporter or Quiet()
         self._clock = Clock(target, self.threads, self._cache)
         self._dense = baseline(program)
+        self._no_kernels = get_backend(target).why_not_packed(target)
 
     def table(self, plans: Sequence[Plan] = ()) -> LatencyTable:
         """Time the segments, and the whole, dense and at the widths of each plan.
@@ -269,10 +270,9 @@ class LatencyMeter:
     ) -> list[tuple[Form, float]]:
         """Return the forms that use a pattern's zeros on the target, with the share of the work that each does."""
         nodes = {node.name: node for node in self._program.nodes}
-        no_kernels = get_backend(self.target).why_not_packed(self.target)
 
         def can_be_packed(rows: int) -> bool:
-            return not no_kernels and not any(why_not_packed(nodes[name], rows) for name in layer.nodes)
+            return not self._no_kernels and not any(why_not_packed(nodes[name], rows) for name in layer.nodes)
 
         if isinstance(pattern, Block) and pattern.rows in BLOCK_ROWS and pattern.cols == 1:
             return [(Form(FormKind.PACKED, pattern.rows), density)] if can_be_packed(pattern.rows) else []

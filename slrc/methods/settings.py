@@ -76,9 +76,9 @@ class ReconstructSettings(BaseModel):
 
     images: int = Field(default=512, ge=1, description="samples that calibrate")
     positions: int = Field(default=128, ge=1, description="of each sample's positions or tokens, how many a layer sees")
-    rate: float = Field(default=0.1, gt=0, le=1, description="share of what is left that is dropped in one round")
+    rate: float = Field(default=0.05, gt=0, le=1, description="share of what is left that is dropped in one round")
     damping: float = Field(
-        default=0.1, gt=0, description="ridge for each column of a layer per image, beside its inputs' mean square"
+        default=0.03, gt=0, description="ridge for each column of a layer per image, beside its inputs' mean square"
     )
     clipping: int = Field(default=5, ge=0, description="rounds in which targets move where a rectifier clips them")
 

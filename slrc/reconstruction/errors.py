@@ -33,8 +33,7 @@ def layer_errors(
     """Return the relative error of each option, in order, by the options' name.
 
     It is the mean squared error of the layer's outputs, pruned and refitted on the inputs of the dense network, as a
-    share of the outputs' variance; after the batch norm, where one alone reads them. Options of one weight and pattern
-    share one elimination.
+    share of the outputs' variance. Options of one weight and pattern share one elimination.
 
     Args:
         program: the dense network.
@@ -80,11 +79,10 @@ def _by_pattern(own: Sequence[tuple[str, int, Constraint]]) -> list[list[tuple[s
 def _errors(seen: Observed, constraints: Sequence[Constraint], settings: ReconstructSettings) -> list[float]:
     if seen.moments is None:
         raise PlanError(f"`{operands(seen.layer)[1].target}` has no error of reconstruction: {seen.why_not}")
-    damped, scale = seen.damped(settings.damping), seen.scale
-    energy = (seen.moments.energy * scale.square()).sum().clamp_min(torch.finfo(torch.float64).tiny)
-    masks = select(constraints, damped, tuple(seen.weight.shape), settings.rate, scale)
-    errors = [error(seen.seen, refit(damped, mask)) * scale.square() for mask in masks]
-    return [float(e.sum() / energy) for e in errors]
+    damped, energy = seen.damped(settings.damping), seen.moments.energy.sum()
+    masks = select(constraints, damped, tuple(seen.weight.shape), settings.rate)
+    least = torch.finfo(torch.float64).tiny
+    return [float(error(seen.seen, refit(damped, mask)).sum() / energy.clamp_min(least)) for mask in masks]
 
 
 def output_divergences(
@@ -144,7 +142,7 @@ def _alone(
     if seen.moments is None:
         raise PlanError(f"`{node.target}` has no error of reconstruction: {seen.why_not}")
     damped = seen.damped(settings.damping)
-    mask = select([constraint], damped, tuple(seen.weight.shape), settings.rate, seen.scale)[0]
+    mask = select([constraint], damped, tuple(seen.weight.shape), settings.rate)[0]
     weight = refit(damped, mask)
     made = {str(node.target): weight.reshape(seen.weight.shape)}
     left = seen.moments.outputs - (weight * seen.moments.inputs[damped.group_of_row()]).sum(dim=1)

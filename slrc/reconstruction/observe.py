@@ -58,12 +58,6 @@ class Observed:
         assert self.moments is not None
         return self.moments if self.around.takes_means else self.moments.about_zero()
 
-    @property
-    def scale(self) -> Tensor:
-        """By how much each output counts, `(out,)`: by what a batch norm multiplies it."""
-        scale = self.around.scale
-        return torch.ones(len(self.weight), dtype=torch.float64) if scale is None else scale.abs()
-
     def damped(self, damping: float) -> Damped:
         """Return H and G with `damping` for each column that a layer has for one sample of the calibration data.
 

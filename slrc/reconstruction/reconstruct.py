@@ -175,7 +175,7 @@ class _Refit:
         damped = seen.damped(self.settings.damping)
         constraint, given = self.constraints.get(id(weight)), self.masks.get(id(weight))
         if constraint is not None:
-            mask = self._select(constraint, damped, weight, given, seen.scale)
+            mask = self._select(constraint, damped, weight, given)
             in_shape = mask.reshape(weight.shape)
             self.kept[constraint.name] = constraint.gather({constraint.members[0].tensor: in_shape})
         else:
@@ -189,22 +189,22 @@ class _Refit:
         elif around.mean is not None:
             self.both.replace(around.mean, self.both.current(around.mean) - left)
 
-    def _select(
-        self, constraint: Constraint, damped: Damped, weight: Tensor, left: Tensor | None, scale: Tensor
-    ) -> Tensor:
+    def _select(self, constraint: Constraint, damped: Damped, weight: Tensor, left: Tensor | None) -> Tensor:
         """Return the mask `(out, K)` that a layer's own pattern keeps of what channels leave of its weight."""
         window = Window.of(constraint.pattern, weight, left)
         if window.rows is None or window.columns is None:
-            return select([constraint], damped, tuple(weight.shape), self.settings.rate, scale)[0]
+            return select([constraint], damped, tuple(weight.shape), self.settings.rate)[0]
         taps = weight[0, 0].numel()
         columns = (window.columns.unsqueeze(1) * taps + torch.arange(taps)).flatten()
         missing = len(window.seen) - len(window.rows)
         cross = functional.pad(damped.cross[window.rows][:, columns], (0, 0, 0, missing))
-        seen = damped._replace(hessian=damped.hessian[:, columns][:, :, columns], cross=cross)
+        hessian = damped.hessian[:, columns][:, :, columns]
+        if len(hessian) > 1:  # the moments of what is left of the groups: all rows of a group are, or none
+            hessian = hessian[damped.group_of_row()[window.rows].unique()]
+        seen = damped._replace(hessian=hessian, cross=cross)
         groups = constraint.pattern.group_view(window.seen).shape[1]
         narrow = constraint.of_groups(groups)
-        by_row = functional.pad(scale[window.rows], (0, missing))
-        mask = select([narrow], seen, tuple(window.seen.shape), self.settings.rate, by_row)[0]
+        mask = select([narrow], seen, tuple(window.seen.shape), self.settings.rate)[0]
         return window.put_back(mask.reshape(window.seen.shape)).flatten(1)
 
     def _fit(self, seen: Observed, damped: Damped, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,9 +36,7 @@ def grid_of(pattern: Pattern, shape: tuple[int, ...], order: Sequence[int] | Non
     return None
 
 
-def select(
-    constraints: Sequence[Constraint], damped: Damped, shape: tuple[int, ...], rate: float, scale: Tensor
-) -> list[Tensor]:
+def select(constraints: Sequence[Constraint], damped: Damped, shape: tuple[int, ...], rate: float) -> list[Tensor]:
     """Return a mask `(out, K)` for each of some constraints of one weight, which differ in what they keep alone.
 
     Args:
@@ -46,13 +44,12 @@ def select(
         damped: the layer's moments.
         shape: of the weight.
         rate: the share of the groups that is dropped in one round.
-        scale: by what each output counts, `(out,)`.
     """
     first = constraints[0]
     grid = grid_of(first.pattern, shape, first.order)
     if grid is None:
-        return [_alternate(c, damped, shape, scale) for c in constraints]
-    removal = eliminate(damped, grid.rows, grid.size, rate, scale)
+        return [_alternate(c, damped, shape) for c in constraints]
+    removal = eliminate(damped, grid.rows, grid.size, rate)
     masks = []
     for c in constraints:
         kept = grid.choose(removal, c.keep).repeat_interleave(grid.size, dim=1)
@@ -62,7 +59,7 @@ def select(
     return masks
 
 
-def _alternate(c: Constraint, damped: Damped, shape: tuple[int, ...], scale: Tensor) -> Tensor:
+def _alternate(c: Constraint, damped: Damped, shape: tuple[int, ...]) -> Tensor:
     """Return the support that alternating least squares and projection settle on (ADMM, Boža, arXiv 2401.02938).
 
     Columns are scaled to a diagonal of ones. The projection keeps less and less, where the pattern leaves that open.
@@ -71,7 +68,7 @@ def _alternate(c: Constraint, damped: Damped, shape: tuple[int, ...], scale: Ten
     hessian = damped.hessian / (deviation.unsqueeze(1) * deviation.unsqueeze(2))
     by_row = deviation[damped.group_of_row()]
     groups = len(hessian)
-    target = (damped.cross * scale.unsqueeze(1) / by_row).reshape(groups, -1, damped.columns)
+    target = (damped.cross / by_row).reshape(groups, -1, damped.columns)
     stiff = torch.cholesky_inverse(torch.linalg.cholesky(hessian + torch.eye(damped.columns, dtype=hessian.dtype)))
     target, stiff = target.float(), stiff.float()
     weight = target @ torch.cholesky_inverse(torch.linalg.cholesky(hessian)).float()

@@ -88,7 +88,7 @@ class Removal(NamedTuple):
     errors: Tensor
 
 
-def eliminate(damped: Damped, rows: Tensor, size: int, rate: float, scale: Tensor) -> Removal:
+def eliminate(damped: Damped, rows: Tensor, size: int, rate: float) -> Removal:
     """Remove the column groups of each block of rows, the least missed first, till none is left.
 
     Args:
@@ -96,12 +96,10 @@ def eliminate(damped: Damped, rows: Tensor, size: int, rate: float, scale: Tenso
         rows: which outputs make a block, `(blocks, R)`; all of one convolution group.
         size: how many consecutive columns make a group.
         rate: the share of the groups that goes in one round; within a round the order is that at its start.
-        scale: by what each output's error counts, `(out,)`.
     """
     inverse = damped.inverse()
     group_of_row = damped.group_of_row()
     best = torch.cat([g @ i for g, i in zip(damped.cross.chunk(len(inverse)), inverse, strict=True)])
-    best = best * scale.unsqueeze(1)
     at_once = max(1, CHUNK_NUMBERS // damped.columns**2)
     found = []
     for part in rows.split(at_once):

@@ -73,8 +73,8 @@ def _missed_units(seen: Observed, s: Slice, units: int, settings: ReconstructSet
     damped = seen.damped(settings.damping)
     own = Damped(damped.hessian[:, columns][:, :, columns], damped.cross[:, columns])
     rows = torch.arange(len(seen.weight)).unsqueeze(0)
-    removal = eliminate(own, rows, len(columns) // units, settings.rate, seen.scale)
-    energy = (seen.seen.energy * seen.scale.square()).sum()
+    removal = eliminate(own, rows, len(columns) // units, settings.rate)
+    energy = seen.seen.energy.sum()
     missed = torch.zeros(units, dtype=torch.float64)
     missed[removal.order[0]] = removal.errors[0] / energy.clamp_min(torch.finfo(torch.float64).tiny)
     return missed

@@ -63,7 +63,7 @@ def test_a_refit_of_convolution_groups_takes_each_groups_inputs() -> None:
 def test_what_each_removal_adds_is_what_least_squares_loses(size: int) -> None:
     x, y = correlated(60, 8), correlated(60, 3, seed=1)
     rows = torch.arange(3).unsqueeze(0)
-    removal = eliminate(undamped(moments_of(x.unsqueeze(1), y)), rows, size, 0.3, torch.ones(3, dtype=torch.float64))
+    removal = eliminate(undamped(moments_of(x.unsqueeze(1), y)), rows, size, 0.3)
     before = least_squares(x, y, torch.arange(8))[1]
     for count in range(1, 8 // size):
         left = removal.order[0, count:].sort().values
@@ -76,7 +76,7 @@ def test_what_each_removal_adds_is_what_least_squares_loses(size: int) -> None:
 def test_one_at_a_time_the_first_to_go_is_the_best_of_all(seed: int) -> None:
     x, y = correlated(60, 7, seed), correlated(60, 4, seed + 10)
     rows = torch.arange(4).unsqueeze(0)
-    removal = eliminate(undamped(moments_of(x.unsqueeze(1), y)), rows, 1, 0.01, torch.ones(4, dtype=torch.float64))
+    removal = eliminate(undamped(moments_of(x.unsqueeze(1), y)), rows, 1, 0.01)
     gone: list[int] = []
     for column in removal.order[0].tolist()[:-1]:  # the best support that is one smaller than the one before
         left = [i for i in range(7) if i not in gone]
@@ -91,7 +91,7 @@ def test_elimination_comes_near_the_best_of_all_supports() -> None:
         x, y = correlated(60, 8, seed), correlated(60, 4, seed + 10)
         moments = moments_of(x.unsqueeze(1), y)
         rows = torch.arange(4).unsqueeze(0)
-        removal = eliminate(undamped(moments), rows, 1, 0.1, torch.ones(4, dtype=torch.float64))
+        removal = eliminate(undamped(moments), rows, 1, 0.1)
         mask = keep_in_each(removal, 4).expand(4, -1)
         found = float(error(moments, refit(undamped(moments), mask)).sum())
         ratios.append(found / min(least_squares(x, y, torch.tensor(s))[1] for s in combinations(range(8), 4)))
@@ -99,22 +99,12 @@ def test_elimination_comes_near_the_best_of_all_supports() -> None:
     assert max(ratios) < 1.02, ratios
 
 
-def test_a_scale_makes_an_output_count() -> None:
-    x = torch.eye(2, dtype=torch.float64).repeat(8, 1)
-    y = x * torch.tensor([1.0, 2.0], dtype=torch.float64)
-    damped = undamped(moments_of(x.unsqueeze(1), y))
-    rows = torch.arange(2).unsqueeze(0)
-    for scale, first in (([1.0, 1.0], 0), ([3.0, 1.0], 1)):
-        removal = eliminate(damped, rows, 1, 0.1, torch.tensor(scale, dtype=torch.float64))
-        assert removal.order[0].tolist()[0] == first
-
-
 def test_float64_where_float32_does_not_do() -> None:
     x = correlated(64, 6)
     x[:, 5] = x[:, 4] + 1e-5 * x[:, 3]
     y = correlated(64, 4, seed=1)
     rows = torch.arange(4).unsqueeze(0)
-    removal = eliminate(undamped(moments_of(x.unsqueeze(1), y)), rows, 1, 0.2, torch.ones(4, dtype=torch.float64))
+    removal = eliminate(undamped(moments_of(x.unsqueeze(1), y)), rows, 1, 0.2)
     assert bool(removal.errors.isfinite().all())
     assert sorted(removal.order[0].tolist()) == list(range(6))
 
@@ -157,10 +147,9 @@ def test_a_selection_obeys_its_pattern_and_errs_less_than_magnitude(
     y = torch.cat([x[:, i] @ part.flatten(1).T for i, part in enumerate(weight.chunk(groups))], dim=1)
     moments = moments_of(x, y)
     damped = damp(moments, weight.flatten(1), 0.001)
-    ones = torch.ones(shape[0], dtype=torch.float64)
     constraints = [constraint(pattern, weight, keep) for keep in (0.75, 0.5, 0.25)]
     losses, before = [], []
-    for c, mask in zip(constraints, select(constraints, damped, shape, 0.1, ones), strict=True):
+    for c, mask in zip(constraints, select(constraints, damped, shape, 0.1), strict=True):
         assert obeys(pattern, mask.reshape(shape), c.keep)
         assert int(mask.sum()) * c.groups == mask.numel() * c.keep
         losses.append(float(error(moments, refit(damped, mask)).sum()))
@@ -178,7 +167,7 @@ def test_rows_of_a_block_are_those_of_the_order() -> None:
     x = correlated(50, 4)
     damped = damp(moments_of(x.unsqueeze(1), x @ weight.T), weight, 1e-6)
     c = constraint(Block(4, 1), weight, 0.5, order)
-    (mask,) = select([c], damped, (8, 4), 0.1, torch.ones(8, dtype=torch.float64))
+    (mask,) = select([c], damped, (8, 4), 0.1)
     assert torch.equal(mask, weight != 0)
 
 

@@ -78,9 +78,9 @@ FILES = (
     ),
     ResultsFile(
         "pareto.jsonl",
-        "SLRC_DATA=~/data python benchmarks/pareto.py TIER",
+        "SLRC_DATA=~/data python benchmarks/pareto/train.py TIER",
         (
-            "benchmarks/pareto.py",
+            "benchmarks/pareto",
             "benchmarks/convergence/tasks.py",
             "passes",
             "backends",

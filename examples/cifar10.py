@@ -71,16 +71,18 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The CIFAR ResNet of depth `6 * blocks + 2`: three stages of 16, 32 and 64 channels."""
+    """The CIFAR ResNet of depth `6 * blocks + 2`: three stages of `width`, twice and four times as many channels."""
 
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, blocks: int, width: int = 16) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = nn.Sequential(*(Block(16, 16, 1) for _ in range(blocks)))
-        self.layer2 = nn.Sequential(Block(16, 32, 2), *(Block(32, 32, 1) for _ in range(blocks - 1)))
-        self.layer3 = nn.Sequential(Block(32, 64, 2), *(Block(64, 64, 1) for _ in range(blocks - 1)))
-        self.linear = nn.Linear(64, 10)
+        self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = nn.Sequential(*(Block(width, width, 1) for _ in range(blocks)))
+        width *= 2
+        self.layer2 = nn.Sequential(Block(width // 2, width, 2), *(Block(width, width, 1) for _ in range(blocks - 1)))
+        width *= 2
+        self.layer3 = nn.Sequential(Block(width // 2, width, 2), *(Block(width, width, 1) for _ in range(blocks - 1)))
+        self.linear = nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(n, 3, 32, 32)` to `(n, 10)`."""

@@ -53,14 +53,17 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A stem that halves the image and three residual blocks of 16, 32 and 64 channels: 78,000 parameters."""
+    """A stem that halves the image and three residual blocks of 16, 32 and 64 channels: 78,000 parameters.
 
-    def __init__(self) -> None:
+    `width` is in place of 16.
+    """
+
+    def __init__(self, width: int = 16) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(1, 16, 3, 2, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.blocks = nn.Sequential(Block(16, 16, 1), Block(16, 32, 2), Block(32, 64, 2))
-        self.linear = nn.Linear(64, 10)
+        self.conv1 = nn.Conv2d(1, width, 3, 2, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.blocks = nn.Sequential(Block(width, width, 1), Block(width, 2 * width, 2), Block(2 * width, 4 * width, 2))
+        self.linear = nn.Linear(4 * width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(n, 1, 28, 28)` to `(n, 10)`."""
@@ -86,12 +89,12 @@ class Mixing(nn.Module):
 class Mixer(nn.Module):
     """16 patches of 7×7 pixels, 64 channels, three layers (Tolstikhin et al., arXiv 2105.01601): 58,000 parameters."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 64, depth: int = 3) -> None:
         super().__init__()
-        self.embed = nn.Conv2d(1, 64, 7, 7)
-        self.layers = nn.Sequential(*(Mixing(16, 64) for _ in range(3)))
-        self.norm = nn.LayerNorm(64)
-        self.linear = nn.Linear(64, 10)
+        self.embed = nn.Conv2d(1, width, 7, 7)
+        self.layers = nn.Sequential(*(Mixing(16, width) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.linear = nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(n, 1, 28, 28)` to `(n, 10)`."""

@@ -41,9 +41,13 @@ FILTER_NORM, LEAST_NORM = 4.0, 1e-3
 FINE_TUNING_LR = 0.01
 
 
-def mobilenet_v2() -> nn.Module:
-    """Return torchvision's MobileNetV2 with ten outputs, padded at stride 2 as TensorFlow pads: right and below."""
-    model = models.MobileNetV2(num_classes=len(CLASSES))
+def mobilenet_v2(width: float = 1.0) -> nn.Module:
+    """Return torchvision's MobileNetV2 with ten outputs, padded at stride 2 as TensorFlow pads: right and below.
+
+    Args:
+        width: by what all numbers of channels are multiplied.
+    """
+    model = models.MobileNetV2(num_classes=len(CLASSES), width_mult=width)
     for layer in list(model.modules()):
         if isinstance(layer, nn.Sequential) and isinstance(conv := layer[0], nn.Conv2d) and conv.stride == (2, 2):
             conv.padding = (0, 0)

@@ -89,6 +89,12 @@ FILES = (
         kernels=True,
     ),
     ResultsFile(
+        "pareto_latency.json",
+        "SLRC_DATA=~/data python benchmarks/pareto/latency.py",
+        ("benchmarks/pareto", "slrc/measuring/choose_forms.py", TIMING, *FORMS),
+        kernels=True,
+    ),
+    ResultsFile(
         "zoo.json",
         "python benchmarks/zoo.py",
         ("benchmarks/zoo.py", "benchmarks/zoo_timm.txt", "passes/analysis", "passes/structure"),

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Callable, Sequence
 
 from slrc.backends import Target, get_backend
 from slrc.errors import PlanError
 from slrc.ir.program import Program
+from slrc.measuring.choose_widths import WidthWeights, losses_of_widths
 from slrc.measuring.latency_meter import LatencyMeter, Menus, make_menus, meet_budget
 from slrc.measuring.latency_table import LatencyTable
 from slrc.measuring.weigh_options import Weights, weighed
 from slrc.sparsity.budget import Budget, Menu
-from slrc.sparsity.masks import Masks
 from slrc.sparsity.patterns import AnyPattern, Block, Columns
 from slrc.sparsity.plans import LatencyForecast, Plan
 
 MOST_LAYERS = 6
 """How many layers an error names."""
+MARK = " (channels)"
+"""At the end of the names of groups of channels, where layers of the same names are constrained too."""
 WIDTH_SHARES = (0.75, 0.5, 0.25, 0.0)
 """How much of the latency between the budget and all is left to options, where widths are chosen first."""
 
@@ -73,11 +73,12 @@ def plan_mixed(
     shares_of: Callable[[Plan], Sequence[tuple[float, float]]],
     budget: float,
     weigh: Weigher,
+    weights_of_widths: WidthWeights,
 ) -> Plan:
     """Return the plan of options, and of narrower channels where those lose less, that meets a share of the latency.
 
     Widths are chosen first, for some share between the budget and all; options then take the narrower layers to the
-    budget. Of several such shares the one is taken that keeps most of the energy of all layers.
+    budget. Of several such shares the one is taken whose widths and options lose the least.
 
     Args:
         meter: measures.
@@ -88,6 +89,7 @@ def plan_mixed(
         shares_of: returns what such a plan leaves of every segment's work and dense time.
         budget: the share.
         weigh: tells what options count.
+        weights_of_widths: what the groups of channels count.
 
     Raises:
         PlanError: the budget cannot be met; the message says what can be reached, layer by layer.
@@ -110,11 +112,11 @@ def plan_mixed(
         except PlanError as error:
             reason = reason or error
             continue
-        tried.append((kept_energy(program, made), mixed, found))
+        tried.append((loss_of(program, made, weights_of_widths), mixed, found))
     if not tried:
         assert reason is not None
         raise reason
-    _, mixed, found = max(tried, key=lambda one: one[0])
+    _, mixed, found = min(tried, key=lambda one: one[0])
 
     def allocated(table: LatencyTable) -> Plan:
         return allocate_options(program, mixed, found, table, budget)
@@ -122,22 +124,21 @@ def plan_mixed(
     return meet_budget(table, budget, allocated, meter.share)
 
 
-def kept_energy(program: Program, plan: Plan) -> float:
-    """Return the sum over layers of log of the share of their weight's energy that a plan's projection keeps."""
-    masks = Masks.project(plan, program.tensors).tensors
-    total = 0.0
-    for weight in program.layers:
-        if weight in masks:
-            energy = program.tensors[weight].detach().double().square()
-            kept = float((energy * masks[weight]).sum()) / max(float(energy.sum()), sys.float_info.min)
-            total += math.log(max(kept, sys.float_info.min))
-    return total
+def loss_of(program: Program, plan: Plan, weights_of_widths: WidthWeights) -> float:
+    """Return what a plan's widths and options lose of the energy of the weights, by what each counts."""
+    widths = [c for c in plan if c.pattern.coupled]
+    lost = [weights_of_widths.get(_unmarked(c.name), 1.0) * float(losses_of_widths(c, program)[c.keep]) for c in widths]
+    return sum(lost) + plan.loss(program.tensors)
 
 
 def joined(channels: Plan, layers: Plan) -> Plan:
     """Return a plan with the constraints of both, names told apart."""
-    coupled = [c.model_copy(update={"name": f"{c.name} (channels)"}) for c in channels if c.keep < c.groups]
+    coupled = [c.model_copy(update={"name": c.name + MARK}) for c in channels if c.keep < c.groups]
     return channels.model_copy(update={"constraints": (*coupled, *layers), "latency": None})
+
+
+def _unmarked(name: str) -> str:
+    return name.removesuffix(MARK)
 
 
 def allocate_options(program: Program, plan: Plan, found: Menus, table: LatencyTable, budget: float) -> Plan:
@@ -157,8 +158,7 @@ def allocate_options(program: Program, plan: Plan, found: Menus, table: LatencyT
     if limit.ms < limit.least_ms:
         raise PlanError(_unreachable(found, table, budget), hint=_hint(table.share(found.rest_ms + limit.least_ms)))
     made = plan.model_copy(update={"budget": limit}).reallocated(program.tensors)
-    took = {m.name: m.options[k].ms for m in found.menus for name, k in made.options().items() if name == m.name}
-    total = found.rest_ms + sum(took.values())
+    total = found.rest_ms + sum(option.ms for option in made.options().values())
     forecast = LatencyForecast(
         target=table.target,
         threads=table.threads,

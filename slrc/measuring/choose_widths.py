@@ -6,8 +6,8 @@ that table (`LatencyGoal`); what they make of the whole is timed too, and correc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,22 +26,31 @@ PROBED_SPARSITIES = (0.5, 0.75)
 """Where the parts of a program are timed, besides dense."""
 
 
-def plan_widths(meter: LatencyMeter, allocate: Callable[..., Plan], budget: float) -> Plan:
+WidthWeights = Mapping[str, float]
+"""By what the loss of energy of each group of channels counts, by the constraint's name; by 1 where it is missing."""
+
+
+def plan_widths(
+    meter: LatencyMeter, allocate: Callable[..., Plan], budget: float, weigh: Callable[[Plan], WidthWeights]
+) -> Plan:
     """Return the plan of widths that meets a share of the dense latency.
 
     Args:
         meter: measures.
         allocate: makes a plan of a sparsity, or of `choose_widths=`.
         budget: the share.
+        weigh: tells what the groups of a plan count.
 
     Raises:
         PlanError: the budget cannot be met by any widths.
     """
 
-    def allocated(table: LatencyTable) -> Plan:
-        return allocate(None, choose_widths=LatencyGoal(table, budget))
+    table, weights = width_table(meter, allocate), weigh(allocate(0.0))
 
-    return meet_budget(width_table(meter, allocate), budget, allocated, meter.share)
+    def allocated(table: LatencyTable) -> Plan:
+        return allocate(None, choose_widths=LatencyGoal(table, budget, weights))
+
+    return meet_budget(table, budget, allocated, meter.share)
 
 
 def width_table(meter: LatencyMeter, allocate: Callable[..., Plan]) -> LatencyTable:
@@ -51,10 +60,14 @@ def width_table(meter: LatencyMeter, allocate: Callable[..., Plan]) -> LatencyTa
 
 @dataclass(frozen=True)
 class LatencyGoal:
-    """A share of the dense latency, and the table that tells what widths cost; called, it chooses widths."""
+    """A share of the dense latency, and the table that tells what widths take; called, it chooses widths.
+
+    `weights` are by what the loss of energy of each group counts.
+    """
 
     table: LatencyTable
     budget: float
+    weights: WidthWeights = field(default_factory=dict)
 
     def __call__(
         self, program: Program, labels: IndexLabels, constraints: Sequence[Constraint], steps: Sequence[int]
@@ -63,13 +76,16 @@ class LatencyGoal:
 
         The score of a network is the product, over its layers, of the share of energy that each keeps: the scale of a
         layer, which a norm may undo, says nothing, a group that many layers share counts for each, and none is starved.
+        With weights, each group counts by its own.
         Starting from full widths, the group whose next `steps` units cost the least of the score's logarithm for the
         time that they save is narrowed, until the budget is met.
 
         Raises:
             PlanError: the budget cannot be met; the message says what can be reached.
         """
-        search, budget_ms = _Search(program, labels, constraints, steps, self.table), self.table.budget_ms(self.budget)
+        losses = [self.weights.get(c.name, 1.0) * losses_of_widths(c, program) for c in constraints]
+        search = _Search(program, labels, constraints, steps, self.table, losses)
+        budget_ms = self.table.budget_ms(self.budget)
         while search.total_ms > budget_ms:
             if not search.narrow_one():
                 reached = self.table.share(search.total_ms)
@@ -109,11 +125,12 @@ class _Search:
         constraints: Sequence[Constraint],
         steps: Sequence[int],
         table: LatencyTable,
+        losses: Sequence[NDArray[np.float64]],
     ) -> None:
         self.keep = np.array([c.groups for c in constraints], dtype=np.int64)
         self._steps, self._table = steps, table
         self._work = _Work.of(program, labels, constraints)
-        self._scores = [_scores(c, program) for c in constraints]
+        self._losses = losses
         self._ms = [self._segment_ms(k, self.keep) for k in range(len(self._work.nodes))]
 
     @property
@@ -132,7 +149,7 @@ class _Search:
             after[group] = fewer
             times = {k: self._segment_ms(k, after) for k in self._work.touched_by[group]}
             saved = sum(self._ms[k] - ms for k, ms in times.items())
-            price = (self._scores[group][kept] - self._scores[group][fewer]) / max(saved, 1e-12)
+            price = (self._losses[group][fewer] - self._losses[group][kept]) / max(saved, 1e-12)
             if price < best_price:
                 best, best_price = (after, times), price
         if best is None:
@@ -146,13 +163,13 @@ class _Search:
         return self._table.segment_ms(k, self._work.macs(k, keep))
 
 
-def _scores(constraint: Constraint, program: Program) -> NDArray[np.float64]:
-    """Return what the group adds to the logarithm of the score with `n` units kept, for every `n`."""
+def losses_of_widths(constraint: Constraint, program: Program) -> NDArray[np.float64]:
+    """Return −log of the share of energy that a group keeps with `n` units, for every `n`, over all its layers."""
     energies = constraint.energies(program.tensors)[0].double().cpu().numpy()
     kept = np.concatenate([[0.0], np.cumsum(np.sort(energies)[::-1])])
     smallest = np.finfo(float).tiny
     layers = sum(s.tensor in program.layers for s in constraint.members + constraint.followers)
-    return max(layers, 1) * np.log(np.maximum(kept / max(kept[-1], smallest), smallest))
+    return -max(layers, 1) * np.log(np.maximum(kept / max(kept[-1], smallest), smallest))
 
 
 Size = tuple[int, dict[int, float]]

@@ -6,6 +6,7 @@ that took joins the table (`meet_budget`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache as cached
 from functools import partial
@@ -98,10 +99,16 @@ class SegmentTimes(NamedTuple):
     by_pattern: Mapping[AnyPattern, Mapping[float, float]]
 
     def at(self, pattern: AnyPattern, density: float, work: float, dense_ms: float) -> float:
-        """Return the milliseconds with a share of the groups kept, where widths leave a share of the work."""
+        """Return the milliseconds with a share of the groups kept, where widths leave a share of the work.
+
+        What no group kept would take is for reading the inputs and writing the outputs. Their numbers of channels are
+        taken to have fallen alike, so it goes by the root of the work.
+        """
         known = self.by_pattern[pattern]
-        packed = interpolate(density * work, [*known, 1.0], [*known.values(), self.dense_ms])
-        return min(packed, dense_ms)
+        packed = interpolate(density, [*known, 1.0], [*known.values(), self.dense_ms])
+        (few, least), (more, most) = sorted(known.items())[:2]
+        empty = min(max(least - few * (most - least) / (more - few), 0.0), packed)
+        return min(empty * math.sqrt(work) + (packed - empty) * work, dense_ms)
 
 
 def make_menus(

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from slrc.ir.program import Program
+from slrc.measuring.choose_widths import WidthWeights, losses_of_widths
 from slrc.measuring.latency_meter import Menus
 from slrc.measuring.latency_table import interpolate
 from slrc.progress import Reporter
 from slrc.reconstruction.calibration import Inputs
-from slrc.reconstruction.errors import layer_errors, output_divergences
+from slrc.reconstruction.errors import group_divergences, layer_errors, output_divergences
 from slrc.sparsity.budget import Menu, Option
 from slrc.sparsity.choices import Metric
 from slrc.sparsity.plans import Constraint, Plan, with_option
@@ -20,6 +21,8 @@ IMAGES = 256
 """Samples that tell what options cost."""
 REFERENCE = 0.25
 """The share of its groups that a layer keeps where it is pruned alone."""
+WIDTH_REFERENCE = 0.5
+"""The share of its units that a group of channels keeps where it is pruned alone."""
 LEAST = 1e-12
 Weights = Mapping[tuple[str, Option], float]
 """By what the loss of energy of each option counts, by the name of its layer; options have no milliseconds here."""
@@ -73,6 +76,24 @@ def weigh_options(
                     lost = _lost(program, own[0], max(1, round(own[0].groups * density)))
                     weights[menu.name, _untimed(option)] = error / max(lost, LEAST)
     return weights
+
+
+def weigh_widths(
+    program: Program, plan: Plan, inputs: Sequence[Inputs], reporter: Reporter | None = None
+) -> WidthWeights:
+    """Return by what the loss of energy of each group of channels counts.
+
+    A group that keeps half of its units then costs what the network's outputs move by if it alone is pruned.
+
+    Args:
+        program: the dense network.
+        plan: of channels.
+        inputs: of the network's calls.
+        reporter: where progress goes.
+    """
+    half = [c.model_copy(update={"keep": max(1, round(WIDTH_REFERENCE * c.groups))}) for c in plan]
+    moved = group_divergences(program, inputs, half, reporter=reporter)
+    return {c.name: moved[c.name] / max(losses_of_widths(c, program)[c.keep], LEAST) for c in half}
 
 
 def weighed(found: Menus, weights: Weights) -> Menus:

@@ -1,4 +1,4 @@
-"""What pruning each layer alone would cost, for several amounts: what an allocation of sparsity can go by."""
+"""What pruning each layer, or each group of channels, alone would cost: what an allocation of sparsity can go by."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.fx import Interpreter
 from torch.utils import _pytree as pytree
 
 from slrc.errors import PlanError
+from slrc.ir.nodes import conv_groups
 from slrc.ir.program import Program
 from slrc.methods.settings import ReconstructSettings
 from slrc.progress import Quiet, Reporter
@@ -17,8 +18,10 @@ from slrc.reconstruction.calibration import Inputs
 from slrc.reconstruction.observe import Observed, first_uses, observe, operands
 from slrc.reconstruction.select import select
 from slrc.reconstruction.side_by_side import SideBySide
-from slrc.reconstruction.solve import error, refit
-from slrc.sparsity.plans import Constraint
+from slrc.reconstruction.solve import Damped, error, refit
+from slrc.reconstruction.units import choose_units
+from slrc.sparsity.masks import Masks
+from slrc.sparsity.plans import Constraint, Plan
 
 
 def layer_errors(
@@ -77,12 +80,11 @@ def _by_pattern(own: Sequence[tuple[str, int, Constraint]]) -> list[list[tuple[s
 
 
 def _errors(seen: Observed, constraints: Sequence[Constraint], settings: ReconstructSettings) -> list[float]:
-    if seen.moments is None:
-        raise PlanError(f"`{operands(seen.layer)[1].target}` has no error of reconstruction: {seen.why_not}")
-    damped, energy = seen.damped(settings.damping), seen.moments.energy.sum()
+    damped, least = _damped(seen, settings), torch.finfo(torch.float64).tiny
+    assert seen.moments is not None
+    energy = seen.moments.energy.sum().clamp_min(least)
     masks = select(constraints, damped, tuple(seen.weight.shape), settings.rate)
-    least = torch.finfo(torch.float64).tiny
-    return [float(error(seen.seen, refit(damped, mask)).sum() / energy.clamp_min(least)) for mask in masks]
+    return [float(error(seen.seen, refit(damped, mask)).sum() / energy) for mask in masks]
 
 
 def output_divergences(
@@ -111,45 +113,121 @@ def output_divergences(
     by_weight = {id(program.tensors[c.members[0].tensor]): (name, c) for name, c in chosen.items()}
     layers = [node for key, node in first_uses(program).items() if key in by_weight]
     both, generator = SideBySide(program, inputs, layers), torch.Generator().manual_seed(seed)
-    changed = program.with_tensors({})
-    runs = Interpreter(changed.graph_module)
-    with torch.no_grad():
-        dense = [_tensors(runs.run(*batch)) for batch in inputs]
-    found: dict[str, float] = {}
+    outputs, found = _Outputs(program, inputs), {}
     with (reporter or Quiet()).task("layers alone", len(layers)) as task:
-        for number, layer in enumerate(layers):
+        for number in range(len(layers)):
             seen = observe(both, number, settings.positions, generator)
             name, constraint = by_weight[id(seen.weight)]
-            mean = None if seen.around.mean is None else both.constant(seen.around.mean)
-            for target, value in _alone(seen, constraint, settings, mean).items():
-                changed.tensors[target].data.copy_(value)
-            with torch.no_grad():
-                outputs = [_tensors(runs.run(*batch)) for batch in inputs]
-            parts = [_divergence(before, after) for before, after in zip(dense, outputs, strict=True)]
-            found[name] = sum(parts) / len(parts)
-            for node in (operands(layer)[1], seen.around.bias, seen.around.mean):
-                if node is not None:
-                    changed.tensors[str(node.target)].data.copy_(both.constant(node))
+            damped = _damped(seen, settings)
+            mask = select([constraint], damped, tuple(seen.weight.shape), settings.rate)[0]
+            found[name] = outputs.divergence(_refitted(seen, damped, mask, both))
             task.advance(name)
     return found
 
 
-def _alone(
-    seen: Observed, constraint: Constraint, settings: ReconstructSettings, mean: Tensor | None
-) -> dict[str, Tensor]:
-    """Return the tensors of a layer that is pruned and refitted on the inputs of the dense network, by name."""
-    node = operands(seen.layer)[1]
+def group_divergences(
+    program: Program,
+    inputs: Sequence[Inputs],
+    chosen: Sequence[Constraint],
+    settings: ReconstructSettings | None = None,
+    *,
+    seed: int = 0,
+    reporter: Reporter | None = None,
+) -> dict[str, float]:
+    """Return how far the network's outputs move when one group of channels alone is pruned, by the constraint's name.
+
+    The layers that read the group are refitted to what is left of it, on the inputs of the dense network. See
+    `output_divergences`.
+
+    Args:
+        program: the dense network.
+        inputs: of its calls.
+        chosen: coupled constraints.
+        settings: positions, rate and damping.
+        seed: of the positions.
+        reporter: where progress goes.
+    """
+    settings, reporter = settings or ReconstructSettings(), reporter or Quiet()
+    generator = torch.Generator().manual_seed(seed)
+    units = choose_units(program, chosen, inputs, settings, generator, reporter)
+    nothing = Plan(sparsity_asked=0.0, sparsity=0.0, constraints=())
+    masks = {
+        c.name: Masks.of(nothing.model_copy(update={"constraints": (c,)}), program.tensors, units).tensors
+        for c in chosen
+    }
+    changed = {name: _masked(program, own) for name, own in masks.items()}
+    readers = {id(program.tensors[s.tensor]): s.tensor for c in chosen for s in c.followers if s.dim == 1}
+    layers = [node for key, node in first_uses(program).items() if key in readers and conv_groups(node) == 1]
+    both = SideBySide(program, inputs, layers)
+    with reporter.task("readers of channels", len(layers)) as task:
+        for number in range(len(layers)):
+            seen = observe(both, number, settings.positions, generator)
+            weight = readers[id(seen.weight)]
+            if seen.moments is not None:
+                damped = _damped(seen, settings)
+                for name in [c.name for c in chosen if any(s.tensor == weight and s.dim == 1 for s in c.followers)]:
+                    mask = _columns(masks[name][weight])
+                    refitted = _refitted(seen, damped, mask, both)
+                    changed[name] |= {n: t * masks[name][n] if n in masks[name] else t for n, t in refitted.items()}
+            task.advance()
+    outputs = _Outputs(program, inputs)
+    with reporter.task("channels alone", len(chosen)) as task:
+        found = {}
+        for name, tensors in changed.items():
+            found[name] = outputs.divergence(tensors)
+            task.advance(name)
+    return found
+
+
+def _masked(program: Program, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: program.tensors[name].detach() * mask for name, mask in masks.items()}
+
+
+def _columns(mask: Tensor) -> Tensor:
+    """Return the mask `(out, K)` of what a layer reads; rows of its own that are pruned are fitted like the others."""
+    kept = mask.flatten(1)
+    return kept.any(dim=0).expand(kept.shape)
+
+
+class _Outputs:
+    """The outputs of a network, and how far they move when some of its tensors change."""
+
+    def __init__(self, program: Program, inputs: Sequence[Inputs]) -> None:
+        self._inputs, self._original = inputs, program.tensors
+        self._changed = program.with_tensors({})
+        self._runs = Interpreter(self._changed.graph_module)
+        self._dense = self._run()
+
+    def divergence(self, changed: Mapping[str, Tensor]) -> float:
+        """Return the mean over batches, with the tensors of these names in place of the network's own."""
+        for name, value in changed.items():
+            self._changed.tensors[name].data.copy_(value)
+        parts = [_divergence(before, after) for before, after in zip(self._dense, self._run(), strict=True)]
+        for name in changed:
+            self._changed.tensors[name].data.copy_(self._original[name])
+        return sum(parts) / len(parts)
+
+    def _run(self) -> list[list[Tensor]]:
+        with torch.no_grad():
+            return [_tensors(self._runs.run(*batch)) for batch in self._inputs]
+
+
+def _damped(seen: Observed, settings: ReconstructSettings) -> Damped:
     if seen.moments is None:
-        raise PlanError(f"`{node.target}` has no error of reconstruction: {seen.why_not}")
-    damped = seen.damped(settings.damping)
-    mask = select([constraint], damped, tuple(seen.weight.shape), settings.rate)[0]
+        raise PlanError(f"`{operands(seen.layer)[1].target}` has no error of reconstruction: {seen.why_not}")
+    return seen.damped(settings.damping)
+
+
+def _refitted(seen: Observed, damped: Damped, mask: Tensor, both: SideBySide) -> dict[str, Tensor]:
+    """Return the tensors of a layer that is refitted on a support `(out, K)`, by name, with what takes on its means."""
+    assert seen.moments is not None
     weight = refit(damped, mask)
-    made = {str(node.target): weight.reshape(seen.weight.shape)}
+    made = {str(operands(seen.layer)[1].target): weight.reshape(seen.weight.shape)}
     left = seen.moments.outputs - (weight * seen.moments.inputs[damped.group_of_row()]).sum(dim=1)
     if seen.around.bias is not None:
         made[str(seen.around.bias.target)] = left
-    elif seen.around.mean is not None and mean is not None:
-        made[str(seen.around.mean.target)] = mean - left
+    elif seen.around.mean is not None:
+        made[str(seen.around.mean.target)] = both.constant(seen.around.mean) - left
     return made
 
 

@@ -303,10 +303,7 @@ class Plan(_Data):
         """
         if self.budget is None:
             return self
-        named = {c.name: c for c in self.constraints}
-        coupled = {c.name: c.project(tensors) for c in self.constraints if c.pattern.coupled}
-        left = self.left_by_channels(coupled, tensors)
-        losses = [_losses(named[menu.name], menu, tensors, left.get(menu.name)) for menu in self.budget.menus]
+        losses = self._losses(tensors)
         ms = [np.array([o.ms for o in menu.options]) for menu in self.budget.menus]
         chosen = choose_options(losses, ms, self.budget.ms)
         if chosen is None:
@@ -314,7 +311,22 @@ class Plan(_Data):
                 f"a budget of {self.budget.ms:.3f} ms cannot be met: the fastest options of all layers take "
                 f"{self.budget.least_ms:.3f} ms"
             )
-        return self.with_options(dict(zip((m.name for m in self.budget.menus), chosen, strict=True)))
+        return self.with_options({m.name: m.options[k] for m, k in zip(self.budget.menus, chosen, strict=True)})
+
+    def loss(self, tensors: Mapping[str, Tensor]) -> float:
+        """Return what its options cost these weights, as `reallocated` counts; 0 without a budget."""
+        if self.budget is None:
+            return 0.0
+        taken, menus = self.options(), self.budget.menus
+        places = [menu.options.index(taken[menu.name]) for menu in menus]
+        return sum(float(own[k]) for own, k in zip(self._losses(tensors), places, strict=True))
+
+    def _losses(self, tensors: Mapping[str, Tensor]) -> list[Floats]:
+        assert self.budget is not None
+        named = {c.name: c for c in self.constraints}
+        coupled = {c.name: c.project(tensors) for c in self.constraints if c.pattern.coupled}
+        left = self.left_by_channels(coupled, tensors)
+        return [_losses(named[menu.name], menu, tensors, left.get(menu.name)) for menu in self.budget.menus]
 
     def project(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the mask of every constraint's projection, by its name: of channels, then of what those leave."""
@@ -341,21 +353,23 @@ class Plan(_Data):
                         s.scale_(left[s.tensor], units)
         return {single[n].name: single[n].in_order(left[n]) for n in touched}
 
-    def with_options(self, chosen: Mapping[str, int]) -> Plan:
-        """Return the plan with these options of its budget, by the name of the constraint."""
+    def with_options(self, chosen: Mapping[str, Option]) -> Plan:
+        """Return the plan with these options of its budget, by the name of the constraint.
+
+        Raises:
+            PlanError: the budget has no such option: it is of another plan.
+        """
         menus = {menu.name: menu.options for menu in self.budget.menus} if self.budget else {}
-        constraints = [
-            c if c.name not in chosen else with_option(c, menus[c.name][chosen[c.name]]) for c in self.constraints
-        ]
+        if strangers := [name for name, option in chosen.items() if option not in menus.get(name, ())]:
+            raise PlanError(f"`{strangers[0]}` has an option that the plan's budget does not offer")
+        constraints = [c if c.name not in chosen else with_option(c, chosen[c.name]) for c in self.constraints]
         return self.model_copy(update={"constraints": tuple(constraints)})
 
-    def options(self) -> dict[str, int]:
+    def options(self) -> dict[str, Option]:
         """Return which options of its budget the plan has, as `with_options` takes them."""
         named = {c.name: c for c in self.constraints}
         return {
-            menu.name: next(
-                k for k, o in enumerate(menu.options) if with_option(named[menu.name], o) == named[menu.name]
-            )
+            menu.name: next(o for o in menu.options if with_option(named[menu.name], o) == named[menu.name])
             for menu in (self.budget.menus if self.budget else ())
         }
 

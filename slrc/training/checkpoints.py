@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from slrc.errors import TrainingError, disk_error
 from slrc.methods.base import Iteration, MethodState
+from slrc.sparsity.budget import Option
 
 PROGRESS = "progress.json"
 
@@ -50,7 +51,7 @@ class Snapshot:
     method: MethodState
     masks: Mapping[str, Any]
     average: Mapping[str, Any]
-    options: Mapping[str, int]
+    options: Mapping[str, Option]
     """Which options of its budget the plan has."""
 
 
@@ -83,7 +84,7 @@ class CheckpointFolder:
                 "epochs_done": snapshot.epochs_done,
                 "curve": [r.model_dump() for r in snapshot.curve],
                 "numbers": dict(snapshot.method.numbers),
-                "options": dict(snapshot.options),
+                "options": {name: option.model_dump(mode="json") for name, option in snapshot.options.items()},
                 "history": [r.model_dump() for r in snapshot.method.history],
             }
             (aside / PROGRESS).write_text(json.dumps(progress))
@@ -120,7 +121,7 @@ class CheckpointFolder:
                 method=state,
                 masks=load_file(masks) if masks.exists() else {},
                 average=load_file(average) if average.exists() else {},
-                options=progress["options"],
+                options={name: Option.model_validate(o) for name, o in progress["options"].items()},
             )
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise TrainingError(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from slrc.config import CompileConfig, Precision
-from slrc.errors import ConfigError, TrainingError, WorkloadError
+from slrc.errors import ConfigError, PlanError, TrainingError, WorkloadError
 from slrc.methods.base import Iteration, MaskedMethod, Method, MethodState
 from slrc.methods.magnitude import Magnitude
 from slrc.methods.registry import make_method
@@ -186,7 +186,11 @@ class _Trainer:
             self.teacher = Teacher(self._twin(), self.workload, self.config.recipe)
         in_retraining = self.snapshot is not None and self.snapshot.phase == RETRAIN
         if self.snapshot:
-            self.plan = self.plan.with_options(self.snapshot.options)
+            assert self.resume_from is not None
+            try:
+                self.plan = self.plan.with_options(self.snapshot.options)
+            except PlanError as error:
+                raise misfit(self.resume_from, error) from error
         if in_retraining:
             assert self.snapshot is not None
             self.method.history = list(self.snapshot.method.history)

@@ -113,6 +113,15 @@ def test_what_costs_most_shrinks_most(program: Program) -> None:
     assert kept[1] < kept[0]
 
 
+def test_what_counts_little_shrinks_most(program: Program) -> None:
+    table = table_of(program)
+    kept = []
+    for weights in ({}, {"up": 0.01}, {"up": 100.0}):
+        goal = LatencyGoal(table, 0.6, weights)
+        kept.append(next(c.keep for c in allocate_sparsity(program, Channel(), choose_widths=goal) if c.name == "up"))
+    assert kept[1] < kept[0] <= kept[2]
+
+
 def test_small_weights_go_first(program: Program) -> None:
     with torch.no_grad():
         program.tensors["up.weight"][8:] = 1e-6

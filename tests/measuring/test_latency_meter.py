@@ -15,7 +15,8 @@ from slrc.backends.ort import OnnxRuntime
 from slrc.errors import BackendError, PlanError
 from slrc.ir.program import Program, capture
 from slrc.measuring.clock import Clock, Timing
-from slrc.measuring.latency_meter import CORRECTIONS, LatencyMeter
+from slrc.measuring.latency_meter import CORRECTIONS, LatencyMeter, SegmentTimes
+from slrc.sparsity.patterns import Block
 from slrc.sparsity.plans import Plan
 
 pytestmark = pytest.mark.usefixtures("quick_timing")
@@ -127,3 +128,12 @@ def test_a_budget_that_is_missed_is_said_with_what_was_measured(
     assert plan.latency.predicted == 0.7
     assert plan.constraints == planned[1].constraints
     assert plan.shortfall == "a latency of 60.0% of the dense one was asked for, and 70.0% reached"
+
+
+def test_a_narrower_layer_still_reads_and_writes() -> None:
+    """A layer takes 1 ms for its inputs and outputs and 8 for its work: half the channels of both are half and 2."""
+    pattern = Block(8, 1)
+    segment = SegmentTimes("layer", None, 9.0, {pattern: {0.5: 5.0, 0.25: 3.0}})
+    assert segment.at(pattern, 0.5, 1.0, 9.0) == pytest.approx(5.0)
+    assert segment.at(pattern, 0.5, 0.25, 9.0) == pytest.approx(0.5 + 1.0)
+    assert segment.at(pattern, 0.5, 0.25, 1.2) == pytest.approx(1.2)  # dense is faster

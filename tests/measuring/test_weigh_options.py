@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 import slrc
 from slrc.ir.program import Program, capture
+from slrc.measuring.choose_widths import losses_of_widths
 from slrc.measuring.latency_meter import Menus, SegmentTimes, make_menus
-from slrc.measuring.weigh_options import weigh_options, weighed
+from slrc.measuring.weigh_options import weigh_options, weigh_widths, weighed
 from slrc.reconstruction.calibration import Inputs, calibration_inputs
-from slrc.reconstruction.errors import layer_errors, output_divergences
+from slrc.reconstruction.errors import group_divergences, layer_errors, output_divergences
 from slrc.sparsity.choices import Metric
 from slrc.sparsity.patterns import Block
 from slrc.sparsity.plans import Plan, with_option
@@ -100,3 +101,13 @@ def test_a_layer_alone_moves_the_outputs_as_if_it_had_been_replaced(make: Callab
     assert all(torch.equal(t, before[n]) for n, t in program.tensors.items())
     whole = constraint.model_copy(update={"keep": constraint.groups})
     assert output_divergences(program, inputs, {"loud": whole})["loud"] == pytest.approx(0, abs=1e-6)
+
+
+def test_half_of_a_group_costs_what_it_was_measured_to(make: Callable[..., Case]) -> None:
+    program, _, _, inputs = make()
+    plan = slrc.plan(program, "channel", 0.5, keep_ends=False)
+    assert [c.groups // c.keep for c in plan] == [2] * len(plan.constraints)
+    weights, moved = weigh_widths(program, plan, inputs), group_divergences(program, inputs, plan.constraints)
+    for c in plan:
+        assert weights[c.name] * losses_of_widths(c, program)[c.keep] == pytest.approx(moved[c.name])
+        assert moved[c.name] > 0

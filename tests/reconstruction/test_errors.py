@@ -11,7 +11,7 @@ from slrc.errors import PlanError
 from slrc.methods.settings import ReconstructSettings
 from slrc.reconstruction import select as selecting
 from slrc.reconstruction.calibration import calibration_inputs
-from slrc.reconstruction.errors import layer_errors
+from slrc.reconstruction.errors import group_divergences, layer_errors
 from slrc.sparsity.plans import Constraint
 
 SETTINGS = ReconstructSettings(positions=64, damping=1e-4)
@@ -54,6 +54,35 @@ def test_an_error_is_that_of_a_refit() -> None:
     features, y = features - features.mean(0), y - y.mean(0)
     best = min(_residual(features[:, list(s)], y) for s in _supports(8, c.keep))
     assert found == pytest.approx(best / float(y.square().sum()), rel=0.05)
+
+
+def test_a_group_alone_moves_the_outputs_as_its_refitted_reader_does() -> None:
+    """Against least squares: the reader of a group, fitted to what is left of it, and a group that nothing misses."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        model[2].weight[:, 4:] = 0
+    x = torch.randn(400, 6)
+    workload = slrc.Workload(model=model, example_inputs=(x[:1],), calibration=[x])
+    program, settings = slrc.capture(workload), ReconstructSettings(damping=1e-9, rate=1e-3)
+    before = {n: t.clone() for n, t in program.tensors.items()}
+    groups = slrc.plan(program, "channel", 0.5, keep_ends=False).constraints
+    assert [c.name for c in groups] == ["0", "2"]
+    inputs = calibration_inputs(program, workload, 400, 0)
+    found = group_divergences(program, inputs, groups, settings)
+    assert all(torch.equal(t, before[n]) for n, t in program.tensors.items())
+    assert found["0"] == pytest.approx(0, abs=1e-6)
+
+    with torch.no_grad():
+        features = torch.relu(model[2](torch.relu(model[0](x)))).double()
+        y = model(x).double()
+    ones, values = torch.ones(len(x), 1, dtype=torch.float64), []
+    for kept in _supports(8, groups[1].keep):
+        seen = torch.cat([features[:, list(kept)], ones], dim=1)
+        fitted = seen @ torch.linalg.lstsq(seen, y).solution
+        p, q = y.log_softmax(1), fitted.log_softmax(1)
+        values.append((float((fitted - y).square().sum()), float((p.exp() * (p - q)).sum(1).mean())))
+    assert any(found["2"] == pytest.approx(value, rel=1e-3) for _, value in sorted(values)[:5])
 
 
 def _supports(columns: int, keep: int) -> list[tuple[int, ...]]:

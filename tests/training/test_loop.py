@@ -653,7 +653,7 @@ def test_a_budget_is_shared_out_anew_and_a_resumed_run_goes_on_with_it(
 
     whole = go(start())
     assert whole.plan.budget is not None
-    took = [menu.options[whole.plan.options()[menu.name]].ms for menu in whole.plan.budget.menus]
+    took = [option.ms for option in whole.plan.options().values()]
     assert sum(took) <= whole.plan.budget.ms
     whole.masks.check(whole.plan, whole.tensors)
     for at in (STEPS + 4, 3 * STEPS + 2):  # in the second epoch, and in retraining
@@ -663,6 +663,27 @@ def test_a_budget_is_shared_out_anew_and_a_resumed_run_goes_on_with_it(
         resumed = go(start(), checkpoints=folder, resume=True)
         assert_same(resumed, whole)
         assert resumed.plan == whole.plan
+
+
+def test_a_checkpoint_of_another_budget_is_refused(tiny_workload: MakeWorkload, tmp_path: Path) -> None:
+    """Its options would be taken for others, which need not keep to the budget."""
+
+    def go(loss: Any = None, slower: float = 1.0) -> Trained:
+        workload = resumable(tiny_workload, **({} if loss is None else {"loss": loss}))
+        plan = with_budget(dict(workload.model.named_parameters()))
+        assert plan.budget is not None
+        menus = [
+            menu.model_copy(update={"options": tuple(o.model_copy(update={"ms": o.ms * slower}) for o in menu.options)})
+            for menu in plan.budget.menus
+        ]
+        budget = plan.budget.model_copy(update={"menus": tuple(menus), "ms": plan.budget.ms * slower})
+        plan = plan.model_copy(update={"budget": budget})
+        return train(workload, plan, make_config({"epochs": 3}), checkpoints=tmp_path, resume=True)
+
+    with pytest.raises(WorkloadError, match="StopHere"):
+        go(Interrupted(at=STEPS + 4))
+    with pytest.raises(TrainingError, match=r"does not fit.*an option that the plan's budget does not offer"):
+        go(slower=2.0)
 
 
 def with_budget(parameters: dict[str, nn.Parameter]) -> Plan:

@@ -1,0 +1,72 @@
+"""Times what `train.py` has trained: each network against the dense one, in turns, on one thread of an idle machine.
+
+    SLRC_DATA=~/data python benchmarks/pareto/latency.py
+    SLRC_DATA=~/data python benchmarks/pareto/latency.py --only '*mobilenet*'
+
+Every network gets the forms that a compile would choose for it on this machine. Writes
+`benchmarks/results/pareto_latency.json`; rows that are up to date are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from networks import TARGET
+from results import Rows
+from run import read_rows
+from tasks import load_task
+from train import RESULTS, Row, capture, program_of
+
+from slrc.measuring.choose_forms import choose_forms
+from slrc.measuring.timing import time_pair
+from slrc.pipeline import apply_forms, baseline, lower
+
+
+def time_row(row: Row) -> dict[str, Any]:
+    """Return what a row's network takes beside the dense one."""
+    task = load_task(row.network)
+    dense, network = baseline(capture(task.make(), row, task)), program_of(row, task)
+    choice = choose_forms(network, TARGET, threads=1)
+    with tempfile.TemporaryDirectory() as folder:
+        lowered = [
+            lower(program, TARGET, Path(folder) / name)
+            for name, program in (("dense", dense), ("compiled", apply_forms(network, choice.forms)))
+        ]
+        found = time_pair(lowered[0], lowered[1], dense.flat_inputs(), 1)
+        size = lowered[1].size_bytes / lowered[0].size_bytes
+    return {
+        "share": 1 / found.speedup,
+        "spread": sorted(1 / x for x in found.speedup_spread),
+        "dense_ms": found.dense_ms.p50,
+        "ms": found.compiled_ms.p50,
+        "size": size,
+        "batch": row.batch,
+    }
+
+
+def main() -> None:
+    """Time what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="*", help="a glob over names of rows")
+    parser.add_argument("--trained", type=Path, default=RESULTS, help="the rows of `train.py`")
+    parser.add_argument("--out", type=Path, default=None)
+    args = parser.parse_args()
+    times = Rows("pareto_latency", args.out)
+    for name, trained in sorted(read_rows(args.trained).items()):
+        if not fnmatch(name, args.only) or "unreachable" in trained:
+            continue
+        if not times.has(name):
+            row = Row(
+                *(trained[part] for part in ("network", "contender", "share", "epochs")), int(name.split("/")[-1])
+            )
+            times.add(name, time_row(row))
+        found = times[name]
+        print(f"{name}: {found['share']:.1%} of {found['dense_ms']:.3f} ms", flush=True)
+
+
+if __name__ == "__main__":
+    main()

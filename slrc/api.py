@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache as cached
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -20,20 +19,19 @@ from slrc.ir.program import Program
 from slrc.ir.program import capture as capture_module
 from slrc.measuring.choose_forms import choose_forms
 from slrc.measuring.choose_options import offered_patterns, plan_mixed, plan_options
-from slrc.measuring.choose_widths import LatencyGoal, WidthWeights, plan_widths, width_shares, width_table
-from slrc.measuring.latency_meter import LatencyMeter, Menus
-from slrc.measuring.weigh_options import IMAGES, Weights, weigh_options, weigh_widths
+from slrc.measuring.choose_widths import Widths, plan_widths
+from slrc.measuring.latency_meter import LatencyMeter
+from slrc.measuring.weigh_options import Weigher
 from slrc.methods.settings import MethodName
 from slrc.passes.allocation.allocate_sparsity import allocate_sparsity
 from slrc.passes.allocation.check_plan import checked_plan
 from slrc.pipeline import Checker as ProgramChecker
 from slrc.probes import make_probes
 from slrc.progress import Quiet, Reporter
-from slrc.reconstruction.calibration import Inputs, calibration_inputs
 from slrc.reconstruction.reconstruct import reconstruct
 from slrc.reporting.assemble import accuracy_of, assemble
 from slrc.reporting.report import Pair, Report, TargetResult
-from slrc.sparsity.choices import Allocation, Metric
+from slrc.sparsity.choices import Allocation
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.patterns import AnyPattern, Channel
 from slrc.sparsity.plans import Plan
@@ -253,39 +251,15 @@ def plan_from(
         assert not isinstance(pattern, str)
         return allocate(pattern, config.allocate, config.sparsity)
 
-    @cached
-    def inputs() -> list[Inputs]:
-        assert workload is not None
-        return calibration_inputs(program, workload, IMAGES, config.seed)
-
-    has_data = workload is not None and (workload.calibration is not None or workload.train_batches is not None)
-    measured = has_data and config.budget_metric is not Metric.ENERGY
-
-    def weigh(start: Plan, found: Menus) -> Weights:
-        if not measured:
-            return {}
-        return weigh_options(program, start, found.menus, inputs(), config.budget_metric, reporter)
-
-    def weigh_groups(plan: Plan) -> WidthWeights:
-        if not measured or config.budget_metric is not Metric.DIVERGENCE:
-            return {}
-        return weigh_widths(program, plan, inputs(), reporter)
-
     target = parse_target(config.target[0])
     meter = LatencyMeter(program, target, threads=config.threads, cache=cache, reporter=reporter)
+    weigher = Weigher(program, workload, config.budget_metric, config.seed, reporter)
+    coupled = Channel() if isinstance(pattern, str) else pattern
+    widths = Widths(meter, program, partial(allocate, coupled, Allocation.UNIFORM), weigher.widths)
     if not isinstance(pattern, str) and pattern.coupled:
-        return plan_widths(meter, partial(allocate, pattern, Allocation.UNIFORM), budget, weigh_groups)
+        return plan_widths(meter, widths, budget)
     patterns = offered_patterns(target) if isinstance(pattern, str) else (pattern,)
     start = allocate(patterns[0], Allocation.UNIFORM, 0.0, alternatives=patterns[1:])
     if not isinstance(pattern, str):
-        return plan_options(meter, program, start, patterns, budget, weigh)
-    channels = partial(allocate, Channel(), Allocation.UNIFORM)
-    table, weights = cached(lambda: width_table(meter, channels)), weigh_groups(channels(0.0))
-
-    def narrow(share: float) -> Plan:
-        return channels(None, choose_widths=LatencyGoal(table(), share, weights))
-
-    def shares_of(plan: Plan) -> list[tuple[float, float]]:
-        return width_shares(program, plan, table())
-
-    return plan_mixed(meter, program, start, patterns, narrow, shares_of, budget, weigh, weights)
+        return plan_options(meter, program, start, patterns, budget, weigher)
+    return plan_mixed(meter, program, start, patterns, widths, budget, weigher)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from slrc.backends import Target, get_backend
 from slrc.errors import PlanError
 from slrc.ir.program import Program
-from slrc.measuring.choose_widths import WidthWeights, losses_of_widths
+from slrc.measuring.choose_widths import Widths
 from slrc.measuring.latency_meter import LatencyMeter, Menus, make_menus, meet_budget
 from slrc.measuring.latency_table import LatencyTable
-from slrc.measuring.weigh_options import Weights, weighed
+from slrc.measuring.weigh_options import Weigher, weighed
 from slrc.sparsity.budget import Budget, Menu
 from slrc.sparsity.patterns import AnyPattern, Block, Columns
 from slrc.sparsity.plans import LatencyForecast, Plan
 
 MOST_LAYERS = 6
 """How many layers an error names."""
-MARK = " (channels)"
-"""At the end of the names of groups of channels, where layers of the same names are constrained too."""
 WIDTH_SHARES = (0.75, 0.5, 0.25, 0.0)
 """How much of the latency between the budget and all is left to options, where widths are chosen first."""
 
@@ -30,17 +28,13 @@ def offered_patterns(target: Target) -> tuple[AnyPattern, ...]:
     return (Block(8, 1), Block(4, 1), Block(16, 1))
 
 
-Weigher = Callable[[Plan, Menus], Weights]
-"""Returns by what the options of a plan's layers count."""
-
-
 def plan_options(
     meter: LatencyMeter,
     program: Program,
     start: Plan,
     patterns: Sequence[AnyPattern],
     budget: float,
-    weigh: Weigher,
+    weigher: Weigher,
 ) -> Plan:
     """Return the plan of options that meets a share of the dense latency.
 
@@ -50,13 +44,13 @@ def plan_options(
         start: constrains single weights.
         patterns: what a layer may be pruned by.
         budget: the share.
-        weigh: tells what options count.
+        weigher: tells what options count.
 
     Raises:
         PlanError: the budget cannot be met; the message says what can be reached, layer by layer.
     """
     found = make_menus(meter.options(start, patterns), start, program)
-    found = weighed(found, weigh(start, found))
+    found = weighed(found, weigher.options(start, found.menus))
 
     def allocated(table: LatencyTable) -> Plan:
         return allocate_options(program, start, found, table, budget)
@@ -69,11 +63,9 @@ def plan_mixed(
     program: Program,
     start: Plan,
     patterns: Sequence[AnyPattern],
-    narrow: Callable[[float], Plan],
-    shares_of: Callable[[Plan], Sequence[tuple[float, float]]],
+    widths: Widths,
     budget: float,
-    weigh: Weigher,
-    weights_of_widths: WidthWeights,
+    weigher: Weigher,
 ) -> Plan:
     """Return the plan of options, and of narrower channels where those lose less, that meets a share of the latency.
 
@@ -85,34 +77,31 @@ def plan_mixed(
         program: the captured model.
         start: constrains single weights.
         patterns: what a layer may be pruned by.
-        narrow: returns a plan of channels for a share of the dense latency.
-        shares_of: returns what such a plan leaves of every segment's work and dense time.
+        widths: makes plans of channels.
         budget: the share.
-        weigh: tells what options count.
-        weights_of_widths: what the groups of channels count.
+        weigher: tells what options count.
 
     Raises:
         PlanError: the budget cannot be met; the message says what can be reached, layer by layer.
     """
     times = meter.options(start, patterns)
     wide = make_menus(times, start, program)
-    table, weights = meter.whole(wide.dense_ms), weigh(start, wide)
+    table, weights = meter.whole(wide.dense_ms), weigher.options(start, wide.menus)
     tried: list[tuple[float, Plan, Menus]] = []
     reason: PlanError | None = None
     for share in (1.0, *(budget + (1 - budget) * part for part in WIDTH_SHARES)):
         try:
-            if share == 1:
-                mixed, found = start, wide
-            else:
-                channels = narrow(share)
-                mixed = joined(channels, start)
-                found = make_menus(times, mixed, program, shares_of(channels))
+            lost, mixed, found = 0.0, start, wide
+            if share < 1:
+                channels = widths.plan(share)
+                lost, mixed = widths.loss(channels), joined(channels, start)
+                found = make_menus(times, mixed, program, widths.shares(channels))
             found = weighed(found, weights)
-            made = allocate_options(program, mixed, found, table, budget)
+            lost += allocate_options(program, mixed, found, table, budget).loss(program.tensors)
         except PlanError as error:
             reason = reason or error
             continue
-        tried.append((loss_of(program, made, weights_of_widths), mixed, found))
+        tried.append((lost, mixed, found))
     if not tried:
         assert reason is not None
         raise reason
@@ -124,21 +113,10 @@ def plan_mixed(
     return meet_budget(table, budget, allocated, meter.share)
 
 
-def loss_of(program: Program, plan: Plan, weights_of_widths: WidthWeights) -> float:
-    """Return what a plan's widths and options lose of the energy of the weights, by what each counts."""
-    widths = [c for c in plan if c.pattern.coupled]
-    lost = [weights_of_widths.get(_unmarked(c.name), 1.0) * float(losses_of_widths(c, program)[c.keep]) for c in widths]
-    return sum(lost) + plan.loss(program.tensors)
-
-
 def joined(channels: Plan, layers: Plan) -> Plan:
     """Return a plan with the constraints of both, names told apart."""
-    coupled = [c.model_copy(update={"name": c.name + MARK}) for c in channels if c.keep < c.groups]
+    coupled = [c.model_copy(update={"name": f"{c.name} (channels)"}) for c in channels if c.keep < c.groups]
     return channels.model_copy(update={"constraints": (*coupled, *layers), "latency": None})
-
-
-def _unmarked(name: str) -> str:
-    return name.removesuffix(MARK)
 
 
 def allocate_options(program: Program, plan: Plan, found: Menus, table: LatencyTable, budget: float) -> Plan:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,32 +31,64 @@ WidthWeights = Mapping[str, float]
 """By what the loss of energy of each group of channels counts, by the constraint's name; by 1 where it is missing."""
 
 
-def plan_widths(
-    meter: LatencyMeter, allocate: Callable[..., Plan], budget: float, weigh: Callable[[Plan], WidthWeights]
-) -> Plan:
-    """Return the plan of widths that meets a share of the dense latency.
+class Widths:
+    """Plans of channels for shares of the dense latency.
 
     Args:
         meter: measures.
+        program: the captured model.
         allocate: makes a plan of a sparsity, or of `choose_widths=`.
-        budget: the share.
         weigh: tells what the groups of a plan count.
+    """
+
+    def __init__(
+        self,
+        meter: LatencyMeter,
+        program: Program,
+        allocate: Callable[..., Plan],
+        weigh: Callable[[Plan], WidthWeights],
+    ) -> None:
+        self._meter, self._program, self._allocate, self._weigh = meter, program, allocate, weigh
+
+    @cached_property
+    def table(self) -> LatencyTable:
+        """What the parts and the whole take dense and at a few widths."""
+        return self._meter.table([self._allocate(sparsity) for sparsity in PROBED_SPARSITIES])
+
+    @cached_property
+    def weights(self) -> WidthWeights:
+        """What the groups count."""
+        return self._weigh(self._allocate(0.0))
+
+    def plan(self, budget: float, table: LatencyTable | None = None) -> Plan:
+        """Return the plan that meets a share of the dense latency by the table.
+
+        Raises:
+            PlanError: the budget cannot be met by any widths.
+        """
+        return self._allocate(None, choose_widths=LatencyGoal(table or self.table, budget, self.weights))
+
+    def loss(self, plan: Plan) -> float:
+        """Return what a plan's widths lose of the energy of the weights, by what each group counts."""
+        return sum(self.weights.get(c.name, 1.0) * float(losses_of_widths(c, self._program)[c.keep]) for c in plan)
+
+    def shares(self, plan: Plan) -> list[tuple[float, float]]:
+        """Return the share of every segment's work that a plan's widths leave, and the share of its dense time."""
+        work = _Work.of(self._program, label_indices(self._program, plan.attention, plan.layer_norm), plan.constraints)
+        keep, shares = np.array([c.keep for c in plan], dtype=np.int64), []
+        for k, segment in enumerate(self.table.segments):
+            macs, ms = work.macs(k, keep), self.table.segment_ms
+            shares.append((macs / segment.macs[0], ms(k, macs) / ms(k, segment.macs[0])))
+        return shares
+
+
+def plan_widths(meter: LatencyMeter, widths: Widths, budget: float) -> Plan:
+    """Return the plan of widths that meets a share of the dense latency, timed as a whole and corrected.
 
     Raises:
         PlanError: the budget cannot be met by any widths.
     """
-
-    table, weights = width_table(meter, allocate), weigh(allocate(0.0))
-
-    def allocated(table: LatencyTable) -> Plan:
-        return allocate(None, choose_widths=LatencyGoal(table, budget, weights))
-
-    return meet_budget(table, budget, allocated, meter.share)
-
-
-def width_table(meter: LatencyMeter, allocate: Callable[..., Plan]) -> LatencyTable:
-    """Return what the parts and the whole take dense and at a few widths."""
-    return meter.table([allocate(sparsity) for sparsity in PROBED_SPARSITIES])
+    return meet_budget(widths.table, budget, lambda table: widths.plan(budget, table), meter.share)
 
 
 @dataclass(frozen=True)
@@ -102,17 +135,6 @@ class LatencyGoal:
             segments_ms=search.total_ms,
         )
         return search.keep, forecast
-
-
-def width_shares(program: Program, plan: Plan, table: LatencyTable) -> list[tuple[float, float]]:
-    """Return the share of every segment's work that a plan's widths leave, and the share of its dense time."""
-    work = _Work.of(program, label_indices(program, plan.attention, plan.layer_norm), plan.constraints)
-    keep = np.array([c.keep for c in plan], dtype=np.int64)
-    shares = []
-    for k, segment in enumerate(table.segments):
-        macs = work.macs(k, keep)
-        shares.append((macs / segment.macs[0], table.segment_ms(k, macs) / table.segment_ms(k, segment.macs[0])))
-    return shares
 
 
 class _Search:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -11,11 +12,12 @@ from slrc.measuring.choose_widths import WidthWeights, losses_of_widths
 from slrc.measuring.latency_meter import Menus
 from slrc.measuring.latency_table import interpolate
 from slrc.progress import Reporter
-from slrc.reconstruction.calibration import Inputs
+from slrc.reconstruction.calibration import Inputs, calibration_inputs
 from slrc.reconstruction.errors import group_divergences, layer_errors, output_divergences
 from slrc.sparsity.budget import Menu, Option
 from slrc.sparsity.choices import Metric
 from slrc.sparsity.plans import Constraint, Plan, with_option
+from slrc.workload import Workload
 
 IMAGES = 256
 """Samples that tell what options cost."""
@@ -26,6 +28,42 @@ WIDTH_REFERENCE = 0.5
 LEAST = 1e-12
 Weights = Mapping[tuple[str, Option], float]
 """By what the loss of energy of each option counts, by the name of its layer; options have no milliseconds here."""
+
+
+class Weigher:
+    """Tells by what options and widths count: measured on the workload's data, by a metric other than energy alone.
+
+    Args:
+        program: the dense network.
+        workload: with calibration data or training batches; else all count alike.
+        metric: `error` is of layers alone: widths then go by energy.
+        seed: of the samples.
+        reporter: where progress goes.
+    """
+
+    def __init__(
+        self, program: Program, workload: Workload | None, metric: Metric, seed: int, reporter: Reporter | None
+    ) -> None:
+        self._program, self._workload, self._reporter, self._seed = program, workload, reporter, seed
+        has_data = workload is not None and (workload.calibration is not None or workload.train_batches is not None)
+        self._metric = metric if has_data else Metric.ENERGY
+
+    def options(self, plan: Plan, menus: Sequence[Menu]) -> Weights:
+        """Return what the options of a plan's layers count; nothing where all count alike."""
+        if self._metric is Metric.ENERGY:
+            return {}
+        return weigh_options(self._program, plan, menus, self._inputs, self._metric, self._reporter)
+
+    def widths(self, plan: Plan) -> WidthWeights:
+        """Return what a plan's groups of channels count; nothing where all count alike."""
+        if self._metric is not Metric.DIVERGENCE:
+            return {}
+        return weigh_widths(self._program, plan, self._inputs, self._reporter)
+
+    @cached_property
+    def _inputs(self) -> list[Inputs]:
+        assert self._workload is not None
+        return calibration_inputs(self._program, self._workload, IMAGES, self._seed)
 
 
 def weigh_options(

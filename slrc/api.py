@@ -71,12 +71,12 @@ def train(workload: Workload, plan: Plan, *, checkpoints: str | Path | None = No
     """Train the workload's model in place under the plan and prune it hard.
 
     `options` are those of `CompileConfig`, such as `method="slr"`, `epochs=5`, `retrain_epochs=0`. With
-    `method="reconstruct"` nothing is trained: the layers are refitted on `Workload.calibration`.
+    `method="reconstruct"` the layers are refitted on `Workload.calibration`, and trained in `retrain_epochs` alone.
     """
-    config = make_config(options)
+    config, folder = make_config(options), Path(checkpoints) if checkpoints else None
     if config.method is MethodName.RECONSTRUCT:
-        return reconstruct(capture(workload), workload, plan, config)
-    return training.train(workload, plan, config, checkpoints=Path(checkpoints) if checkpoints else None)
+        return reconstruct(capture(workload), workload, plan, config, checkpoints=folder)
+    return training.train(workload, plan, config, checkpoints=folder)
 
 
 def structure(program: Program, plan: Plan, trained: Trained | Masks, check: ProgramChecker | None = None) -> Program:

@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -114,17 +115,13 @@ class Compilation:
         if plan.shortfall:
             self.note(plan.shortfall)
         reconstructs = self.config.method is MethodName.RECONSTRUCT
-        if reconstructs:
-            trained = reconstruct(program, self.workload, plan, self.config, reporter=self.reporter)
-        else:
-            trained = train(
-                self.workload,
-                plan,
-                self.config,
-                checkpoints=self.workspace.checkpoints,
-                resume=self.workspace.resumed,
-                reporter=self.reporter,
-            )
+        go = partial(
+            partial(reconstruct, program) if reconstructs else train,
+            checkpoints=self.workspace.checkpoints,
+            resume=self.workspace.resumed,
+            reporter=self.reporter,
+        )
+        trained = go(self.workload, plan, self.config)
         for text in trained.notes:
             self.note(text)
         if self.workload.train_batches is None and not reconstructs:

@@ -209,11 +209,12 @@ class CompileConfig(MethodSettings):
 
     @model_validator(mode="after")
     def _reconstruct_does_not_train(self) -> CompileConfig:
-        asked = {"epochs": self.epochs, "steps": self.steps, "retrain-epochs": self.retrain_epochs}
+        asked = {"epochs": self.epochs, "steps": self.steps}
         if self.method is MethodName.RECONSTRUCT and (given := [name for name, value in asked.items() if value]):
             raise ConfigError(
                 f"`--method reconstruct` does not train, got `--{given[0]} {asked[given[0]]}`",
-                hint=f"leave `--{given[0]}` out, or choose a method that trains, such as gradual",
+                hint=f"leave `--{given[0]}` out, choose a method that trains, or train under the masks: "
+                "`--retrain-epochs 10`",
             )
         return self
 

@@ -1,6 +1,6 @@
 """A plot and a table of what `train.py` trained and `latency.py` timed: accuracy over measured latency.
 
-    python benchmarks/pareto/frontier.py     # writes benchmarks/results/pareto.svg
+python benchmarks/pareto/frontier.py     # writes benchmarks/results/pareto.svg
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -13,10 +13,9 @@ from torch.fx import Node
 from torch.nn import functional
 
 from slrc.config import CompileConfig
-from slrc.errors import WorkloadError
 from slrc.ir.nodes import layer_weight
 from slrc.ir.program import Program
-from slrc.methods.settings import MethodName, ReconstructSettings
+from slrc.methods.settings import ReconstructSettings
 from slrc.progress import Quiet, Reporter
 from slrc.reconstruction.calibration import Inputs, calibration_inputs
 from slrc.reconstruction.observe import Observed, first_uses, observe, operands
@@ -26,65 +25,53 @@ from slrc.reconstruction.solve import Damped, refit
 from slrc.reconstruction.units import choose_units
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.plans import Constraint, Plan, Window
-from slrc.training.checkpoints import EpochRecord
-from slrc.training.loop import Trained
+from slrc.training.loop import Trained, train
 from slrc.workload import Workload
 
 
 def reconstruct(
-    program: Program, workload: Workload, plan: Plan, config: CompileConfig, *, reporter: Reporter | None = None
+    program: Program,
+    workload: Workload,
+    plan: Plan,
+    config: CompileConfig,
+    *,
+    checkpoints: Path | None = None,
+    resume: bool = False,
+    reporter: Reporter | None = None,
 ) -> Trained:
     """Prune the workload's model in place so that it obeys the plan, with neither labels nor training.
 
     Each layer is refitted to the outputs that it has in the dense network, from the inputs that it has in the pruned
-    one. Memory is bounded by one layer's moments and the values that some layer still reads.
+    one. Memory is bounded by one layer's moments and the values that some layer still reads. With retraining epochs the
+    network is then trained under its masks.
 
     Args:
         program: the captured dense model.
         workload: the model and its calibration data.
         plan: what is constrained.
-        config: the settings, and the seed.
+        config: the settings, the epochs of retraining, and the seed.
+        checkpoints: a folder for the state of retraining; `None` saves nothing.
+        resume: go on with retraining from the newest checkpoint there, if there is one.
         reporter: where progress goes.
 
     Raises:
         WorkloadError: there is no calibration data, or it cannot be used.
     """
-    name = str(MethodName.RECONSTRUCT)
-    started = time.perf_counter()
-    dense = _metric(workload)
-    inputs = calibration_inputs(program, workload, config.reconstruct.images, config.seed)
-    found = refit_layers(program, plan, inputs, config.reconstruct, config.seed, reporter or Quiet())
-    state = {n: t for n, t in workload.model.state_dict().items() if isinstance(t, Tensor)}
-    with torch.no_grad():
-        for tensor_name, value in found.tensors.items():
-            state[tensor_name].copy_(value)
-    found.masks.check(plan, state)
-    pruned = _metric(workload)
-    seconds = time.perf_counter() - started
-    return Trained(
-        tensors={n: t.detach().cpu().clone() for n, t in state.items()},
-        plan=plan,
-        masks=found.masks,
-        method=name,
-        dense=dense,
-        hard_pruned=pruned,
-        curve=(
-            EpochRecord(phase=name, epoch=0, loss=None, metric=dense, hard_pruned=None, seconds=0.0),
-            EpochRecord(phase=name, epoch=1, loss=None, metric=pruned, hard_pruned=pruned, seconds=seconds),
-        ),
-        history=(),
-        notes=found.notes,
-    )
+    notes: list[str] = []
 
+    def prune() -> Masks:
+        inputs = calibration_inputs(program, workload, config.reconstruct.images, config.seed)
+        found = refit_layers(program, plan, inputs, config.reconstruct, config.seed, reporter or Quiet())
+        state = {n: t for n, t in workload.model.state_dict().items() if isinstance(t, Tensor)}
+        with torch.no_grad():
+            for name, value in found.tensors.items():
+                state[name].copy_(value)
+        found.masks.check(plan, state)
+        notes.extend(found.notes)
+        return found.masks
 
-def _metric(workload: Workload) -> float | None:
-    measured = workload.measure(workload.model)
-    if measured is not None and not math.isfinite(measured[1]):
-        raise WorkloadError(
-            f"`evaluate` returned {measured[1]}",
-            hint="its leading metric must be finite: look for a division by zero, or a loss that overflows",
-        )
-    return None if measured is None else measured[1]
+    trained = train(workload, plan, config, checkpoints=checkpoints, resume=resume, reporter=reporter, prune=prune)
+    return replace(trained, notes=tuple(notes))
 
 
 class Reconstruction(NamedTuple):

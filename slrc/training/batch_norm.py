@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 MOST_NAMED = 8
@@ -48,6 +48,57 @@ def recalibrate_batch_norm(
             norm.momentum = momentum
         for module, was in training.items():
             module.training = was
+
+
+def adopt_statistics(
+    model: nn.Module, forward: Callable[[nn.Module, Any], Any], batches: Iterable[Any], count: int
+) -> None:
+    """Replace running means and variances by those of the first `count` batches, so that the model computes the same.
+
+    Scales and shifts make up for it. A model that was refitted for other statistics than its own would else be another
+    one as soon as it trains, where batches are normalised by their own.
+
+    Args:
+        model: changed in place. Norms without scales and shifts, or without running statistics, are left alone.
+        forward: runs the model on a batch, such as a workload's loss.
+        batches: training batches.
+        count: how many of them; none leaves the model alone.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m.affine]
+    if not norms or not count:
+        return
+    sums: dict[nn.Module, list[Tensor]] = {}
+
+    def add(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].detach().double().transpose(0, 1).flatten(1)
+        own = sums.setdefault(norm, [x.new_zeros(len(x)), x.new_zeros(len(x)), x.new_zeros(())])
+        for total, part in zip(own, (x.sum(1), x.square().sum(1), x.new_tensor(x.shape[1])), strict=True):
+            total += part
+
+    training = {m: m.training for m in model.modules()}
+    hooks = [norm.register_forward_pre_hook(add) for norm in norms]
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in islice(batches, count):
+                forward(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, was in training.items():
+            module.training = was
+    with torch.no_grad():
+        for norm, (total, squares, samples) in sums.items():
+            assert isinstance(norm, _BatchNorm)
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            mean = total / samples
+            variance = (squares / samples - mean.square()).clamp_min(0)
+            before, after = (norm.running_var.double() + norm.eps).sqrt(), (variance + norm.eps).sqrt()
+            norm.bias.add_(norm.weight * (mean - norm.running_mean.double()) / before)
+            norm.weight.mul_(after / before)
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)
 
 
 def constant_channels(model: nn.Module) -> list[str]:

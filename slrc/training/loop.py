@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from slrc.config import CompileConfig, Precision
-from slrc.errors import ConfigError, PlanError, TrainingError, WorkloadError
+from slrc.errors import PlanError, TrainingError, WorkloadError
 from slrc.methods.base import Iteration, MaskedMethod, Method, MethodState
 from slrc.methods.magnitude import Magnitude
 from slrc.methods.registry import make_method
@@ -32,7 +32,7 @@ from slrc.methods.settings import MethodName
 from slrc.progress import Quiet, Reporter
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.plans import Plan
-from slrc.training.batch_norm import recalibrate_batch_norm
+from slrc.training.batch_norm import adopt_statistics, recalibrate_batch_norm
 from slrc.training.batches import count_steps, read, seed_epoch, share_of_first, share_out, update_steps
 from slrc.training.checkpoints import CheckpointFolder, EpochRecord, Snapshot, misfit
 from slrc.training.distillation import Teacher
@@ -45,6 +45,8 @@ ON_CPU = not torch.accelerator.is_available()
 """Told so, `accelerate` takes several processes on a CPU for a distributed run; it does not by itself."""
 USUAL_EPOCHS, USUAL_STEPS = 10, 2000
 """Of sparse training, whichever is more, where nobody says how long."""
+Pruner = Callable[[], Masks]
+"""Prunes a workload's model in place; returns the masks that it now obeys."""
 MethodMaker = Callable[[MethodName, Mapping[str, nn.Parameter], Plan, int, CompileConfig], Method]
 MIXED_PRECISION = {Precision.FP32: "no", Precision.BF16: "bf16", Precision.FP16: "fp16"}
 
@@ -99,6 +101,7 @@ def train(
     resume: bool = False,
     reporter: Reporter | None = None,
     make: MethodMaker = make_method,
+    prune: Pruner | None = None,
 ) -> Trained:
     """Train the workload's model in place so that it obeys the plan, then prune it hard.
 
@@ -110,12 +113,13 @@ def train(
         resume: go on from the newest checkpoint there, if there is one.
         reporter: where progress goes.
         make: makes the method, for one that has no name here.
+        prune: prunes without training, in place of a method; masked retraining may follow.
 
     Raises:
         TrainingError: the loss is not finite, or a checkpoint does not fit.
         WorkloadError: there is no data though the method needs it, or the user's functions fail.
     """
-    trainer = _Trainer(workload, plan, config, checkpoints, resume, reporter or Quiet(), make)
+    trainer = _Trainer(workload, plan, config, checkpoints, resume, reporter or Quiet(), make, prune)
     try:
         return trainer.run()
     finally:
@@ -126,12 +130,9 @@ def choose_method(config: CompileConfig, workload: Workload) -> MethodName:
     """Return the method asked for; without data and without a wish, one-shot magnitude.
 
     Raises:
-        ConfigError: the method does not train: it is `slrc.reconstruction`.
         WorkloadError: the method asked for needs data and there is none.
     """
-    if config.method is MethodName.RECONSTRUCT:
-        raise ConfigError("method `reconstruct` does not train", hint="`slrc.train` and `slrc.compile` take it")
-    needs_data = config.method not in (None, MethodName.MAGNITUDE) and config.trains
+    needs_data = config.method not in (None, MethodName.MAGNITUDE, MethodName.RECONSTRUCT) and config.trains
     if workload.train_batches is None and (needs_data or config.retrain_epochs > 0):
         what = f"method `{config.method}`" if needs_data else "retraining"
         raise WorkloadError(
@@ -155,8 +156,9 @@ class _Trainer:
         resume: bool,
         reporter: Reporter,
         make: MethodMaker,
+        prune: Pruner | None,
     ) -> None:
-        self.make = make
+        self.make, self.prune = make, prune
         self.workload, self.plan, self.config, self.reporter = workload, plan, config, reporter
         self.method_name = choose_method(config, workload)
         AcceleratorState._reset_state()  # else the first run's precision holds for the whole process
@@ -194,6 +196,8 @@ class _Trainer:
         if in_retraining:
             assert self.snapshot is not None
             self.method.history = list(self.snapshot.method.history)
+        elif self.prune is not None:
+            self._prune_without_training(self.prune)
         else:
             self._run_sparse_phase()
             self.plan, self.masks = self.method.plan, self.method.masks()
@@ -203,7 +207,7 @@ class _Trainer:
             self.masks.apply_(parameters)
             self._run_phase(self._retrain_phase())
         self.masks.apply_(parameters)
-        if not self.config.retrain_epochs:
+        if not self.config.retrain_epochs and self.prune is None:
             _unwrap(self.model)  # as the copies that were measured
             self._recalibrate(self.model)
         return Trained(
@@ -221,7 +225,8 @@ class _Trainer:
 
     @property
     def _has_steps(self) -> bool:
-        return self.workload.train_batches is not None and (self.config.trains or self.config.retrain_epochs > 0)
+        trains = self.config.trains and self.prune is None
+        return self.workload.train_batches is not None and (trains or self.config.retrain_epochs > 0)
 
     def _method_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.method.state().tensors.values())
@@ -259,6 +264,27 @@ class _Trainer:
                 on_update=lambda: self.method.update(self.probe_loss),
             )
             self._run_phase(_Phase(str(self.method_name), total, hooks, self.method.rho_at))
+
+    def _prune_without_training(self, prune: Pruner) -> None:
+        phase, dense = str(self.method_name), self._finite_metric()
+        self.curve.append(EpochRecord(phase=phase, epoch=0, loss=None, metric=dense, hard_pruned=None, seconds=0.0))
+        started = time.perf_counter()
+        self.masks = prune()
+        pruned, seconds = self._finite_metric(), time.perf_counter() - started
+        self.curve.append(
+            EpochRecord(phase=phase, epoch=1, loss=None, metric=pruned, hard_pruned=pruned, seconds=seconds)
+        )
+        if self.config.retrain_epochs:
+            self._take_statistics(adopt_statistics, self.model)
+
+    def _finite_metric(self) -> float | None:
+        metric = self._metric(self.model)
+        if metric is not None and not math.isfinite(metric):
+            raise WorkloadError(
+                f"`evaluate` returned {metric}",
+                hint="its leading metric must be finite: look for a division by zero, or a loss that overflows",
+            )
+        return metric
 
     def _budget(self) -> int:
         """Return the steps of sparse training."""
@@ -404,6 +430,9 @@ class _Trainer:
         return EpochRecord(phase=phase, epoch=epoch, loss=loss, metric=metric, hard_pruned=hard, seconds=seconds)
 
     def _recalibrate(self, pruned: nn.Module) -> None:
+        self._take_statistics(recalibrate_batch_norm, pruned)
+
+    def _take_statistics(self, take: Callable[..., None], model: nn.Module) -> None:
         """Take batch-norm statistics anew, on the same batches each time."""
         batches = self.workload.train_batches
         if batches is None or not self.config.recalibration_batches:
@@ -411,7 +440,7 @@ class _Trainer:
         seed_epoch(batches, self.config.seed, "recalibrate", 0)
         on_device = (send_to_device(batch, self.accelerator.device) for batch in read(batches))
         count = self.config.recalibration_batches
-        recalibrate_batch_norm(pruned, lambda model, batch: call_loss(self.workload, model, batch), on_device, count)
+        take(model, lambda model, batch: call_loss(self.workload, model, batch), on_device, count)
 
     def _twin(self) -> nn.Module:
         """A copy of the model without the wrapper that casts to the training precision."""

@@ -245,10 +245,51 @@ def test_values_that_overflow_are_told() -> None:
 
 
 def test_it_does_not_train(residual_workload: slrc.Workload) -> None:
-    for option in ({"epochs": 2}, {"steps": 10}, {"retrain_epochs": 1}):
+    for option in ({"epochs": 2}, {"steps": 10}):
         with pytest.raises(ConfigError, match="`--method reconstruct` does not train"):
             make_config({"method": "reconstruct", **option})
     assert make_config({"method": "reconstruct", "epochs": 0}).reconstruct.images == 512
+
+
+def test_it_may_be_followed_by_training_under_its_masks(
+    residual_workload: slrc.Workload, residual_net: MakeNet, tmp_path: Path
+) -> None:
+    """The dense network teaches, masks stay, and an interrupted run goes on to the same bits."""
+    x = calibration_of(residual_workload)
+    with torch.no_grad():
+        labels = residual_workload.model.eval()(x).flatten(1).argmax(1)
+    calls: list[float] = []
+
+    def start(at: int | None = None) -> slrc.Workload:
+        def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            calls.append(1)
+            if len(calls) == at:
+                raise InterruptedError
+            return nn.functional.cross_entropy(model(batch[0]).flatten(1), batch[1])
+
+        calls.clear()
+        model = residual_net()
+        batches = list(zip(x.split(32), labels.split(32), strict=True))
+        return slrc.Workload(
+            model=model, example_inputs=(x[:1],), train_batches=batches, loss=loss, calibration=x.split(40)
+        )
+
+    def go(workload: slrc.Workload, retrain_epochs: int = 2, **others: Any) -> Trained:
+        program = slrc.capture(workload)
+        config = make_config({"method": "reconstruct", "retrain_epochs": retrain_epochs, "recalibration_batches": 2})
+        return reconstruct(program, workload, slrc.plan(program, "block:8x1", 0.5), config, **others)
+
+    refitted, whole = go(start(), 0), go(start())
+    assert [r.phase for r in whole.curve] == ["reconstruct", "reconstruct", "retrain", "retrain"]
+    assert all(torch.equal(m, refitted.masks.tensors[n]) for n, m in whole.masks.tensors.items())
+    assert any(not torch.equal(t, refitted.tensors[n]) for n, t in whole.tensors.items())
+    for name, mask in whole.masks.tensors.items():
+        assert not whole.tensors[name][~mask].any()
+    with pytest.raises(WorkloadError, match="InterruptedError"):
+        go(start(at=8), checkpoints=tmp_path)
+    resumed = go(start(), checkpoints=tmp_path, resume=True)
+    assert len(calls) < 8
+    assert all(torch.equal(t, resumed.tensors[n]) for n, t in whole.tensors.items())
 
 
 @pytest.fixture(scope="module")

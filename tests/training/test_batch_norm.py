@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from slrc.training.batch_norm import recalibrate_batch_norm
+from slrc.training.batch_norm import adopt_statistics, recalibrate_batch_norm
 
 
 def make_model() -> nn.Module:
@@ -53,3 +53,21 @@ def test_a_model_without_running_statistics_is_not_run() -> None:
     recalibrate_batch_norm(
         nn.Sequential(nn.LayerNorm(3), nn.BatchNorm1d(3, track_running_stats=False)), forward, BATCHES, 2
     )
+
+
+def test_a_model_computes_the_same_with_its_own_statistics() -> None:
+    """And then in training mode too, on the batch that they were taken from."""
+    model = make_model().eval()
+    with torch.no_grad():
+        model[1].running_mean += torch.randn(4)
+        model[1].running_var *= 5.0
+        model[1].weight.copy_(torch.tensor([1.0, -2.0, 0.0, 0.5]))
+        x = torch.cat(BATCHES)
+        before = model(x)
+        adopt_statistics(model, lambda m, x: m(x), [x], 3)
+        torch.testing.assert_close(model(x), before)
+        torch.testing.assert_close(model[1].running_mean, model[0](x).mean(0))
+        torch.testing.assert_close(model[1].running_var, model[0](x).var(0, correction=0))
+        assert not model.training
+        model[1].train()
+        torch.testing.assert_close(model(x), before)

@@ -27,9 +27,11 @@ from slrc.pipeline import baseline, lower
 from slrc.sparsity.plans import Plan
 
 TARGET = parse_target("ort")
-ALLOCATED = ("auto", "auto, by energy", "block:8x1", "channel")
-"""Plans of slrc that share a budget out over layers."""
-UNIFORM = ("uniform block:8x1", "uniform channel")
+GRADUAL, BY_ENERGY = ", gradual", ", by energy"
+ALLOCATED = ("auto", "auto, by energy", "auto, gradual", "block:8x1", "channel")
+"""Plans of slrc that share a budget out over layers, by default by divergence. All are refitted and then trained under
+their masks, but for those that are pruned gradually."""
+UNIFORM = ("uniform block:8x1", "uniform channel", "uniform block:8x1, gradual")
 """Plans that prune the same share of each layer."""
 TORCH_PRUNING = "Torch-Pruning"
 UNIFORM_TRIED = (0.3, 0.5, 0.625, 0.75, 0.85, 0.92)
@@ -64,11 +66,11 @@ FAMILIES: Mapping[str, Mapping[str, Callable[[], nn.Module]]] = {
 
 def plan_for(program: Program, workload: slrc.Workload, contender: str, share: float) -> Plan:
     """Return slrc's plan for a share of the dense latency; a uniform one has the sparsity at which it meets it."""
+    pattern = contender.partition(",")[0]
     if contender in ALLOCATED:
-        pattern, _, metric = contender.partition(", by ")
-        budget = {"budget_metric": metric} if metric else {}
+        budget = {"budget_metric": "energy"} if contender.endswith(BY_ENERGY) else {}
         return slrc.plan(program, pattern, latency_budget=share, threads=1, workload=workload, **budget)
-    pattern = contender.removeprefix("uniform ")
+    pattern = pattern.removeprefix("uniform ")
     meter = LatencyMeter(program, TARGET, threads=1)
     shares = [meter.share(slrc.plan(program, pattern, sparsity)) for sparsity in UNIFORM_TRIED]
     sparsity = float(np.interp(share, shares[::-1], UNIFORM_TRIED[::-1]))

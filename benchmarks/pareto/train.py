@@ -37,7 +37,7 @@ from torch.nn.functional import cross_entropy
 
 sys.path.insert(1, str(Path(__file__).parents[1] / "convergence"))
 sys.path.insert(1, str(Path(__file__).parents[1]))
-from networks import ALLOCATED, FAMILIES, TORCH_PRUNING, UNIFORM, plan_for, ratio_for, torch_pruned
+from networks import ALLOCATED, FAMILIES, GRADUAL, TORCH_PRUNING, UNIFORM, plan_for, ratio_for, torch_pruned
 from results import file_of, made_with
 from run import accuracy, claim, precision, read_rows
 from tasks import CACHE, Task, load_task
@@ -47,6 +47,7 @@ from slrc.config import CompileConfig, make_config
 from slrc.errors import PlanError
 from slrc.ir.program import Program
 from slrc.pipeline import baseline, structure
+from slrc.reconstruction.reconstruct import reconstruct
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.plans import Plan
 from slrc.training.distillation import soft_divergence
@@ -54,6 +55,9 @@ from slrc.training.loop import train
 
 RESULTS = Path(__file__).parents[1] / "results" / "pareto.jsonl"
 SHARES = (1 / 2, 1 / 3, 1 / 5)
+REFITTED_ON = 1024
+"""Training images that layers are refitted on."""
+RECIPE = {"recipe": {"peak_lr": 0.02}}
 SCRATCH_LR = 0.1
 """Highest learning rate of networks that start from scratch."""
 MASK = "mask:"
@@ -71,7 +75,7 @@ class Run:
 TIERS = {
     "small": {"fashion-resnet": Run(20, 40, 32), "fashion-mixer": Run(20, 40, 32)},
     "middle": {
-        "imagenette-mobilenet_v2": Run(31, 4),
+        "imagenette-mobilenet_v2": Run(16, 4),
         "cifar-resnet56": Run(30, 4),
         "cifar-resnet20": Run(12, 4),
     },
@@ -158,11 +162,16 @@ def train_plan(row: Row, task: Task, model: nn.Module) -> tuple[nn.Module, dict[
         train_batches=task.batches,
         evaluate=lambda m: {"accuracy": accuracy(m, task.validation)},
     )
-    plan = planned(row, capture(model, row, task), workload)
+    program, go_on = capture(model, row, task), {"checkpoints": row.folder / "checkpoints", "resume": True}
+    plan = planned(row, program, workload)
     if task.bfloat16:
         model.to(memory_format=torch.channels_last)
-    config = make_config({"epochs": row.epochs, "seed": row.seed, **precision(task)})
-    trained = train(workload, plan, config, checkpoints=row.folder / "checkpoints", resume=True)
+    common = {"seed": row.seed, **precision(task)}
+    if row.contender.endswith(GRADUAL):
+        trained = train(workload, plan, make_config({"epochs": row.epochs, **common}), **go_on)
+    else:
+        refit = {"method": "reconstruct", "retrain_epochs": row.epochs, "reconstruct": {"images": REFITTED_ON}}
+        trained = reconstruct(program, workload, plan, make_config({**refit, **RECIPE, **common}), **go_on)
     (row.folder / "trained_plan.json").write_text(trained.plan.model_dump_json())
     save(row, trained.tensors | {f"{MASK}{name}": mask for name, mask in trained.masks.tensors.items()})
     return model, {

@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).parent / "convergence"))
+sys.path.insert(1, str(Path(__file__).parent / "pareto"))
 import answers
 from analysis_growth import slope
 from front_page import CASES
+from frontier import points
 from reconstruct import CASES as RECONSTRUCTED
 from reconstruct import NAMES as RECONSTRUCTED_NAMES
 from reconstruct import more, row_key
@@ -282,11 +284,25 @@ def reconstruct() -> str:
     return table(titles, lines) + made(rows.values())
 
 
+def pareto() -> str:
+    """Accuracy over measured latency."""
+    found, lines = list(points()), []
+    for p in found:
+        within = "" if p.interval is None else f" ± {p.interval:.1f}"
+        asked = "–" if p.asked is None else f"{p.asked:.0%}"
+        name = p.contender if p.asked is None else f"`{p.contender}`"
+        accuracy = f"{p.test:.1f}{within}"
+        lines.append([p.network, name, asked, f"{p.share:.1f}%", f"{p.ms:.3f}", accuracy, f"{p.test - p.dense:+.1f}"])
+    titles = ("network", "pruned by", "asked", "measured", "ms", "accuracy", "beside dense")
+    shown = [*rows_of(file_of("pareto_latency")).values()]
+    return table(titles, lines) + made(shown)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__.replace("_", "-"): f
     for f in (
         *(front_page, sparse_latency, sparse_latency_other, kernel_latency, latency_budget, zoo),
-        *(analysis_growth, step_cost, split_copies, channel_permutation, reconstruct),
+        *(analysis_growth, step_cost, split_copies, channel_permutation, reconstruct, pareto),
         *(methods, methods_against, methods_parts, methods_budgets, methods_large, methods_inside, methods_settings),
     )
 }

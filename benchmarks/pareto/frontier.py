@@ -7,21 +7,28 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib.style
 from matplotlib.figure import Figure
 from networks import ALLOCATED, TORCH_PRUNING, UNIFORM
+
+sys.path.insert(1, str(Path(__file__).parents[1]))
 from results import FOLDER, Row, file_of, rows_of
 
 STYLES = {
     "auto": ("#d62728", "o-"),
+    "auto, by energy": ("#ff9896", "o-"),
+    "auto, gradual": ("#ff7f0e", "o-"),
     "block:8x1": ("#1f77b4", "o-"),
     "channel": ("#2ca02c", "o-"),
     "uniform block:8x1": ("#1f77b4", "s:"),
+    "uniform block:8x1, gradual": ("#aec7e8", "s:"),
     "uniform channel": ("#2ca02c", "s:"),
     TORCH_PRUNING: ("#9467bd", "^--"),
     "smaller": ("#7f7f7f", "D--"),

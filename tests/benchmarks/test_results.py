@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-DRAWN = ("analysis_growth.svg", "sparse_latency.svg", "convergence.md", "convergence_*.svg")
+DRAWN = ("analysis_growth.svg", "sparse_latency.svg", "convergence.md", "convergence_*.svg", "pareto.svg")
 """What is made from rows."""
 
 

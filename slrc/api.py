@@ -74,7 +74,7 @@ def train(workload: Workload, plan: Plan, *, checkpoints: str | Path | None = No
     `method="reconstruct"` the layers are refitted on `Workload.calibration`, and trained in `retrain_epochs` alone.
     """
     config, folder = make_config(options), Path(checkpoints) if checkpoints else None
-    if config.method is MethodName.RECONSTRUCT:
+    if training.choose_method(config, workload) is MethodName.RECONSTRUCT:
         return reconstruct(capture(workload), workload, plan, config, checkpoints=folder)
     return training.train(workload, plan, config, checkpoints=folder)
 

@@ -32,7 +32,7 @@ from slrc.reporting.page import write_page
 from slrc.reporting.report import Report
 from slrc.sparsity.plans import LatencyForecast, Plan
 from slrc.training.batch_norm import constant_channels
-from slrc.training.loop import Trained, train
+from slrc.training.loop import Trained, choose_method, train
 from slrc.verify import Check, Checker, compare_metric
 from slrc.workload import Workload
 from slrc.workspace import Workspace
@@ -114,7 +114,7 @@ class Compilation:
             self.note("the model fixes its batch size: the compiled one takes the example's batch only")
         if plan.shortfall:
             self.note(plan.shortfall)
-        reconstructs = self.config.method is MethodName.RECONSTRUCT
+        reconstructs = choose_method(self.config, self.workload) is MethodName.RECONSTRUCT
         go = partial(
             partial(reconstruct, program) if reconstructs else train,
             checkpoints=self.workspace.checkpoints,

@@ -84,7 +84,7 @@ class CompileConfig(MethodSettings):
     method: MethodName | None = _option(
         None,
         "gradual, slr, slr-tightening, admm, ac-dc, group-lasso, magnitude, or reconstruct, which needs no labels "
-        "(default: gradual, without data magnitude)",
+        "(default: gradual; without labels reconstruct, without data magnitude)",
     )
     epochs: int | None = _option(
         None, "epochs of sparse training (default: 10, or as many as 2000 steps take where that is more)", ge=0

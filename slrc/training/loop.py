@@ -127,7 +127,7 @@ def train(
 
 
 def choose_method(config: CompileConfig, workload: Workload) -> MethodName:
-    """Return the method asked for; without data and without a wish, one-shot magnitude.
+    """Return the method asked for; without a wish gradual, with inputs alone reconstruct, without data magnitude.
 
     Raises:
         WorkloadError: the method asked for needs data and there is none.
@@ -141,7 +141,9 @@ def choose_method(config: CompileConfig, workload: Workload) -> MethodName:
         )
     if config.method is not None:
         return config.method
-    return MethodName.GRADUAL if workload.train_batches is not None and config.trains else MethodName.MAGNITUDE
+    if workload.train_batches is not None:
+        return MethodName.GRADUAL if config.trains else MethodName.MAGNITUDE
+    return MethodName.RECONSTRUCT if workload.calibration is not None else MethodName.MAGNITUDE
 
 
 class _Trainer:

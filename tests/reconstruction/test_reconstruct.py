@@ -251,6 +251,11 @@ def test_it_does_not_train(residual_workload: slrc.Workload) -> None:
     assert make_config({"method": "reconstruct", "epochs": 0}).reconstruct.images == 512
 
 
+def test_it_is_the_method_where_there_are_inputs_without_labels(residual_workload: slrc.Workload) -> None:
+    plan = slrc.plan(slrc.capture(residual_workload), "block:8x1", 0.5)
+    assert slrc.train(residual_workload, plan).method == "reconstruct"
+
+
 def test_it_may_be_followed_by_training_under_its_masks(
     residual_workload: slrc.Workload, residual_net: MakeNet, tmp_path: Path
 ) -> None:

@@ -68,9 +68,11 @@ CONTENDERS: Mapping[str, Contender] = {
     "ac-dc": Contender("ac-dc", grid("ac_dc", {"final": 0.25}, {"final": 0.5})),
     "group-lasso": Contender("group-lasso", grid("group_lasso", {"until": 0.5}, {"until": 0.75})),
     "masks from the start": Contender("magnitude", masked=True),
+    "reconstructed": Contender("reconstruct", masked=True),
     "dense": Contender("magnitude", like="masks from the start"),
 }
-"""`dense` prunes nothing: the dense network, trained as long with the same recipe."""
+"""`dense` prunes nothing: the dense network, trained as long with the same recipe. What is `reconstructed` is refitted
+without labels before its masks' training."""
 
 NO_RECIPE = {"one_cycle": False, "clip": 0.0, "peak_lr": 0.01}
 PARTS: Mapping[str, Options] = {

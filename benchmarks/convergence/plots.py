@@ -16,7 +16,7 @@ from run import CASES, DEFAULT, EPOCHS
 
 Result = Mapping[str, Any]
 PALETTE = ("#d62728", "#1f77b4", "#aec7e8", "#2ca02c", "#98df8a", "#17becf", "#9edae5", "#9467bd", "#c5b0d5", "#ff7f0e")
-COLORS = dict(zip(CONTENDERS, (*PALETTE, "#8c564b", "#7f7f7f", "#000000"), strict=True))
+COLORS = dict(zip(CONTENDERS, (*PALETTE, "#8c564b", "#e377c2", "#7f7f7f", "#000000"), strict=True))
 BELOW, ABOVE = 8.0, 1.5
 """Points around the dense accuracy that are drawn."""
 

@@ -50,6 +50,8 @@ import slrc
 from slrc.config import CompileConfig, Precision, make_config
 from slrc.machine.lock import take_lock
 from slrc.methods.registry import make_method
+from slrc.methods.settings import MethodName
+from slrc.reconstruction.reconstruct import reconstruct
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.plans import Plan
 from slrc.training.loop import Trained, train
@@ -225,6 +227,8 @@ def run_row(row: Row) -> dict[str, Any]:
 
 def run(contender: Contender, workload: slrc.Workload, plan: Plan, config: CompileConfig, checkpoints: Path) -> Trained:
     """Train; a run that was interrupted goes on."""
+    if contender.method == MethodName.RECONSTRUCT:
+        return reconstruct(slrc.capture(workload), workload, plan, config, checkpoints=checkpoints, resume=True)
     make = make_fixed_set if contender.fixed_set else make_method
     return train(workload, plan, config, checkpoints=checkpoints, resume=True, make=make)
 

@@ -88,10 +88,10 @@ def plan_mixed(
     wide = make_menus(times, start, program)
     table, weights = meter.whole(wide.dense_ms), weigher.options(start, wide.menus)
     tried: list[tuple[float, Plan, Menus]] = []
-    reason: PlanError | None = None
+    reasons: list[tuple[float, PlanError]] = []
     for share in (1.0, *(budget + (1 - budget) * part for part in WIDTH_SHARES)):
+        lost, mixed, found = 0.0, start, wide
         try:
-            lost, mixed, found = 0.0, start, wide
             if share < 1:
                 channels = widths.plan(share)
                 lost, mixed = widths.loss(channels), joined(channels, start)
@@ -99,12 +99,11 @@ def plan_mixed(
             found = weighed(found, weights)
             lost += allocate_options(program, mixed, found, table, budget).loss(program.tensors)
         except PlanError as error:
-            reason = reason or error
+            reasons.append((found.least_ms, error))
             continue
         tried.append((lost, mixed, found))
     if not tried:
-        assert reason is not None
-        raise reason
+        raise min(reasons, key=lambda one: one[0])[1]
     _, mixed, found = min(tried, key=lambda one: one[0])
 
     def allocated(table: LatencyTable) -> Plan:
@@ -134,7 +133,7 @@ def allocate_options(program: Program, plan: Plan, found: Menus, table: LatencyT
     """
     limit = Budget(ms=table.budget_ms(budget) - found.rest_ms, menus=found.menus)
     if limit.ms < limit.least_ms:
-        raise PlanError(_unreachable(found, table, budget), hint=_hint(table.share(found.rest_ms + limit.least_ms)))
+        raise PlanError(_unreachable(found, table, budget), hint=_hint(table.share(found.least_ms)))
     made = plan.model_copy(update={"budget": limit}).reallocated(program.tensors)
     total = found.rest_ms + sum(option.ms for option in made.options().values())
     forecast = LatencyForecast(
@@ -152,7 +151,6 @@ def allocate_options(program: Program, plan: Plan, found: Menus, table: LatencyT
 
 
 def _unreachable(found: Menus, table: LatencyTable, budget: float) -> str:
-    least = found.rest_ms + sum(min(o.ms for o in menu.options) for menu in found.menus)
     slowest = sorted(found.menus, key=_least, reverse=True)
     layers = [f"{menu.name} {menu.options[0].ms:.3f} to {_least(menu):.3f} ms" for menu in slowest[:MOST_LAYERS]]
     if len(slowest) > MOST_LAYERS:
@@ -162,7 +160,8 @@ def _unreachable(found: Menus, table: LatencyTable, budget: float) -> str:
         )
     return (
         f"a latency of {budget:.0%} of the dense one cannot be reached on {table.target}: with every layer at its "
-        f"fastest {table.share(least):.0%} are left; {'; '.join(layers)}; what is not pruned {found.rest_ms:.3f} ms"
+        f"fastest {table.share(found.least_ms):.0%} are left; {'; '.join(layers)}; "
+        f"what is not pruned {found.rest_ms:.3f} ms"
     )
 
 

@@ -89,6 +89,11 @@ class Menus(NamedTuple):
         """What all segments take together before anything is pruned."""
         return self.rest_ms + sum(menu.options[0].ms for menu in self.menus)
 
+    @property
+    def least_ms(self) -> float:
+        """What all segments take together with every layer at its fastest."""
+        return self.rest_ms + sum(min(o.ms for o in menu.options) for menu in self.menus)
+
 
 class SegmentTimes(NamedTuple):
     """What a segment takes dense, and with shares of its layer's groups kept, in each pattern."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -184,8 +185,12 @@ def test_auto_narrows_where_options_alone_do_not_reach(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 5, groups=64), nn.Conv2d(64, 8, 1), nn.Conv2d(8, 3, 1))
     program = capture(net, (torch.randn(1, 3, 8, 8),), "net")
-    with pytest.raises(PlanError, match="cannot be reached"):
+    with pytest.raises(PlanError, match="cannot be reached") as wide:
         slrc.plan(program, "block:8x1", latency_budget=0.5, threads=1, cache=tmp_path, keep_ends=False)
+    with pytest.raises(PlanError, match=r"cannot be reached") as narrow:
+        slrc.plan(program, "auto", latency_budget=0.02, threads=1, cache=tmp_path, keep_ends=False)
+    left = [int(re.search(r"(\d+)% are left", e.value.message)[1]) for e in (wide, narrow)]  # type: ignore[index]
+    assert left[1] < left[0] / 2  # narrower layers reach further, and that is what is told
     plan = slrc.plan(program, "auto", latency_budget=0.5, threads=1, cache=tmp_path, keep_ends=False)
     assert plan.latency is not None
     assert plan.latency.predicted == pytest.approx(0.5, rel=0.1)

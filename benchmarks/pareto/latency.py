@@ -10,11 +10,14 @@ Every network gets the forms that a compile would choose for it on this machine.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(1, str(Path(__file__).parents[1] / "convergence"))
+sys.path.insert(1, str(Path(__file__).parents[1]))
 from networks import TARGET
 from results import Rows
 from run import read_rows

@@ -72,7 +72,18 @@ def test_a_metric_may_move_a_little() -> None:
     assert compare_metric("bias", 1e-9, 2e-9).passed
 
 
-@pytest.mark.parametrize(("reference", "value"), [(0.9, 0.89), (0.9, 0.91), (0.0, 0.1), (0.9, NAN), (-5.0, -5.1)])
+def test_a_metric_near_zero_may_move_as_one_of_a_tenth() -> None:
+    check = compare_metric("mAP", 0.0012, 0.0013)
+    assert check.passed
+    assert check.max_abs_error == pytest.approx(1e-4)
+    assert check.max_rel_error == pytest.approx(1e-3)
+    assert compare_metric("mAP", 0.0, 0.0001).passed
+
+
+@pytest.mark.parametrize(
+    ("reference", "value"),
+    [(0.9, 0.89), (0.9, 0.91), (0.0, 0.1), (0.0012, 0.0018), (0.0, 0.0003), (0.9, NAN), (-5.0, -5.1)],
+)
 def test_a_metric_that_moves_fails(reference: float, value: float) -> None:
     with pytest.raises(VerificationError, match="check `accuracy` failed: the metric was"):
         compare_metric("accuracy", reference, value)

@@ -17,6 +17,7 @@ from slrc.reconstruction.errors import group_divergences, layer_errors, output_d
 from slrc.sparsity.budget import Menu, Option
 from slrc.sparsity.choices import Metric
 from slrc.sparsity.plans import Constraint, Plan, with_option
+from slrc.training.distillation import returns_logits
 from slrc.workload import Workload
 
 IMAGES = 256
@@ -52,13 +53,18 @@ class Weigher:
         """Return what the options of a plan's layers count; nothing where all count alike."""
         if self._metric is Metric.ENERGY:
             return {}
-        return weigh_options(self._program, plan, menus, self._inputs, self._metric, self._reporter)
+        logits = self._returns_logits
+        return weigh_options(self._program, plan, menus, self._inputs, self._metric, self._reporter, logits=logits)
 
     def widths(self, plan: Plan) -> WidthWeights:
         """Return what a plan's groups of channels count; nothing where all count alike."""
         if self._metric is not Metric.DIVERGENCE:
             return {}
-        return weigh_widths(self._program, plan, self._inputs, self._reporter)
+        return weigh_widths(self._program, plan, self._inputs, self._reporter, logits=self._returns_logits)
+
+    @property
+    def _returns_logits(self) -> bool:
+        return self._workload is not None and returns_logits(self._workload)
 
     @cached_property
     def _inputs(self) -> list[Inputs]:
@@ -73,6 +79,8 @@ def weigh_options(
     inputs: Sequence[Inputs],
     metric: Metric,
     reporter: Reporter | None = None,
+    *,
+    logits: bool = False,
 ) -> Weights:
     """Return by what the loss of energy of each option counts, so that the dense weights' loss is what was measured.
 
@@ -88,6 +96,7 @@ def weigh_options(
         inputs: of the network's calls.
         metric: `error` or `divergence`.
         reporter: where progress goes.
+        logits: whether outputs are logits over dimension 1, whatever other dimensions they have.
 
     Raises:
         PlanError: a layer's inputs cannot be unfolded.
@@ -100,7 +109,7 @@ def weigh_options(
     scale = dict.fromkeys(asked, 1.0)
     if metric is Metric.DIVERGENCE:
         alone = {name: own[near[name]] for name, own in asked.items()}
-        moved = output_divergences(program, inputs, alone, reporter=reporter)
+        moved = output_divergences(program, inputs, alone, logits=logits, reporter=reporter)
         scale = {name: moved[name] / max(errors[name][near[name]], LEAST) for name in asked}
     weights: dict[tuple[str, Option], float] = {}
     for menu in menus:
@@ -117,7 +126,12 @@ def weigh_options(
 
 
 def weigh_widths(
-    program: Program, plan: Plan, inputs: Sequence[Inputs], reporter: Reporter | None = None
+    program: Program,
+    plan: Plan,
+    inputs: Sequence[Inputs],
+    reporter: Reporter | None = None,
+    *,
+    logits: bool = False,
 ) -> WidthWeights:
     """Return by what the loss of energy of each group of channels counts.
 
@@ -128,9 +142,10 @@ def weigh_widths(
         plan: of channels.
         inputs: of the network's calls.
         reporter: where progress goes.
+        logits: whether outputs are logits over dimension 1, whatever other dimensions they have.
     """
     half = [c.model_copy(update={"keep": max(1, round(WIDTH_REFERENCE * c.groups))}) for c in plan]
-    moved = group_divergences(program, inputs, half, reporter=reporter)
+    moved = group_divergences(program, inputs, half, logits=logits, reporter=reporter)
     return {c.name: moved[c.name] / max(losses_of_widths(c, program)[c.keep], LEAST) for c in half}
 
 

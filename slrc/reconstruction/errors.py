@@ -93,19 +93,23 @@ def output_divergences(
     chosen: Mapping[str, Constraint],
     settings: ReconstructSettings | None = None,
     *,
+    logits: bool = False,
     seed: int = 0,
     reporter: Reporter | None = None,
 ) -> dict[str, float]:
     """Return how far the network's outputs move when one layer alone is pruned and refitted, by the constraint's name.
 
-    For outputs `(n, classes)` it is the divergence of the dense network's softened probabilities from those of the
-    pruned one, KL(dense ‖ pruned) in nats; for others the mean squared difference as a share of the outputs' variance.
+    For outputs `(n, classes)`, and with `logits` for `(n, classes, …)`, it is the divergence of the dense network's
+    probabilities from those of the pruned one, KL(dense ‖ pruned) in nats, averaged over samples and positions; for
+    others the mean squared difference as a share of the outputs' variance. Several outputs are added up.
 
     Args:
         program: the dense network.
         inputs: of its calls.
         chosen: constraints on one weight each.
         settings: positions, rate and damping.
+        logits: whether dimension 1 of outputs with more than two is classes too: by its shape alone a map of logits is
+            not told from one of other features.
         seed: of the positions.
         reporter: where progress goes.
     """
@@ -113,7 +117,7 @@ def output_divergences(
     by_weight = {id(program.tensors[c.members[0].tensor]): (name, c) for name, c in chosen.items()}
     layers = [node for key, node in first_uses(program).items() if key in by_weight]
     both, generator = SideBySide(program, inputs, layers), torch.Generator().manual_seed(seed)
-    outputs, found = _Outputs(program, inputs), {}
+    outputs, found = _Outputs(program, inputs, logits), {}
     with (reporter or Quiet()).task("layers alone", len(layers)) as task:
         for number in range(len(layers)):
             seen = observe(both, number, settings.positions, generator)
@@ -131,6 +135,7 @@ def group_divergences(
     chosen: Sequence[Constraint],
     settings: ReconstructSettings | None = None,
     *,
+    logits: bool = False,
     seed: int = 0,
     reporter: Reporter | None = None,
 ) -> dict[str, float]:
@@ -144,6 +149,7 @@ def group_divergences(
         inputs: of its calls.
         chosen: coupled constraints.
         settings: positions, rate and damping.
+        logits: as for `output_divergences`.
         seed: of the positions.
         reporter: where progress goes.
     """
@@ -170,7 +176,7 @@ def group_divergences(
                     refitted = _refitted(seen, damped, mask, both)
                     changed[name] |= {n: t * masks[name][n] if n in masks[name] else t for n, t in refitted.items()}
             task.advance()
-    outputs = _Outputs(program, inputs)
+    outputs = _Outputs(program, inputs, logits)
     with reporter.task("channels alone", len(chosen)) as task:
         found = {}
         for name, tensors in changed.items():
@@ -192,8 +198,8 @@ def _columns(mask: Tensor) -> Tensor:
 class _Outputs:
     """The outputs of a network, and how far they move when some of its tensors change."""
 
-    def __init__(self, program: Program, inputs: Sequence[Inputs]) -> None:
-        self._inputs, self._original = inputs, program.tensors
+    def __init__(self, program: Program, inputs: Sequence[Inputs], logits: bool) -> None:
+        self._inputs, self._original, self._logits = inputs, program.tensors, logits
         self._changed = program.with_tensors({})
         self._runs = Interpreter(self._changed.graph_module)
         self._dense = self._run()
@@ -202,7 +208,8 @@ class _Outputs:
         """Return the mean over batches, with the tensors of these names in place of the network's own."""
         for name, value in changed.items():
             self._changed.tensors[name].data.copy_(value)
-        parts = [_divergence(before, after) for before, after in zip(self._dense, self._run(), strict=True)]
+        both = zip(self._dense, self._run(), strict=True)
+        parts = [_divergence(before, after, self._logits) for before, after in both]
         for name in changed:
             self._changed.tensors[name].data.copy_(self._original[name])
         return sum(parts) / len(parts)
@@ -235,10 +242,10 @@ def _tensors(outputs: object) -> list[Tensor]:
     return [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor) and x.is_floating_point()]
 
 
-def _divergence(dense: Sequence[Tensor], pruned: Sequence[Tensor]) -> float:
+def _divergence(dense: Sequence[Tensor], pruned: Sequence[Tensor], logits: bool) -> float:
     total = 0.0
     for a, b in zip(dense, pruned, strict=True):
-        if a.dim() == 2 and a.shape[1] > 1:
+        if (a.dim() == 2 or (logits and a.dim() > 2)) and a.shape[1] > 1:
             log_a, log_b = a.double().log_softmax(1), b.double().log_softmax(1)
             total += float((log_a.exp() * (log_a - log_b)).sum(dim=1).mean())
         else:

@@ -33,7 +33,8 @@ class Teacher:
     The workload's loss calls the network as it likes: its calls are watched, and the teacher answers the same ones. The
     loss becomes `(1 − weight) · loss + weight · distance`. The distance is that of the workload, if it gives one; for
     the default cross-entropy the divergence of the softened distributions times T², over dimension 1; else the mean
-    squared error of the raw outputs.
+    squared error of the raw outputs. What is compared is what the network returns in training and in evaluation alike,
+    see `common_outputs`.
 
     Args:
         model: a copy of the dense network, for the teacher alone.
@@ -75,10 +76,11 @@ class Teacher:
         if self.own_distance:
             return ""
         for call, answer in zip(calls, answers, strict=True):
-            (ours, shape), (theirs, other) = pytree.tree_flatten(call.output), pytree.tree_flatten(answer)
-            if shape != other or [_size(t) for t in ours] != [_size(t) for t in theirs]:
-                return "the model returns something else in training than in evaluation mode"
-            if not any(isinstance(t, Tensor) and t.is_floating_point() and t.requires_grad for t in ours):
+            try:
+                pairs = common_outputs(call.output, answer)
+            except WorkloadError as error:
+                return error.message
+            if not any(ours.requires_grad for ours, _ in pairs):
                 return "the model's outputs have no gradient"
         return ""
 
@@ -110,34 +112,77 @@ class Teacher:
         return (1.0 - self.weight) * loss + self.weight * torch.stack(distances).mean()
 
 
-def soft_divergence(output: Tensor, teacher_output: Tensor, temperature: float = 2.0) -> Tensor:
+def soft_divergence(output: Any, teacher_output: Any, temperature: float = 2.0) -> Tensor:
     """Return T² times the divergence of the softened distributions over dimension 1, averaged over all others.
 
     Args:
-        output: logits `(n, classes, …)`.
-        teacher_output: the teacher's, of the same shape.
+        output: logits `(n, classes, …)`, or a container of such; several count alike.
+        teacher_output: the teacher's, of the same shapes.
         temperature: T, by which logits are divided.
+
+    Raises:
+        WorkloadError: see `common_outputs`.
     """
-    ours = log_softmax(output.float() / temperature, dim=1)
-    theirs = log_softmax(teacher_output.float() / temperature, dim=1)
-    elementwise = kl_div(ours, theirs, reduction="none", log_target=True)
-    return temperature**2 * elementwise.sum(dim=1).mean()
+    divergences = []
+    for ours, theirs in common_outputs(output, teacher_output):
+        log_ours = log_softmax(ours.float() / temperature, dim=1)
+        log_theirs = log_softmax(theirs.float() / temperature, dim=1)
+        divergences.append(kl_div(log_ours, log_theirs, reduction="none", log_target=True).sum(dim=1).mean())
+    return temperature**2 * torch.stack(divergences).mean()
 
 
 def output_error(output: Any, teacher_output: Any) -> Tensor:
-    """Return the mean squared error of the floating-point tensors in two outputs of one structure, averaged."""
-    pairs = zip(pytree.tree_leaves(output), pytree.tree_leaves(teacher_output), strict=True)
-    errors = [mse_loss(a.float(), b.float()) for a, b in pairs if isinstance(a, Tensor) and a.is_floating_point()]
-    return torch.stack(errors).mean()
+    """Return the mean squared error of the floating-point tensors that two outputs have in common, averaged.
+
+    Raises:
+        WorkloadError: see `common_outputs`.
+    """
+    pairs = common_outputs(output, teacher_output)
+    return torch.stack([mse_loss(a.float(), b.float()) for a, b in pairs]).mean()
+
+
+def common_outputs(output: Any, teacher_output: Any) -> list[tuple[Tensor, Tensor]]:
+    """Return the floating-point tensors of an output in training, each with that of an output in evaluation mode.
+
+    Dicts are compared by the keys that both have, tuples and lists place by place up to the shorter one's end. Where
+    one is a tensor and the other a tuple, list or dict, that one's first entry counts: auxiliary outputs come after it.
+
+    Raises:
+        WorkloadError: nothing is in common, or tensors differ in shape.
+    """
+    pairs = list(_pairs(output, teacher_output))
+    if not pairs or any(ours.shape != theirs.shape for ours, theirs in pairs):
+        raise WorkloadError(
+            "the model returns something else in training than in evaluation mode",
+            hint="give `Workload(distill=...)` a function that takes from both what can be compared",
+        )
+    return pairs
+
+
+def _pairs(ours: Any, theirs: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    (our_leaves, shape), (their_leaves, other) = pytree.tree_flatten(ours), pytree.tree_flatten(theirs)
+    if shape == other:
+        for a, b in zip(our_leaves, their_leaves, strict=True):
+            if isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_floating_point() and b.is_floating_point():
+                yield a, b
+    elif isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        for key in [key for key in ours if key in theirs]:
+            yield from _pairs(ours[key], theirs[key])
+    elif isinstance(ours, (tuple, list)) and isinstance(theirs, (tuple, list)):
+        for a, b in zip(ours, theirs, strict=False):
+            yield from _pairs(a, b)
+    elif (isinstance(ours, Tensor) or isinstance(theirs, Tensor)) and our_leaves and their_leaves:
+        yield from _pairs(our_leaves[0], their_leaves[0])
+
+
+def returns_logits(workload: Workload) -> bool:
+    """Tell whether a workload says that its outputs are logits over dimension 1: by its loss, or its distance."""
+    return workload.distill is soft_divergence or (workload.distill is None and workload.loss is cross_entropy)
 
 
 def _distance(workload: Workload, temperature: float) -> Distance:
     if workload.distill is not None:
         return workload.distill
-    if workload.loss is cross_entropy:
+    if returns_logits(workload):
         return lambda ours, theirs: soft_divergence(ours, theirs, temperature)
     return output_error
-
-
-def _size(leaf: Any) -> tuple[int, ...] | None:
-    return tuple(leaf.shape) if isinstance(leaf, Tensor) else None

@@ -33,7 +33,7 @@ class TwoPaths(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.stem(x))
         y = self.head(self.loud(x) + 0.05 * self.quiet(x))
-        return y if self.logits else y.reshape(-1, 5, 1)
+        return y if self.logits else y.reshape(-1, 5, 1, 1)
 
 
 Case = tuple[Program, Plan, Menus, list[Inputs]]
@@ -101,6 +101,18 @@ def test_a_layer_alone_moves_the_outputs_as_if_it_had_been_replaced(make: Callab
     assert all(torch.equal(t, before[n]) for n, t in program.tensors.items())
     whole = constraint.model_copy(update={"keep": constraint.groups})
     assert output_divergences(program, inputs, {"loud": whole})["loud"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_map_of_logits_moves_as_logits_do(make: Callable[..., Case]) -> None:
+    moved = []
+    for is_flat in (True, False):
+        program, plan, menus, inputs = make(is_flat)
+        constraint = with_option(next(c for c in plan if c.name == "loud"), menus.menus[0].options[5])
+        moved.append(output_divergences(program, inputs, {"loud": constraint}, logits=True)["loud"])
+        if not is_flat:
+            squared = output_divergences(program, inputs, {"loud": constraint})["loud"]
+    assert moved[0] == pytest.approx(moved[1], rel=1e-6)
+    assert squared != pytest.approx(moved[1], rel=0.1)
 
 
 def test_half_of_a_group_costs_what_it_was_measured_to(make: Callable[..., Case]) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 import slrc
 from slrc.config import RecipeSettings, make_config
 from slrc.errors import ConfigError, WorkloadError
-from slrc.training.distillation import Teacher, output_error, soft_divergence
+from slrc.training.distillation import Teacher, common_outputs, output_error, returns_logits, soft_divergence
 from slrc.training.loop import Trained, train
 from slrc.training.recipe import AveragedWeights, peak_learning_rate, schedule, share_of_peak
 
@@ -191,31 +191,109 @@ def test_the_loss_is_a_blend(tiny_workload: MakeWorkload) -> None:
 
 
 class OtherInTraining(nn.Module):
-    """Returns its features too while it trains, as networks with auxiliary heads do."""
+    """Returns its features too while it trains: after the logits, or before them."""
 
-    def __init__(self) -> None:
+    def __init__(self, logits: int) -> None:
         super().__init__()
         self.conv1, self.conv2, self.head = nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 3)
+        self.logits = logits
 
     def forward(self, x: torch.Tensor) -> Any:
         features = torch.relu(self.conv2(torch.relu(self.conv1(x)))).mean(dim=(2, 3))
-        return (self.head(features), features) if self.training else self.head(features)
+        if not self.training:
+            return self.head(features)
+        return (features, self.head(features)) if self.logits else (self.head(features), features)
 
 
-def loss_of_either(model: nn.Module, batch: Any) -> torch.Tensor:
+def loss_of_either(model: Any, batch: Any) -> torch.Tensor:
     output = model(batch[0])
-    return nn.functional.cross_entropy(output[0] if isinstance(output, tuple) else output, batch[1])
+    return nn.functional.cross_entropy(output[model.logits] if isinstance(output, tuple) else output, batch[1])
 
 
 def test_outputs_that_do_not_compare_are_told_and_left_out(tiny_workload: MakeWorkload) -> None:
-    trained = run(tiny_workload(model=OtherInTraining(), loss=loss_of_either))
+    trained = run(tiny_workload(model=OtherInTraining(1), loss=loss_of_either))
     assert "something else in training than in evaluation mode" in trained.undistilled
     assert run(tiny_workload()).undistilled == ""
 
     def distill(ours: Any, theirs: Any) -> torch.Tensor:
-        return slrc.soft_divergence(ours[0], theirs)
+        return slrc.soft_divergence(ours[1], theirs)
 
-    assert run(tiny_workload(model=OtherInTraining(), loss=loss_of_either, distill=distill)).undistilled == ""
+    assert run(tiny_workload(model=OtherInTraining(1), loss=loss_of_either, distill=distill)).undistilled == ""
+    with pytest.raises(WorkloadError, match="something else in training than in evaluation mode"):
+        run(tiny_workload(model=OtherInTraining(1), loss=loss_of_either, distill=slrc.soft_divergence))
+
+
+@pytest.mark.parametrize("distill", [None, slrc.soft_divergence])
+def test_auxiliary_outputs_of_training_are_left_out_of_the_comparison(
+    tiny_workload: MakeWorkload, distill: Any
+) -> None:
+    assert run(tiny_workload(model=OtherInTraining(0), loss=loss_of_either, distill=distill)).undistilled == ""
+
+
+A, B, C = torch.zeros(2, 3), torch.ones(2, 3), torch.full((4,), 2.0)
+
+
+@pytest.mark.parametrize(
+    ("output", "answer", "common"),
+    [
+        ({"out": A, "aux": C}, {"out": B}, [(A, B)]),
+        ({"out": A}, {"aux": C, "out": B}, [(A, B)]),
+        ([A, [C, A], C], (B, [C]), [(A, B), (C, C)]),
+        ({"out": A, "aux": C}, B, [(A, B)]),
+        (A, [{"out": B}, C], [(A, B)]),
+        (
+            {"out": A, "count": torch.tensor(1), "note": None},
+            {"out": B, "count": torch.tensor(2), "note": None},
+            [(A, B)],
+        ),
+    ],
+)
+def test_what_outputs_have_in_common(output: Any, answer: Any, common: list[tuple[Any, Any]]) -> None:
+    found = common_outputs(output, answer)
+    assert len(found) == len(common)
+    assert all(a is c and b is d for (a, b), (c, d) in zip(found, common, strict=True))
+
+
+@pytest.mark.parametrize(("output", "answer"), [({"loss": A}, {"boxes": B}), ((C, A), B), ({"out": A}, (B,)), ((), A)])
+def test_outputs_with_nothing_in_common(output: Any, answer: Any) -> None:
+    with pytest.raises(WorkloadError, match="something else in training") as raised:
+        common_outputs(output, answer)
+    assert "Workload(distill=...)" in str(raised.value.hint)
+
+
+def test_the_soft_divergence_of_several_outputs_is_their_mean() -> None:
+    a, b, c, d = torch.randn(4, 2, 5, 3, 3)
+    expected = (soft_divergence(a, b) + soft_divergence(c, d)) / 2
+    torch.testing.assert_close(soft_divergence({"out": a, "aux": c}, {"out": b, "aux": d}), expected)
+    torch.testing.assert_close(soft_divergence({"out": a, "aux": c}, {"out": b}), soft_divergence(a, b))
+
+
+def test_pixels_without_a_label_count_in_the_distance_alone(tiny_workload: MakeWorkload) -> None:
+    """The default loss takes `(n, classes, h, w)`, leaves out pixels labelled −100, and distils over dimension 1."""
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 3, 1))
+    x = torch.randn(2, 4, 6, 6)
+    labels = torch.randint(3, (2, 6, 6))
+    labels[:, :3] = -100
+    workload = tiny_workload(model=model, train_batches=[(x, labels)], evaluate=None)
+    expected = nn.functional.cross_entropy(model(x)[:, :, 3:], labels[:, 3:])
+    torch.testing.assert_close(workload.loss(model, (x, labels)), expected)
+    judge = Teacher(nn.Sequential(nn.Conv2d(4, 3, 1)), workload, RecipeSettings(distill_weight=1.0, temperature=1.0))
+    with judge.watch(model) as calls:
+        loss = workload.loss(model, (x, labels))
+    distance = judge.blend(loss, calls)
+    p, q = judge.model(x).softmax(1), model(x).softmax(1)
+    torch.testing.assert_close(distance, (p * (p / q).log()).sum(1).mean())
+    assert run(workload).undistilled == ""
+
+
+def test_which_workloads_return_logits(tiny_workload: MakeWorkload) -> None:
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        return model(batch[0]).square().mean()
+
+    assert returns_logits(tiny_workload())
+    assert returns_logits(tiny_workload(loss=loss, distill=slrc.soft_divergence))
+    assert not returns_logits(tiny_workload(loss=loss))
+    assert not returns_logits(tiny_workload(distill=nn.functional.mse_loss))
 
 
 def test_a_loss_that_does_not_call_the_model_is_told(tiny_workload: MakeWorkload) -> None:

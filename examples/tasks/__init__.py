@@ -1,0 +1,1 @@
+"""What examples of tasks other than classification share: metrics and readers."""

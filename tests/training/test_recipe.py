@@ -301,7 +301,7 @@ def test_a_loss_that_does_not_call_the_model_is_told(tiny_workload: MakeWorkload
         return nn.functional.cross_entropy(model.head(model.conv1(batch[0]).mean(dim=(2, 3))), batch[1])
 
     torch.manual_seed(0)
-    workload = tiny_workload(loss=loss, model=OtherInTraining())
+    workload = tiny_workload(loss=loss, model=OtherInTraining(0))
     assert "does not call the model itself" in run(workload).undistilled
 
 

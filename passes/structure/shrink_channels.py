@@ -137,6 +137,16 @@ def _resize_slice_scatter(node: Node, survivors: _Survivors, ins: Dims, outs: li
         node.args = (*node.args[:2], dim, *bounds)
 
 
+def _resize_repeat(node: Node, survivors: _Survivors, ins: Dims, outs: list[Dims]) -> None:
+    """Copy what has no labels of its own as often as labels of the copies survive."""
+    times, dims = node.args[1], outs[0]
+    assert isinstance(times, (list, tuple))
+    own = [None] * (len(dims) - len(ins)) + list(ins)
+    counts = [*[1] * (len(dims) - len(times)), *times]
+    copies = [None if labels is not None else copy for labels, copy in zip(own, dims, strict=True)]
+    node.update_arg(1, survivors.sizes(counts, copies))
+
+
 def _resize_constant(node: Node, survivors: _Survivors, ins: Dims, outs: list[Dims]) -> None:
     position = SIZE_POSITION[op_name(node)]
     node.update_arg(position, survivors.sizes(node.args[position], outs[0]))
@@ -202,6 +212,7 @@ def _widen_norm(node: Node, survivors: _Survivors, ins: Dims, outs: list[Dims]) 
 
 _RESIZE: dict[str, Callable[[Node, _Survivors, Dims, list[Dims]], None]] = {
     **dict.fromkeys(["view", "reshape", "_unsafe_view", "expand"], _resize_view),
+    **dict.fromkeys(["repeat", "tile"], _resize_repeat),
     **dict.fromkeys(SIZE_POSITION, _resize_constant),
     "slice": _resize_slice,
     "slice_scatter": _resize_slice_scatter,

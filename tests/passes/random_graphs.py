@@ -147,6 +147,8 @@ class GraphModel(nn.Module):
                 return x @ self.layers[f"{i}_layer"].weight.t()
             case "rows":
                 return x[:, torch.tensor(step.options)]
+            case "at_indices":
+                return _at_indices(xs, *step.options)
             case "greatest":
                 return x.max(1)[0]
             case "sort":
@@ -154,6 +156,33 @@ class GraphModel(nn.Module):
             case "recurrent":
                 return self.layers[f"{i}_layer"](x)[0]
         raise AssertionError(step.op)
+
+
+def _at_indices(xs: list[Tensor], op: str, dim: int, at: tuple[int, ...], written: str, fill: float) -> Tensor:
+    """Read `x (n, t, f)` at indices along a dimension, or write it there: to another value, or to a constant."""
+    x = xs[0]
+    base = xs[1] if len(xs) > 1 else x.new_full(x.shape[1:], fill).expand(x.shape[0], -1, -1)
+    row = torch.tensor(at)
+    if op == "index_select":
+        return x.index_select(dim, row)
+    source = x.narrow(dim, 0, len(at))
+    if op == "index_put":
+        y = base.clone()
+        y[(slice(None),) * dim + (row,)] = source if written == "expand" else source[:, :1, :1]
+        return y
+    shape = [x.shape[0], -1, x.shape[2]] if dim == 1 else [x.shape[0], x.shape[1], -1]
+    index = row[None, :, None] if dim == 1 else row[None, None]
+    index = index.expand(shape) if written == "expand" else index.repeat([1 if n == -1 else n for n in shape])
+    match op:
+        case "gather":
+            return x.gather(dim, index)
+        case "scatter":
+            return base.scatter(dim, index, source)
+        case "scatter_add":
+            return base.scatter_add(dim, index, source)
+        case "scatter_value":
+            return x.scatter(dim, index, fill)
+    raise AssertionError(op)
 
 
 def _layers(step: Step, shapes: list[Shape]) -> dict[str, nn.Module]:
@@ -229,7 +258,7 @@ def _steps(draw: st.DrawFn, at: int, shapes: list[Shape]) -> tuple[Step, list[Sh
     else:
         ops += ["linear", "linear", "twice", "scale", "bias"]
     if rank == 2:
-        ops += ["weight", "rows", "greatest", "sort", "recurrent"]
+        ops += ["at_indices", "at_indices", "weight", "rows", "greatest", "sort", "recurrent"]
         ops += ["swap", "inner", "outer", "softmax", "mean"] + (["heads"] if c % 2 == 0 else [])
     op = draw(st.sampled_from(ops))
     width = draw(st.sampled_from([2, 4, 6, 8]))
@@ -306,6 +335,25 @@ def _steps(draw: st.DrawFn, at: int, shapes: list[Shape]) -> tuple[Step, list[Sh
         case "rows":
             rows = draw(st.lists(st.integers(0, shape[0] - 1), min_size=2, max_size=5))
             return Step(op, (at,), tuple(rows)), [(len(rows), shape[1])]
+        case "at_indices":
+            which = draw(
+                st.sampled_from(["gather", "index_select", "scatter", "scatter_add", "scatter_value", "index_put"])
+            )
+            dim = draw(st.sampled_from([1, 1, 2]))
+            most = shape[dim - 1]
+            reads, adds = which in ("gather", "index_select"), which == "scatter_add"
+            drawn = st.lists(st.integers(0, most - 1), min_size=1, max_size=most, unique=not reads and not adds)
+            rows = draw(drawn)
+            others = draw(st.sampled_from([(), (draw(st.sampled_from(alike)),)]))
+            options = (
+                which,
+                dim,
+                tuple(rows),
+                draw(st.sampled_from(["expand", "repeat"])),
+                draw(st.sampled_from([0.0, 1.0])),
+            )
+            read = tuple(len(rows) if d == dim - 1 else n for d, n in enumerate(shape))
+            return Step(op, (at, *others), options), [read if reads else shape]
         case "recurrent":
             both = draw(st.booleans())
             return Step(op, (at,), (width, both)), [(shape[0], width * (2 if both else 1))]

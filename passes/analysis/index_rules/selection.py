@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch.fx import Node
 
@@ -118,52 +117,6 @@ def unbind(node: Node, table: LabelTable) -> list[Value]:
     return [Value(rest, value.vanishes) for _ in outputs]
 
 
-def index(node: Node, table: LabelTable) -> Value:
-    """`x[:, i, …, j]` with index tensors: indexed dimensions stay, the others pass through.
-
-    What the index tensors broadcast to stands where the first of them did, or in front if they are not side by side.
-    """
-    x, indices = node.args[0], node.args[1]
-    assert isinstance(x, Node)
-    assert isinstance(indices, (list, tuple))
-    value = table.value(x)
-    given = [i for i in indices if isinstance(i, Node)]
-    at = [d for d, i in enumerate(indices) if isinstance(i, Node)]
-    if not at or any(i.meta["val"].dtype in (torch.bool, torch.uint8) for i in given):
-        raise NotImplementedError  # a mask, which may stand for several dimensions
-    for i in given:
-        table.pin_all(table.value(i), "used as an index", node)
-    for d in at:
-        table.pin(value.dims[d], "indexed", node)
-    rest = [labels for d, labels in enumerate(value.dims) if d not in at]
-    side_by_side = at == list(range(at[0], at[-1] + 1))
-    before = at[0] if side_by_side else 0
-    count = len(shape_of(node)) - len(rest)
-    return Value([*rest[:before], *[None] * count, *rest[before:]], value.vanishes)
-
-
-def index_select(node: Node, table: LabelTable) -> Value:
-    """`index_select(x, dim, i)`: the indexed dimension stays."""
-    x, dim, indices = node.args[:3]
-    assert isinstance(x, Node)
-    assert isinstance(dim, int)
-    assert isinstance(indices, Node)
-    value = table.value(x)
-    dim %= len(value.dims)
-    table.pin_all(table.value(indices), "used as an index", node)
-    table.pin(value.dims[dim], "indexed", node)
-    return Value([*value.dims[:dim], None, *value.dims[dim + 1 :]], value.vanishes)
-
-
-def embedding(node: Node, table: LabelTable) -> Value:
-    """`embedding(w (v, d), i (…)) -> (…, d)`: a row for each index, so that the rows stay."""
-    weight, indices = tensor_args(node)[:2]
-    table.pin_all(table.value(indices), "used as an index", node)
-    rows, width = table.dims(weight)
-    table.pin(rows, "indexed", node)
-    return Value([*[None] * len(shape_of(indices)), width], table.value(weight).vanishes)
-
-
 def ordering(node: Node, table: LabelTable) -> Value | list[Value]:
     """`topk`, `sort`, `argmax` and the like along a dimension, which stays; the others pass through.
 
@@ -203,9 +156,6 @@ RULES: dict[str, Rule] = {
     "select": select,
     "select_scatter": select_scatter,
     "unbind": unbind,
-    "index": index,
-    "index_select": index_select,
-    "embedding": embedding,
     **dict.fromkeys(_ORDERING, ordering),
     **dict.fromkeys(["max", "min"], extremum),
 }

@@ -23,7 +23,7 @@ def reshape(node: Node, table: LabelTable) -> Value:
     x = node.args[0]
     assert isinstance(x, Node)
     value = table.value(x)
-    before, after = [_numeric(s) for s in shape_of(x)], [_numeric(s) for s in shape_of(node)]
+    before, after = [numeric(s) for s in shape_of(x)], [numeric(s) for s in shape_of(node)]
     dims: Dims = [None] * len(after)
     for inputs, outputs in segments(before, after):
         _reshape_segment(node, table, value.dims, inputs, outputs, before, after, dims)
@@ -162,12 +162,24 @@ def squeezed_dims(node: Node) -> list[int]:
 
 
 def expand(node: Node, table: LabelTable) -> Value:
-    """`expand(x, sizes)`: new copies of a dimension of size 1 have no labels."""
+    """`expand(x, sizes)`: new copies of a dimension of size 1 have no labels, but for those of an index."""
     x = node.args[0]
     assert isinstance(x, Node)
     value = table.value(x)
     lead = len(shape_of(node)) - len(value.dims)
-    return Value([*[None] * lead, *value.dims], value.vanishes)
+    return _with_copies(node, table, Value([*[None] * lead, *value.dims], value.vanishes))
+
+
+def _with_copies(node: Node, table: LabelTable, value: Value) -> Value:
+    """Let copies of an index that is written out for each channel, as for a scatter, go with these channels."""
+    x = node.args[0]
+    assert isinstance(x, Node)
+    if x.meta["val"].is_floating_point():
+        return value
+    lead, before, after = len(value.dims) - len(shape_of(x)), shape_of(x), shape_of(node)
+    copied = [isinstance(n, int) and n > 1 and (d < lead or is_one(before[d - lead])) for d, n in enumerate(after)]
+    dims = [table.union.new(n) if new else own for n, new, own in zip(after, copied, value.dims, strict=True)]
+    return Value(dims, vanishes=False) if any(copied) else value
 
 
 def cat(node: Node, table: LabelTable) -> Value:
@@ -226,7 +238,10 @@ def roll(node: Node, table: LabelTable) -> Value:
 
 
 def repeat(node: Node, table: LabelTable) -> Value:
-    """`repeat(x, times)`, `tile(x, times)`: a repeated dimension holds its labels several times."""
+    """`repeat(x, times)`, `tile(x, times)`: a repeated dimension holds its labels several times.
+
+    Copies of an index are as those of `expand`.
+    """
     x, times = node.args[0], node.args[1]
     assert isinstance(x, Node)
     assert isinstance(times, (list, tuple))
@@ -238,7 +253,7 @@ def repeat(node: Node, table: LabelTable) -> Value:
         if labels is not None and not isinstance(count, int):
             raise NotImplementedError
         dims.append(np.tile(labels, count) if labels is not None else None)
-    return Value(dims, value.vanishes)
+    return _with_copies(node, table, Value(dims, value.vanishes))
 
 
 def repeat_interleave(node: Node, table: LabelTable) -> Value:
@@ -297,7 +312,8 @@ def pad(node: Node, table: LabelTable) -> Value:
     return Value(dims, value.vanishes and fill in (None, 0, 0.0))
 
 
-def _numeric(size: int | torch.SymInt) -> int:
+def numeric(size: int | torch.SymInt) -> int:
+    """Return a size with `PRIME` in the place of a symbolic batch."""
     if isinstance(size, int):
         return size
     expr = size.node.expr

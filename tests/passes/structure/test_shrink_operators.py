@@ -82,6 +82,23 @@ def windows(m: Any, x: Tensor) -> Tensor:
     return y.amax((4, 5))
 
 
+ROWS = torch.tensor([4, 0, 2])
+
+
+def put(y: Tensor, indices: Any, values: Tensor | float) -> Tensor:
+    y = y.clone()
+    y[indices] = values
+    return y
+
+
+def canvas(x: Tensor, cells: int = 7) -> Tensor:
+    return x.new_zeros(x.shape[0], cells, 8)
+
+
+def written_for_each_feature(x: Tensor, index: Tensor = ROWS) -> Tensor:
+    return index[None, :, None].expand(x.shape[0], -1, 8)
+
+
 REMOVABLE: dict[str, Case] = {
     "im2col": image(lambda m, x: F.unfold(m.a(x), 3, padding=1).view(-1, 72, 4, 4), out=72),
     "im2col of a strided window": image(lambda m, x: F.unfold(m.a(x), (2, 1), stride=2).view(-1, 16, 2, 2), out=16),
@@ -153,6 +170,34 @@ REMOVABLE: dict[str, Case] = {
     ),
     "indices side by side": image(lambda m, x: m.a(x)[:, :, torch.tensor([[0], [2]]), torch.tensor([[1, 3, 0]])]),
     "index select": tokens(lambda m, x: m.a(x).index_select(1, torch.tensor([4, 0]))),
+    "gather": tokens(lambda m, x: m.a(x).gather(1, written_for_each_feature(x))),
+    "gather by an index made of data": tokens(lambda m, x: m.a(x).gather(1, m.b(x).argsort(1))),
+    "scatter": tokens(lambda m, x: canvas(x).scatter(1, written_for_each_feature(x), m.a(x)[:, :3])),
+    "scatter by a repeated index": tokens(
+        lambda m, x: m.b(x).scatter(1, ROWS[None, :, None].repeat(x.shape[0], 1, 8), m.a(x)[:, :3])
+    ),
+    "scatter of a number": tokens(lambda m, x: m.a(x).scatter(1, written_for_each_feature(x), 0.5)),
+    "scatter add": tokens(
+        lambda m, x: canvas(x).scatter_add(1, written_for_each_feature(x, torch.tensor([1, 6, 1, 0, 1])), m.a(x))
+    ),
+    "scatter reduce": tokens(
+        lambda m, x: canvas(x).scatter_reduce(
+            1, written_for_each_feature(x, torch.tensor([1, 6, 1])), m.a(x)[:, :3], "amax"
+        )
+    ),
+    "put": tokens(lambda m, x: put(canvas(x), (slice(None), ROWS), m.a(x)[:, :3])),
+    "put into columns, as pillars on a canvas": tokens(
+        lambda m, x: put(x.new_zeros(8, 40), (slice(None), 3 * torch.arange(10)), m.a(x[:2]).flatten(0, 1).t()).t()
+    ),
+    "put in one place, broadcast": tokens(lambda m, x: put(m.a(x), (slice(None), ROWS), m.b(x)[:, :1])),
+    "put by indices apart": image(
+        lambda m, x: put(
+            m.a(x).permute(0, 2, 1, 3), (slice(None), ROWS[1:], slice(None), ROWS[1:]), m.b(x).mean((2, 3))
+        ).permute(0, 2, 1, 3)
+    ),
+    "added to": tokens(
+        lambda m, x: m.b(x).index_put((torch.tensor([0, 0]),), m.a(x)[:1].expand(2, -1, -1), accumulate=True)
+    ),
     "embedding": tokens(lambda m, x: m.a(x) + m.e(torch.arange(5)), e=nn.Embedding(7, 8)),
     "largest positions": tokens(lambda m, x: m.a(x).topk(2, dim=1)[0]),
     "sorted positions": tokens(lambda m, x: m.a(x).sort(dim=1, descending=True)[0]),
@@ -249,6 +294,20 @@ def test_slim_equals_masked(name: str, net: Any, randomized: Any, slim_equals_ma
 
 PINNED: dict[str, tuple[Case, str]] = {
     "indexed": (tokens(lambda m, x: m.a(x)[..., torch.tensor([0, 2])], out=2), "indexed"),
+    "gathered": (tokens(lambda m, x: m.a(x).gather(2, x.argsort(2).long()), out=4), "indexed"),
+    "scattered from": (
+        tokens(lambda m, x: canvas(x).scatter(2, torch.arange(7, -1, -1).expand(x.shape[0], 5, 8), m.a(x))),
+        "indexed",
+    ),
+    "gathered for some features": (
+        tokens(lambda m, x: m.a(x).gather(1, written_for_each_feature(x)[..., 2:]), out=6),
+        "meets a fixed size in gather.default",
+    ),
+    "put into some features": (
+        tokens(lambda m, x: put(m.a(x), (slice(None), slice(None), ROWS), 1.0)),
+        "indexed",
+    ),
+    "put by a mask": (tokens(lambda m, x: put(m.a(x), x[..., 0] > 0, 1.0)), "no rule for index_put"),
     "used as an index": (tokens(lambda m, x: m.t[m.a(x).argmax(1) % 2], t=parameter(2, 8)), "used as an index"),
     "largest of the features": (tokens(lambda m, x: m.a(x).topk(3)[0], out=3), "compared by topk"),
     "greatest of all": (tokens(lambda m, x: m.a(x) - m.a(x).max()), "compared by max"),

@@ -16,6 +16,9 @@ _PACKAGES = tuple({Path(sysconfig.get_paths()[name]).resolve() for name in ("pur
 _PYTHON = tuple({Path(sysconfig.get_paths()[name]).resolve() for name in ("stdlib", "platstdlib")})
 _MACHINERY = tuple(folder / name for folder in _PACKAGES for name in ("torch", "accelerate"))
 
+LONGEST = 200
+"""Characters of an error that are shown."""
+
 
 class Line(NamedTuple):
     """A line of source, in a trace."""
@@ -62,8 +65,9 @@ def at(line: Line | None) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return an error's type and the first line of what it says."""
+    """Return an error's type and the first line of what it says; torch may write thousands of symbols in one."""
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    said = said if len(said) <= LONGEST else f"{said[:LONGEST]} …"
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 

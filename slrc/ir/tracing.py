@@ -21,6 +21,15 @@ from slrc.user_code import at, first_line, lines_in, lines_of, users_line
 BROADCASTING = frozenset({"add", "sub", "mul", "div", "maximum", "minimum"})
 """Operators of two operands that torch and ONNX broadcast alike."""
 
+DETECTION = re.compile(r"torchvision/(models/detection/|ops/boxes)")
+RAW_HEADS = """how many boxes there are depends on the image: wrap the network up to its raw heads, decode outside
+
+    class RawHeads(torch.nn.ModuleDict):  # RawHeads({"backbone": detector.backbone, "head": detector.head})
+        def forward(self, x):
+            return self["head"](list(self["backbone"](x).values()))
+
+(the head of torchvision's R-CNNs is `detector.rpn.head`)"""
+
 
 def export(module: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
     """Export with a dynamic batch if that works, else with the shapes as they are.
@@ -94,12 +103,12 @@ def _broadcasts(user: Node, operand: Node) -> bool:
 
 
 def _capture_error(error: Exception) -> CaptureError:
+    lines = lines_of(error)
     operator = re.search(r"aten[.:]+\w+(\.\w+)?|torch\.ops\.[\w.]+|\w+::\w+", str(error))
     named = f" (operator {operator.group(0)})" if operator else ""
-    depends_on_values = "data-dependent" in str(error) or "DataDependent" in type(error).__name__
-    return CaptureError(
-        f"the model cannot be captured{at(users_line(lines_of(error)))}{named}: {first_line(error)}",
-        hint="control flow must not depend on a tensor's values: write it with `torch.where`, or outside of `forward`"
-        if depends_on_values
-        else "`--debug` shows the whole trace",
-    )
+    hint = "`--debug` shows the whole trace"
+    if "data-dependent" in str(error) or "DataDependent" in type(error).__name__:
+        hint = "control flow must not depend on a tensor's values: write it with `torch.where`, or outside of `forward`"
+        if any(DETECTION.search(line.file) for line in lines):
+            hint = RAW_HEADS
+    return CaptureError(f"the model cannot be captured{at(users_line(lines))}{named}: {first_line(error)}", hint)

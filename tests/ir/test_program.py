@@ -11,9 +11,12 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torchvision.models.detection import RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 import slrc
 from slrc.errors import CaptureError
+from slrc.ir import tracing
 from slrc.ir.nodes import op_name
 from slrc.ir.program import Program, capture
 from slrc.ir.tracing import source_line
@@ -454,6 +457,72 @@ def test_a_failed_capture_names_the_users_line(model: nn.Module, line: str, caus
     assert cause in caught.value.message
     assert "second line" not in caught.value.message
     assert caught.value.hint is not None
+
+
+class Stripes(nn.Module):
+    """A backbone of one layer."""
+
+    out_channels = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 8, 8)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"0": self.conv(x)}
+
+
+def detector() -> nn.Module:
+    anchors = AnchorGenerator(((8,),), ((1.0,),))
+    return RetinaNet(Stripes(), num_classes=2, anchor_generator=anchors, min_size=32, max_size=32, score_thresh=0.0)
+
+
+class Detects(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.detector = detector()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.detector(x)[0]["boxes"]
+
+
+@pytest.mark.parametrize(
+    ("model", "line"), [(detector(), "torchvision/"), (Detects(), "test_program.py:")], ids=["torchvision's", "own"]
+)
+def test_a_whole_detector_is_told_to_stop_at_its_raw_heads(
+    model: nn.Module, line: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(CaptureError) as caught:
+        capture(model, (torch.rand(1, 3, 32, 32),))
+    assert line in caught.value.message
+    assert "\n" not in caught.value.message
+    assert caught.value.hint is not None
+    assert "class RawHeads" in caught.value.hint
+    assert not "".join(capfd.readouterr())
+
+
+def test_the_raw_heads_of_the_hint_are_captured() -> None:
+    hint = tracing.RAW_HEADS.splitlines()
+    code = "\n".join(line.removeprefix("    ") for line in hint if line.startswith("    "))
+    names: dict[str, Any] = {"torch": torch}
+    exec(code, names)
+    whole = detector()
+    heads = names["RawHeads"]({"backbone": whole.backbone, "head": whole.head})
+    assert capture(heads, (torch.rand(1, 3, 32, 32),)).batch_is_dynamic
+    assert heads.state_dict().keys() == whole.state_dict().keys()
+
+
+def test_a_long_line_of_torchs_is_cut() -> None:
+    class Long(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if not x.is_cpu or torch.compiler.is_exporting():
+                raise ValueError(" + ".join(f"u{i}" for i in range(1000)))
+            return x
+
+    with pytest.raises(CaptureError) as caught:
+        capture(Long(), (torch.randn(2, 4),))
+    assert "ValueError: u0 + u1 + " in caught.value.message
+    assert len(caught.value.message) < 600
 
 
 @pytest.mark.filterwarnings("ignore")

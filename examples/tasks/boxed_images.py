@@ -1,0 +1,148 @@
+"""Images with boxes as the input of a network: whole on grey, or varied for training as Darknet varies them."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from tasks.average_precision import Labels
+from tasks.coco import Split
+
+GREY = (127, 127, 127)
+ZOOM = 0.5, 1.5
+"""The larger side of a training image, over that of the input."""
+STRETCH = 0.3
+"""By how much its width and height vary apart from that."""
+HUE, COLOUR = 0.1, 1.5
+"""How far hue is turned, as a share of the circle, and by what saturation and brightness are multiplied at most."""
+LEAST_LEFT = 0.2
+"""A box of which less is left in sight is no label."""
+
+
+class Placement(NamedTuple):
+    """Where an image lies in the network's input: pixels times `scale` plus `offset`, both `(x, y)`."""
+
+    scale: tuple[float, float]
+    offset: tuple[float, float]
+
+    def forth(self, boxes: Tensor) -> Tensor:
+        """Return boxes `(n, 4)` of the image in the input."""
+        return boxes * torch.tensor(self.scale * 2) + torch.tensor(self.offset * 2)
+
+    def back(self, boxes: Tensor) -> Tensor:
+        """Return boxes `(n, 4)` of the input in the image."""
+        return (boxes - torch.tensor(self.offset * 2)) / torch.tensor(self.scale * 2)
+
+
+Placed = tuple[Image.Image, Placement]
+
+
+def place(image: Image.Image, size: int, width: float, height: float, across: float, down: float) -> Placed:
+    """Scale an image and put it on grey: return the input and the `Placement`.
+
+    Args:
+        image: in colour.
+        size: the side of the input in pixels.
+        width: of the scaled image in pixels.
+        height: likewise.
+        across: how much of the room beside it is at its left; where it is wider than the input, of what is cut off.
+        down: likewise above it.
+    """
+    wide, high = max(1, round(width)), max(1, round(height))
+    left, top = round((size - wide) * across), round((size - high) * down)
+    canvas = Image.new("RGB", (size, size), GREY)
+    canvas.paste(image.resize((wide, high), Image.Resampling.BILINEAR), (left, top))
+    return canvas, Placement((wide / image.width, high / image.height), (left, top))
+
+
+def letterbox(image: Image.Image, size: int) -> Placed:
+    """Return the input that shows an image whole, in the middle, and the `Placement`."""
+    scale = size / max(image.size)
+    return place(image, size, image.width * scale, image.height * scale, 0.5, 0.5)
+
+
+def augment(image: Image.Image, labels: Labels, size: int) -> tuple[Image.Image, Tensor]:
+    """Return an image as it varies in training, and its labels `(m, 5)`: class and centre form in shares of it."""
+
+    def draw(low: float, high: float) -> float:
+        return float(torch.empty(()).uniform_(low, high))
+
+    def factor() -> float:
+        return float(np.exp(draw(-np.log(COLOUR), np.log(COLOUR))))
+
+    stretch = (1 + draw(-STRETCH, STRETCH)) / (1 + draw(-STRETCH, STRETCH)) * image.width / image.height
+    side = size * draw(*ZOOM)
+    shown, placement = place(
+        recolour(image, draw(-HUE, HUE), factor(), factor()),
+        size,
+        side * min(1.0, stretch),
+        side / max(1.0, stretch),
+        draw(0, 1),
+        draw(0, 1),
+    )
+    whole = placement.forth(labels.boxes)
+    seen = whole.clamp(0, size)
+    extent = (seen[:, 2:] - seen[:, :2]) / size
+    before = ((whole[:, 2:] - whole[:, :2]) / size).prod(-1)
+    kept = (extent > 0).all(-1) & (extent.prod(-1) > LEAST_LEFT * before) & ~labels.crowd
+    centre = (seen[:, :2] + seen[:, 2:]) / (2 * size)
+    if draw(0, 1) < 0.5:
+        shown = shown.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        centre[:, 0] = 1 - centre[:, 0]
+    return shown, torch.cat([labels.classes[:, None], centre, extent], -1)[kept]
+
+
+def recolour(image: Image.Image, hue: float, saturation: float, brightness: float) -> Image.Image:
+    """Turn the hue by a share of the circle, and multiply saturation and brightness."""
+    h, s, v = image.convert("HSV").split()
+    h = h.point([int(x + 256 * hue) % 256 for x in range(256)])
+    s, v = (
+        plane.point([min(255, int(x * factor)) for x in range(256)])
+        for plane, factor in ((s, saturation), (v, brightness))
+    )
+    return Image.merge("HSV", (h, s, v)).convert("RGB")
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """Return the pixels as float32 `(3, h, w)` from 0 to 1."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+
+
+class TrainingImages(Dataset):
+    """Varied images `(3, size, size)` and their labels `(m, 5)`, drawn from torch's global generator."""
+
+    def __init__(self, split: Split, size: int) -> None:
+        self.split, self.size = split, size
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        image, labels = augment(self.split.image(number), self.split.labels[number], self.size)
+        return to_tensor(image), labels
+
+
+class LetterboxedImages(Dataset):
+    """Whole images `(3, size, size)`, where they lie in that, and their own widths and heights."""
+
+    def __init__(self, split: Split, size: int) -> None:
+        self.split, self.size = split, size
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Placement, tuple[int, int]]:
+        image = self.split.image(number)
+        shown, placement = letterbox(image, self.size)
+        return to_tensor(shown), placement, image.size
+
+
+def stack_labelled(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return images `(n, 3, size, size)` and labels `(n, m, 5)`, filled up with rows of -1."""
+    images, labels = zip(*samples, strict=True)
+    return torch.stack(images), pad_sequence(list(labels), batch_first=True, padding_value=-1.0)

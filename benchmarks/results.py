@@ -100,6 +100,15 @@ FILES = (
         ("benchmarks/zoo.py", "benchmarks/zoo_timm.txt", "passes/analysis", "passes/structure"),
     ),
     ResultsFile(
+        "detectors.json",
+        "python benchmarks/detectors.py",
+        (
+            *("benchmarks/detectors.py", "examples/tasks/torchvision_detectors.py"),
+            *("passes/analysis", "passes/structure", "passes/forms"),
+        ),
+        kernels=True,
+    ),
+    ResultsFile(
         "analysis_growth.json",
         "python benchmarks/analysis_growth.py",
         ("benchmarks/analysis_growth.py", "passes/analysis"),

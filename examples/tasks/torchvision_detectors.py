@@ -3,6 +3,7 @@
 A detector as a whole also resizes its images, and keeps as many boxes as it finds: that stays outside.
 
     detector = torchvision.models.detection.retinanet_resnet50_fpn(weights="DEFAULT")
+    thaw(detector)
     workload = slrc.Workload(RawHeads(detector), (torch.rand(1, 3, 800, 800),), ...)
 
 The modules are the detector's own, by their own names: what is trained or loaded here is so there. R-CNNs have a second
@@ -10,6 +11,20 @@ stage, which sees regions that were pooled from the features of the first: `regi
 """
 
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+
+def thaw(detector: nn.Module) -> None:
+    """Put batch norm that computes the same in the place of frozen one, which trained detectors have.
+
+    What frozen one adds to a channel is a constant of the network: no mask makes it vanish, so the channel has to stay.
+    """
+    for layer in list(detector.modules()):
+        for name, frozen in list(layer.named_children()):
+            if isinstance(frozen, FrozenBatchNorm2d):
+                norm = nn.BatchNorm2d(len(frozen.weight), frozen.eps)
+                norm.load_state_dict(frozen.state_dict() | {"num_batches_tracked": norm.num_batches_tracked})
+                layer.add_module(name, norm.train(frozen.training))
 
 
 class RawHeads(nn.Module):
@@ -35,7 +50,8 @@ class RawHeads(nn.Module):
         level, and the `features`, from which regions are pooled.
         """
         features = self.backbone(images)
-        levels = [features] if isinstance(features, Tensor) else list(features.values())
+        features = {"0": features} if isinstance(features, Tensor) else dict(features)
+        levels = list(features.values())
         if not self.has_regions:
             return self.head(levels)
         objectness, deltas = self.rpn["head"](levels)

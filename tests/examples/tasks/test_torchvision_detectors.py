@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.detection import FasterRCNN, KeypointRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -19,7 +20,7 @@ from slrc.probes import make_probes
 from slrc.verify import Checker, outputs_of
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))
-from tasks.torchvision_detectors import RawHeads, region_heads
+from tasks.torchvision_detectors import RawHeads, region_heads, thaw
 
 
 def backbone(norm: Callable[..., nn.Module] = nn.BatchNorm2d) -> nn.Module:
@@ -29,12 +30,22 @@ def backbone(norm: Callable[..., nn.Module] = nn.BatchNorm2d) -> nn.Module:
     return BackboneWithFPN(body, levels, [64, 128], out_channels=32)
 
 
+def anchors() -> AnchorGenerator:
+    return AnchorGenerator(((8,), (16,), (32,)), ((1.0,),) * 3)
+
+
+def frozen_retinanet() -> nn.Module:
+    return RetinaNet(backbone(FrozenBatchNorm2d), 3, anchor_generator=anchors(), min_size=64, max_size=64)
+
+
 def retinanet() -> nn.Module:
-    return RetinaNet(backbone(FrozenBatchNorm2d), num_classes=3)
+    detector = frozen_retinanet()
+    thaw(detector)
+    return detector
 
 
 def faster_rcnn() -> nn.Module:
-    return FasterRCNN(backbone(), num_classes=3)
+    return FasterRCNN(backbone(), 3, rpn_anchor_generator=anchors(), min_size=64, max_size=64)
 
 
 @pytest.mark.parametrize("make", [retinanet, faster_rcnn])
@@ -47,9 +58,7 @@ def test_they_prune_and_are_proven_equal(
     program = slrc.capture(workload)
     plan = slrc.plan(program, pattern, sparsity)
     masks = slrc.Masks.project(plan, program.tensors)
-    with torch.no_grad():
-        for name, mask in masks.tensors.items():
-            workload.model.get_parameter(name).mul_(mask)
+    masks.apply_(workload.model.state_dict())
     check = Checker(workload.model, make_probes(program))
     slim = slrc.structure(program, plan, masks, check.program)
     slrc.lower(slim, "ort", tmp_path)
@@ -66,13 +75,29 @@ def test_they_say_what_the_detector_sees(make: Callable[[], nn.Module]) -> None:
     detector = make().eval()
     seen: list[Tensor] = []
     head = detector.rpn.head if hasattr(detector, "rpn") else detector.head
-    head.register_forward_hook(lambda _, x, y: seen.extend(outputs_of(lambda: y, ())))
-    x = torch.rand(1, 3, 64, 64)
-    images, _ = detector.transform(list(x))
+    hook = head.register_forward_hook(lambda _, x, y: seen.extend(outputs_of(lambda: y, ())))
+    x = [torch.rand(3, 64, 64)]
+    with torch.no_grad():
+        detector(x)
+    hook.remove()
+    images, _ = detector.transform(x)
     outputs = outputs_of(RawHeads(detector), (images.tensors,))
-    own, seen = seen, []
-    assert all(any(torch.equal(a, b) for b in outputs) for a in own)
+    assert seen
+    assert all(any(torch.equal(a, b) for b in outputs) for a in seen)
     assert RawHeads(detector).state_dict().keys() <= detector.state_dict().keys()
+
+
+def test_thawed_batch_norm_computes_the_same() -> None:
+    torch.manual_seed(0)
+    detector = frozen_retinanet().eval()
+    for buffer in detector.backbone.buffers():
+        buffer.uniform_(0.5, 1.5)
+    x = torch.randn(1, 3, 64, 64)
+    before = outputs_of(RawHeads(detector), (x,))
+    thaw(detector)
+    assert not any(isinstance(layer, FrozenBatchNorm2d) for layer in detector.modules())
+    for a, b in zip(before, outputs_of(RawHeads(detector), (x,)), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,26 @@ FOLDED: dict[str, Case] = {
     "transposed": after(nn.ConvTranspose2d(4, 6, 2, 2), nn.BatchNorm2d(6)),
     "transposed, grouped": after(nn.ConvTranspose2d(4, 6, 2, 2, groups=2, bias=False), nn.BatchNorm2d(6)),
     "linear": after(nn.Linear(4, 6), nn.BatchNorm1d(6), FLAT),
+    "linear on points, permuted": (
+        lambda m, x: m.n(m.a(x).permute(0, 2, 1)).permute(0, 2, 1),
+        {"a": nn.Linear(4, 6, bias=False), "n": nn.BatchNorm1d(6)},
+        TOKENS,
+    ),
+    "linear on points, transposed and copied": (
+        lambda m, x: m.n(m.a(x).transpose(1, 2).contiguous()),
+        {"a": nn.Linear(4, 6), "n": nn.BatchNorm1d(6)},
+        TOKENS,
+    ),
+    "linear on points, as one row": (
+        lambda m, x: m.n(m.a(x).view(-1, 6)).view(-1, 5, 6),
+        {"a": nn.Linear(4, 6), "n": nn.BatchNorm1d(6)},
+        TOKENS,
+    ),
+    "convolution, flattened": (
+        lambda m, x: m.n(m.a(x).flatten(2)),
+        {"a": nn.Conv2d(4, 6, 1), "n": nn.BatchNorm1d(6)},
+        IMAGE,
+    ),
     "functional weight": (
         lambda m, x: m.n(F.conv2d(x, m.kernel)),
         {"kernel": nn.Parameter(torch.zeros(6, 4, 1, 1)), "n": nn.BatchNorm2d(6)},
@@ -106,6 +126,21 @@ LEFT_ALONE: dict[str, Case] = {
     "bias computed": (lambda m, x: m.n(F.conv2d(x, m.a.weight, m.a.bias * 2)), ONE, IMAGE),
     "activation between": (lambda m, x: m.n(torch.relu(m.a(x))), ONE, IMAGE),
     "norm before the layer, as in DenseNet": (lambda m, x: m.a(torch.relu(m.n(x))), ONE, IMAGE),
+    "another dimension in front": (
+        lambda m, x: m.n(m.a(x).permute(0, 2, 3, 1)),
+        {"a": nn.Conv2d(4, 5, 1), "n": nn.BatchNorm2d(5)},
+        IMAGE,
+    ),
+    "outputs taken apart": (
+        lambda m, x: m.n(m.a(x).view(-1, 4, 2, 5, 5)),
+        {"a": nn.Conv2d(4, 8, 1), "n": nn.BatchNorm3d(4)},
+        IMAGE,
+    ),
+    "view used twice": (
+        lambda m, x: m.n(y := m.a(x).transpose(1, 2)) + y,
+        {"a": nn.Linear(4, 6), "n": nn.BatchNorm1d(6)},
+        TOKENS,
+    ),
     "linear on tokens": after(nn.Linear(4, 5), nn.BatchNorm1d(5), TOKENS),
     "batch statistics": after(nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6, track_running_stats=False)),
 }

@@ -104,7 +104,7 @@ class CompileConfig(MethodSettings):
     skip: tuple[str, ...] = _option((), "layers to leave alone; globs; repeatable", plans=True, metavar="NAME")
     keep_ends: bool = _option(
         True,
-        "leave the first layer and the classifier alone (default: keep)",
+        "leave the first layer and the classifier alone, unless that is most of the model (default: keep)",
         plans=True,
         flags="--keep-ends/--prune-ends",
     )

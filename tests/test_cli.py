@@ -146,6 +146,17 @@ def test_init_writes_a_workload_that_can_be_inspected(run: Run, tmp_path: Path) 
     assert "multiply-accumulates" in inspected.out
 
 
+def test_inspect_says_that_a_large_last_layer_is_pruned(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "wide.py").write_text(
+        "import slrc, torch\nfrom torch import nn\n"
+        "def workload():\n"
+        "    return slrc.Workload(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 64)), (torch.randn(2, 4),))\n"
+    )
+    result = run("inspect", tmp_path / "wide.py", "--pattern", "block:8x1")
+    assert result.code == 0, result.err
+    assert "yes: a last layer with 83% of the parameters" in " ".join(result.out.split())
+
+
 def test_inspect(run: Run, model: Path) -> None:
     result = run("inspect", model, "--pattern", "block:4x1", "--sparsity", 0.75, "--plan-out", "plan.json")
     assert result.code == 0, result.err

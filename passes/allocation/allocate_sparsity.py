@@ -25,6 +25,8 @@ WidthChooser = Callable[
 """Chooses how many units of each coupled group to keep, in steps of so many, and says what latency to expect."""
 MOST_REASONS = 6
 """How many layers an error names where nothing can be pruned."""
+MOST = 0.5
+"""A last layer with more than this share of the parameters or multiply-accumulates is pruned like others."""
 
 
 def allocate_sparsity(
@@ -50,7 +52,8 @@ def allocate_sparsity(
         sparsity: the share of the constrained weights to prune, in [0, 1); `None` for the pattern's own, else 0.5.
         allocation: how the share is spread over layers.
         skip: glob patterns of layer names to leave alone.
-        keep_ends: leave the first layer and the final classifier alone.
+        keep_ends: leave the first layer and the final classifier alone, but for a last layer that holds more than half
+            of the model's parameters or multiply-accumulates: what is not small is worth pruning.
         round_to: kept widths of coupled groups are rounded up to a multiple of this: odd widths run slower.
         attention: whether whole heads or the width of every head is pruned.
         layer_norm: whether what layer and RMS norms normalise over may be pruned.
@@ -135,8 +138,20 @@ def _matches(name: str, glob: str) -> bool:
     return fnmatch(name, glob) or fnmatch(name, f"{glob}.*")
 
 
-def _end_of(layer: Layer) -> str:
-    return "the first layer" if layer.is_first else "the final classifier" if layer.is_last else ""
+def _end_of(program: Program, layer: Layer) -> str:
+    if layer.is_first:
+        return "the first layer"
+    return "the final classifier" if layer.is_last and not what_last_layer_holds(program, layer) else ""
+
+
+def what_last_layer_holds(program: Program, layer: Layer) -> str:
+    """Return what of a model a last layer has the most of, for which it is pruned like others, or an empty string."""
+    if not layer.is_last or layer.is_first:
+        return ""
+    weights, macs = math.prod(layer.shape) / program.num_parameters, layer.macs / max(1, program.macs)
+    if weights > MOST:
+        return f"a last layer with {weights:.0%} of the parameters"
+    return f"a last layer with {macs:.0%} of the multiply-accumulates" if macs > MOST else ""
 
 
 def _layer_constraints(
@@ -147,8 +162,8 @@ def _layer_constraints(
     for weight, layer in program.layers.items():
         if any(_matches(layer.name, glob) for glob in skip):
             reason: str | None = "skipped by the user"
-        elif keep_ends and _end_of(layer):
-            reason = f"{_end_of(layer)} is left alone by default"
+        elif keep_ends and (end := _end_of(program, layer)):
+            reason = f"{end} is left alone by default"
         elif layer.op.startswith("conv_transpose") and not isinstance(patterns[0], Unstructured):
             reason = f"transposed convolutions do not take {patterns[0]} yet"
         else:

@@ -11,6 +11,7 @@ from rich.table import Table
 from slrc.backends import BACKENDS
 from slrc.ir.program import Program
 from slrc.measuring.timing import Latency
+from slrc.passes.allocation.allocate_sparsity import what_last_layer_holds
 from slrc.passes.analysis.label_indices import IndexLabels
 from slrc.reporting.bench import BenchResult
 from slrc.reporting.report import Report
@@ -118,6 +119,8 @@ def _layers_table(program: Program, plan: Plan) -> Table:
     for weight, layer in program.layers.items():
         if weight in members:
             state = "yes" if members[weight] == layer.name else f"yes, with {members[weight]}"
+            if held := what_last_layer_holds(program, layer):
+                state += f": {held}"
         else:
             state = f"no: {reasons.get(layer.name, 'not constrained')}"
             if weight in followers:

@@ -15,7 +15,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from slrc.errors import PatternError, PlanError
 from slrc.ir.program import Program, capture
-from slrc.passes.allocation.allocate_sparsity import allocate_sparsity
+from slrc.passes.allocation.allocate_sparsity import allocate_sparsity, what_last_layer_holds
 from slrc.sparsity.choices import Allocation
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.patterns import NM, AnyPattern, Block, Channel, Columns, Unstructured
@@ -121,6 +121,22 @@ def test_the_ends_are_left_alone_by_default() -> None:
         "0": "the first layer is left alone by default",
         "2": "the final classifier is left alone by default",
     }
+
+
+def test_a_last_layer_with_most_of_the_model_is_pruned() -> None:
+    large = mlp(4, 4, 4, 20)
+    layers = [nn.Conv2d(4, 8, 1, 4), nn.Conv2d(8, 8, 3, 1, 1), nn.Upsample(scale_factor=4), nn.Conv2d(8, 8, 1)]
+    slow = capture(nn.Sequential(*layers), (torch.randn(2, 4, 16, 16),))
+    for program, held in ((large, "57% of the parameters"), (slow, "63% of the multiply-accumulates")):
+        first, *others = program.layers.values()
+        plan = allocate_sparsity(program, Unstructured(), 0.5)
+        assert [*kept(plan)] == [layer.name for layer in others]
+        assert [*left_out(plan)] == [first.name]
+        assert [what_last_layer_holds(program, layer) for layer in (first, *others)] == [
+            "",
+            "",
+            f"a last layer with {held}",
+        ]
 
 
 def test_coupled_ends(net: Any) -> None:

@@ -1,0 +1,393 @@
+"""KITTI's 3D object detection: PointPillars (Lang et al., arXiv 1812.05784), a network on pillars of lidar points.
+
+    export SLRC_DATA=~/data
+    slrc compile examples/pointpillars.py --pattern channel --sparsity 0.5 --prune-ends --epochs 20 --out build/pillars
+
+`SLRC_DATA` names a folder with `kitti/training/`, which holds `velodyne`, `calib`, `label_2` and perhaps `image_2` as
+https://www.cvlibs.net/datasets/kitti packs them. `kitti/ImageSets/train.txt` and `val.txt` list the frames of each
+split; without them all frames are in both, and the metric says nothing of other frames. The network goes from pillars
+to raw heads: points become pillars before it, and its outputs boxes after it. `--prune-ends` is for the linear layer on
+points, which is the network's first. Also read from the environment:
+
+- `SLRC_CACHE`: where the dense network is kept; `~/.cache/slrc` unless given.
+- `SLRC_DENSE_EPOCHS`: epochs of dense training; 80 unless given.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tasks import kitti_metric, rotated_boxes
+from tasks.kitti_frames import CLASSES, Frame, find_kitti, frame_names, read_frame, to_objects, wrapped
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot, smooth_l1_loss
+
+import slrc
+from slrc.machine.cache import cache_folder
+
+FEATURES = 10
+SIZES = np.array([[3.9, 1.6, 1.56], [0.8, 0.6, 1.73], [1.76, 0.6, 1.73]])
+"""The length, width and height of each class's anchors, and below where their lower sides are."""
+BOTTOMS = np.array([-1.78, -0.6, -0.6])
+YAWS = (0.0, np.pi / 2)
+MATCHED, UNMATCHED = (0.6, 0.5, 0.5), (0.45, 0.35, 0.35)
+DIRECTIONS, TURNED = 2, np.pi / 4
+IGNORED = -1
+FOCAL_ALPHA, FOCAL_GAMMA, BOX_WEIGHT, DIRECTION_WEIGHT, SMOOTH_BELOW = 0.25, 2.0, 2.0, 0.2, 1 / 9
+LEAST_SCORE, MOST_OVERLAP, MOST_BOXES = 0.1, 0.01, 500
+EPOCHS, LR, WEIGHT_DECAY, CLIP = 80, 3e-3, 0.01, 10.0
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where pillars stand, in metres, and how many pillars and points in each are taken."""
+
+    low: tuple[float, float, float] = (0.0, -39.68, -3.0)
+    high: tuple[float, float, float] = (69.12, 39.68, 1.0)
+    pillar: float = 0.16
+    pillars: int = 12_000
+    points: int = 32
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows along y and columns along x."""
+        rows, columns = (round((self.high[k] - self.low[k]) / self.pillar) for k in (1, 0))
+        return rows, columns
+
+
+def make_pillars(points: NDArray[np.float32], grid: Grid) -> tuple[Tensor, Tensor]:
+    """Return features of the points in each pillar, and the pillar in each cell of the grid.
+
+    The features `(pillars, points, 10)` are x, y, z and intensity, the offsets to the mean of the pillar's points, and
+    those to its middle; zeros where there is no point. Cells `(rows·columns,)` without a pillar hold `grid.pillars`.
+    """
+    low, high = (np.array(bound, dtype=np.float32) for bound in (grid.low, grid.high))
+    points = points[((points[:, :3] >= low) & (points[:, :3] < high)).all(1)]
+    rows, columns = grid.shape
+    at = np.minimum(((points[:, :2] - low[:2]) / grid.pillar).astype(np.int64), [columns - 1, rows - 1])
+    used, first, pillar, count = np.unique(
+        at[:, 1] * columns + at[:, 0], return_index=True, return_inverse=True, return_counts=True
+    )
+    if len(used) > grid.pillars:  # those that the lidar met first
+        number = np.full(len(used), grid.pillars)
+        number[np.argsort(first)[: grid.pillars]] = np.arange(grid.pillars)
+    else:
+        number = np.arange(len(used))
+    order = np.argsort(pillar, kind="stable")
+    place = np.empty(len(points), dtype=np.int64)
+    place[order] = np.arange(len(points)) - np.repeat(np.cumsum(count) - count, count)
+    kept = (place < grid.points) & (number[pillar] < grid.pillars)
+    where = number[pillar[kept]], place[kept]
+
+    features = np.zeros((grid.pillars, grid.points, FEATURES), dtype=np.float32)
+    features[(*where, slice(0, 4))] = points[kept]
+    held = np.bincount(where[0], minlength=grid.pillars)
+    means = features[:, :, :3].sum(1) / np.maximum(held, 1)[:, None]
+    middles = np.column_stack([low[:2] + (at + 0.5) * grid.pillar, np.full(len(at), (low[2] + high[2]) / 2)])
+    features[(*where, slice(4, 7))] = points[kept, :3] - means[where[0]]
+    features[(*where, slice(7, 10))] = points[kept, :3] - middles[kept]
+    cells = np.full(rows * columns, grid.pillars, dtype=np.int64)
+    cells[used] = number
+    return torch.from_numpy(features), torch.from_numpy(cells)
+
+
+class PillarNet(nn.Module):
+    """A linear layer on each point, batch norm, ReLU, and the greatest over a pillar's points."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(FEATURES, width, bias=False)
+        self.norm = nn.BatchNorm1d(width, eps=1e-3, momentum=0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(n, points, 10)` to `(n, width)`."""
+        y = self.norm(self.linear(x).permute(0, 2, 1)).permute(0, 2, 1)
+        return torch.relu(y).max(dim=1)[0]
+
+
+def stage(inputs: int, width: int, depth: int) -> nn.Sequential:
+    """Return 3×3 convolutions with batch norm and ReLU, the first of which halves the image."""
+    layers: list[nn.Module] = []
+    for i in range(depth):
+        conv = nn.Conv2d(inputs if i == 0 else width, width, 3, 2 if i == 0 else 1, 1, bias=False)
+        layers += [conv, nn.BatchNorm2d(width, eps=1e-3, momentum=0.01), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+class PointPillars(nn.Module):
+    """Pillars on a canvas seen from above, three stages, their results at the first one's size, and 1×1 heads.
+
+    Args:
+        grid: where pillars stand.
+        widths: channels of each stage; the pillars have as many as the first.
+        depths: convolutions of each stage.
+        up: channels of each stage's result.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        widths: tuple[int, ...] = (64, 128, 256),
+        depths: tuple[int, ...] = (4, 6, 6),
+        up: int = 128,
+    ) -> None:
+        super().__init__()
+        self.grid, self.width = grid, widths[0]
+        self.pillars = PillarNet(widths[0])
+        self.stages, self.ups = nn.ModuleList(), nn.ModuleList()
+        for i, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+            self.stages.append(stage(widths[max(0, i - 1)], width, depth))
+            enlarge = nn.ConvTranspose2d(width, up, 2**i, 2**i, bias=False)
+            self.ups.append(nn.Sequential(enlarge, nn.BatchNorm2d(up, eps=1e-3, momentum=0.01), nn.ReLU()))
+        anchors = len(CLASSES) * len(YAWS)
+        self.scores = nn.Conv2d(up * len(widths), anchors * len(CLASSES), 1)
+        self.boxes = nn.Conv2d(up * len(widths), anchors * 7, 1)
+        self.directions = nn.Conv2d(up * len(widths), anchors * DIRECTIONS, 1)
+        nn.init.constant_(self.scores.bias, -float(np.log(99)))  # a probability of 1 %
+
+    def forward(self, features: Tensor, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return raw scores, boxes and directions, `(n, 18 | 42 | 12, rows/2, columns/2)`.
+
+        Args:
+            features: `(n, pillars, points, 10)`.
+            cells: `(n, rows·columns)`, the pillar in each cell.
+        """
+        batch = features.shape[0]
+        pillars = self.pillars(features.flatten(0, 1)).view(batch, self.grid.pillars, self.width)
+        pillars = torch.cat([pillars, pillars.new_zeros(batch, 1, self.width)], 1)  # what is in empty cells
+        starts = torch.arange(batch, device=cells.device) * (self.grid.pillars + 1)
+        canvas = pillars.flatten(0, 1).index_select(0, (cells + starts[:, None]).flatten())
+        x = canvas.view(batch, *self.grid.shape, self.width).permute(0, 3, 1, 2)
+        found = []
+        for each, up in zip(self.stages, self.ups, strict=True):
+            x = each(x)
+            found.append(up(x))
+        x = torch.cat(found, 1)
+        return self.scores(x), self.boxes(x), self.directions(x)
+
+
+def make_anchors(grid: Grid) -> NDArray[np.float64]:
+    """Return the anchors `(rows/2·columns/2, classes, yaws, 7)`: boxes in the lidar's coordinates."""
+    rows, columns = (n // 2 for n in grid.shape)
+    y, x = (grid.low[k] + (np.arange(n) + 0.5) * 2 * grid.pillar for k, n in ((1, rows), (0, columns)))
+    anchors = np.zeros((rows, columns, len(CLASSES), len(YAWS), 7))
+    anchors[..., 0], anchors[..., 1] = x[None, :, None, None], y[:, None, None, None]
+    anchors[..., 2] = (BOTTOMS + SIZES[:, 2] / 2)[:, None]
+    anchors[..., 3:6] = SIZES[:, None]
+    anchors[..., 6] = YAWS
+    return anchors.reshape(rows * columns, len(CLASSES), len(YAWS), 7)
+
+
+def upright_iou(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the overlaps from above of boxes `(n, 7)` and `(m, 7)`, each turned to the nearest axis: `(n, m)`."""
+    bounds = []
+    for boxes in (first, second):
+        lies_across = np.abs(np.sin(boxes[:, 6])) > np.abs(np.cos(boxes[:, 6]))
+        half = np.where(lies_across[:, None], boxes[:, [4, 3]], boxes[:, [3, 4]]) / 2
+        bounds.append((boxes[:, :2] - half, boxes[:, :2] + half))
+    (low, high), (other_low, other_high) = bounds
+    sides = np.minimum(high[:, None], other_high) - np.maximum(low[:, None], other_low)
+    shared = np.maximum(sides, 0).prod(-1)
+    areas = [boxes[:, 3] * boxes[:, 4] for boxes in (first, second)]
+    return shared / (areas[0][:, None] + areas[1] - shared)
+
+
+def encode(boxes: NDArray[np.float64], anchors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return boxes `(n, 7)` relative to anchors `(n, 7)`."""
+    diagonal = np.hypot(anchors[:, 3], anchors[:, 4])
+    scale = np.column_stack([diagonal, diagonal, anchors[:, 5]])
+    offsets, sizes = (boxes[:, :3] - anchors[:, :3]) / scale, np.log(boxes[:, 3:6] / anchors[:, 3:6])
+    return np.column_stack([offsets, sizes, boxes[:, 6] - anchors[:, 6]])
+
+
+def decode(relative: NDArray[np.float64], anchors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return boxes `(n, 7)` from what `encode` makes of them."""
+    diagonal = np.hypot(anchors[:, 3], anchors[:, 4])
+    scale = np.column_stack([diagonal, diagonal, anchors[:, 5]])
+    places, sizes = relative[:, :3] * scale + anchors[:, :3], np.exp(relative[:, 3:6]) * anchors[:, 3:6]
+    return np.column_stack([places, sizes, relative[:, 6] + anchors[:, 6]])
+
+
+def direction_of(yaws: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return in which half of the circle yaws lie, from 45 degrees on."""
+    return ((yaws - TURNED) % (2 * np.pi) // np.pi).astype(np.int64) % DIRECTIONS
+
+
+def make_targets(frame: Frame, anchors: NDArray[np.float64]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what each anchor should find: a class `(a,)`, a relative box `(a, 7)` and a direction `(a,)`.
+
+    The class is that of `CLASSES` plus one, 0 for nothing and -1 for what is not counted. An anchor is matched to the
+    object of its class that it overlaps enough; each object also has the anchors that overlap it most.
+    """
+    labels = np.zeros(anchors.shape[:3], dtype=np.int64)
+    boxes, directions = np.zeros(anchors.shape), np.zeros(anchors.shape[:3], dtype=np.int64)
+    for k in range(len(CLASSES)):
+        wanted, own = frame.boxes[frame.classes == k], anchors[:, k].reshape(-1, 7)
+        if not len(wanted):
+            continue
+        overlap = upright_iou(own, wanted)
+        best = overlap.max(1)
+        object_of = overlap.argmax(1)
+        most = overlap.max(0)
+        forced, its_object = np.nonzero((overlap == most) & (most > 0))
+        object_of[forced] = its_object
+        matched = best >= MATCHED[k]
+        matched[forced] = True
+        label = np.where(matched, k + 1, np.where(best >= UNMATCHED[k], IGNORED, 0))
+        labels[:, k] = label.reshape(-1, len(YAWS))
+        at = np.flatnonzero(matched)
+        relative, direction = np.zeros(own.shape), np.zeros(len(own), dtype=np.int64)
+        relative[at] = encode(wanted[object_of[at]], own[at])
+        direction[at] = direction_of(wanted[object_of[at], 6])
+        boxes[:, k], directions[:, k] = relative.reshape(-1, len(YAWS), 7), direction.reshape(-1, len(YAWS))
+    parts = labels.reshape(-1), boxes.reshape(-1, 7).astype(np.float32), directions.reshape(-1)
+    return torch.from_numpy(parts[0]), torch.from_numpy(parts[1]), torch.from_numpy(parts[2])
+
+
+def by_anchor(head: Tensor, numbers: int) -> Tensor:
+    """Turn a head's output `(n, anchors·numbers, h, w)` into `(n, h·w·anchors, numbers)`."""
+    return head.permute(0, 2, 3, 1).reshape(head.shape[0], -1, numbers)
+
+
+def detection_loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+    """Return the focal loss of the scores, the smooth L1 of the boxes and the cross-entropy of the directions."""
+    features, cells, labels, boxes, directions = batch
+    raw_scores, raw_boxes, raw_directions = model(features, cells)
+    scores, found = by_anchor(raw_scores, len(CLASSES)), by_anchor(raw_boxes, 7)
+    positive = labels > 0
+    share = 1 / positive.sum(1).clamp_min(1)  # of each frame's objects
+    truth = one_hot(labels.clamp_min(0), len(CLASSES) + 1)[..., 1:].to(scores.dtype)
+    chance = torch.sigmoid(scores)
+    wrong = torch.where(truth > 0, 1 - chance, chance)
+    weight = torch.where(truth > 0, FOCAL_ALPHA, 1 - FOCAL_ALPHA) * wrong**FOCAL_GAMMA
+    each = (weight * binary_cross_entropy_with_logits(scores, truth, reduction="none")).sum(2)
+    focal = ((each * (labels != IGNORED)).sum(1) * share).mean()
+    # The sine of the difference: a box turned by half of a circle is the same one.
+    yaw, wanted = found[..., 6:], boxes[..., 6:]
+    turned = torch.cat([found[..., :6], yaw.sin() * wanted.cos()], 2)
+    target = torch.cat([boxes[..., :6], yaw.cos() * wanted.sin()], 2)
+    off = smooth_l1_loss(turned, target, reduction="none", beta=SMOOTH_BELOW).sum(2)
+    apart = cross_entropy(by_anchor(raw_directions, DIRECTIONS).transpose(1, 2), directions, reduction="none")
+    regression = (BOX_WEIGHT * off + DIRECTION_WEIGHT * apart) * positive
+    return focal + (regression.sum(1) * share).mean()
+
+
+def decode_frame(
+    heads: tuple[Tensor, Tensor, Tensor], anchors: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
+    """Return boxes `(n, 7)`, classes `(n,)` and scores `(n,)` of one frame's heads, best first, without doubles."""
+    numbers = (len(CLASSES), 7, DIRECTIONS)
+    scores, boxes, directions = (by_anchor(h, n)[0].double().cpu() for h, n in zip(heads, numbers, strict=True))
+    best, classes = torch.sigmoid(scores).max(1)
+    taken = torch.nonzero(best >= LEAST_SCORE).flatten()
+    taken = taken[best[taken].argsort(descending=True)][:MOST_BOXES]
+    found = decode(boxes[taken].numpy(), anchors.reshape(-1, 7)[taken.numpy()])
+    half = directions[taken].argmax(1).numpy()
+    found[:, 6] = wrapped((found[:, 6] - TURNED) % np.pi + TURNED + np.pi * half)
+    kept = rotated_boxes.suppress(found[:, [0, 1, 3, 4, 6]], best[taken].numpy(), MOST_OVERLAP)
+    return found[kept], classes[taken].numpy()[kept], best[taken].numpy()[kept]
+
+
+def evaluate(model: nn.Module, folder: Path, names: list[str], grid: Grid) -> dict[str, float]:
+    """Return KITTI's average precisions in space at moderate difficulty, in percent, their mean first."""
+    anchors, true, found = make_anchors(grid), [], []
+    device = next(model.parameters(), torch.empty(0)).device
+    for name in names:
+        frame = read_frame(folder, name)
+        features, cells = (x[None].to(device) for x in make_pillars(frame.points, grid))
+        boxes, classes, scores = decode_frame(model(features, cells), anchors)
+        true.append(frame.objects)
+        found.append(to_objects(boxes, classes, scores, frame.calibration))
+    return kitti_metric.evaluate(true, found)
+
+
+class Batches:
+    """Shuffled batches `(features, cells, labels, boxes, directions)`, read anew each epoch.
+
+    Args:
+        folder: KITTI's training folder.
+        names: the frames.
+        grid: where pillars stand.
+        batch_size: frames in a batch.
+        varied: whether scenes are mirrored, turned by up to 45 degrees and scaled by up to 5 %, at random.
+    """
+
+    def __init__(self, folder: Path, names: list[str], grid: Grid, batch_size: int = 2, varied: bool = True) -> None:
+        self.folder, self.names, self.grid, self.batch_size, self.varied = folder, names, grid, batch_size, varied
+        self.anchors = make_anchors(grid)
+
+    def __len__(self) -> int:
+        return max(1, len(self.names) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        order = torch.randperm(len(self.names)).tolist()
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            frames = [read_frame(self.folder, self.names[i]) for i in order[start : start + self.batch_size]]
+            frames = [vary(frame) for frame in frames] if self.varied else frames
+            parts = [(*make_pillars(f.points, self.grid), *make_targets(f, self.anchors)) for f in frames]
+            yield tuple(torch.stack(part) for part in zip(*parts, strict=True))
+
+
+def vary(frame: Frame) -> Frame:
+    """Return a frame mirrored, turned and scaled at random, drawn from torch's global generator."""
+    mirror, turn, scale = torch.rand(3).tolist()
+    side, turn, scale = (-1 if mirror < 0.5 else 1), (turn - 0.5) * np.pi / 2, 0.95 + scale / 10
+    matrix = scale * np.array([[np.cos(turn), -side * np.sin(turn)], [np.sin(turn), side * np.cos(turn)]])
+    points, boxes = frame.points.copy(), frame.boxes.copy()
+    points[:, :2], points[:, 2] = points[:, :2] @ matrix.T, points[:, 2] * scale
+    boxes[:, :2], boxes[:, 2:6] = boxes[:, :2] @ matrix.T, boxes[:, 2:6] * scale
+    boxes[:, 6] = wrapped(side * boxes[:, 6] + turn)
+    return Frame(points, boxes, frame.classes, frame.objects, frame.calibration)
+
+
+def train_dense(model: nn.Module, batches: Batches, epochs: int) -> None:
+    """Train in place with AdamW and one cycle of the learning rate."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), LR, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=max(1, epochs * len(batches)))
+    for epoch in range(epochs):
+        total = 0.0
+        for batch in batches:
+            loss = detection_loss(model, tuple(part.to(device) for part in batch))
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            schedule.step()
+            total += loss.item()
+        print(f"dense: epoch {epoch + 1}/{epochs}, loss {total / len(batches):.3f}", file=sys.stderr, flush=True)
+    model.to("cpu")
+
+
+def make_workload(model: PointPillars, name: str) -> slrc.Workload:
+    """Return a network's workload, its dense weights trained or taken from the cache."""
+    folder, grid = find_kitti(), model.grid
+    (train, is_split), (val, _) = (frame_names(folder, split) for split in ("train", "val"))
+    batches = Batches(folder, train, grid, varied=is_split)
+    epochs = int(os.environ.get("SLRC_DENSE_EPOCHS", EPOCHS))
+    dense = cache_folder() / f"kitti{len(train)}-{name}-{epochs}epochs.safetensors"
+    model = slrc.cached_weights(model, dense, lambda m: train_dense(m, batches, epochs))
+    features, cells = make_pillars(read_frame(folder, val[0]).points, grid)
+    return slrc.Workload(
+        model=model,
+        example_inputs=(features[None], cells[None]),
+        train_batches=batches,
+        loss=detection_loss,
+        evaluate=lambda model: evaluate(model, folder, val, grid),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, LR / 10, weight_decay=WEIGHT_DECAY),
+        name=name,
+        warnings=[] if is_split else ["no kitti/ImageSets: the metric is that of the frames that it trains on"],
+    )
+
+
+def workload() -> slrc.Workload:
+    """Return the workload of the network as published."""
+    with torch.random.fork_rng():  # what compile draws must not depend on whether the cache was filled
+        torch.manual_seed(0)
+        return make_workload(PointPillars(Grid()), "pointpillars")

@@ -27,7 +27,7 @@ from torch import nn
 from torchvision import models
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from tasks.torchvision_detectors import RawHeads, region_heads
+from common.torchvision_detectors import RawHeads, region_heads
 
 import slrc
 from slrc.backends import get_backend, parse_target

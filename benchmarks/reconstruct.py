@@ -44,8 +44,8 @@ from slrc.sparsity.choices import Metric
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.plans import Plan
 
+sys.path.insert(0, str(Path(__file__).parent / "convergence"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-sys.path.insert(0, str(Path(__file__).parent / "convergence"))  # its `tasks` is not that of the examples
 import cifar10
 import tasks
 

@@ -103,7 +103,7 @@ FILES = (
         "detectors.json",
         "python benchmarks/detectors.py",
         (
-            *("benchmarks/detectors.py", "examples/tasks/torchvision_detectors.py"),
+            *("benchmarks/detectors.py", "examples/common/torchvision_detectors.py"),
             *("passes/analysis", "passes/structure", "passes/forms"),
         ),
         kernels=True,

@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import tusimple_metric
 from numpy.typing import NDArray
 from PIL import Image
-from tasks import tusimple_metric
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, log_softmax, nll_loss, smooth_l1_loss
 from torchvision import models

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import kitti_metric, rotated_boxes
+from common.kitti_frames import CLASSES, Frame, find_kitti, frame_names, read_frame, to_objects, wrapped
 from numpy.typing import NDArray
-from tasks import kitti_metric, rotated_boxes
-from tasks.kitti_frames import CLASSES, Frame, find_kitti, frame_names, read_frame, to_objects, wrapped
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot, smooth_l1_loss
 

@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from common.segmentation_folders import HINTS, IGNORED, Scenes, read_scenes
+from common.segmentation_metrics import confusion_matrix, mean_iou, pixel_accuracy
 from PIL import Image
-from tasks.segmentation_folders import HINTS, IGNORED, Scenes, read_scenes
-from tasks.segmentation_metrics import confusion_matrix, mean_iou, pixel_accuracy
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 from torchvision.models import segmentation

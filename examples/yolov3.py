@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tasks.average_precision import Found, average_precision
-from tasks.boxed_images import LetterboxedImages, TrainingImages, stack_labelled
-from tasks.boxes import corners, iou, nms
-from tasks.coco import CLASSES, Split, find_data, read_split
-from tasks.darknet import FULL, TINY, Darknet, Row, load_weights
+from common.average_precision import Found, average_precision
+from common.boxed_images import LetterboxedImages, TrainingImages, stack_labelled
+from common.boxes import corners, iou, nms
+from common.coco import CLASSES, Split, find_data, read_split
+from common.darknet import FULL, TINY, Darknet, Row, load_weights
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
 from torch.utils.data import DataLoader

@@ -1,7 +1,8 @@
-"""The segmentation example: networks, batches, readers, the metric, and what it says without data."""
+"""The segmentation example: networks, batches, readers, the metric, a short compile, and what it says without data."""
 
 import importlib
 import io
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,8 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
+from torchvision.models.segmentation import LRASPP
+from torchvision.models.segmentation.fcn import FCNHead
 
+import slrc
 from slrc.errors import WorkloadError
+from slrc.reconstruction.calibration import calibration_inputs
 from slrc.workload import load_workload
 
 FILE = Path(__file__).parents[2] / "examples" / "segmentation.py"
@@ -32,7 +38,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def folders(example: ModuleType) -> ModuleType:
-    return importlib.import_module("tasks.segmentation_folders")
+    return importlib.import_module("common.segmentation_folders")
 
 
 @pytest.fixture
@@ -94,7 +100,7 @@ def test_a_network_gives_each_pixel_logits(example: ModuleType, name: str, param
 
 
 def test_the_mean_iou_is_that_of_its_definition(example: ModuleType) -> None:
-    metrics = importlib.import_module("tasks.segmentation_metrics")
+    metrics = importlib.import_module("common.segmentation_metrics")
     generator = torch.Generator().manual_seed(0)
     predicted = torch.randint(4, (3, 9, 7), generator=generator)  # of five classes 4 is in neither
     labels = torch.randint(4, (3, 9, 7), generator=generator)
@@ -271,3 +277,46 @@ def test_the_dense_network_is_trained_once(
     assert second.name == "camvid-unet"
     assert second.example_inputs[0].shape == (1, 3, 32, 48)
     assert second.measure(second.model) == first.measure(first.model)
+
+
+class Backbone(nn.Module):
+    """Features of 8 channels at half the size, and of 16 at a quarter, by two names."""
+
+    def __init__(self, shallow: str, deep: str) -> None:
+        super().__init__()
+        self.shallow = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.deep = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.names = shallow, deep
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        shallow = self.shallow(x)
+        return dict(zip(self.names, (shallow, self.deep(shallow)), strict=True))
+
+
+SMALL: dict[str, Callable[[ModuleType], nn.Module]] = {
+    "unet": lambda example: example.UNet(11, 4),
+    "lraspp": lambda example: LRASPP(Backbone("low", "high"), 8, 16, 11, 16),
+    "deeplab": lambda example: example.DeepLab(Backbone("aux", "out"), FCNHead(16, 11), FCNHead(8, 11)),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_small_network_of_each_kind_compiles(
+    example: ModuleType, small: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slrc.measuring.timing.PATIENCE", 0.0)
+    torch.manual_seed(0)
+    batches, held_out = example.Batches(example.load_scenes("train")), example.load_scenes("val")
+    workload = example.as_workload(SMALL[name](example), batches, held_out, name)
+    options: dict[str, Any] = {"round_to": 1, "threads": 1, "epochs": 1}
+    report = slrc.compile(workload, tmp_path / "out", pattern="channel", sparsity=0.5, **options)
+    assert all(check.passed for check in report.checks)
+    assert any(check.step == "mIoU: masked module = ort" for check in report.checks)
+    assert report.macs.compiled < 0.7 * report.macs.dense
+
+
+def test_whole_images_calibrate_though_training_crops(example: ModuleType, small: Path) -> None:
+    batches, held_out = example.Batches(example.load_scenes("train")), example.load_scenes("val")
+    workload = example.as_workload(example.UNet(11, 4), batches, held_out, "unet")
+    program = slrc.capture(workload)
+    assert [tuple(x.shape) for (x,) in calibration_inputs(program, workload, 4, 0)] == [(4, 3, 32, 48)]

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from common.kitti_metric import LEAST_OVERLAP, Objects
 from slrc.errors import WorkloadError
-from tasks.kitti_metric import LEAST_OVERLAP, Objects
 
 Array = NDArray[np.float64]
 CLASSES = tuple(LEAST_OVERLAP)

@@ -16,7 +16,7 @@ UPRIGHT = np.full(40, 300.0)
 @pytest.fixture
 def metric(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "examples"))
-    return importlib.import_module("tasks.tusimple_metric")
+    return importlib.import_module("common.tusimple_metric")
 
 
 def shifted(lane: np.ndarray, by: float, points: int) -> np.ndarray:

@@ -13,7 +13,7 @@ import pytest
 @pytest.fixture
 def boxes(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "examples"))
-    return importlib.import_module("tasks.rotated_boxes")
+    return importlib.import_module("common.rotated_boxes")
 
 
 SQUARE = (0, 0, 2, 2, 0)

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))
-from tasks.average_precision import Labels
-from tasks.boxed_images import augment, letterbox, recolour, stack_labelled, to_tensor
+from common.average_precision import Labels
+from common.boxed_images import augment, letterbox, recolour, stack_labelled, to_tensor
 
 BOX = torch.tensor([[30.0, 20.0, 70.0, 50.0]])
 

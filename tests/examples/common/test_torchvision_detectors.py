@@ -20,7 +20,7 @@ from slrc.probes import make_probes
 from slrc.verify import Checker, outputs_of
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))
-from tasks.torchvision_detectors import RawHeads, region_heads, thaw
+from common.torchvision_detectors import RawHeads, region_heads, thaw
 
 
 def backbone(norm: Callable[..., nn.Module] = nn.BatchNorm2d) -> nn.Module:

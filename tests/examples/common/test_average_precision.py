@@ -10,8 +10,8 @@ import torch
 from faster_coco_eval import COCO, COCOeval_faster
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))
-from tasks.average_precision import Found, Labels, average_precision
-from tasks.boxes import corners
+from common.average_precision import Found, Labels, average_precision
+from common.boxes import corners
 
 
 def reference(found: list[Found], labels: list[Labels]) -> dict[str, float]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tasks.boxes import area, intersection, iou
+from common.boxes import area, intersection, iou
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 """Of intersection over union."""

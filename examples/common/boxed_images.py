@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from tasks.average_precision import Labels
-from tasks.coco import Split
+from common.average_precision import Labels
+from common.coco import Split
 
 GREY = (127, 127, 127)
 ZOOM = 0.5, 1.5

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from common.average_precision import Labels
+from common.boxes import corners
 from slrc.errors import WorkloadError
-from tasks.average_precision import Labels
-from tasks.boxes import corners
 
 FOLDER, PACK = "coco", "coco128.npz"
 CLASSES = 80

@@ -14,7 +14,7 @@ import pytest
 @pytest.fixture
 def metric(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "examples"))
-    return importlib.import_module("tasks.kitti_metric")
+    return importlib.import_module("common.kitti_metric")
 
 
 def line(name: str = "Car", at: float = 0.0, top: float = 100, height: float = 60, **fields: Any) -> str:
@@ -84,7 +84,7 @@ def test_overlaps_by_hand(metric: ModuleType) -> None:
 def test_a_turn_goes_the_way_of_the_cameras_axis(metric: ModuleType) -> None:
     """A yaw around y, which points down, turns x towards −z."""
     turned = metric.Objects.parse(line(yaw=0.5)).on_ground()
-    corner = importlib.import_module("tasks.rotated_boxes").corners(turned)[0, 0]
+    corner = importlib.import_module("common.rotated_boxes").corners(turned)[0, 0]
     expected = [2 * np.cos(0.5) + np.sin(0.5), 20 - 2 * np.sin(0.5) + np.cos(0.5)]
     np.testing.assert_allclose(corner, expected)
 

@@ -15,7 +15,7 @@ from PIL import Image
 from slrc.errors import WorkloadError
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))
-from tasks.coco import find_data, read_split
+from common.coco import find_data, read_split
 
 
 @pytest.fixture

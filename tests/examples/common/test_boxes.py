@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision import ops
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))
-from tasks.boxes import corners, intersection, iou, nms
+from common.boxes import corners, intersection, iou, nms
 
 
 def random_boxes(count: int, *shape: int) -> Tensor:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from slrc.errors import WorkloadError
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))
-from tasks.darknet import FULL, TINY, Darknet, Row, load_weights
+from common.darknet import FULL, TINY, Darknet, Row, load_weights
 
 WEIGHTS = Path(os.environ.get("SLRC_DATA", "missing")).expanduser() / "weights" / "coco_yolov3_tiny.safetensors"
 SMALL: list[Row] = [

@@ -29,6 +29,12 @@ def _one_thread() -> None:
     gc.set_threshold(20_000, 20, 100)  # an export makes hundreds of thousands of objects
 
 
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget afterwards that a test has run the command line with `--debug`, which lets torch log."""
+    monkeypatch.setenv("SLRC_DEBUG", "")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _imported_for_good() -> None:
     """Accelerate collects garbage before each phase: what was imported by then need not be searched every time."""

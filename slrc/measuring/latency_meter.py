@@ -109,8 +109,8 @@ class SegmentTimes(NamedTuple):
         What no group kept would take is for reading the inputs and writing the outputs. Their numbers of channels are
         taken to have fallen alike, so it goes by the root of the work.
         """
-        known = self.by_pattern[pattern]
-        packed = interpolate(density, [*known, 1.0], [*known.values(), self.dense_ms])
+        known = {**self.by_pattern[pattern], 1.0: self.dense_ms}
+        packed = interpolate(density, list(known), list(known.values()))
         (few, least), (more, most) = sorted(known.items())[:2]
         empty = min(max(least - few * (most - least) / (more - few), 0.0), packed)
         return min(empty * math.sqrt(work) + (packed - empty) * work, dense_ms)

@@ -137,3 +137,5 @@ def test_a_narrower_layer_still_reads_and_writes() -> None:
     assert segment.at(pattern, 0.5, 1.0, 9.0) == pytest.approx(5.0)
     assert segment.at(pattern, 0.5, 0.25, 9.0) == pytest.approx(0.5 + 1.0)
     assert segment.at(pattern, 0.5, 0.25, 1.2) == pytest.approx(1.2)  # dense is faster
+    once = SegmentTimes("layer", None, 9.0, {pattern: {0.5: 5.0}})  # other densities had no form of their own
+    assert once.at(pattern, 0.5, 0.25, 9.0) == pytest.approx(0.5 + 1.0)

@@ -115,13 +115,15 @@ class Compilation:
         if plan.shortfall:
             self.note(plan.shortfall)
         reconstructs = choose_method(self.config, self.workload) is MethodName.RECONSTRUCT
-        go = partial(
-            partial(reconstruct, program) if reconstructs else train,
+        run = partial(reconstruct, program) if reconstructs else train
+        trained = run(
+            self.workload,
+            plan,
+            self.config,
             checkpoints=self.workspace.checkpoints,
             resume=self.workspace.resumed,
             reporter=self.reporter,
         )
-        trained = go(self.workload, plan, self.config)
         for text in trained.notes:
             self.note(text)
         if self.workload.train_batches is None and not reconstructs:

@@ -157,11 +157,8 @@ def group_divergences(
     generator = torch.Generator().manual_seed(seed)
     units = choose_units(program, chosen, inputs, settings, generator, reporter)
     nothing = Plan(sparsity_asked=0.0, sparsity=0.0, constraints=())
-    masks = {
-        c.name: Masks.of(nothing.model_copy(update={"constraints": (c,)}), program.tensors, units).tensors
-        for c in chosen
-    }
-    changed = {name: _masked(program, own) for name, own in masks.items()}
+    masks = {c.name: Masks.of(nothing.model_copy(update={"constraints": (c,)}), program.tensors, units) for c in chosen}
+    changed = {name: own.apply(program.tensors) for name, own in masks.items()}
     readers = {id(program.tensors[s.tensor]): s.tensor for c in chosen for s in c.followers if s.dim == 1}
     layers = [node for key, node in first_uses(program).items() if key in readers and conv_groups(node) == 1]
     both = SideBySide(program, inputs, layers)
@@ -172,9 +169,8 @@ def group_divergences(
             if seen.moments is not None:
                 damped = _damped(seen, settings)
                 for name in [c.name for c in chosen if any(s.tensor == weight and s.dim == 1 for s in c.followers)]:
-                    mask = _columns(masks[name][weight])
-                    refitted = _refitted(seen, damped, mask, both)
-                    changed[name] |= {n: t * masks[name][n] if n in masks[name] else t for n, t in refitted.items()}
+                    refitted = _refitted(seen, damped, _columns(masks[name].tensors[weight]), both)
+                    changed[name] |= refitted | masks[name].apply(refitted)
             task.advance()
     outputs = _Outputs(program, inputs, logits)
     with reporter.task("channels alone", len(chosen)) as task:
@@ -183,10 +179,6 @@ def group_divergences(
             found[name] = outputs.divergence(tensors)
             task.advance(name)
     return found
-
-
-def _masked(program: Program, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: program.tensors[name].detach() * mask for name, mask in masks.items()}
 
 
 def _columns(mask: Tensor) -> Tensor:

@@ -146,6 +146,14 @@ def choose_method(config: CompileConfig, workload: Workload) -> MethodName:
     return MethodName.RECONSTRUCT if workload.calibration is not None else MethodName.MAGNITUDE
 
 
+def _check_finite(metric: float | None, of: str) -> None:
+    if metric is not None and not math.isfinite(metric):
+        raise WorkloadError(
+            f"`evaluate` returned {metric}{of}",
+            hint="its leading metric must be finite: look for a division by zero, or a loss that overflows",
+        )
+
+
 class _Trainer:
     """One run: its accelerator, method, curve and masks."""
 
@@ -252,11 +260,7 @@ class _Trainer:
             self._load_method(self.snapshot)
         else:
             self.curve.append(self._measure(str(self.method_name), 0, None, 0.0))
-            if (dense := self.curve[0].metric) is not None and not math.isfinite(dense):
-                raise WorkloadError(
-                    f"`evaluate` returned {dense} for the model as it was given",
-                    hint="its leading metric must be finite: look for a division by zero, or a loss that overflows",
-                )
+            _check_finite(self.curve[0].metric, " for the model as it was given")
             if total:
                 self.method.start(self.probe_loss)
         if total:
@@ -268,25 +272,18 @@ class _Trainer:
             self._run_phase(_Phase(str(self.method_name), total, hooks, self.method.rho_at))
 
     def _prune_without_training(self, prune: Pruner) -> None:
-        phase, dense = str(self.method_name), self._finite_metric()
+        phase, dense = str(self.method_name), self._metric(self.model)
+        _check_finite(dense, " for the model as it was given")
         self.curve.append(EpochRecord(phase=phase, epoch=0, loss=None, metric=dense, hard_pruned=None, seconds=0.0))
         started = time.perf_counter()
         self.masks = prune()
-        pruned, seconds = self._finite_metric(), time.perf_counter() - started
+        pruned, seconds = self._metric(self.model), time.perf_counter() - started
+        _check_finite(pruned, " for the pruned model")
         self.curve.append(
             EpochRecord(phase=phase, epoch=1, loss=None, metric=pruned, hard_pruned=pruned, seconds=seconds)
         )
         if self.config.retrain_epochs:
             self._take_statistics(adopt_statistics, self.model)
-
-    def _finite_metric(self) -> float | None:
-        metric = self._metric(self.model)
-        if metric is not None and not math.isfinite(metric):
-            raise WorkloadError(
-                f"`evaluate` returned {metric}",
-                hint="its leading metric must be finite: look for a division by zero, or a loss that overflows",
-            )
-        return metric
 
     def _budget(self) -> int:
         """Return the steps of sparse training."""

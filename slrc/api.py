@@ -14,7 +14,7 @@ from slrc import pipeline
 from slrc.backends import LoweredProgram, Target, get_backend, parse_target
 from slrc.compilation import Compilation, Emitted
 from slrc.config import CompileConfig, make_config
-from slrc.errors import BackendError, ConfigError
+from slrc.errors import BackendError, ConfigError, UnreachableError
 from slrc.ir.program import Program
 from slrc.ir.program import capture as capture_module
 from slrc.measuring.choose_forms import choose_forms
@@ -74,7 +74,7 @@ def train(workload: Workload, plan: Plan, *, checkpoints: str | Path | None = No
     `method="reconstruct"` the layers are refitted on `Workload.calibration`, and trained in `retrain_epochs` alone.
     """
     config, folder = make_config(options), Path(checkpoints) if checkpoints else None
-    if training.choose_method(config, workload) is MethodName.RECONSTRUCT:
+    if training.choose_method(config, workload, plan) is MethodName.RECONSTRUCT:
         return reconstruct(capture(workload), workload, plan, config, checkpoints=folder)
     return training.train(workload, plan, config, checkpoints=folder)
 
@@ -228,7 +228,8 @@ def plan_from(
 ) -> Plan:
     """Return the plan that a configuration asks for. See `plan`.
 
-    A budget is shared out by what pruning costs on the workload's data, where there is any, else by energy alone.
+    A budget is shared out by what pruning costs on the workload's data, where there is any, else by energy alone. Where
+    nothing is asked for and the usual budget is out of reach, half of what can be saved is.
     """
 
     def allocate(pattern: AnyPattern, allocation: Allocation, sparsity: float | None, **others: Any) -> Plan:
@@ -246,20 +247,36 @@ def plan_from(
             **others,
         )
 
-    budget, pattern = config.latency_share, config.pattern
+    budget, pattern, target = config.latency_share, config.chosen_pattern, parse_target(config.target[0])
+    if config.leaves_all_open and (why_not := get_backend(target).available(target).why_not_run):
+        made = allocate(Channel(), Allocation.UNIFORM, None)
+        return _but(made, f"half of the channels are pruned, for whatever speed that gives: {target}: {why_not}")
     if budget is None:
         assert not isinstance(pattern, str)
         return allocate(pattern, config.allocate, config.sparsity)
 
-    target = parse_target(config.target[0])
     meter = LatencyMeter(program, target, threads=config.threads, cache=cache, reporter=reporter)
     weigher = Weigher(program, workload, config.budget_metric, config.seed, reporter)
     coupled = Channel() if isinstance(pattern, str) else pattern
     widths = Widths(meter, program, partial(allocate, coupled, Allocation.UNIFORM), weigher.widths)
-    if not isinstance(pattern, str) and pattern.coupled:
-        return plan_widths(meter, widths, budget)
-    patterns = offered_patterns(target) if isinstance(pattern, str) else (pattern,)
-    start = allocate(patterns[0], Allocation.UNIFORM, 0.0, alternatives=patterns[1:])
-    if not isinstance(pattern, str):
-        return plan_options(meter, program, start, patterns, budget, weigher)
-    return plan_mixed(meter, program, start, patterns, widths, budget, weigher)
+
+    def met(share: float) -> Plan:
+        if not isinstance(pattern, str) and pattern.coupled:
+            return plan_widths(meter, widths, share)
+        patterns = offered_patterns(target) if isinstance(pattern, str) else (pattern,)
+        start = allocate(patterns[0], Allocation.UNIFORM, 0.0, alternatives=patterns[1:])
+        if not isinstance(pattern, str):
+            return plan_options(meter, program, start, patterns, share, weigher)
+        return plan_mixed(meter, program, start, patterns, widths, share, weigher)
+
+    try:
+        return met(budget)
+    except UnreachableError as error:
+        if not config.leaves_all_open:
+            raise
+        nearer = (1 + error.least) / 2
+        return _but(met(nearer), f"{budget:.0%} of the dense latency is out of reach: {nearer:.0%} was gone for")
+
+
+def _but(plan: Plan, note: str) -> Plan:
+    return plan.model_copy(update={"shortfall": "; ".join(filter(None, [note, plan.shortfall]))})

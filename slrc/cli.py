@@ -117,8 +117,13 @@ def inspect(
     plan_out: Annotated[Path | None, typer.Option(help="write the plan here, to edit and give to --plan")] = None,
     debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False,
 ) -> None:
-    """Show what is prunable and what is pinned, and why: layers, groups, parameters, multiply-accumulates."""
+    """Show what is prunable and what is pinned, and why: layers, groups, parameters, multiply-accumulates.
+
+    Nothing is timed unless --speedup or --latency-budget asks for it: without them --pattern channel is shown.
+    """
     config = make_config(given)
+    if config.leaves_all_open:
+        config = make_config({"pattern": "channel", **given})
     from slrc import api
     from slrc.passes.analysis.label_indices import label_indices
     from slrc.reporting.tables import inspect_tables

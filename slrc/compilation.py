@@ -114,7 +114,7 @@ class Compilation:
             self.note("the model fixes its batch size: the compiled one takes the example's batch only")
         if plan.shortfall:
             self.note(plan.shortfall)
-        reconstructs = choose_method(self.config, self.workload) is MethodName.RECONSTRUCT
+        reconstructs = choose_method(self.config, self.workload, plan) is MethodName.RECONSTRUCT
         run = partial(reconstruct, program) if reconstructs else train
         trained = run(
             self.workload,

@@ -14,7 +14,10 @@ from pydantic.fields import FieldInfo
 from slrc.errors import ConfigError, SlrcError
 from slrc.methods.settings import MethodName, MethodSettings
 from slrc.sparsity.choices import Allocation, Attention, LayerNorm, Metric
-from slrc.sparsity.patterns import AnyPattern, Block, Channel, PatternOrAuto
+from slrc.sparsity.patterns import AUTO, AnyPattern, Block, Channel, PatternOrAuto
+
+USUAL_SHARE = 0.5
+"""Of the dense latency, where nobody says what to prune or how much."""
 
 
 class Precision(StrEnum):
@@ -58,13 +61,18 @@ class CompileConfig(MethodSettings):
     A field with a text is an option of the command line, named with hyphens; the others are for the file and the API.
     """
 
-    pattern: PatternOrAuto = _option(
-        Channel,
-        "what may survive: auto, unstructured, block:RxC, columns:R, channel or N:M (default: channel)",
+    pattern: PatternOrAuto | None = _option(
+        None,
+        "what may survive: auto, unstructured, block:RxC, columns:R, channel or N:M (default: auto; with --sparsity "
+        "channel)",
         plans=True,
     )
     sparsity: float | None = _option(
-        None, "share of the constrained weights to prune, in [0, 1) (default: 0.5)", plans=True, ge=0, lt=1
+        None,
+        "share of the constrained weights to prune, in [0, 1) (default with --pattern: 0.5)",
+        plans=True,
+        ge=0,
+        lt=1,
     )
     allocate: Allocation = _option(
         Allocation.UNIFORM,
@@ -72,7 +80,10 @@ class CompileConfig(MethodSettings):
         plans=True,
     )
     speedup: float | None = _option(
-        None, "how many times as fast as dense to become on the first target, such as 2", plans=True, gt=1
+        None,
+        "how many times as fast as dense to become on the first target (default without --pattern and --sparsity: 2)",
+        plans=True,
+        gt=1,
     )
     latency_budget: float | None = _option(
         None,
@@ -84,10 +95,13 @@ class CompileConfig(MethodSettings):
     method: MethodName | None = _option(
         None,
         "gradual, slr, slr-tightening, admm, ac-dc, group-lasso, magnitude, or reconstruct, which needs no labels "
-        "(default: gradual; without labels reconstruct, without data magnitude)",
+        "(default: gradual; with --speedup or without labels reconstruct, without data magnitude)",
     )
     epochs: int | None = _option(
-        None, "epochs of sparse training (default: 10, or as many as 2000 steps take where that is more)", ge=0
+        None,
+        "epochs of sparse training (default: 10, or as many as 2000 steps take where that is more; 0 for a "
+        "--method reconstruct that is asked for)",
+        ge=0,
     )
     steps: int | None = _option(None, "steps of sparse training, in place of epochs", ge=1)
     distill: bool = _option(
@@ -155,7 +169,7 @@ class CompileConfig(MethodSettings):
                 hint="leave one out",
             )
         if self.latency_share is None:
-            if isinstance(self.pattern, str):
+            if self.pattern == AUTO:
                 raise ConfigError(
                     "`--pattern auto` chooses patterns by what they take, and needs to know what to reach",
                     hint="add `--speedup 2`, or name a pattern",
@@ -177,7 +191,7 @@ class CompileConfig(MethodSettings):
                 f"`--permute` and `{option}` exclude each other: orders belong to one pattern",
                 hint="leave one out",
             )
-        if not isinstance(self.pattern, str) and self.pattern.fixed_sparsity is not None:
+        if isinstance(self.pattern, AnyPattern) and self.pattern.fixed_sparsity is not None:
             raise ConfigError(
                 f"`{option}` chooses how much is pruned, and `--pattern {self.pattern}` prescribes it",
                 hint="use `--pattern auto`, `block:8x1`, `columns:2` or `channel`",
@@ -186,8 +200,23 @@ class CompileConfig(MethodSettings):
 
     @property
     def latency_share(self) -> float | None:
-        """The share of the dense latency to meet; `None` where a sparsity decides."""
-        return 1.0 / self.speedup if self.speedup is not None else self.latency_budget
+        """The share of the dense latency to meet; `None` where a sparsity or a plan decides."""
+        if self.speedup is not None:
+            return 1.0 / self.speedup
+        return USUAL_SHARE if self.leaves_all_open else self.latency_budget
+
+    @property
+    def leaves_all_open(self) -> bool:
+        """Whether nothing says what to prune or how much."""
+        said = (self.pattern, self.sparsity, self.speedup, self.latency_budget, self.plan)
+        return all(x is None for x in said) and self.allocate is Allocation.UNIFORM and not self.permute
+
+    @property
+    def chosen_pattern(self) -> AnyPattern | str:
+        """The pattern that is asked for, or what is usual."""
+        if self.pattern is not None:
+            return self.pattern
+        return Channel() if self.latency_share is None else AUTO
 
     @model_validator(mode="after")
     def _plan_decides(self) -> CompileConfig:
@@ -207,27 +236,19 @@ class CompileConfig(MethodSettings):
             )
         return self
 
-    @model_validator(mode="after")
-    def _reconstruct_does_not_train(self) -> CompileConfig:
-        asked = {"epochs": self.epochs, "steps": self.steps}
-        if self.method is MethodName.RECONSTRUCT and (given := [name for name, value in asked.items() if value]):
-            raise ConfigError(
-                f"`--method reconstruct` does not train, got `--{given[0]} {asked[given[0]]}`",
-                hint=f"leave `--{given[0]}` out, choose a method that trains, or train under the masks: "
-                "`--retrain-epochs 10`",
-            )
-        return self
-
     @property
     def trains(self) -> bool:
-        """Whether there is sparse training, given data."""
+        """Whether there is sparse training, given data; `reconstruct` has some only where it is asked for."""
+        if self.method is MethodName.RECONSTRUCT:
+            return bool(self.epochs or self.steps)
         return self.epochs != 0
 
     @model_validator(mode="after")
     def _permute_goes_with_blocks(self) -> CompileConfig:
-        if self.permute and not (isinstance(self.pattern, Block) and self.pattern.cols == 1):
+        pattern = self.chosen_pattern
+        if self.permute and not (isinstance(pattern, Block) and pattern.cols == 1):
             raise ConfigError(
-                f"`--permute` reorders channels for blocks of one column, got `--pattern {self.pattern}`",
+                f"`--permute` reorders channels for blocks of one column, got `--pattern {pattern}`",
                 hint="use `--pattern block:8x1`, or leave `--permute` out",
             )
         return self

@@ -42,6 +42,14 @@ class PlanError(SlrcError):
     """A plan does not fit the program that it is applied to."""
 
 
+class UnreachableError(PlanError):
+    """A latency cannot be met; `least` is the share of the dense one that can."""
+
+    def __init__(self, message: str, hint: str, least: float) -> None:
+        super().__init__(message, hint)
+        self.least = least
+
+
 class TrainingError(SlrcError):
     """Training cannot go on: the loss is not finite, or a checkpoint cannot be used."""
 

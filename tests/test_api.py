@@ -19,10 +19,21 @@ from slrc.backends.ort import OnnxRuntime
 from slrc.backends.ort.run import OnnxRuntimeRunner
 from slrc.backends.runner_module import RunnerModule
 from slrc.backends.tensorrt import TensorRT
-from slrc.errors import BackendError, ConfigError, OutputError, PlanError, SlrcError, VerificationError, WorkloadError
+from slrc.config import make_config
+from slrc.errors import (
+    BackendError,
+    ConfigError,
+    OutputError,
+    PlanError,
+    SlrcError,
+    UnreachableError,
+    VerificationError,
+    WorkloadError,
+)
 from slrc.forms.form import FormChoice
 from slrc.ir.program import Program
 from slrc.measuring.choose_forms import choose_forms
+from slrc.measuring.clock import Clock, Timing
 from slrc.passes.base import PassResult
 from slrc.passes.structure.fold_batch_norm import FoldBatchNorm
 from slrc.reporting.report import Report
@@ -310,6 +321,53 @@ def test_plan_checks_its_options(tiny_workload: MakeWorkload, options: dict[str,
         slrc.plan(slrc.capture(tiny_workload()), **options)
 
 
+def _times(monkeypatch: pytest.MonkeyPatch, least: float) -> None:
+    """A runtime whose time is the number of weights that it holds, and something for each run."""
+
+    def made_up(clock: Any, jobs: Any, budget: Any) -> tuple[Timing, ...]:
+        sizes = [sum(t.numel() for t in job.make().tensors.values() if t.is_floating_point()) for job in jobs]
+        return tuple(Timing(least + size) for size in sizes)
+
+    monkeypatch.setattr(Clock, "times", made_up)
+
+
+def test_where_nothing_is_asked_for_the_network_becomes_twice_as_fast(
+    tiny_workload: MakeWorkload, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _times(monkeypatch, 0.0)
+    plan = api.plan_from(slrc.capture(tiny_workload()), make_config({"threads": 1}), cache=tmp_path)
+    assert plan.latency is not None
+    assert plan.latency.budget == 0.5
+    assert "out of reach" not in plan.shortfall
+    assert plan.latency.predicted == pytest.approx(0.5, rel=0.1)
+    assert {str(c.pattern) for c in plan} - {"channel"}
+
+
+def test_half_of_what_can_be_saved_is_where_twice_as_fast_is_out_of_reach(
+    tiny_workload: MakeWorkload, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _times(monkeypatch, 5000.0)
+    program = slrc.capture(tiny_workload())
+    with pytest.raises(UnreachableError) as error:
+        api.plan_from(program, make_config({"threads": 1, "speedup": 2}), cache=tmp_path)
+    assert 0.5 < error.value.least < 1
+    plan = api.plan_from(program, make_config({"threads": 1}), cache=tmp_path)
+    assert plan.latency is not None
+    assert plan.latency.budget == pytest.approx((1 + error.value.least) / 2)
+    assert "50% of the dense latency is out of reach" in plan.shortfall
+
+
+def test_channels_are_pruned_by_half_where_the_target_cannot_be_timed(
+    tiny_workload: MakeWorkload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TensorRT, "available", lambda self, target=None: Availability("", "no GPU"))
+    program = slrc.capture(tiny_workload())
+    plan = api.plan_from(program, make_config({"target": "tensorrt"}))
+    assert {str(c.pattern) for c in plan} == {"channel"}
+    assert plan.sparsity_asked == 0.5
+    assert "tensorrt: no GPU" in plan.shortfall
+
+
 def test_a_target_that_cannot_be_built_here_is_named_before_training(
     tiny_workload: MakeWorkload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,10 +386,10 @@ def test_a_model_changed_since_cannot_be_resumed(tiny_workload: MakeWorkload, tm
 
     steps: list[bool] = []
     with pytest.raises(SlrcError, match="epoch 2"):
-        slrc.compile(tiny_workload(loss=loss), tmp_path / "out", epochs=2)
+        slrc.compile(tiny_workload(loss=loss), tmp_path / "out", epochs=2, pattern="channel")
     other = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 3))
     with pytest.raises(OutputError, match="the model is not the one that the run started with"):
-        slrc.compile(tiny_workload(model=other), tmp_path / "out", epochs=2, resume=True)
+        slrc.compile(tiny_workload(model=other), tmp_path / "out", epochs=2, resume=True, pattern="channel")
 
 
 def test_a_full_disk_at_the_end(tiny_workload: MakeWorkload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,10 +398,10 @@ def test_a_full_disk_at_the_end(tiny_workload: MakeWorkload, tmp_path: Path, mon
 
     monkeypatch.setattr(slrc.Masks, "save", full)
     with pytest.raises(OutputError, match=r"cannot write to .*No space left"):
-        slrc.compile(tiny_workload(), tmp_path / "out", epochs=1)
+        slrc.compile(tiny_workload(), tmp_path / "out", epochs=1, pattern="channel")
     assert [p.name for p in tmp_path.iterdir()] == ["out.work"]
     monkeypatch.undo()
-    slrc.compile(tiny_workload(), tmp_path / "out", epochs=1, resume=True)
+    slrc.compile(tiny_workload(), tmp_path / "out", epochs=1, resume=True, pattern="channel")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -395,7 +453,9 @@ def test_outputs_that_are_no_tensors_and_inputs_by_name(
     def loss(model: nn.Module, batch: Any) -> Tensor:
         return nn.functional.cross_entropy(model(batch[0])[0], batch[1])
 
-    report = slrc.compile(tiny_workload(model=Loose(), evaluate=evaluate, loss=loss), tmp_path / "out", epochs=1)
+    report = slrc.compile(
+        tiny_workload(model=Loose(), evaluate=evaluate, loss=loss), tmp_path / "out", epochs=1, pattern="channel"
+    )
     assert report.accuracy is not None
     assert report.accuracy.hard_pruned == report.accuracy.final
 
@@ -412,14 +472,18 @@ def test_what_a_target_cannot_take_is_said_before_training(tiny_workload: MakeWo
         raise AssertionError("trained first")
 
     with pytest.raises(BackendError, match="cannot be exported to ONNX"):
-        slrc.compile(tiny_workload(model=Sorts(), loss=loss, evaluate=None), tmp_path / "out", epochs=1)
+        slrc.compile(
+            tiny_workload(model=Sorts(), loss=loss, evaluate=None), tmp_path / "out", epochs=1, pattern="channel"
+        )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_metric_may_be_infinite_for_a_while(tiny_workload: MakeWorkload, tmp_path: Path) -> None:
     values = iter([1.0, float("inf")])
     workload = tiny_workload(evaluate=lambda model: {"perplexity": next(values, 3.0)})
-    report = slrc.compile(workload, str(tmp_path / "out"), method="magnitude", epochs=0, retrain_epochs=1)
+    report = slrc.compile(
+        workload, str(tmp_path / "out"), method="magnitude", epochs=0, retrain_epochs=1, pattern="channel"
+    )
     assert report.accuracy is not None
     assert report.accuracy.hard_pruned == float("inf")
     assert Report.load(str(tmp_path / "out")) == report
@@ -436,7 +500,7 @@ def test_a_cache_that_cannot_be_written(
 
 
 def test_without_data_and_evaluate(tiny_workload: MakeWorkload, tmp_path: Path) -> None:
-    report = slrc.compile(tiny_workload(train_batches=None, evaluate=None), tmp_path / "out")
+    report = slrc.compile(tiny_workload(train_batches=None, evaluate=None), tmp_path / "out", pattern="channel")
     assert (report.accuracy, report.method, report.history) == (None, "magnitude", ())
     assert any("no training data" in note for note in report.notes)
     assert any("no `evaluate`" in note for note in report.notes)

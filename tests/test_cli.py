@@ -66,7 +66,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compiled(run: Run, model: Path, output: Path) -> Path:
     """The output folder of one compile, made once; read-only."""
     if not output.exists():
-        result = run("compile", model, "--epochs", 1, "--threads", 1, "--out", output)
+        result = run("compile", model, "--pattern", "channel", "--epochs", 1, "--threads", 1, "--out", output)
         assert result.code == 0, result.err
     return output
 
@@ -122,7 +122,7 @@ def test_a_compile_for_a_latency_shows_what_was_predicted(
         return tuple(Timing(float(sum(t.numel() for t in job.make().tensors.values()))) for job in jobs)
 
     monkeypatch.setattr(Clock, "times", made_up)  # nothing is timed: any machine gives this plan
-    wanted = ["--speedup", 1.25, "--threads", 1, "--round-to", 1, "--prune-ends"]
+    wanted = ["--pattern", "channel", "--speedup", 1.25, "--threads", 1, "--round-to", 1, "--prune-ends"]
     result = run("compile", model, *wanted, "--epochs", 1)
     assert result.code == 0, result.err
     assert "  predicted" in result.out

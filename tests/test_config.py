@@ -27,7 +27,7 @@ def toml(tmp_path: Path) -> Any:
 def test_defaults() -> None:
     config = make_config({})
     assert config == CompileConfig()
-    assert config.pattern == Channel()
+    assert config.pattern is None
     assert (config.sparsity, config.method, config.target, config.keep_ends) == (None, None, ("ort",), True)
     assert not config.permute
 

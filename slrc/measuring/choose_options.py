@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from slrc.backends import Target, get_backend
-from slrc.errors import PlanError
+from slrc.errors import PlanError, UnreachableError
 from slrc.ir.program import Program
 from slrc.measuring.choose_widths import Widths
 from slrc.measuring.latency_meter import LatencyMeter, Menus, make_menus, meet_budget
@@ -47,7 +47,7 @@ def plan_options(
         weigher: tells what options count.
 
     Raises:
-        PlanError: the budget cannot be met; the message says what can be reached, layer by layer.
+        UnreachableError: the budget cannot be met; the message says what can be, layer by layer.
     """
     found = make_menus(meter.options(start, patterns), start, program)
     found = weighed(found, weigher.options(start, found.menus))
@@ -82,13 +82,13 @@ def plan_mixed(
         weigher: tells what options count.
 
     Raises:
-        PlanError: the budget cannot be met; the message says what can be reached, layer by layer.
+        UnreachableError: the budget cannot be met; the message says what can be, layer by layer.
     """
     times = meter.options(start, patterns)
     wide = make_menus(times, start, program)
     table, weights = meter.whole(wide.dense_ms), weigher.options(start, wide.menus)
     tried: list[tuple[float, Plan, Menus]] = []
-    reasons: list[tuple[float, PlanError]] = []
+    reasons: list[PlanError] = []
     for share in (1.0, *(budget + (1 - budget) * part for part in WIDTH_SHARES)):
         lost, mixed, found = 0.0, start, wide
         try:
@@ -99,11 +99,11 @@ def plan_mixed(
             found = weighed(found, weights)
             lost += allocate_options(program, mixed, found, table, budget).loss(program.tensors)
         except PlanError as error:
-            reasons.append((found.least_ms, error))
+            reasons.append(error)
             continue
         tried.append((lost, mixed, found))
     if not tried:
-        raise min(reasons, key=lambda one: one[0])[1]
+        raise min(reasons, key=lambda one: one.least if isinstance(one, UnreachableError) else 1.0)
     _, mixed, found = min(tried, key=lambda one: one[0])
 
     def allocated(table: LatencyTable) -> Plan:
@@ -129,11 +129,12 @@ def allocate_options(program: Program, plan: Plan, found: Menus, table: LatencyT
         budget: the share.
 
     Raises:
-        PlanError: the budget cannot be met; the message says what can be reached, layer by layer.
+        UnreachableError: the budget cannot be met; the message says what can be, layer by layer.
     """
     limit = Budget(ms=table.budget_ms(budget) - found.rest_ms, menus=found.menus)
     if limit.ms < limit.least_ms:
-        raise PlanError(_unreachable(found, table, budget), hint=_hint(table.share(found.least_ms)))
+        least = table.share(found.least_ms)
+        raise UnreachableError(_unreachable(found, table, budget), _hint(least), least)
     made = plan.model_copy(update={"budget": limit}).reallocated(program.tensors)
     total = found.rest_ms + sum(option.ms for option in made.options().values())
     forecast = LatencyForecast(

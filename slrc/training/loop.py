@@ -126,13 +126,13 @@ def train(
         _unwrap(workload.model)
 
 
-def choose_method(config: CompileConfig, workload: Workload) -> MethodName:
-    """Return the method asked for; without a wish gradual, with inputs alone reconstruct, without data magnitude.
+def choose_method(config: CompileConfig, workload: Workload, plan: Plan) -> MethodName:
+    """Return the method asked for; without a wish what suits the data and the plan: see the option's text.
 
     Raises:
-        WorkloadError: the method asked for needs data and there is none.
+        WorkloadError: what was asked for needs training data and there is none.
     """
-    needs_data = config.method not in (None, MethodName.MAGNITUDE, MethodName.RECONSTRUCT) and config.trains
+    needs_data = config.method not in (None, MethodName.MAGNITUDE) and config.trains
     if workload.train_batches is None and (needs_data or config.retrain_epochs > 0):
         what = f"method `{config.method}`" if needs_data else "retraining"
         raise WorkloadError(
@@ -141,9 +141,11 @@ def choose_method(config: CompileConfig, workload: Workload) -> MethodName:
         )
     if config.method is not None:
         return config.method
-    if workload.train_batches is not None:
-        return MethodName.GRADUAL if config.trains else MethodName.MAGNITUDE
-    return MethodName.RECONSTRUCT if workload.calibration is not None else MethodName.MAGNITUDE
+    if workload.train_batches is None:
+        return MethodName.RECONSTRUCT if workload.calibration is not None else MethodName.MAGNITUDE
+    if not config.trains:
+        return MethodName.MAGNITUDE
+    return MethodName.GRADUAL if plan.latency is None else MethodName.RECONSTRUCT
 
 
 def _check_finite(metric: float | None, of: str) -> None:
@@ -170,7 +172,7 @@ class _Trainer:
     ) -> None:
         self.make, self.prune = make, prune
         self.workload, self.plan, self.config, self.reporter = workload, plan, config, reporter
-        self.method_name = choose_method(config, workload)
+        self.method_name = choose_method(config, workload, plan)
         AcceleratorState._reset_state()  # else the first run's precision holds for the whole process
         self.accelerator = Accelerator(
             cpu=ON_CPU,
@@ -213,11 +215,11 @@ class _Trainer:
             self.plan, self.masks = self.method.plan, self.method.masks()
         parameters = _parameters(self.model)
         self.masks.check(self.plan, parameters)
-        if self.config.retrain_epochs:
+        if self._masked_steps:
             self.masks.apply_(parameters)
             self._run_phase(self._retrain_phase())
         self.masks.apply_(parameters)
-        if not self.config.retrain_epochs and self.prune is None:
+        if not self._masked_steps and self.prune is None:
             _unwrap(self.model)  # as the copies that were measured
             self._recalibrate(self.model)
         return Trained(
@@ -235,8 +237,7 @@ class _Trainer:
 
     @property
     def _has_steps(self) -> bool:
-        trains = self.config.trains and self.prune is None
-        return self.workload.train_batches is not None and (trains or self.config.retrain_epochs > 0)
+        return self._sparse_steps > 0 or self._masked_steps > 0
 
     def _method_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.method.state().tensors.values())
@@ -250,7 +251,7 @@ class _Trainer:
             )
 
     def _run_sparse_phase(self) -> None:
-        total = self._budget() if self.workload.train_batches is not None and self.config.trains else 0
+        total = self._sparse_steps
         self.method = self.make(
             self.method_name, _parameters(self.model), self.plan, self._updates_in(total), self.config
         )
@@ -282,11 +283,24 @@ class _Trainer:
         self.curve.append(
             EpochRecord(phase=phase, epoch=1, loss=None, metric=pruned, hard_pruned=pruned, seconds=seconds)
         )
-        if self.config.retrain_epochs:
+        if self._masked_steps:
             self._take_statistics(adopt_statistics, self.model)
 
-    def _budget(self) -> int:
-        """Return the steps of sparse training."""
+    @property
+    def _sparse_steps(self) -> int:
+        """The steps in which a method prunes."""
+        return self._asked_steps if self.prune is None else 0
+
+    @property
+    def _masked_steps(self) -> int:
+        """The steps under masks that stay: all of a network that is pruned without a method, and retraining."""
+        retraining = self.config.retrain_epochs * self.steps if self.config.retrain_epochs else 0
+        return retraining + (0 if self.prune is None else self._asked_steps)
+
+    @property
+    def _asked_steps(self) -> int:
+        if self.workload.train_batches is None or not self.config.trains:
+            return 0
         if self.config.steps is not None:
             return self.config.steps
         if self.config.epochs is not None:
@@ -318,7 +332,7 @@ class _Trainer:
                 for parameter, mask in masks:
                     parameter.mul_(mask)
 
-        return _Phase(RETRAIN, self.config.retrain_epochs * self.steps, Hooks(_nothing, keep_pruned, _nothing))
+        return _Phase(RETRAIN, self._masked_steps, Hooks(_nothing, keep_pruned, _nothing))
 
     @cached_property
     def steps(self) -> int:

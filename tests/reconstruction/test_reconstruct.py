@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader
 
 import slrc
 from slrc.config import make_config
-from slrc.errors import ConfigError, WorkloadError
+from slrc.errors import WorkloadError
 from slrc.reconstruction import observe
 from slrc.reconstruction.reconstruct import reconstruct
 from slrc.reconstruction.statistics import Statistics
 from slrc.sparsity.masks import Masks
-from slrc.sparsity.plans import Plan
+from slrc.sparsity.plans import LatencyForecast, Plan
 from slrc.training.loop import Trained
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -244,11 +244,11 @@ def test_values_that_overflow_are_told() -> None:
         run(workload, plan)
 
 
-def test_it_does_not_train(residual_workload: slrc.Workload) -> None:
-    for option in ({"epochs": 2}, {"steps": 10}):
-        with pytest.raises(ConfigError, match="`--method reconstruct` does not train"):
-            make_config({"method": "reconstruct", **option})
-    assert make_config({"method": "reconstruct", "epochs": 0}).reconstruct.images == 512
+def test_training_that_is_asked_for_needs_labels(residual_workload: slrc.Workload) -> None:
+    plan = slrc.plan(slrc.capture(residual_workload), "block:8x1", 0.5)
+    for option in ({"epochs": 2}, {"steps": 10}, {"retrain_epochs": 1}):
+        with pytest.raises(WorkloadError, match="needs training data, and the workload has none"):
+            slrc.train(residual_workload, plan, method="reconstruct", **option)
 
 
 def test_it_is_the_method_where_there_are_inputs_without_labels(residual_workload: slrc.Workload) -> None:
@@ -279,12 +279,12 @@ def test_it_may_be_followed_by_training_under_its_masks(
             model=model, example_inputs=(x[:1],), train_batches=batches, loss=loss, calibration=x.split(40)
         )
 
-    def go(workload: slrc.Workload, retrain_epochs: int = 2, **others: Any) -> Trained:
+    def go(workload: slrc.Workload, epochs: int | None = 2, **others: Any) -> Trained:
         program = slrc.capture(workload)
-        config = make_config({"method": "reconstruct", "retrain_epochs": retrain_epochs, "recalibration_batches": 2})
+        config = make_config({"method": "reconstruct", "epochs": epochs, "recalibration_batches": 2})
         return reconstruct(program, workload, slrc.plan(program, "block:8x1", 0.5), config, **others)
 
-    refitted, whole = go(start(), 0), go(start())
+    refitted, whole = go(start(), None), go(start())
     assert [r.phase for r in whole.curve] == ["reconstruct", "reconstruct", "retrain", "retrain"]
     assert all(torch.equal(m, refitted.masks.tensors[n]) for n, m in whole.masks.tensors.items())
     assert any(not torch.equal(t, refitted.tensors[n]) for n, t in whole.tensors.items())
@@ -295,6 +295,38 @@ def test_it_may_be_followed_by_training_under_its_masks(
     resumed = go(start(), checkpoints=tmp_path, resume=True)
     assert len(calls) < 8
     assert all(torch.equal(t, resumed.tensors[n]) for n, t in whole.tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "method", "trained"),
+    [
+        ({}, "gradual", 2),
+        ({"speedup": True}, "reconstruct", 2),
+        ({"speedup": True, "method": "reconstruct"}, "reconstruct", 0),
+        ({"speedup": True, "method": "reconstruct", "retrain_epochs": 1}, "reconstruct", 1),
+        ({"speedup": True, "method": "gradual"}, "gradual", 2),
+        ({"speedup": True, "epochs": 0}, "magnitude", 0),
+    ],
+)
+def test_a_latency_that_is_asked_for_is_trained_to_from_a_refitted_network(
+    residual_net: MakeNet, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], method: str, trained: int
+) -> None:
+    """Epochs where nobody says how many are the usual ones; a method that is asked for by name does only that."""
+    monkeypatch.setattr("slrc.training.loop.USUAL_EPOCHS", 2)
+    monkeypatch.setattr("slrc.training.loop.USUAL_STEPS", 2)
+    x, y = torch.randn(16, 4, 8, 8), torch.arange(16) % 3
+    workload = slrc.Workload(model=residual_net(), example_inputs=(x[:1],), train_batches=[(x, y)], loss=_loss)
+    plan = slrc.plan(slrc.capture(workload), "block:8x1", 0.5)
+    if options.pop("speedup", None):
+        forecast = LatencyForecast(target="ort", threads=1, budget=0.5, predicted=0.5, segments_ms=1.0)
+        plan = plan.model_copy(update={"latency": forecast})
+    found = slrc.train(workload, plan, **options)
+    assert found.method == method
+    assert sum(r.loss is not None for r in found.curve) == trained
+
+
+def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]).flatten(1), batch[1])
 
 
 @pytest.fixture(scope="module")

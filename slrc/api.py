@@ -36,7 +36,8 @@ from slrc.sparsity.masks import Masks
 from slrc.sparsity.patterns import AnyPattern, Channel
 from slrc.sparsity.plans import Plan
 from slrc.training import loop as training
-from slrc.training.loop import Trained
+from slrc.training.choose_method import choose_method
+from slrc.training.trained import Trained
 from slrc.workload import Workload, load_workload
 from slrc.workspace import Workspace
 
@@ -74,7 +75,7 @@ def train(workload: Workload, plan: Plan, *, checkpoints: str | Path | None = No
     `method="reconstruct"` the layers are refitted on `Workload.calibration`, and trained in `retrain_epochs` alone.
     """
     config, folder = make_config(options), Path(checkpoints) if checkpoints else None
-    if training.choose_method(config, workload, plan) is MethodName.RECONSTRUCT:
+    if choose_method(config, workload, plan) is MethodName.RECONSTRUCT:
         return reconstruct(capture(workload), workload, plan, config, checkpoints=folder)
     return training.train(workload, plan, config, checkpoints=folder)
 

@@ -32,7 +32,9 @@ from slrc.reporting.page import write_page
 from slrc.reporting.report import Report
 from slrc.sparsity.plans import LatencyForecast, Plan
 from slrc.training.batch_norm import constant_channels
-from slrc.training.loop import Trained, choose_method, train
+from slrc.training.choose_method import choose_method
+from slrc.training.loop import train
+from slrc.training.trained import Trained
 from slrc.verify import Check, Checker, compare_metric
 from slrc.workload import Workload
 from slrc.workspace import Workspace

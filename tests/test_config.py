@@ -11,7 +11,7 @@ from slrc.config import CompileConfig, Precision, make_config
 from slrc.errors import ConfigError, PatternError
 from slrc.methods.settings import MethodName
 from slrc.sparsity.choices import Allocation, Attention, LayerNorm
-from slrc.sparsity.patterns import NM, Block, Channel
+from slrc.sparsity.patterns import NM, Block
 
 
 @pytest.fixture

@@ -54,7 +54,8 @@ from slrc.methods.settings import MethodName
 from slrc.reconstruction.reconstruct import reconstruct
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.plans import Plan
-from slrc.training.loop import Trained, train
+from slrc.training.loop import train
+from slrc.training.trained import Trained
 
 RESULTS = Path(__file__).parents[1] / "results" / "convergence.jsonl"
 DEFAULT = "gradual"

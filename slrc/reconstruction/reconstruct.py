@@ -25,7 +25,8 @@ from slrc.reconstruction.solve import Damped, refit
 from slrc.reconstruction.units import choose_units
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.plans import Constraint, Plan, Window
-from slrc.training.loop import Trained, train
+from slrc.training.loop import train
+from slrc.training.trained import Trained
 from slrc.workload import Workload
 
 

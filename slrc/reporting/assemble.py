@@ -10,7 +10,7 @@ from slrc.measuring.timing import Latency, environment
 from slrc.reporting.report import Accuracy, LayerSparsity, Pair, Report, Sparsity, TargetResult
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.plans import Plan
-from slrc.training.loop import Trained
+from slrc.training.trained import Trained
 from slrc.verify import Check
 
 

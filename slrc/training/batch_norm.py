@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -30,24 +31,20 @@ def recalibrate_batch_norm(
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms or not count:
         return
-    training = {m: m.training for m in model.modules()}
     momenta = [m.momentum for m in norms]
-    model.eval()
-    for norm in norms:
-        norm.momentum = None  # a plain average over all batches
-        norm.train()
-    try:
-        with torch.no_grad():
+    with _evaluating(model):
+        for norm in norms:
+            norm.momentum = None  # a plain average over all batches
+            norm.train()
+        try:
             for i, batch in enumerate(islice(batches, count)):
                 if i == 0:
                     for norm in norms:
                         norm.reset_running_stats()
                 forward(model, batch)
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for module, was in training.items():
-            module.training = was
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
 
 
 def adopt_statistics(
@@ -75,18 +72,14 @@ def adopt_statistics(
         for total, part in zip(own, (x.sum(1), x.square().sum(1), x.new_tensor(x.shape[1])), strict=True):
             total += part
 
-    training = {m: m.training for m in model.modules()}
     hooks = [norm.register_forward_pre_hook(add) for norm in norms]
-    model.eval()
     try:
-        with torch.no_grad():
+        with _evaluating(model):
             for batch in islice(batches, count):
                 forward(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, was in training.items():
-            module.training = was
     with torch.no_grad():
         for norm, (total, squares, samples) in sums.items():
             assert isinstance(norm, _BatchNorm)
@@ -99,6 +92,19 @@ def adopt_statistics(
             norm.weight.mul_(after / before)
             norm.running_mean.copy_(mean)
             norm.running_var.copy_(variance)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode without gradients, and each module back in its own mode afterwards."""
+    training = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, was in training.items():
+            module.training = was
 
 
 def constant_channels(model: nn.Module) -> list[str]:

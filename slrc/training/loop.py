@@ -6,11 +6,9 @@ one did, bit by bit, as long as the user's batches depend on torch's, numpy's an
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -21,23 +19,24 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, send_to_device
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from slrc.config import CompileConfig, Precision
 from slrc.errors import PlanError, TrainingError, WorkloadError
-from slrc.methods.base import Iteration, MaskedMethod, Method, MethodState
+from slrc.methods.base import MaskedMethod, Method, MethodState
 from slrc.methods.magnitude import Magnitude
 from slrc.methods.registry import make_method
 from slrc.methods.settings import MethodName
 from slrc.progress import Quiet, Reporter
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.plans import Plan
-from slrc.training.batch_norm import adopt_statistics, recalibrate_batch_norm
 from slrc.training.batches import count_steps, read, seed_epoch, share_of_first, share_out, update_steps
 from slrc.training.checkpoints import CheckpointFolder, EpochRecord, Snapshot, misfit
+from slrc.training.choose_method import choose_method
 from slrc.training.distillation import Teacher
+from slrc.training.evaluation import Evaluation, check_finite, unwrap
 from slrc.training.recipe import AveragedWeights, make_optimizer
-from slrc.training.steps import Hooks, StepCost, Steps, Stopwatch, call_loss
+from slrc.training.steps import Hooks, Steps, Stopwatch, call_loss
+from slrc.training.trained import Trained
 from slrc.workload import Workload
 
 RETRAIN = "retrain"
@@ -49,30 +48,6 @@ Pruner = Callable[[], Masks]
 """Prunes a workload's model in place; returns the masks that it now obeys."""
 MethodMaker = Callable[[MethodName, Mapping[str, nn.Parameter], Plan, int, CompileConfig], Method]
 MIXED_PRECISION = {Precision.FP32: "no", Precision.BF16: "bf16", Precision.FP16: "fp16"}
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What training leaves.
-
-    `tensors` are the model's parameters and buffers, hard-pruned; `plan` is what they obey, with its budget shared out
-    as it was at last; `dense` and `hard_pruned` are the leading metric
-    before the first step, and right after pruning with no retraining. `cost` is what steps took here: after a resumed
-    run, those since; `None` if there were none. `undistilled` says why the dense network could not teach, and `notes`
-    are for the report.
-    """
-
-    tensors: dict[str, Tensor]
-    plan: Plan
-    masks: Masks
-    method: str
-    dense: float | None
-    hard_pruned: float | None
-    curve: tuple[EpochRecord, ...]
-    history: tuple[Iteration, ...]
-    cost: StepCost | None = None
-    undistilled: str = ""
-    notes: tuple[str, ...] = ()
 
 
 def _nothing() -> object:
@@ -123,37 +98,7 @@ def train(
     try:
         return trainer.run()
     finally:
-        _unwrap(workload.model)
-
-
-def choose_method(config: CompileConfig, workload: Workload, plan: Plan) -> MethodName:
-    """Return the method asked for; without a wish what suits the data and the plan: see the option's text.
-
-    Raises:
-        WorkloadError: what was asked for needs training data and there is none.
-    """
-    needs_data = config.method not in (None, MethodName.MAGNITUDE) and config.trains
-    if workload.train_batches is None and (needs_data or config.retrain_epochs > 0):
-        what = f"method `{config.method}`" if needs_data else "retraining"
-        raise WorkloadError(
-            f"{what} needs training data, and the workload has none",
-            hint="give `Workload(train_batches=..., loss=...)`, or use `--method magnitude --epochs 0`",
-        )
-    if config.method is not None:
-        return config.method
-    if workload.train_batches is None:
-        return MethodName.RECONSTRUCT if workload.calibration is not None else MethodName.MAGNITUDE
-    if not config.trains:
-        return MethodName.MAGNITUDE
-    return MethodName.GRADUAL if plan.latency is None else MethodName.RECONSTRUCT
-
-
-def _check_finite(metric: float | None, of: str) -> None:
-    if metric is not None and not math.isfinite(metric):
-        raise WorkloadError(
-            f"`evaluate` returned {metric}{of}",
-            hint="its leading metric must be finite: look for a division by zero, or a loss that overflows",
-        )
+        unwrap(workload.model)
 
 
 class _Trainer:
@@ -180,6 +125,7 @@ class _Trainer:
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
         )
         self.model = workload.model.to(self.accelerator.device)
+        self.evaluation = Evaluation(workload, config, self.accelerator.device)
         self.folder = CheckpointFolder(checkpoints) if checkpoints else None
         found = self.folder.newest() if self.folder and resume else None
         self.resume_from = found
@@ -197,7 +143,7 @@ class _Trainer:
         if self.snapshot:
             self.reporter.note(f"going on after {self.snapshot.phase} epoch {self.snapshot.epochs_done}")
         if self._has_steps and self.config.distill:
-            self.teacher = Teacher(self._twin(), self.workload, self.config.recipe)
+            self.teacher = Teacher(self.evaluation.twin(self.model), self.workload, self.config.recipe)
         in_retraining = self.snapshot is not None and self.snapshot.phase == RETRAIN
         if self.snapshot:
             assert self.resume_from is not None
@@ -220,8 +166,8 @@ class _Trainer:
             self._run_phase(self._retrain_phase())
         self.masks.apply_(parameters)
         if not self._masked_steps and self.prune is None:
-            _unwrap(self.model)  # as the copies that were measured
-            self._recalibrate(self.model)
+            unwrap(self.model)  # as the copies that were measured
+            self.evaluation.recalibrate(self.model)
         return Trained(
             tensors={n: t.detach().cpu().clone() for n, t in self.model.state_dict().items() if isinstance(t, Tensor)},
             plan=self.plan,
@@ -261,7 +207,7 @@ class _Trainer:
             self._load_method(self.snapshot)
         else:
             self.curve.append(self._measure(str(self.method_name), 0, None, 0.0))
-            _check_finite(self.curve[0].metric, " for the model as it was given")
+            check_finite(self.curve[0].metric, " for the model as it was given")
             if total:
                 self.method.start(self.probe_loss)
         if total:
@@ -273,18 +219,18 @@ class _Trainer:
             self._run_phase(_Phase(str(self.method_name), total, hooks, self.method.rho_at))
 
     def _prune_without_training(self, prune: Pruner) -> None:
-        phase, dense = str(self.method_name), self._metric(self.model)
-        _check_finite(dense, " for the model as it was given")
+        phase, dense = str(self.method_name), self.evaluation.metric(self.model)
+        check_finite(dense, " for the model as it was given")
         self.curve.append(EpochRecord(phase=phase, epoch=0, loss=None, metric=dense, hard_pruned=None, seconds=0.0))
         started = time.perf_counter()
         self.masks = prune()
-        pruned, seconds = self._metric(self.model), time.perf_counter() - started
-        _check_finite(pruned, " for the pruned model")
+        pruned, seconds = self.evaluation.metric(self.model), time.perf_counter() - started
+        check_finite(pruned, " for the pruned model")
         self.curve.append(
             EpochRecord(phase=phase, epoch=1, loss=None, metric=pruned, hard_pruned=pruned, seconds=seconds)
         )
         if self._masked_steps:
-            self._take_statistics(adopt_statistics, self.model)
+            self.evaluation.adopt_statistics(self.model)
 
     @property
     def _sparse_steps(self) -> int:
@@ -431,41 +377,16 @@ class _Trainer:
         """
         metric = hard = None
         if self.workload.evaluate is not None:
-            live = self._twin()
+            live = self.evaluation.twin(self.model)
             if phase != RETRAIN and isinstance(self.method, MaskedMethod) and self.method.kept:
-                self._recalibrate(live)
-            metric = hard = self._metric(live)
+                self.evaluation.recalibrate(live)
+            metric = hard = self.evaluation.metric(live)
             if phase != RETRAIN:
-                pruned = self._twin()
+                pruned = self.evaluation.twin(self.model)
                 self.method.masks().apply_(_parameters(pruned))
-                self._recalibrate(pruned)
-                hard = self._metric(pruned)
+                self.evaluation.recalibrate(pruned)
+                hard = self.evaluation.metric(pruned)
         return EpochRecord(phase=phase, epoch=epoch, loss=loss, metric=metric, hard_pruned=hard, seconds=seconds)
-
-    def _recalibrate(self, pruned: nn.Module) -> None:
-        self._take_statistics(recalibrate_batch_norm, pruned)
-
-    def _take_statistics(self, take: Callable[..., None], model: nn.Module) -> None:
-        """Take batch-norm statistics anew, on the same batches each time."""
-        batches = self.workload.train_batches
-        if batches is None or not self.config.recalibration_batches:
-            return
-        seed_epoch(batches, self.config.seed, "recalibrate", 0)
-        on_device = (send_to_device(batch, self.accelerator.device) for batch in read(batches))
-        count = self.config.recalibration_batches
-        take(model, lambda model, batch: call_loss(self.workload, model, batch), on_device, count)
-
-    def _twin(self) -> nn.Module:
-        """A copy of the model without the wrapper that casts to the training precision."""
-        # A tensor with a gradient that `forward` kept, such as an auxiliary loss, cannot be copied as it is.
-        held = [t for m in self.model.modules() for t in pytree.tree_leaves(vars(m)) if isinstance(t, Tensor)]
-        twin = copy.deepcopy(self.model, {id(t): t.detach().clone() for t in held if not t.is_leaf})
-        _unwrap(twin)
-        return twin
-
-    def _metric(self, model: nn.Module) -> float | None:
-        measured = self.workload.measure(model)
-        return None if measured is None else measured[1]
 
     def _snapshot(self, phase: _Phase, epochs_done: int, average: Mapping[str, Tensor]) -> Snapshot:
         retraining = phase.name == RETRAIN
@@ -497,13 +418,3 @@ def _describe(record: EpochRecord) -> str:
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters by every name they have: a plan may name a tied one by any."""
     return dict(model.named_parameters(remove_duplicate=False))
-
-
-def _unwrap(model: nn.Module) -> None:
-    """Undo what accelerate does to `forward` for mixed precision; its own undoing strips the user's decorators too."""
-    model.__dict__.pop("_is_accelerate_prepared", None)  # else a second run would train in the first one's precision
-    original = model.__dict__.pop("_original_forward", None)
-    if original is not None:
-        del model.forward
-        if getattr(original, "__func__", None) is not type(model).forward:
-            model.forward = original

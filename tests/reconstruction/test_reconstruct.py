@@ -23,7 +23,7 @@ from slrc.reconstruction.reconstruct import reconstruct
 from slrc.reconstruction.statistics import Statistics
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.plans import LatencyForecast, Plan
-from slrc.training.loop import Trained
+from slrc.training.trained import Trained
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import digits

@@ -21,7 +21,9 @@ from slrc.sparsity.budget import Budget, Menu, Option
 from slrc.sparsity.patterns import Block
 from slrc.sparsity.plans import Constraint, Plan, Slice
 from slrc.training.checkpoints import CheckpointFolder
-from slrc.training.loop import RETRAIN, Trained, choose_method, train
+from slrc.training.choose_method import choose_method
+from slrc.training.loop import RETRAIN, train
+from slrc.training.trained import Trained
 
 MakeWorkload = Callable[..., slrc.Workload]
 STEPS = 6  # 48 images in batches of 8
@@ -548,7 +550,7 @@ def test_choose_method(
     tiny_workload: MakeWorkload, with_data: bool, options: dict[str, Any], expected: MethodName
 ) -> None:
     workload = tiny_workload() if with_data else tiny_workload(train_batches=None)
-    assert choose_method(make_config(options), workload) is expected
+    assert choose_method(make_config(options), workload, plan_for(workload)) is expected
 
 
 def test_magnitude_trains_without_a_penalty(tiny_workload: MakeWorkload) -> None:

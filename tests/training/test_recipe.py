@@ -14,8 +14,9 @@ import slrc
 from slrc.config import RecipeSettings, make_config
 from slrc.errors import ConfigError, WorkloadError
 from slrc.training.distillation import Teacher, common_outputs, output_error, returns_logits, soft_divergence
-from slrc.training.loop import Trained, train
+from slrc.training.loop import train
 from slrc.training.recipe import AveragedWeights, peak_learning_rate, schedule, share_of_peak
+from slrc.training.trained import Trained
 
 MakeWorkload = Callable[..., slrc.Workload]
 STEPS = 6

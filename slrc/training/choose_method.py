@@ -1,0 +1,31 @@
+"""Which method prunes where none is asked for."""
+
+from __future__ import annotations
+
+from slrc.config import CompileConfig
+from slrc.errors import WorkloadError
+from slrc.methods.settings import MethodName
+from slrc.sparsity.plans import Plan
+from slrc.workload import Workload
+
+
+def choose_method(config: CompileConfig, workload: Workload, plan: Plan) -> MethodName:
+    """Return the method asked for; without a wish what suits the data and the plan: see the option's text.
+
+    Raises:
+        WorkloadError: what was asked for needs training data and there is none.
+    """
+    needs_data = config.method not in (None, MethodName.MAGNITUDE) and config.trains
+    if workload.train_batches is None and (needs_data or config.retrain_epochs > 0):
+        what = f"method `{config.method}`" if needs_data else "retraining"
+        raise WorkloadError(
+            f"{what} needs training data, and the workload has none",
+            hint="give `Workload(train_batches=..., loss=...)`, or use `--method magnitude --epochs 0`",
+        )
+    if config.method is not None:
+        return config.method
+    if workload.train_batches is None:
+        return MethodName.RECONSTRUCT if workload.calibration is not None else MethodName.MAGNITUDE
+    if not config.trains:
+        return MethodName.MAGNITUDE
+    return MethodName.GRADUAL if plan.latency is None else MethodName.RECONSTRUCT

@@ -1,0 +1,81 @@
+"""The metric of a model between its epochs, and the statistics of batch norms that it needs for that."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from slrc.config import CompileConfig
+from slrc.errors import WorkloadError
+from slrc.training.batch_norm import adopt_statistics, recalibrate_batch_norm
+from slrc.training.batches import read, seed_epoch
+from slrc.training.steps import call_loss
+from slrc.workload import Workload
+
+
+class Evaluation:
+    """Measures models by the workload's `evaluate`, in float32, and takes statistics on the same batches each time.
+
+    Args:
+        workload: has the data and the metric.
+        config: has the seed and the number of batches for statistics.
+        device: where batches go.
+    """
+
+    def __init__(self, workload: Workload, config: CompileConfig, device: torch.device) -> None:
+        self._workload, self._device = workload, device
+        self._seed, self._count = config.seed, config.recalibration_batches
+
+    def metric(self, model: nn.Module) -> float | None:
+        """Return the leading metric; `None` where the workload has none."""
+        measured = self._workload.measure(model)
+        return None if measured is None else measured[1]
+
+    def twin(self, model: nn.Module) -> nn.Module:
+        """Return a copy of a model without the wrapper that casts to the training precision."""
+        # A tensor with a gradient that `forward` kept, such as an auxiliary loss, cannot be copied as it is.
+        held = [t for m in model.modules() for t in pytree.tree_leaves(vars(m)) if isinstance(t, Tensor)]
+        twin = copy.deepcopy(model, {id(t): t.detach().clone() for t in held if not t.is_leaf})
+        unwrap(twin)
+        return twin
+
+    def recalibrate(self, model: nn.Module) -> None:
+        """Take batch norm's statistics anew. See `recalibrate_batch_norm`."""
+        self._take(recalibrate_batch_norm, model)
+
+    def adopt_statistics(self, model: nn.Module) -> None:
+        """Take batch norm's statistics anew, and compute the same. See `adopt_statistics`."""
+        self._take(adopt_statistics, model)
+
+    def _take(self, take: Callable[..., None], model: nn.Module) -> None:
+        batches = self._workload.train_batches
+        if batches is None or not self._count:
+            return
+        seed_epoch(batches, self._seed, "recalibrate", 0)
+        on_device = (send_to_device(batch, self._device) for batch in read(batches))
+        take(model, lambda model, batch: call_loss(self._workload, model, batch), on_device, self._count)
+
+
+def check_finite(metric: float | None, of: str) -> None:
+    """Raise a `WorkloadError` for a metric that is not finite, `of` what."""
+    if metric is not None and not math.isfinite(metric):
+        raise WorkloadError(
+            f"`evaluate` returned {metric}{of}",
+            hint="its leading metric must be finite: look for a division by zero, or a loss that overflows",
+        )
+
+
+def unwrap(model: nn.Module) -> None:
+    """Undo what accelerate does to `forward` for mixed precision; its own undoing strips the user's decorators too."""
+    model.__dict__.pop("_is_accelerate_prepared", None)  # else a second run would train in the first one's precision
+    original = model.__dict__.pop("_original_forward", None)
+    if original is not None:
+        del model.forward
+        if getattr(original, "__func__", None) is not type(model).forward:
+            model.forward = original

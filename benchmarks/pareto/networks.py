@@ -15,6 +15,7 @@ from torch import Tensor, nn
 sys.path.insert(1, str(Path(__file__).parents[1] / "convergence"))
 sys.path.insert(1, str(Path(__file__).parents[2] / "examples"))
 import cifar10
+import digits
 import fashion_mnist
 import imagenette
 
@@ -40,6 +41,7 @@ RATIOS = (0.05, 0.95)
 HALVINGS = 6
 TIMED = Budget(3.0, 8)
 FAMILIES: Mapping[str, Mapping[str, Callable[[], nn.Module]]] = {
+    "digits-net": {"width 4": lambda: digits.DigitsNet(width=4)},
     "fashion-resnet": {f"width {w}": lambda w=w: fashion_mnist.ResNet(w) for w in (4, 6, 8, 12)},
     "fashion-mixer": {
         **{f"width {w}": lambda w=w: fashion_mnist.Mixer(w) for w in (16, 24, 40)},

@@ -42,6 +42,10 @@ from slrc.workload import Workload, load_workload
 from slrc.workspace import Workspace
 
 
+MOST_OF_WHAT_CAN_BE = 0.75
+"""How much of the latency that can be saved is, where nobody asks for more than is in reach."""
+
+
 def capture(workload: Workload) -> Program:
     """Trace the workload's model to a program, in evaluation mode; the model itself is not changed."""
     return capture_module(workload.model, workload.example_inputs, workload.name, workload.where)
@@ -230,7 +234,7 @@ def plan_from(
     """Return the plan that a configuration asks for. See `plan`.
 
     A budget is shared out by what pruning costs on the workload's data, where there is any, else by energy alone. Where
-    nothing is asked for and the usual budget is out of reach, half of what can be saved is.
+    nothing is asked for and the usual budget is out of reach, most of what can be saved is.
     """
 
     def allocate(pattern: AnyPattern, allocation: Allocation, sparsity: float | None, **others: Any) -> Plan:
@@ -275,7 +279,7 @@ def plan_from(
     except UnreachableError as error:
         if not config.leaves_all_open:
             raise
-        nearer = (1 + error.least) / 2
+        nearer = 1 - MOST_OF_WHAT_CAN_BE * (1 - error.least)
         return _but(met(nearer), f"{budget:.0%} of the dense latency is out of reach: {nearer:.0%} was gone for")
 
 

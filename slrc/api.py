@@ -41,7 +41,6 @@ from slrc.training.trained import Trained
 from slrc.workload import Workload, load_workload
 from slrc.workspace import Workspace
 
-
 MOST_OF_WHAT_CAN_BE = 0.75
 """How much of the latency that can be saved is, where nobody asks for more than is in reach."""
 

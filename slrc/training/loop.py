@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration, send_to_device
+from accelerate.utils import DataLoaderConfiguration, broadcast, send_to_device
 from torch import Tensor, nn
 
 from slrc.config import CompileConfig, Precision
@@ -223,7 +223,7 @@ class _Trainer:
         check_finite(dense, " for the model as it was given")
         self.curve.append(EpochRecord(phase=phase, epoch=0, loss=None, metric=dense, hard_pruned=None, seconds=0.0))
         started = time.perf_counter()
-        self.masks = prune()
+        self.masks = Masks({n: broadcast(mask) for n, mask in prune().tensors.items()})  # processors may round apart
         pruned, seconds = self.evaluation.metric(self.model), time.perf_counter() - started
         check_finite(pruned, " for the pruned model")
         self.curve.append(

@@ -61,7 +61,11 @@ TOLERANCE = 1e-5
 
 
 def run(folder: Path, *extra: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [*LAUNCHER, "-m", "slrc", *COMPILE, *OPTIONS, *extra]
+    return launch(folder, *OPTIONS, *extra, **environment)
+
+
+def launch(folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [*LAUNCHER, "-m", "slrc", *COMPILE, *options]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=240)
 
@@ -107,3 +111,22 @@ def test_two_processes_resume_after_one_was_killed_and_make_what_one_does(one: P
     assert [i.loss for i in reports[0].history] == pytest.approx([i.loss for i in reports[1].history], rel=1e-4)
     losses = [[c.loss for c in r.curve if c.loss is not None] for r in reports]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_two_processes_train_a_refitted_network_as_one_does(start_process: Callable[..., Any], tmp_path: Path) -> None:
+    options = ["--method", "reconstruct", "--epochs", "1", "--pattern", "block:4x1", "--prune-ends", "--threads", "1"]
+    found = []
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "net.py").write_text(WORKLOAD)
+        if name == "two":
+            done = launch(folder, *options)
+            assert done.returncode == 0, done.stderr
+        else:
+            arguments = ["slrc", *COMPILE, *options]
+            code = f"sys.argv[:] = {arguments!r}; sys.path.insert(0, ''); from slrc.cli import main; main()"
+            assert start_process(code, folder).finish().code == 0
+        found.append(load_file(folder / "build" / "masks.safetensors"))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(mask, found[1][n]) for n, mask in found[0].items())

@@ -18,7 +18,7 @@ from slrc.errors import BackendError, ConfigError, UnreachableError
 from slrc.ir.program import Program
 from slrc.ir.program import capture as capture_module
 from slrc.measuring.choose_forms import choose_forms
-from slrc.measuring.choose_options import offered_patterns, plan_mixed, plan_options
+from slrc.measuring.choose_options import offered_patterns, plan_mixed, plan_options, without_transposed
 from slrc.measuring.choose_widths import Widths, plan_widths
 from slrc.measuring.latency_meter import LatencyMeter
 from slrc.measuring.weigh_options import Weigher
@@ -268,7 +268,7 @@ def plan_from(
         if not isinstance(pattern, str) and pattern.coupled:
             return plan_widths(meter, widths, share)
         patterns = offered_patterns(target) if isinstance(pattern, str) else (pattern,)
-        start = allocate(patterns[0], Allocation.UNIFORM, 0.0, alternatives=patterns[1:])
+        start = without_transposed(allocate(patterns[0], Allocation.UNIFORM, 0.0, alternatives=patterns[1:]))
         if not isinstance(pattern, str):
             return plan_options(meter, program, start, patterns, share, weigher)
         return plan_mixed(meter, program, start, patterns, widths, share, weigher)

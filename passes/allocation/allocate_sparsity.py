@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from torch.fx import Node
 
 from slrc.errors import ConfigError, PatternError, PlanError
-from slrc.ir.nodes import WEIGHTED, layer_weight, op_name
+from slrc.ir.nodes import TRANSPOSED, WEIGHTED, layer_weight, op_name
 from slrc.ir.program import Layer, Program
 from slrc.passes.allocation.order_channels import order_channels, takes_order
 from slrc.passes.analysis.label_indices import ChannelGroup, IndexLabels, label_indices
 from slrc.sparsity.choices import Allocation, Attention, LayerNorm
-from slrc.sparsity.patterns import AnyPattern, Unstructured
+from slrc.sparsity.patterns import AnyPattern, Block, Unstructured
 from slrc.sparsity.plans import Constraint, LatencyForecast, LeftOut, Plan, Slice
 
 WidthChooser = Callable[
@@ -164,20 +164,29 @@ def _layer_constraints(
             reason: str | None = "skipped by the user"
         elif keep_ends and (end := _end_of(program, layer)):
             reason = f"{end} is left alone by default"
-        elif layer.op.startswith("conv_transpose") and not isinstance(patterns[0], Unstructured):
-            reason = f"transposed convolutions do not take {patterns[0]} yet"
         else:
-            reasons = [p.why_not(layer.shape, layer.groups) for p in patterns]
+            reasons = [_why_not(layer, p) for p in patterns]
             reason = None if None in reasons else reasons[0]
         if reason is not None:
             left_out.append(LeftOut(name=layer.name, reason=reason))
             continue
-        pattern = next(p for p in patterns if p.why_not(layer.shape, layer.groups) is None)
-        one = Constraint(name=layer.name, pattern=pattern, groups=1, keep=1, members=(Slice(tensor=weight),))
+        pattern = patterns[reasons.index(None)]
+        member = Slice(tensor=weight, dim=layer.output_dim)
+        one = Constraint(name=layer.name, pattern=pattern, groups=1, keep=1, members=(member,))
         groups = one.energies(program.tensors).shape[1]
         keep = groups if pattern.fixed_sparsity is None else round(groups * (1 - pattern.fixed_sparsity))
         chosen.append(one.model_copy(update={"groups": groups, "keep": keep}))
     return chosen, left_out + _computed(program)
+
+
+def _why_not(layer: Layer, pattern: AnyPattern) -> str | None:
+    """Return why a layer cannot take a pattern on single weights, or `None` if it can."""
+    if layer.op in TRANSPOSED and not isinstance(pattern, Unstructured):
+        if not isinstance(pattern, Block):
+            return f"transposed convolutions do not take {pattern}"
+        if layer.groups > 1:
+            return f"transposed convolutions in groups do not take {pattern}"
+    return pattern.why_not(layer.outputs_first_shape, layer.groups)
 
 
 def _coupled_constraints(

@@ -87,7 +87,7 @@ class RowEnergies:
     @staticmethod
     def of(tensors: Mapping[str, Tensor], constraints: Sequence[Constraint], size: int) -> RowEnergies:
         """Sample the columns of the weights of some layers, to be pruned by blocks of `size` rows."""
-        weights = [tensors[c.members[0].tensor].detach().flatten(1) for c in constraints]
+        weights = [c.members[0].first(tensors[c.members[0].tensor].detach()).flatten(1) for c in constraints]
         share = min(1.0, MOST_COLUMNS / sum(w.shape[1] for w in weights))
         generator = torch.Generator().manual_seed(0)
         energies, costs = [], []

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from slrc.errors import PlanError
-from slrc.ir.nodes import TRANSPOSED, argument, op_name
+from slrc.ir.nodes import argument, op_name
 from slrc.ir.program import Program
 from slrc.passes.analysis.label_indices import IndexLabels, label_indices
 from slrc.sparsity.plans import Constraint, Plan
@@ -69,8 +69,8 @@ class UnitLayout:
         """For every weight whose output `i` is unit `i` of a group that can be reordered, the number of that group."""
         found: dict[str, int] = {}
         for weight, layer in self.program.layers.items():
-            rows = self.labels.tensors[weight][0]
-            if rows is None or layer.groups > 1 or layer.op in TRANSPOSED:
+            rows = self.labels.tensors[weight][layer.output_dim]
+            if rows is None or layer.groups > 1:
                 continue
             number = int(self.group_of[rows[0]])
             whole = number >= 0 and self.labels.groups[number].units == len(rows)

@@ -18,6 +18,7 @@ from slrc.ir.program import Program
 from slrc.kernels.limits import why_not
 from slrc.passes.base import PassResult, Transform
 from slrc.passes.forms.projections import cut_projections
+from slrc.passes.forms.unroll_transposed import axes_of, interleave, is_unrolled, pair, unroll_weight, why_not_unrolled
 from slrc.passes.graph_edits import call_before, get_tensor, insert_tensor, layer_bias, only_user, sibling
 
 
@@ -35,6 +36,9 @@ class PackBlocks(Transform):
        unless the first one adds a residual or the second one has an activation.
     5. Queries, keys and values that one `linear` computes become a packed `linear` each (see `cut_projections`).
     6. A 2×2 `max_pool2d` of what a packed convolution computes becomes `slrc::max_pool2x2`, in the same layout.
+    7. `conv_transpose2d` becomes a packed convolution that computes the phases of its stride, and what puts their
+       pixels between each other (see `unroll_transposed`): with a kernel as large as the stride, a 1×1 convolution and
+       a pixel shuffle. An activation goes into the operator, an addition does not.
 
         conv2d ─▶ add(·, shortcut) ─▶ relu          block_sparse_conv(…, residual=shortcut, activation="relu")
     """
@@ -79,11 +83,18 @@ def why_not_packed(layer: Node, rows: int) -> str:
     if op_name(layer) == "linear":
         return why_not(shape, rows)
     sizes = node_shape(x)  # type: ignore[arg-type]
+    if is_unrolled(layer):
+        if reason := why_not_unrolled(layer, rows):
+            return reason
+        axes = axes_of(layer)
+        phases = axes[0].stride * axes[1].stride
+        unrolled = [phases * shape[1], shape[0], *(axis.taps for axis in axes)]
+        return why_not(unrolled, rows, pads=[axis.pads for axis in axes], input_size=sizes[2:])
     if op_name(layer) != "conv2d" or len(sizes) != 4:
         return "it is no convolution of a batch of images"
     if isinstance(padding := argument(layer, 4, "padding", 0), str):
         return f"its padding is `{padding}`"
-    strides, pads, dilations = (_pair(argument(layer, k, key, default)) for k, key, default in _WINDOW)
+    strides, pads, dilations = (pair(argument(layer, k, key, default)) for k, key, default in _WINDOW)
     groups, size = conv_groups(layer), sizes[2:]
     return why_not(shape, rows, strides=strides, pads=pads, dilations=dilations, groups=groups, input_size=size)
 
@@ -93,22 +104,26 @@ def _is_plain_pool(node: Node) -> bool:
         return False
     kernel = argument(node, 1, "kernel_size", None)
     stride, padding = argument(node, 2, "stride", None) or kernel, argument(node, 3, "padding", 0)
-    window = [_pair(size) for size in (kernel, stride, padding, argument(node, 4, "dilation", 1))]
+    window = [pair(size) for size in (kernel, stride, padding, argument(node, 4, "dilation", 1))]
     return window == [[2, 2], [2, 2], [0, 0], [1, 1]]
 
 
 def _pack(module: GraphModule, layer: Node, rows: int) -> None:
-    name = str(layer_weight(layer))
-    weight = get_tensor(module, name)
-    groups = conv_groups(layer)
+    name, bias = str(layer_weight(layer)), layer_bias(layer)
+    weight, groups, axes = get_tensor(module, name), conv_groups(layer), []
+    if is_unrolled(layer):
+        axes = axes_of(layer)
+        weight = unroll_weight(weight, axes)
+        if bias is not None and (phases := axes[0].stride * axes[1].stride) > 1:
+            spread = nn.Parameter(get_tensor(module, str(bias.target)).detach().repeat(phases), requires_grad=False)
+            bias = insert_tensor(module, layer, sibling(name, "phases_bias"), spread)
     packed = PackedWeight.of(weight, rows, groups)
-    last, residual, activation, slope = _tail(layer)
+    last, residual, activation, slope = _tail(layer, takes_residual=not axes)
     tensors = [
         insert_tensor(module, layer, sibling(name, "values"), nn.Parameter(packed.values, requires_grad=False)),
         insert_tensor(module, layer, sibling(name, "columns"), packed.columns),
         insert_tensor(module, layer, sibling(name, "row_pointers"), packed.row_pointers),
     ]
-    bias = layer_bias(layer)
     if bias is None:
         zeros = nn.Parameter(weight.new_zeros(weight.shape[0]), requires_grad=False)
         bias = insert_tensor(module, layer, sibling(name, "no_bias"), zeros)  # another call may have one
@@ -116,17 +131,14 @@ def _pack(module: GraphModule, layer: Node, rows: int) -> None:
     if op_name(layer) == "linear":
         node = call_before(last, torch.ops.slrc.block_sparse_gemm.default, *operands, activation, slope)
     else:
-        window = [_pair(argument(layer, k, key, default)) for k, key, default in _WINDOW]
-        node = call_before(
-            last,
-            torch.ops.slrc.block_sparse_conv.default,
-            *operands,
-            list(weight.shape[2:]),
-            *window,
-            groups,
-            activation,
-            slope,
-        )
+        window = [pair(argument(layer, k, key, default)) for k, key, default in _WINDOW]
+        if axes:
+            window = [[1, 1], [axis.pads for axis in axes], [1, 1]]
+        shape = list(weight.shape[2:])
+        conv = torch.ops.slrc.block_sparse_conv.default
+        node = call_before(last, conv, *operands, shape, *window, groups, activation, slope)
+    if axes:
+        node = interleave(last, node, axes)
     node.meta["val"] = last.meta["val"]  # a later layer may add it
     last.replace_all_uses_with(node)
 
@@ -150,16 +162,11 @@ def _join(up: Node, down: Node) -> None:
 _WINDOW = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
 
 
-def _pair(value: object) -> list[int]:
-    sizes = [value] if isinstance(value, int) else list(value)  # type: ignore[call-overload]
-    return [int(size) for size in (sizes * 2)[:2]]
-
-
-def _tail(layer: Node) -> tuple[Node, Node | None, str, float]:
+def _tail(layer: Node, *, takes_residual: bool) -> tuple[Node, Node | None, str, float]:
     """Return the last operator that goes with a layer, the residual that is added, the activation and its slope."""
     last, residual = layer, None
     follower = only_user(last)
-    if follower is not None and (other := _residual(follower, last)) is not None:
+    if takes_residual and follower is not None and (other := _residual(follower, last)) is not None:
         last, residual = follower, other
         follower = only_user(last)
     if follower is not None and (activation := activation_of(follower)):

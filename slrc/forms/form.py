@@ -84,11 +84,14 @@ def candidate_forms(weight: Tensor, op: str, groups: int = 1) -> list[Form]:
     Packed forms are for float32 alone.
 
     Args:
-        weight: `(out, in/groups, *kernel)`.
+        weight: `(out, in/groups, *kernel)`, of transposed convolutions too.
         op: the ATen operator's bare name, such as `conv2d`.
         groups: of the convolution.
     """
     forms = [DENSE]
+    if op == "conv_transpose2d" and groups == 1 and weight.dtype == torch.float32:
+        whole = [rows for rows in BLOCK_ROWS if weight.shape[0] % rows == 0]  # a block is of one phase of the stride
+        return forms + _packed_forms({rows: block_density(weight, rows) for rows in whole})
     if op not in ("conv1d", "conv2d", "conv3d", "linear") or weight.shape[0] < 2:
         return forms
     if groups == 1 and (parts := _row_groups(weight)):
@@ -102,10 +105,16 @@ def candidate_forms(weight: Tensor, op: str, groups: int = 1) -> list[Form]:
         forms.append(DEPTHWISE)
     elif op in ("conv2d", "linear") and weight.shape[1] > 1:
         density = {rows: block_density(weight, rows, groups) for rows in BLOCK_ROWS}
-        least = min(density.values())
-        if least <= 1 - LEAST_ZEROS or (op == "conv2d" and weight[0].numel() <= FEW_COLUMNS):
-            forms += [Form(FormKind.PACKED, rows) for rows, d in density.items() if d <= least * ALIKE]
+        forms += _packed_forms(density, needs_zeros=op != "conv2d" or weight[0].numel() > FEW_COLUMNS)
     return forms
+
+
+def _packed_forms(density: Mapping[int, float], *, needs_zeros: bool = True) -> list[Form]:
+    """Return the packed forms that do about the least work, of those with a density; none if that saves nothing."""
+    least = min(density.values(), default=1.0)
+    if needs_zeros and least > 1 - LEAST_ZEROS:
+        return []
+    return [Form(FormKind.PACKED, rows) for rows, d in density.items() if d <= least * ALIKE]
 
 
 def _row_groups(weight: Tensor) -> int:

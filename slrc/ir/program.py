@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from slrc.errors import CaptureError, OutputError, SlrcError
 from slrc.ir.export_memory import listed_once
-from slrc.ir.nodes import WEIGHTED, conv_groups, is_free, layer_weight, node_macs, op_name
+from slrc.ir.nodes import TRANSPOSED, WEIGHTED, conv_groups, is_free, layer_weight, node_macs, op_name
 from slrc.ir.program_file import StoredProgram
 from slrc.ir.quiet import quiet_torch
 from slrc.ir.tracing import drop_expansions, export
@@ -35,8 +35,9 @@ from slrc.user_code import at, first_line, lines_of, users_line
 class Layer:
     """A convolution or linear layer whose weight is a parameter of the model.
 
-    `weight` is the parameter's name, of shape `(out, in/groups, *kernel)`; `nodes` are the graph nodes that use it
-    (more than one if it is tied or its module is called again); `macs` counts them all, at batch 1.
+    `weight` is the parameter's name and `shape` its shape, `(out, in/groups, *kernel)`, of a transposed convolution
+    `(in, out/groups, *kernel)`; `nodes` are the graph nodes that use it (more than one if it is tied or its module is
+    called again); `macs` counts them all, at batch 1.
     """
 
     weight: str
@@ -57,6 +58,21 @@ class Layer:
     def is_depthwise(self) -> bool:
         """Whether each output sees one input channel only."""
         return self.groups > 1 and self.shape[1] == 1
+
+    @property
+    def output_dim(self) -> int:
+        """The dimension of the weight that numbers the outputs; of a transposed convolution in groups, the first."""
+        return 1 if self.op in TRANSPOSED and self.groups == 1 else 0
+
+    @property
+    def outputs_first_shape(self) -> tuple[int, ...]:
+        """The shape of `outputs_first`."""
+        first = self.output_dim
+        return (self.shape[first], *self.shape[:first], *self.shape[first + 1 :])
+
+    def outputs_first(self, weight: Tensor) -> Tensor:
+        """Return the layer's weight as `(out, in/groups, *kernel)`: transposed convolutions hold it the other way."""
+        return weight.movedim(self.output_dim, 0)
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def _candidates(program: Program, no_kernels: str) -> tuple[dict[str, list[Form]
     lost: list[tuple[str, str, str]] = []
     packs = False
     for weight, layer in program.layers.items():
-        tensor = program.tensors[weight]
+        tensor = layer.outputs_first(program.tensors[weight])
         for form in candidate_forms(tensor, layer.op, layer.groups):
             if form.kind is FormKind.PACKED:
                 limits = (why_not_packed(nodes[name], form.size) for name in layer.nodes)
@@ -101,6 +101,10 @@ def _candidates(program: Program, no_kernels: str) -> tuple[dict[str, list[Form]
             possible[weight].append(form)
     offered = {w: [f for f in forms if packs or f.kind is not FormKind.PACKED] for w, forms in possible.items()}
     return {w: forms for w, forms in offered.items() if len(forms) > 1}, lost
+
+
+def _outputs_first(program: Program, weight: str) -> Tensor:
+    return program.layers[weight].outputs_first(program.tensors[weight])
 
 
 def _notes(lost: Lost, target: Target) -> tuple[str, ...]:
@@ -117,13 +121,15 @@ def _listed(whats: Mapping[str, Sequence[str]]) -> str:
 
 
 def _layer(program: Program, weight: str, form: Form, times: Mapping[Form, Timing]) -> LayerChoice:
-    density = density_of(program.tensors[weight], form, program.layers[weight].groups)
+    density = density_of(_outputs_first(program, weight), form, program.layers[weight].groups)
     ms = {str(f): t.ms for f, t in times.items() if not t.why_not}
     return LayerChoice(weight=weight, form=form, density=density, ms=ms)
 
 
 def _by_cost(program: Program, target: Target, threads: int, candidates: Candidates, lost: Lost) -> FormChoice:
-    cheapest = {w: cheapest_form(program.tensors[w], c, program.layers[w].groups) for w, c in candidates.items()}
+    cheapest = {
+        w: cheapest_form(_outputs_first(program, w), c, program.layers[w].groups) for w, c in candidates.items()
+    }
     layers = tuple(_layer(program, weight, form, {}) for weight, form in cheapest.items())
     return FormChoice(
         target=str(target), threads=threads, dropped=_notes(lost, target), taken="cost model", layers=layers
@@ -137,7 +143,7 @@ def _time_layers(program: Program, candidates: Candidates, clock: Clock, reporte
     sums: dict[str, FormTimes] = {weight: dict.fromkeys(forms, Timing(0.0)) for weight, forms in candidates.items()}
     with reporter.task(f"timing forms on {clock.target}", len(segments)) as task:
         for segment, weight in segments:
-            tensor, groups = program.tensors[weight], program.layers[weight].groups
+            tensor, groups = _outputs_first(program, weight), program.layers[weight].groups
             timings = clock.times([_job(segment, form, tensor, groups) for form in candidates[weight]], PART_RACE)
             for form, timing in zip(candidates[weight], timings, strict=True):
                 before = sums[weight][form]
@@ -178,7 +184,7 @@ def _time_whole(
 
 def _whole_job(program: Program, forms: Forms) -> Job:
     groups = {w: program.layers[w].groups for w in forms}
-    contents = [(w, form_content(f, density_of(program.tensors[w], f, groups[w]))) for w, f in forms.items()]
+    contents = [(w, form_content(f, density_of(_outputs_first(program, w), f, groups[w]))) for w, f in forms.items()]
     inputs = program.flat_inputs()
     return Job(digest(program.graph_module, inputs, *contents), lambda: apply_forms(program, forms), inputs)
 

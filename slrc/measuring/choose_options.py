@@ -13,7 +13,7 @@ from slrc.measuring.latency_table import LatencyTable
 from slrc.measuring.weigh_options import Weigher, weighed
 from slrc.sparsity.budget import Budget, Menu
 from slrc.sparsity.patterns import AnyPattern, Block, Columns
-from slrc.sparsity.plans import LatencyForecast, Plan
+from slrc.sparsity.plans import LatencyForecast, LeftOut, Plan
 
 MOST_LAYERS = 6
 """How many layers an error names."""
@@ -26,6 +26,14 @@ def offered_patterns(target: Target) -> tuple[AnyPattern, ...]:
     if get_backend(target).why_not_packed(target):
         return (Columns(2), Columns(1), Columns(4))
     return (Block(8, 1), Block(4, 1), Block(16, 1))
+
+
+def without_transposed(start: Plan) -> Plan:
+    """Return a plan without the constraints of transposed convolutions, whose options are not timed nor weighed."""
+    reason = "transposed convolutions are not pruned in blocks where a latency is asked for"
+    own = tuple(c for c in start if c.members[0].dim == 0)
+    others = tuple(LeftOut(name=c.name, reason=reason) for c in start if c.members[0].dim != 0)
+    return start.model_copy(update={"constraints": own, "left_out": (*start.left_out, *others)})
 
 
 def plan_options(

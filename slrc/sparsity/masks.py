@@ -110,7 +110,7 @@ def _check_mask_shapes(c: Constraint, masks: Mapping[str, Tensor]) -> None:
             check_slice(c, s, masks)
     check_order(c, masks)
     if not c.pattern.coupled:
-        mask = masks[c.members[0].tensor]
+        mask = c.gather(masks)
         shape = tuple(mask.shape)
         if c.pattern.why_not(shape) or (groups := c.pattern.group_view(mask).shape[1]) != c.groups:
             seen = c.pattern.why_not(shape) or f"expected {c.groups} groups, got {groups}"

@@ -78,7 +78,7 @@ class _Data(BaseModel):
 
 
 class Slice(_Data):
-    """Where the units of a coupled group lie in one dimension of one tensor.
+    """Where the units of a coupled group, or the outputs of a single weight, lie in one dimension of one tensor.
 
     `index` lists positions unit by unit, the same number for each (`"0:64,128:192"` in JSON); `None` is unit `i` at
     position `i`.
@@ -88,16 +88,20 @@ class Slice(_Data):
     dim: int = 0
     index: Indices = None
 
+    def first(self, tensor: Tensor) -> Tensor:
+        """Return `tensor` with the dimension of the units first."""
+        return tensor.movedim(self.dim, 0)
+
     def rows(self, tensor: Tensor, units: int) -> Tensor:
         """Return the slice of `tensor` as `(units, features)`."""
-        moved = tensor.movedim(self.dim, 0)
+        moved = self.first(tensor)
         if self.index is not None:
             moved = moved[torch.tensor(self.index, device=tensor.device)]
         return moved.reshape(units, -1)
 
     def scale_(self, tensor: Tensor, value: Tensor) -> None:
         """Multiply the slice of `tensor` in place by a factor for each unit, `(units,)`: a number, or true or false."""
-        moved = tensor.movedim(self.dim, 0)
+        moved = self.first(tensor)
         index = torch.arange(len(moved)) if self.index is None else torch.tensor(self.index)
         spread = value.repeat_interleave(len(index) // len(value)).reshape(-1, *(1 for _ in moved.shape[1:]))
         moved[index] = moved[index] * spread
@@ -123,10 +127,9 @@ class Constraint(_Data):
     order: Order = None
 
     def gather(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return what the pattern sees: the weight in its `order`, or the coupled group as `(units, features)`."""
+        """Return what the pattern sees: a weight's outputs in `order`, or a coupled group as `(units, features)`."""
         if not self.pattern.coupled:
-            weight = tensors[self.members[0].tensor]
-            return weight if self.order is None else weight[torch.tensor(self.order, device=weight.device)]
+            return self.in_order(tensors[self.members[0].tensor])
         return torch.cat([s.rows(tensors[s.tensor], self.groups) for s in self.members], dim=1)
 
     def num_weights(self, tensors: Mapping[str, Tensor]) -> int:
@@ -194,15 +197,19 @@ class Constraint(_Data):
             return
         weight = tensors[self.members[0].tensor]
         spread = factors.unsqueeze(-1).expand(-1, -1, weight.numel() // factors.numel())
-        weight.mul_(self._in_place_order(self.pattern.from_group_view(spread, tuple(weight.shape))))
+        shape = tuple(self.members[0].first(weight).shape)
+        weight.mul_(self._in_place_order(self.pattern.from_group_view(spread, shape)))
 
-    def in_order(self, mask: Tensor) -> Tensor:
-        """Return a mask of a single weight as `gather` returns the weight."""
-        return mask if self.order is None else mask[torch.tensor(self.order)]
+    def in_order(self, weight: Tensor) -> Tensor:
+        """Return a single weight, or a mask of it, as `gather` does."""
+        seen = self.members[0].first(weight)
+        return seen if self.order is None else seen[torch.tensor(self.order, device=seen.device)]
 
     def _in_place_order(self, seen: Tensor) -> Tensor:
-        """Return what the pattern sees of a weight with its outputs back in the weight's own order."""
-        return seen if self.order is None else seen[torch.tensor(self.order, device=seen.device).argsort()]
+        """Return what the pattern sees of a weight in the weight's own order of dimensions and of outputs."""
+        if self.order is not None:
+            seen = seen[torch.tensor(self.order, device=seen.device).argsort()]
+        return seen.movedim(0, self.members[0].dim)
 
     def surviving_units(self, masks: Mapping[str, Tensor]) -> Tensor:
         """Return which units of a coupled group survive in `masks`, `(units,)`."""
@@ -420,7 +427,7 @@ class Plan(_Data):
             check_order(c, tensors)
             if not c.pattern.coupled:
                 weight = c.members[0].tensor
-                shape = tuple(tensors[weight].shape)
+                shape = tuple(c.gather(tensors).shape)
                 if reason := c.pattern.why_not(shape, conv_groups.get(weight, 1)):
                     raise PlanError(
                         f"cannot apply {c.pattern} to `{weight}`: {reason}",
@@ -472,8 +479,11 @@ def check_slice(c: Constraint, s: Slice, tensors: Mapping[str, Tensor]) -> None:
             hint="the plan belongs to another model: write a new one with `slrc inspect --plan-out`",
         )
     shape = tuple(tensors[s.tensor].shape)
+    has_dim = -len(shape) <= s.dim < len(shape)
+    if not has_dim and not c.pattern.coupled:
+        raise PlanError(f"constraint `{c.name}`: `{s.tensor}` of shape {shape} has no dimension {s.dim}")
     if c.pattern.coupled:
-        size = shape[s.dim] if -len(shape) <= s.dim < len(shape) else 0
+        size = shape[s.dim] if has_dim else 0
         length = size if s.index is None else len(s.index)
         outside = s.index is not None and any(not 0 <= i < size for i in s.index)
         repeated = s.index is not None and len(set(s.index)) < length
@@ -493,7 +503,7 @@ def check_order(c: Constraint, tensors: Mapping[str, Tensor]) -> None:
         raise PlanError(
             f"constraint `{c.name}`: {c.pattern} has no order of outputs", hint="take `order` out of the constraint"
         )
-    shape = tuple(tensors[c.members[0].tensor].shape)
+    shape = tuple(c.members[0].first(tensors[c.members[0].tensor]).shape)
     if sorted(c.order) != list(range(shape[0])):
         raise PlanError(
             f"constraint `{c.name}`: its `order` does not name every output of `{c.members[0].tensor}` of shape "

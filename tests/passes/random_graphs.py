@@ -27,6 +27,8 @@ ACTIVATIONS = {
     "plus_one": lambda x: x + 1.0,
     "halved_sigmoid": lambda x: torch.sigmoid(x) * 0.5,
 }
+WINDOWS = ((2, 2), (1, 1), (3, 2, 1, 1), (4, 2, 1), (3, 1, 1))
+"""Kernels, strides, paddings and output paddings of transposed convolutions that enlarge an image by their stride."""
 
 
 @dataclass(frozen=True)
@@ -192,8 +194,8 @@ def _layers(step: Step, shapes: list[Shape]) -> dict[str, nn.Module]:
             return {"layer": nn.Conv2d(shape[0], out, kernel, stride, kernel // 2, groups=groups, bias=bias)}
         case "depthwise", (multiplier,):
             return {"layer": nn.Conv2d(shape[0], shape[0] * multiplier, 3, padding=1, groups=shape[0])}
-        case "transposed", (out, groups):
-            return {"layer": nn.ConvTranspose2d(shape[0], out, 2, stride=2, groups=groups)}
+        case "transposed", (out, groups, window):
+            return {"layer": nn.ConvTranspose2d(shape[0], out, *window, groups=groups)}
         case "norm", (affine,):
             if len(shape) == 2:
                 return {"layer": nn.LayerNorm(shape[1]) if affine else nn.RMSNorm(shape[1], eps=0.1)}
@@ -275,7 +277,8 @@ def _steps(draw: st.DrawFn, at: int, shapes: list[Shape]) -> tuple[Step, list[Sh
         case "transposed":
             groups = draw(st.sampled_from([g for g in (1, 2, c) if c % g == 0]))
             out = draw(st.sampled_from([groups, 2 * groups])) if groups == c else width
-            return Step(op, (at,), (out, groups)), [(out, shape[1] * 2, shape[2] * 2)]
+            window = draw(st.sampled_from(WINDOWS))
+            return Step(op, (at,), (out, groups, window)), [(out, shape[1] * window[1], shape[2] * window[1])]
         case "linear":
             return Step(op, (at,), (width, draw(st.booleans()))), [(*shape[:-1], width)]
         case "norm":

@@ -188,11 +188,26 @@ def test_n_of_m_prescribes_its_sparsity() -> None:
 def test_what_a_pattern_cannot_take_is_left_out_with_the_reason() -> None:
     plan = allocate_sparsity(mlp(6, 8, 4), NM(2, 4), keep_ends=False)
     assert left_out(plan) == {"0": "input channels must be a multiple of 4, got 6"}
-    model = nn.Sequential(nn.ConvTranspose2d(4, 4, 2), nn.Conv2d(4, 4, 1))
-    program = capture(model, (torch.randn(1, 4, 4, 4),))
-    plan = allocate_sparsity(program, Block(4, 1), keep_ends=False)
-    assert left_out(plan) == {"0": "transposed convolutions do not take block:4x1 yet"}
-    assert [*kept(allocate_sparsity(program, Unstructured(), keep_ends=False))] == ["0", "1"]
+
+
+def test_transposed_convolutions_take_blocks_of_their_outputs() -> None:
+    layers = nn.ConvTranspose2d(4, 8, 2), nn.ConvTranspose2d(8, 6, 2), nn.ConvTranspose2d(6, 8, 2, groups=2)
+    program = capture(nn.Sequential(*layers, nn.Conv2d(8, 8, 1)), (torch.randn(1, 4, 4, 4),))
+    plan = allocate_sparsity(program, Block(8, 1), 0.5, keep_ends=False)
+    assert kept(plan) == {"0": (8, 16), "3": (4, 8)}
+    assert left_out(plan) == {
+        "1": "outputs must be a multiple of 8, got 6",
+        "2": "transposed convolutions in groups do not take block:8x1",
+    }
+    masks = Masks.project(plan, program.tensors)
+    seen = masks.tensors["0.weight"].movedim(1, 0).flatten(1)
+    assert (seen == seen[:1]).all()
+    assert 0 < seen[0].float().mean() == 0.5
+    masks.check(plan, program.tensors)
+    plan.check(program.tensors, {name: layer.groups for name, layer in program.layers.items()})
+    reasons = left_out(allocate_sparsity(program, NM(2, 4), keep_ends=False))
+    assert reasons["0"] == "transposed convolutions do not take 2:4"
+    assert [*kept(allocate_sparsity(program, Unstructured(), keep_ends=False))] == ["0", "1", "2", "3"]
 
 
 def test_nothing_to_prune_says_why() -> None:

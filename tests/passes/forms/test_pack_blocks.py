@@ -46,6 +46,23 @@ CASES: dict[str, Case] = {
     "1x1": only(nn.Conv2d(6, 4, 1)),
     "linear": only(nn.Linear(6, 4), FLAT),
     "linear on tokens": only(nn.Linear(6, 4, bias=False), TOKENS),
+    "transposed": only(nn.ConvTranspose2d(6, 8, 2, stride=2)),
+    "transposed, 1x1": only(nn.ConvTranspose2d(6, 8, 1, bias=False)),
+    "transposed, 3x3": only(nn.ConvTranspose2d(6, 8, 3, stride=2, padding=1, output_padding=1)),
+    "transposed, 4x4": only(nn.ConvTranspose2d(6, 8, 4, stride=2, padding=1, bias=False)),
+    "transposed, uneven": only(nn.ConvTranspose2d(6, 8, (5, 2), stride=(3, 1), padding=(4, 1), output_padding=(2, 0))),
+    "transposed, gaps": only(nn.ConvTranspose2d(6, 8, 2, stride=(3, 4), output_padding=(2, 1))),
+    "transposed, stride 1": only(nn.ConvTranspose2d(6, 8, 3, padding=1)),
+    "transposed, then an addition": (
+        lambda m, x: torch.relu(m.a(x) + m.b(x)),
+        {"a": nn.ConvTranspose2d(6, 8, 2, stride=2), "b": nn.ConvTranspose2d(6, 8, 2, stride=2)},
+        IMAGE,
+    ),
+    "transposed, then an activation": (
+        lambda m, x: torch.nn.functional.leaky_relu(m.a(x), 0.2),
+        {"a": nn.ConvTranspose2d(6, 8, 2, stride=2)},
+        IMAGE,
+    ),
     "module called twice": (
         lambda m, x: m.a(torch.relu(m.a(m.first(x)))),
         {"first": nn.Conv2d(6, 8, 1), "a": nn.Conv2d(8, 8, 1)},
@@ -89,7 +106,9 @@ def test_it_rewrites(name: str, net: Any, randomized: Any, masked_outputs: Any) 
     model, program, masks, result, modified = packed(CASES[name], net, randomized)
     assert modified
     assert result.batch_is_dynamic
-    assert not {op_name(n) for n in result.nodes} & {"conv2d", "linear"} or "first" in CASES[name][1]
+    assert (
+        not {op_name(n) for n in result.nodes} & {"conv2d", "linear", "conv_transpose2d"} or "first" in CASES[name][1]
+    )
     assert result.macs < program.macs
     reference = masked_outputs(model, program, masks)
     compare("masked = packed", reference, outputs_of(result.module(), program.example_inputs), 1e-10)

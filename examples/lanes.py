@@ -16,7 +16,7 @@ environment:
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -42,6 +42,8 @@ CELLS, LANES = 100, 4
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 FOCAL_GAMMA, AUX_WEIGHT, SIMILARITY_WEIGHT = 2.0, 1.0, 1.0
 NO_LANE = -2
+TURN, SHIFT = 6.0, (200 / 1280, 100 / 720)
+"""Degrees by which training images are turned at most, and the shares of their width and height that they shift by."""
 EPOCHS, LR, WEIGHT_DECAY = 100, 4e-4, 1e-4
 
 
@@ -145,6 +147,10 @@ class Picture:
     lanes: list[NDArray[np.float64]]
     rows: NDArray[np.float64]
 
+    def image(self) -> Image.Image:
+        """Read the image."""
+        return Image.open(self.file).convert("RGB")
+
 
 def find_tusimple() -> Path:
     """Return TuSimple's folder.
@@ -212,10 +218,34 @@ def at_anchors(
     return result
 
 
-def load(picture: Picture, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+def vary(
+    image: Image.Image, lanes: list[NDArray[np.float64] | None], rows: NDArray[np.float64]
+) -> tuple[Image.Image, list[NDArray[np.float64] | None]]:
+    """Return an image turned and shifted at random, and its lanes there, drawn from torch's global generator."""
+    turn, *shares = (2 * torch.rand(3) - 1).tolist()
+    angle, size = np.deg2rad(TURN * turn), np.array(image.size)
+    matrix = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    shift = (np.eye(2) - matrix) @ size / 2 + np.array(shares) * SHIFT * size
+    back = np.column_stack([matrix.T, -matrix.T @ shift])
+    moved = image.transform(image.size, Image.Transform.AFFINE, tuple(back.flatten()), Image.Resampling.BILINEAR)
+    found: list[NDArray[np.float64] | None] = []
+    for lane in lanes:
+        if lane is None or (there := lane >= 0).sum() < 2:
+            found.append(None)
+            continue
+        xs, ys = matrix @ np.stack([lane[there], rows[there]]) + shift[:, None]
+        order = ys.argsort()
+        columns = np.interp(rows, ys[order], xs[order], left=NO_LANE, right=NO_LANE)
+        found.append(np.where((columns >= 0) & (columns < size[0]), columns, NO_LANE))
+    return moved, found
+
+
+def load(picture: Picture, size: tuple[int, int], varied: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Return an image `(3, h, w)`, the cells of its lanes `(anchors, lanes)` and their pixels `(h/8, w/8)`."""
-    image = Image.open(picture.file).convert("RGB")
-    columns = [at_anchors(lane, picture.rows, image.height) for lane in in_order(picture.lanes, picture.rows)]
+    image, lanes = picture.image(), in_order(picture.lanes, picture.rows)
+    if varied:
+        image, lanes = vary(image, lanes, picture.rows)
+    columns = [at_anchors(lane, picture.rows, image.height) for lane in lanes]
     shares = np.stack(columns, 1) / image.width
     cells = np.where((shares >= 0) & (shares < 1), np.floor(shares * CELLS), CELLS).astype(np.int64)
     mask = np.zeros((-(-size[0] // 8), -(-size[1] // 8)), dtype=np.int64)
@@ -236,10 +266,20 @@ def normalize(image: Image.Image, size: tuple[int, int]) -> Tensor:
 
 
 class Batches:
-    """Shuffled batches `(images, cells, masks)`; the last images, too few for a batch, are left out."""
+    """Shuffled batches `(images, cells, masks)`; the last images, too few for a batch, are left out.
 
-    def __init__(self, pictures: list[Picture], size: tuple[int, int], batch_size: int) -> None:
-        self.pictures, self.size, self.batch_size = pictures, size, min(batch_size, len(pictures))
+    Args:
+        pictures: images and labels.
+        size: height and width of the network's input.
+        batch_size: images in a batch.
+        varied: whether they are turned by up to 6 degrees and shifted, at random.
+    """
+
+    def __init__(
+        self, pictures: Sequence[Picture], size: tuple[int, int], batch_size: int, varied: bool = True
+    ) -> None:
+        self.pictures, self.size, self.varied = pictures, size, varied
+        self.batch_size = min(batch_size, len(pictures))
 
     def __len__(self) -> int:
         return len(self.pictures) // self.batch_size
@@ -247,17 +287,17 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         order = torch.randperm(len(self.pictures)).tolist()
         for start in range(0, len(self) * self.batch_size, self.batch_size):
-            parts = [load(self.pictures[i], self.size) for i in order[start : start + self.batch_size]]
+            parts = [load(self.pictures[i], self.size, self.varied) for i in order[start : start + self.batch_size]]
             images, cells, masks = (torch.stack(part) for part in zip(*parts, strict=True))
             yield images, cells, masks
 
 
-def evaluate(model: nn.Module, pictures: list[Picture], size: tuple[int, int]) -> dict[str, float]:
+def evaluate(model: nn.Module, pictures: Sequence[Picture], size: tuple[int, int]) -> dict[str, float]:
     """Return TuSimple's accuracy, and its shares of false lanes and of missed ones."""
     device = next(model.parameters(), torch.empty(0)).device
     scored = []
     for picture in pictures:
-        image = Image.open(picture.file).convert("RGB")
+        image = picture.image()
         shares = decode(model(normalize(image, size)[None].to(device)))[0]
         found = [columns_at(column, picture.rows, image.size) for column in shares.T]
         found = [column for column in found if (column >= 0).any()]
@@ -299,7 +339,7 @@ def make_workload(model: LaneNet, name: str, batch_size: int = 32) -> slrc.Workl
     """Return a network's workload, its dense weights trained or taken from the cache."""
     folder = find_tusimple()
     (train, is_split), (test, _) = read_labels(folder, "train"), read_labels(folder, "test")
-    batches = Batches(train, model.size, batch_size)
+    batches = Batches(train, model.size, batch_size, varied=is_split)
     epochs = int(os.environ.get("SLRC_DENSE_EPOCHS", EPOCHS))
     dense = cache_folder() / f"tusimple{len(train)}-{name}-{epochs}epochs.safetensors"
     model = slrc.cached_weights(model, dense, lambda m: train_dense(m, batches, epochs))

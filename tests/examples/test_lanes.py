@@ -87,6 +87,29 @@ def test_labels_are_resampled_and_extended_to_the_bottom(example: ModuleType) ->
     assert (example.at_anchors(None, rows, 288) == example.NO_LANE).all()
 
 
+def test_lanes_turn_and_shift_with_their_image(example: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lane in white on black is found in the varied image where the varied labels say."""
+    lanes = synthetic_lanes()
+    image = Image.new("RGB", (512, 288))
+    points = [(float(x), float(y)) for x, y in zip(lanes[2], ROWS, strict=True)]
+    ImageDraw.Draw(image).line(points, (255, 255, 255), 3)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        moved, found = example.vary(image, [None, lanes[2]], ROWS)
+        assert found[0] is None
+        there = found[1] >= 0
+        assert 30 < there.sum() < len(ROWS)
+        pixels = np.array(moved.convert("L"), dtype=float)[ROWS[there]]
+        assert (pixels.max(1) > 100).all()
+        np.testing.assert_allclose(pixels.argmax(1), found[1][there], atol=3)
+        assert np.abs(found[1][there] - lanes[2][there]).max() > 3
+    monkeypatch.setattr(example, "TURN", 0.0)
+    monkeypatch.setattr(example, "SHIFT", (0.0, 0.0))
+    still, (same,) = example.vary(image, [lanes[2]], ROWS)
+    assert (np.array(still) == np.array(image)).all()
+    np.testing.assert_allclose(same, lanes[2])
+
+
 def test_perfect_scores_of_the_labels_are_all_right(example: ModuleType, pictures: Any) -> None:
     """Labels become cells, cells scores, scores lanes: within half of a cell, 2.6 of 8 pixels."""
 

@@ -1,13 +1,15 @@
-"""torchvision's detectors up to their raw heads, at half of the channels and a quarter of the blocks: proven equal.
+"""Detectors up to their raw heads, and feature extractors, at half of the channels and a quarter of the blocks.
 
-    python benchmarks/detectors.py                                      # all of them: hours on two cores
-    python benchmarks/detectors.py ssdlite320_mobilenet_v3_large        # one
+    python benchmarks/detectors.py                                      # all of them: half an hour of one core
+    python benchmarks/detectors.py ssdlite320_mobilenet_v3_large        # one of torchvision's detectors
     python benchmarks/detectors.py fasterrcnn_resnet50_fpn:box          # the second stage of an R-CNN
+    python benchmarks/detectors.py timm:resnet18                        # one of timm's feature extractors
 
-Weights are random: nothing is learned here, the question is whether the structure holds. Every step is compared with
-the masked model as a compile compares it, on several inputs, down to ONNX Runtime, where every layer with zeros in its
-blocks is packed. Each network runs in a process of its own; rows are written as they come to
-`benchmarks/results/detectors.json`, and a second run goes on with what is missing or out of date.
+Weights are random: nothing is learned here, the question is whether the structure holds. Images are small, so that the
+proofs take minutes: the graphs are those of larger ones. Every step is compared with the masked model as a compile
+compares it, on several inputs, down to ONNX Runtime, where every layer with zeros in its blocks is packed. Each network
+runs in a process of its own; rows are written as they come to `benchmarks/results/detectors.json`, and a second run
+goes on with what is missing or out of date.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from results import Rows
 from torch import nn
@@ -40,35 +43,55 @@ from slrc.verify import Checker
 
 PATTERNS = {"channel": 0.5, "block:8x1": 0.75}
 PACKED = Form(FormKind.PACKED, 8)
-SIDES = {"ssd300_vgg16": 300}
-SIDE, REGIONS = 320, 4
+SIDES = {"ssd300_vgg16": 300, "ssdlite320_mobilenet_v3_large": 320}
+"""Of the images, where smaller ones do not reach the last head."""
+SIDE, REGIONS = 128, 4
 SECOND_STAGES = {"fasterrcnn": ("box",), "maskrcnn": ("box", "mask"), "keypointrcnn": ("box", "keypoint")}
+TIMM = (
+    "convnext_atto",
+    "efficientnet_b0",
+    "ese_vovnet19b_dw",
+    "ghostnet_100",
+    "hrnet_w18_small",
+    "mobilenetv3_small_100",
+    "mobilenetv4_conv_small",
+    "regnety_002",
+    "repvgg_a0",
+    "resnet18",
+)
+"""Feature extractors: networks of several families that give the maps of all their stages."""
 TIMEOUT_S = 3600
 
 
 def networks() -> list[str]:
-    """Return all of torchvision's detectors, and the heads of the second stage of those that have one."""
+    """Return torchvision's detectors, the heads of the second stage of those that have one, and timm's extractors."""
     found = []
     for name in models.list_models(module=models.detection):
         stages = SECOND_STAGES.get(name.partition("_")[0], ())
         found += [name, *(f"{name}:{stage}" for stage in stages)]
-    return found
+    return [*found, *(f"timm:{name}" for name in TIMM)]
 
 
 def make(name: str) -> slrc.Workload:
     """Return a network with random weights and statistics, and an input for it."""
     torch.manual_seed(0)
-    name, _, stage = name.partition(":")
-    detector = models.get_model(name, weights=None, weights_backbone=None)
-    side = SIDES.get(name, SIDE)
-    network, shape = region_heads(detector)[stage] if stage else (RawHeads(detector), (3, side, side))
+    source, _, stage = name.partition(":")
+    side = SIDES.get(source, SIDE)
+    batch, shape = 1, (3, side, side)
+    if source == "timm":
+        network: nn.Module = timm.create_model(stage, features_only=True)
+    else:
+        detector = models.get_model(source, weights=None, weights_backbone=None)
+        network = RawHeads(detector)
+        if stage:
+            batch, (network, shape) = REGIONS, region_heads(detector)[stage]
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm2d):
             nn.init.uniform_(layer.weight, 0.5, 1.5)
             nn.init.normal_(layer.bias, 0, 0.1)
             layer.running_mean.normal_(0, 0.1)
             layer.running_var.uniform_(0.5, 1.5)
-    return slrc.Workload(network.eval(), (torch.randn(REGIONS if stage else 1, *shape),), name=name)
+    return slrc.Workload(network.eval(), (torch.randn(batch, *shape),), name=name)
 
 
 def prove(workload: slrc.Workload, program: Program, pattern: str) -> dict[str, Any]:
@@ -81,7 +104,8 @@ def prove(workload: slrc.Workload, program: Program, pattern: str) -> dict[str, 
     forms = {
         weight: PACKED
         for weight, layer in slim.layers.items()
-        if pattern != "channel" and PACKED in candidate_forms(slim.tensors[weight], layer.op, layer.groups)
+        if pattern != "channel"
+        and PACKED in candidate_forms(layer.outputs_first(slim.tensors[weight]), layer.op, layer.groups)
     }
     formed = apply_forms(slim, forms, check.program)
     with tempfile.TemporaryDirectory() as folder:

@@ -96,7 +96,7 @@ def make(name: str) -> slrc.Workload:
 
 def prove(workload: slrc.Workload, program: Program, pattern: str) -> dict[str, Any]:
     """Prune by magnitude in one shot; compare every step with the masked model."""
-    plan = slrc.plan(program, pattern, PATTERNS[pattern])
+    plan = slrc.plan(program, pattern, PATTERNS[pattern], keep_ends=False)
     masks = slrc.Masks.project(plan, program.tensors)
     masks.apply_(workload.model.state_dict())
     check = Checker(workload.model, make_probes(program))

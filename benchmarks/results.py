@@ -132,7 +132,7 @@ FILES = (
         "convergence.jsonl",
         "python benchmarks/convergence/run.py TIER",
         (
-            *(f"benchmarks/convergence/{name}.py" for name in ("run", "tasks", "contenders")),
+            *(f"benchmarks/convergence/{name}.py" for name in ("run", "tasks", "contenders", "other_tasks", "scenes")),
             *("slrc/methods", "slrc/sparsity", "slrc/training"),
         ),
     ),

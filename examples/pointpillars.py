@@ -17,12 +17,12 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from common import kitti_metric, rotated_boxes
-from common.kitti_frames import CLASSES, Frame, find_kitti, frame_names, read_frame, to_objects, wrapped
+from common.kitti_frames import CLASSES, Frame, Frames, find_kitti, frame_names, to_objects, wrapped
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot, smooth_l1_loss
@@ -58,6 +58,14 @@ class Grid:
         """Rows along y and columns along x."""
         rows, columns = (round((self.high[k] - self.low[k]) / self.pillar) for k in (1, 0))
         return rows, columns
+
+
+class FrameList(Protocol):
+    """Frames by number, as KITTI's `Frames`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Frame: ...
 
 
 def make_pillars(points: NDArray[np.float32], grid: Grid) -> tuple[Tensor, Tensor]:
@@ -293,12 +301,12 @@ def decode_frame(
     return found[kept], classes[taken].numpy()[kept], best[taken].numpy()[kept]
 
 
-def evaluate(model: nn.Module, folder: Path, names: list[str], grid: Grid) -> dict[str, float]:
+def evaluate(model: nn.Module, frames: FrameList, grid: Grid) -> dict[str, float]:
     """Return KITTI's average precisions in space at moderate difficulty, in percent, their mean first."""
     anchors, true, found = make_anchors(grid), [], []
     device = next(model.parameters(), torch.empty(0)).device
-    for name in names:
-        frame = read_frame(folder, name)
+    for number in range(len(frames)):
+        frame = frames[number]
         features, cells = (x[None].to(device) for x in make_pillars(frame.points, grid))
         boxes, classes, scores = decode_frame(model(features, cells), anchors)
         true.append(frame.objects)
@@ -310,24 +318,23 @@ class Batches:
     """Shuffled batches `(features, cells, labels, boxes, directions)`, read anew each epoch.
 
     Args:
-        folder: KITTI's training folder.
-        names: the frames.
+        frames: KITTI's, or others.
         grid: where pillars stand.
         batch_size: frames in a batch.
         varied: whether scenes are mirrored, turned by up to 45 degrees and scaled by up to 5 %, at random.
     """
 
-    def __init__(self, folder: Path, names: list[str], grid: Grid, batch_size: int = 2, varied: bool = True) -> None:
-        self.folder, self.names, self.grid, self.batch_size, self.varied = folder, names, grid, batch_size, varied
+    def __init__(self, frames: FrameList, grid: Grid, batch_size: int = 2, varied: bool = True) -> None:
+        self.frames, self.grid, self.batch_size, self.varied = frames, grid, batch_size, varied
         self.anchors = make_anchors(grid)
 
     def __len__(self) -> int:
-        return max(1, len(self.names) // self.batch_size)
+        return max(1, len(self.frames) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        order = torch.randperm(len(self.names)).tolist()
+        order = torch.randperm(len(self.frames)).tolist()
         for start in range(0, len(self) * self.batch_size, self.batch_size):
-            frames = [read_frame(self.folder, self.names[i]) for i in order[start : start + self.batch_size]]
+            frames = [self.frames[i] for i in order[start : start + self.batch_size]]
             frames = [vary(frame) for frame in frames] if self.varied else frames
             parts = [(*make_pillars(f.points, self.grid), *make_targets(f, self.anchors)) for f in frames]
             yield tuple(torch.stack(part) for part in zip(*parts, strict=True))
@@ -369,17 +376,17 @@ def make_workload(model: PointPillars, name: str) -> slrc.Workload:
     """Return a network's workload, its dense weights trained or taken from the cache."""
     folder, grid = find_kitti(), model.grid
     (train, is_split), (val, _) = (frame_names(folder, split) for split in ("train", "val"))
-    batches = Batches(folder, train, grid, varied=is_split)
+    batches, held_out = Batches(Frames(folder, train), grid, varied=is_split), Frames(folder, val)
     epochs = int(os.environ.get("SLRC_DENSE_EPOCHS", EPOCHS))
     dense = cache_folder() / f"kitti{len(train)}-{name}-{epochs}epochs.safetensors"
     model = slrc.cached_weights(model, dense, lambda m: train_dense(m, batches, epochs))
-    features, cells = make_pillars(read_frame(folder, val[0]).points, grid)
+    features, cells = make_pillars(held_out[0].points, grid)
     return slrc.Workload(
         model=model,
         example_inputs=(features[None], cells[None]),
         train_batches=batches,
         loss=detection_loss,
-        evaluate=lambda model: evaluate(model, folder, val, grid),
+        evaluate=lambda model: evaluate(model, held_out, grid),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, LR / 10, weight_decay=WEIGHT_DECAY),
         name=name,
         warnings=[] if is_split else ["no kitti/ImageSets: the metric is that of the frames that it trains on"],

@@ -34,6 +34,11 @@ NETWORKS = {
     "cifar-vgg16": "VGG-16, CIFAR-10",
     "cifar-resnet18": "ResNet-18, CIFAR-10",
     "cifar-resnet110": "ResNet-110, CIFAR-10",
+    "camvid-unet": "U-Net, CamVid, mean IoU",
+    "camvid-lraspp": "LR-ASPP, CamVid, mean IoU",
+    "coco-yolov3_tiny": "YOLOv3-tiny, COCO, mAP50",
+    "scenes-lanes": "lanes, synthetic scenes, accuracy",
+    "scenes-pillars": "PointPillars, synthetic scenes, mean AP",
 }
 MARGINS = (1.0, 2.0)
 """Points below dense, as targets."""
@@ -196,11 +201,11 @@ def budgets_table(results: Results) -> str:
     return table(["", *(f"{e} epochs" for e in lengths), *targets], rows)
 
 
-def others_table(results: Results) -> str:
-    """Larger networks: accuracy, and what the dense network had."""
+def others_table(results: Results, tiers: Sequence[str] = ("middle", "large")) -> str:
+    """Larger networks, or other tasks: the metric on test images, and what the dense network had."""
     rows = []
     for (tier, case, name, epochs), found in sorted(results.rows.items()):
-        if tier in ("middle", "large"):
+        if tier in tiers:
             tests = {s: r["test"] for s, r in found.items()}
             starts = {s: r["dense"] for s, r in found.items()}
             rows.append([*titles([case]), name, str(epochs), mean_of(starts), mean_of(tests), str(len(found))])
@@ -262,6 +267,7 @@ def main() -> None:
         ("Parts of the default left out or changed, one seed", parts_table(results)),
         (f"Whole runs of few and of many epochs, {name_of(CASES[0])}", budgets_table(results)),
         ("Larger networks", others_table(results)),
+        ("Segmentation, detection, lanes and lidar", others_table(results, ("tasks",))),
         ("What happens inside", inside_table(results)),
         ("Settings", settings_table(rows)),
     )

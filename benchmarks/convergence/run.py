@@ -8,6 +8,8 @@
     python benchmarks/convergence/run.py budgets   # runs of 2, 3, 12 and 20 epochs: 3 hours
     python benchmarks/convergence/run.py middle    # CIFAR-10's ResNet-20, Imagenette's MobileNetV2: 4 hours
     python benchmarks/convergence/run.py large     # ResNet-18, ResNet-110 and VGG-16 from scratch: days
+    python benchmarks/convergence/run.py tasks     # segmentation, detection, lanes, lidar: days
+    python benchmarks/convergence/run.py tasks --only '*camvid-unet*' --seeds 3
     python benchmarks/convergence/run.py small --seeds 1 --only '*unstructured*'
     python benchmarks/convergence/run.py small & python benchmarks/convergence/run.py small  # share the rows
 
@@ -40,8 +42,7 @@ from typing import Any
 
 import torch
 from contenders import CONTENDERS, PARTS, Contender, Options, make_fixed_set, merged
-from tasks import CACHE, Images, Task, load_task
-from torch import nn
+from tasks import CACHE, Task, load_task
 
 sys.path.insert(1, str(Path(__file__).parents[1]))
 from results import file_of, made_with
@@ -63,6 +64,7 @@ DEFAULT = "gradual"
 UNTUNED = "the default"
 """The setting of rows that take all options as the package has them."""
 EPOCHS = 6
+Case = tuple[str, str, float]
 CASES = (
     ("fashion-resnet", "block:8x1", 0.75),
     ("fashion-resnet", "block:8x1", 0.9),
@@ -74,10 +76,18 @@ NEAR = 1.0
 """Points of validation accuracy that a setting may be behind its contender's best to be tried on the second case."""
 TUNED_ON = (CASES[1], CASES[4])
 RIVALS = tuple(name for name in CONTENDERS if name != "dense")
-WATCHED = ("short", "middle", "large")
+TASKS: Mapping[Case, int] = {
+    ("camvid-unet", "block:8x1", 0.75): 30,
+    ("camvid-lraspp", "block:8x1", 0.75): 30,
+    ("coco-yolov3_tiny", "block:8x1", 0.5): 30,
+    ("scenes-lanes", "block:8x1", 0.75): 10,
+    ("scenes-pillars", "block:8x1", 0.75): 10,
+}
+"""The epochs of each case that is not classification."""
+ON_TASKS = (DEFAULT, "slr-tightening", "slr", "admm", "ac-dc", "masks from the start", "dense")
+WATCHED = ("short", "middle", "large", "tasks")
 """Tiers whose pruned copies are measured after each epoch, on the validation split: a look at long runs."""
-TIERS = ("short", "tuning", "small", "parts", "budgets", "middle", "large")
-Case = tuple[str, str, float]
+TIERS = ("short", "tuning", "small", "parts", "budgets", "middle", "large", "tasks")
 
 
 @dataclass(frozen=True)
@@ -146,6 +156,9 @@ def plain_rows(tier: str) -> Iterator[tuple[Case, str, str, int, Options]]:
             for network in ("vgg16", "resnet18", "resnet110"):
                 for name in ("gradual", "slr", "slr-tightening", "admm"):
                     yield (f"cifar-{network}", "block:8x1", 0.75), name, "", 12, {}
+        case "tasks":
+            for (at, epochs), name in itertools.product(TASKS.items(), ON_TASKS):
+                yield at, name, "", epochs, {}
 
 
 def tuned(name: str, known: Mapping[str, Mapping[str, Any]]) -> Options:
@@ -174,8 +187,7 @@ def plan_of(case: Case, *, prunes: bool) -> Plan:
         return Plan(sparsity_asked=0.0, sparsity=0.0, constraints=())
     network, pattern, sparsity = case
     task = load_task(network)
-    workload = slrc.Workload(model=task.make(), example_inputs=(task.example,))
-    return slrc.plan(slrc.capture(workload), pattern, sparsity)
+    return slrc.plan(slrc.capture(task.workload(task.make())), pattern, sparsity)
 
 
 def run_row(row: Row) -> dict[str, Any]:
@@ -188,13 +200,8 @@ def run_row(row: Row) -> dict[str, Any]:
         model.to(memory_format=torch.channels_last)
     first = Masks.project(plan, dict(model.named_parameters()))
     looks = row.tier != "tuning"
-    start = accuracy(model, task.validation), accuracy(model, task.test) if looks else None
-    workload = slrc.Workload(
-        model=model,
-        example_inputs=(task.example,),
-        train_batches=task.batches,
-        evaluate=(lambda m: {"accuracy": accuracy(m, task.validation)}) if row.tier in WATCHED else None,
-    )
+    start = task.measure(model, task.validation), task.measure(model, task.test) if looks else None
+    workload = task.workload(model, watched=row.tier in WATCHED)
     checkpoints = CACHE / "convergence-checkpoints" / digest(row)
     config = make_config({**contender.config(row.epochs, row.options), **precision(task), "seed": row.seed})
     trained = run(contender, workload, plan, config, checkpoints)
@@ -205,8 +212,8 @@ def run_row(row: Row) -> dict[str, Any]:
         "options": row.options,
         "dense": start[1],
         "dense_val": start[0],
-        "val": accuracy(model, task.validation),
-        "test": accuracy(model, task.test) if looks else None,
+        "val": task.measure(model, task.validation),
+        "test": task.measure(model, task.test) if looks else None,
         "curve": [r.hard_pruned for r in trained.curve],
         "changed": changed(first, trained.masks),
         "history": [
@@ -219,6 +226,7 @@ def run_row(row: Row) -> dict[str, Any]:
             for r in trained.history
         ],
         "cost": trained.cost.model_dump() if trained.cost else None,
+        "metric": task.metric,
         "bfloat16": task.bfloat16,
         "seconds": round(time.perf_counter() - started, 1),
     }
@@ -244,19 +252,6 @@ def changed(first: Masks, last: Masks) -> float | None:
     kept = sum(int(mask.sum()) for mask in first.tensors.values())
     lost = sum(int((mask & ~last.tensors[n]).sum()) for n, mask in first.tensors.items())
     return round(lost / kept, 4) if kept else None
-
-
-def accuracy(model: nn.Module, images: Images) -> float:
-    """Return the share of images that `model` gets right, in percent."""
-    training = model.training
-    model.eval()
-    right = seen = 0
-    with torch.no_grad():
-        for x, y in images:
-            right += int((model(x).argmax(1) == y).sum())
-            seen += len(y)
-    model.train(training)
-    return round(100 * right / seen, 3)
 
 
 def digest(row: Row) -> str:

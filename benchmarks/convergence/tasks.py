@@ -1,12 +1,15 @@
-"""Networks and data of `convergence.py`: a dense start, training batches, a validation split and test images."""
+"""Networks and data of `run.py`: a dense start, training batches, a validation split and test images.
+
+Classification is here, the other tasks are in `other_tasks.py`.
+"""
 
 from __future__ import annotations
 
 import copy
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,8 @@ import imagenette
 CIFAR_SCRATCH_EPOCHS = 10
 """Of a dense start on CIFAR-10 without weights: a third of what the example takes."""
 CACHE = cache_folder()
+OTHERS = ("camvid", "coco", "scenes")
+"""Data of tasks that are not classification."""
 Images = Iterable[tuple[Tensor, Tensor]]
 """Batches `(x, y)` that can be read again and again."""
 
@@ -43,18 +48,51 @@ class Task:
 
     make: Callable[[], nn.Module]
     """Returns the dense start, the same each time."""
-    example: Tensor
+    example: tuple[Tensor, ...]
+    """The inputs of one call."""
     batches: Iterable[Any]
-    validation: Images
-    test: Images
+    validation: Any
+    test: Any
     bfloat16: bool = False
     """Whether training computes in bfloat16, by autocast, with channels last."""
+    metric: str = "accuracy"
+    evaluate: Callable[[nn.Module, Any], float] | None = None
+    """What is measured of a network on a split, in percent; by itself the share of the images that it gets right."""
+    others: Mapping[str, Any] = field(default_factory=dict)
+    """Of the workload, such as its loss."""
+
+    def measure(self, model: nn.Module, split: Any) -> float:
+        """Return the metric on `validation` or `test`, in percent."""
+        training = model.training
+        model.eval()
+        with torch.no_grad():
+            found = (self.evaluate or share_right)(model, split)
+        model.train(training)
+        return round(found, 3)
+
+    def workload(self, model: nn.Module, *, watched: bool = False) -> slrc.Workload:
+        """Return the workload of a network on this task; `watched`, it is measured after each epoch."""
+        evaluate = (lambda m: {self.metric: self.measure(m, self.validation)}) if watched else None
+        return slrc.Workload(model, self.example, self.batches, evaluate=evaluate, **self.others)
+
+
+def share_right(model: nn.Module, images: Images) -> float:
+    """Return the share of images whose greatest output is their label's, in percent."""
+    right = seen = 0
+    for x, y in images:
+        right += int((model(x).argmax(1) == y).sum())
+        seen += len(y)
+    return 100 * right / seen
 
 
 @lru_cache(maxsize=1)
 def load_task(network: str) -> Task:
     """Return the task of a network, such as `fashion-resnet`, `cifar-resnet20` or `images-torchvision:resnet50`."""
     data, name = network.split("-", 1)
+    if data in OTHERS:
+        import other_tasks
+
+        return other_tasks.make_task(data, name)
     makers = {
         "digits": digits_task,
         "fashion": fashion_task,
@@ -95,7 +133,7 @@ def digits_task(name: str) -> Task:
         make=lambda: start_of(
             lambda: digits.DigitsNet(width=8), f"digits-{name}", lambda m: digits.train_dense(m, batches)
         ),
-        example=x[:1],
+        example=(x[:1],),
         batches=batches,
         validation=Normalized(x[:200], y[:200], lambda x: x),
         test=images,
@@ -115,7 +153,7 @@ def fashion_task(name: str) -> Task:
 
     return Task(
         make=make,
-        example=fashion_mnist.normalize(test.pixels[:1]),
+        example=(fashion_mnist.normalize(test.pixels[:1]),),
         batches=batches,
         validation=Normalized(pixels[-5_000:], labels[-5_000:], fashion_mnist.normalize),
         test=test,
@@ -173,7 +211,7 @@ def validated_task(
     images = Normalized(*test, normalize)
     return Task(
         make=lambda: make(batches),
-        example=normalize(images.pixels[:1]).contiguous(),
+        example=(normalize(images.pixels[:1]).contiguous(),),
         batches=batches,
         validation=Normalized(pixels[held], labels[held], normalize),
         test=images,
@@ -201,7 +239,7 @@ def images_task(name: str) -> Task:
 
     return Task(
         make=lambda: copy.deepcopy(workload.model),
-        example=example,
+        example=(example,),
         batches=loader("train", moved, lambda i: i % 50 != 49, shuffle=True),
         validation=loader("train", still, lambda i: i % 50 == 49),
         test=loader("val", still, lambda i: True),

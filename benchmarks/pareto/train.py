@@ -40,7 +40,7 @@ sys.path.insert(1, str(Path(__file__).parents[1] / "convergence"))
 sys.path.insert(1, str(Path(__file__).parents[1]))
 from networks import ALLOCATED, FAMILIES, GRADUAL, TORCH_PRUNING, UNIFORM, plan_for, ratio_for, torch_pruned
 from results import file_of, made_with
-from run import accuracy, claim, precision, read_rows
+from run import claim, precision, read_rows
 from tasks import CACHE, Task, load_task
 
 import slrc
@@ -128,7 +128,7 @@ def run_row(row: Row) -> dict[str, Any]:
     started, task = time.perf_counter(), load_task(row.network)
     row.folder.mkdir(parents=True, exist_ok=True)
     dense = task.make()
-    start = accuracy(dense, task.validation), accuracy(dense, task.test)
+    start = task.measure(dense, task.validation), task.measure(dense, task.test)
     about = {
         "row": str(row),
         "network": row.network,
@@ -144,8 +144,8 @@ def run_row(row: Row) -> dict[str, Any]:
         return {**about, "unreachable": str(error)}
     return {
         **about,
-        "val": accuracy(trained, task.validation),
-        "test": accuracy(trained, task.test),
+        "val": task.measure(trained, task.validation),
+        "test": task.measure(trained, task.test),
         "seconds": round(time.perf_counter() - started, 1),
         **found,
     }
@@ -162,7 +162,7 @@ def train_plan(row: Row, task: Task, model: nn.Module) -> tuple[nn.Module, dict[
         model=model,
         example_inputs=(example_of(row, task),),
         train_batches=task.batches,
-        evaluate=lambda m: {"accuracy": accuracy(m, task.validation)},
+        evaluate=lambda m: {"accuracy": task.measure(m, task.validation)},
     )
     program, go_on = capture(model, row, task), {"checkpoints": row.folder / "checkpoints", "resume": True}
     plan = planned(row, program, workload)

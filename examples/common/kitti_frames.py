@@ -116,6 +116,20 @@ def read_frame(folder: Path, name: str) -> Frame:
     return Frame(points[seen], boxes, classes, objects, calibration)
 
 
+@dataclass(frozen=True)
+class Frames:
+    """The frames of those names in KITTI's training folder, each read anew when it is asked for."""
+
+    folder: Path
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, number: int) -> Frame:
+        return read_frame(self.folder, self.names[number])
+
+
 def to_lidar(objects: Objects, calibration: Calibration) -> Array:
     """Return the boxes of labels, `(n, 7)`."""
     places = calibration.lidar(objects.places)

@@ -96,7 +96,7 @@ def test_pillars_stand_on_the_canvas_where_their_points_are(example: ModuleType,
 
 
 def test_boxes_there_and_back(example: ModuleType, frames: Path) -> None:
-    frame = example.read_frame(frames, "000000")
+    frame = example.Frames(frames, ["000000"])[0]
     np.testing.assert_allclose(frame.boxes[:, [0, 1, 6]], CARS, atol=1e-9)
     np.testing.assert_allclose(frame.boxes[:, 2:6], [[-0.95, 3.9, 1.6, 1.5]] * 2)
     back = example.to_objects(frame.boxes, frame.classes, np.ones(2), frame.calibration)
@@ -108,7 +108,7 @@ def test_boxes_there_and_back(example: ModuleType, frames: Path) -> None:
 
 
 def test_what_the_targets_say_is_what_is_found(example: ModuleType, frames: Path, small: Any) -> None:
-    frame, anchors = example.read_frame(frames, "000000"), example.make_anchors(small.grid)
+    frame, anchors = example.Frames(frames, ["000000"])[0], example.make_anchors(small.grid)
     labels, boxes, directions = example.make_targets(frame, anchors)
     assert set(labels.tolist()) == {example.IGNORED, 0, 1}
     scores = torch.full((1, len(labels), 3), -9.0)
@@ -139,7 +139,7 @@ def test_the_loss_of_one_anchor_by_hand(example: ModuleType) -> None:
 
 
 def test_scenes_vary_with_their_boxes(example: ModuleType, frames: Path) -> None:
-    frame = example.read_frame(frames, "000000")
+    frame = example.Frames(frames, ["000000"])[0]
     torch.manual_seed(1)
     for _ in range(4):
         changed = example.vary(frame)
@@ -155,7 +155,7 @@ def points_in(points: np.ndarray, box: np.ndarray) -> int:
 
 
 def test_batch_norm_folds_and_the_pillars_are_pruned(example: ModuleType, frames: Path, small: Any) -> None:
-    features, cells = example.make_pillars(example.read_frame(frames, "000000").points, small.grid)
+    features, cells = example.make_pillars(example.Frames(frames, ["000000"])[0].points, small.grid)
     program = slrc.capture(slrc.Workload(small, (features[None], cells[None])))
     assert program.batch_is_dynamic
     group = next(g for g in label_indices(program).groups if g.name == "pillars.linear")
@@ -168,7 +168,7 @@ def test_it_learns_a_synthetic_scene_and_compiles(
     example: ModuleType, frames: Path, small: Any, tmp_path: Path, quick_timing: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLRC_DENSE_EPOCHS", "30")
-    batches = example.Batches(frames, ["000000"], small.grid, batch_size=1, varied=False)
+    batches = example.Batches(example.Frames(frames, ["000000"]), small.grid, batch_size=1, varied=False)
     before = example.detection_loss(small.train(), next(iter(batches))).item()
     workload = example.make_workload(small, "small")
     after = example.detection_loss(workload.model.train(), next(iter(batches))).item()

@@ -109,6 +109,12 @@ FILES = (
         kernels=True,
     ),
     ResultsFile(
+        "tasks_latency.json",
+        "taskset -c 1 python benchmarks/tasks_latency.py",
+        ("benchmarks/tasks_latency.py", "benchmarks/convergence/scenes.py", "examples", TIMING, *FORMS),
+        kernels=True,
+    ),
+    ResultsFile(
         "analysis_growth.json",
         "python benchmarks/analysis_growth.py",
         ("benchmarks/analysis_growth.py", "passes/analysis"),

@@ -116,6 +116,7 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
         torch.ops.slrc.block_sparse_gemm.default: _translate_gemm,
         torch.ops.slrc.block_sparse_mlp.default: _translate_mlp,
         torch.ops.slrc.max_pool2x2.default: _translate_pool,
+        torch.ops.slrc.depth_to_space.default: _translate_shuffle,
     }
 
 
@@ -142,6 +143,12 @@ def _translate_mlp(*arguments: Any) -> Any:
 
 def _translate_pool(x: Any) -> Any:
     return _op(POOL)(x)
+
+
+def _translate_shuffle(x: Any, block: int) -> Any:
+    from onnxscript import opset21
+
+    return opset21.DepthToSpace(x, blocksize=block, mode="DCR")
 
 
 def _node(

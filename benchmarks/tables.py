@@ -12,7 +12,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).parent / "convergence"))
@@ -177,6 +177,50 @@ def zoo() -> str:
     return table(titles, lines) + made(rows.values())
 
 
+def detectors() -> str:
+    """Detectors and feature extractors: what is left, and how exact every step is."""
+    rows, lines = read("detectors"), []
+    for name, row in rows.items():
+        cells = [f"`{name}`", f"{row['parameters'] / 1e6:.1f} M" if "parameters" in row else "–"]
+        for pattern in ("channel", "block:8x1"):
+            found = row.get(pattern, {"failed": "ended early"})
+            cells.append(found["failed"] if "failed" in found else f"{found['left']:.0%}, {found['error']:.0e}")
+        lines.append(cells)
+    titles = ("network", "parameters", "`channel`, 50%: left, error", "`block:8x1`, 75%: left, error")
+    return table(titles, lines) + made(rows.values())
+
+
+def tasks_latency() -> str:
+    """The networks of other tasks: how much faster they are."""
+    rows, lines = read("tasks_latency"), []
+    for name, title in _titles(rows).items():
+        own = {key.partition(" ")[2]: row for key, row in rows.items() if key.split()[0] == name}
+        cells = [own.get(x) for x in ("block:8x1 0.75", "channel 0.5", "channel 0.75")]
+        first = next(row for row in cells if row)
+        speeds = [ranged(row["speedup"], row["spread"]) if row else TO_FILL for row in cells]
+        lines.append([title, f"{first['macs_dense'] / 1e9:.2f} G", f"{first['dense_ms']:.0f} ms", *speeds])
+    titles = ("network and input", "MACs", "dense", "`block:8x1`, 75%", "`channel`, 50%", "`channel`, 75%")
+    return table(titles, lines) + made(rows.values())
+
+
+def tasks_pipeline() -> str:
+    """The networks of other tasks with what stands around them."""
+    rows, lines = read("tasks_latency"), []
+    for name, title in _titles(rows).items():
+        if (row := rows.get(f"{name} block:8x1 0.75")) is None:
+            continue
+        around = row["before_ms"] + row["after_ms"]
+        whole = (around + row["dense_ms"]) / (around + row["compiled_ms"])
+        parts = [f"{row[part]:.1f}" for part in ("before_ms", "dense_ms", "compiled_ms", "after_ms")]
+        lines.append([title, *parts, f"{whole:.2f}×", f"{around / (around + row['compiled_ms']):.0%}"])
+    titles = ("network and input", "before, ms", "dense, ms", "compiled, ms", "after, ms", "all faster by", "around it")
+    return table(titles, lines)
+
+
+def _titles(rows: Mapping[str, Row]) -> dict[str, str]:
+    return {key.split()[0]: row["title"] for key, row in rows.items()}
+
+
 def analysis_growth() -> str:
     """How the analysis grows."""
     rows = read("analysis_growth")
@@ -302,6 +346,7 @@ TABLES: dict[str, Callable[[], str]] = {
     f.__name__.replace("_", "-"): f
     for f in (
         *(front_page, sparse_latency, sparse_latency_other, kernel_latency, latency_budget, zoo),
+        *(detectors, tasks_latency, tasks_pipeline),
         *(analysis_growth, step_cost, split_copies, channel_permutation, reconstruct, pareto),
         *(methods, methods_against, methods_parts, methods_budgets, methods_large, methods_inside, methods_settings),
     )

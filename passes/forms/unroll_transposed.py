@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional
 
+from slrc.forms import packed_ops  # noqa: F401, registers the operators
 from slrc.ir.nodes import argument, conv_groups, node_shape, op_name
 from slrc.passes.graph_edits import call_before
 
@@ -91,7 +92,9 @@ def interleave(before: Node, phases: Node, axes: list[Axis]) -> Node:
     """Return a transposed convolution's result `(n, out, h, w)` of its phases `(n, phases·out, rows, columns)`."""
     (rows, columns), result = axes, phases
     aten = torch.ops.aten
-    if (rows.stride, columns.stride) != (1, 1):
+    if rows.stride == columns.stride != 1:
+        result = call_before(before, torch.ops.slrc.depth_to_space.default, result, rows.stride)
+    elif rows.stride != columns.stride:
         shape = [-1, rows.stride, columns.stride, _outputs(before), rows.rows, columns.rows]
         split = call_before(before, aten.reshape.default, result, shape)
         moved = call_before(before, aten.permute.default, split, [0, 3, 4, 1, 5, 2])

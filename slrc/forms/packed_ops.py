@@ -1,6 +1,7 @@
 """`slrc::block_sparse_conv` and `slrc::block_sparse_gemm`: layers with packed blocks, as operators of a program.
 
-`slrc::block_sparse_mlp` is two of the latter, and `slrc::max_pool2x2` goes on in the memory layout of the former.
+`slrc::block_sparse_mlp` is two of the latter, `slrc::max_pool2x2` goes on in the memory layout of the former, and
+`slrc::depth_to_space` makes an image of what it computes for each phase of a stride.
 
 Here they mean what they compute, in PyTorch's own operators; a backend replaces them with its kernels. The packed
 form is that of `slrc.forms.packed_weight.PackedWeight`.
@@ -113,6 +114,19 @@ def max_pool2x2(x: Tensor) -> Tensor:
 @max_pool2x2.register_fake
 def _(x: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:2], x.shape[2] // 2, x.shape[3] // 2)
+
+
+@torch.library.custom_op("slrc::depth_to_space", mutates_args=())
+def depth_to_space(x: Tensor, block: int) -> Tensor:
+    """Put the phases `(n, block·block·c, h, w)` of an image between each other: `(n, c, block·h, block·w)`."""
+    n, channels, h, w = x.shape
+    split = x.reshape(n, block, block, channels // block**2, h, w)
+    return split.permute(0, 3, 4, 1, 5, 2).reshape(n, -1, h * block, w * block).clone()
+
+
+@depth_to_space.register_fake
+def _(x: Tensor, block: int) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1] // block**2, x.shape[2] * block, x.shape[3] * block)
 
 
 def _finish(y: Tensor, residual: Tensor | None, activation: str, slope: float) -> Tensor:

@@ -119,6 +119,26 @@ def test_the_file_is_as_small_as_its_weights(program: Program, artifact: Path, t
     assert stored == pytest.approx(kept, rel=0.05)
 
 
+def test_a_transposed_convolution_is_a_packed_one_and_a_shuffle(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = nn.ConvTranspose2d(3, 16, 2, 2), nn.ReLU(), nn.ConvTranspose2d(16, 8, 3, 2, 1, 1)
+    model = nn.Sequential(*layers, nn.Tanh(), nn.ConvTranspose2d(8, 8, 3, padding=1)).eval()
+    with torch.no_grad():
+        for layer in (model[0], model[2], model[4]):
+            layer.weight *= (torch.rand(layer.weight[:, ::8].shape) < 0.5).repeat_interleave(8, dim=1)
+    masked = capture(model, (torch.randn(2, 3, 5, 6),))
+    formed = apply_forms(masked, dict.fromkeys(masked.layers, Form(FormKind.PACKED, 8)))
+    try:
+        folder = slrc.lower(formed, "ort", tmp_path).folder
+    except BackendError as error:
+        pytest.skip(error.message)
+    nodes = [n.op_type.split("_")[0] for n in onnx.load(folder / "model.onnx").graph.node]
+    assert (nodes.count(CONV), nodes.count("DepthToSpace"), nodes.count("ConvTranspose")) == (3, 2, 0)
+    for stock in (False, True):
+        runner = OnnxRuntime().load(folder, threads=1, stock=stock)
+        compare("masked = ort", outputs_of(model, masked.example_inputs), runner(*masked.example_inputs), TOLERANCE)
+
+
 def test_the_manifest_names_the_kernels(artifact: Path) -> None:
     manifest = slrc.backends.Artifact.read(artifact)
     assert manifest.kernels is not None

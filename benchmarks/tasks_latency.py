@@ -69,6 +69,8 @@ class Network:
     before: Callable[[], object]
     after: Callable[[list[Tensor]], Callable[[], object]]
     """Returns what is to be timed, given what the network returned."""
+    front: Callable[[nn.Module], nn.Module] | None = None
+    """Returns the part of a network that is timed by itself, on the same inputs."""
 
 
 def photo(size: tuple[int, int] = PHOTO) -> Image.Image:
@@ -121,6 +123,18 @@ def lane_finder() -> Network:
     )
 
 
+class Canvas(nn.Module):
+    """PointPillars up to the canvas: the network on pillars, and where they stand."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, features: Tensor, cells: Tensor) -> Tensor:
+        """As `PointPillars.canvas`."""
+        return self.model.canvas(features, cells)  # type: ignore[operator]
+
+
 def lidar_network() -> Network:
     """Return the network of `examples/pointpillars.py`; so many boxes are found as are usual in a frame."""
     grid = pointpillars.Grid()
@@ -141,6 +155,7 @@ def lidar_network() -> Network:
         inputs,
         lambda: pointpillars.make_pillars(points, grid),
         boxes,
+        Canvas,
     )
 
 
@@ -160,10 +175,10 @@ def key(name: str, pattern: str, sparsity: float) -> str:
     return f"{name} {pattern} {sparsity:g}"
 
 
-def captured(network: Network, name: str) -> Program:
-    """Return a network's program, with random weights and statistics."""
+def captured(network: Network, name: str, part: Callable[[nn.Module], nn.Module] = lambda model: model) -> Program:
+    """Return the program of a network or of a part of it, with random weights and statistics."""
     torch.manual_seed(0)
-    model = network.make()
+    model = part(network.make())
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
             nn.init.uniform_(layer.running_var, 0.5, 1.5)
@@ -193,6 +208,10 @@ def measure_row(name: str, pattern: str, sparsity: float, *, choose: bool) -> di
         lowered = [lower(one, TARGET, Path(place) / str(k)) for k, one in enumerate((dense, formed))]
         found = time_pair(lowered[0], lowered[1], slim.flat_inputs(), 1)
         outputs = get_backend(TARGET).load(lowered[1].folder, threads=1)(*slim.flat_inputs())
+        if network.front:
+            front = lower(baseline(captured(network, name, network.front)), TARGET, Path(place) / "front")
+            runner = get_backend(TARGET).load(front.folder, threads=1)
+            front_ms = median_ms(lambda: runner(*slim.flat_inputs()))
     expected = outputs_of(slim.module(), slim.example_inputs)
     error = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(expected, outputs, strict=True))
     return {
@@ -203,6 +222,7 @@ def measure_row(name: str, pattern: str, sparsity: float, *, choose: bool) -> di
         "compiled_ms": found.compiled_ms.p50,
         "before_ms": median_ms(network.before),
         "after_ms": median_ms(network.after(list(outputs))),
+        **({"front_ms": front_ms} if network.front else {}),
         "macs_dense": dense.macs,
         "macs_compiled": formed.macs,
         "parameters_left": formed.num_parameters / dense.num_parameters,

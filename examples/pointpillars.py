@@ -158,6 +158,15 @@ class PointPillars(nn.Module):
         self.directions = nn.Conv2d(up * len(widths), anchors * DIRECTIONS, 1)
         nn.init.constant_(self.scores.bias, -float(np.log(99)))  # a probability of 1 %
 
+    def canvas(self, features: Tensor, cells: Tensor) -> Tensor:
+        """Return what the pillars say where they stand, `(n, width, rows, columns)`; zeros in empty cells."""
+        batch = features.shape[0]
+        pillars = self.pillars(features.flatten(0, 1)).view(batch, self.grid.pillars, self.width)
+        pillars = torch.cat([pillars, pillars.new_zeros(batch, 1, self.width)], 1)
+        starts = torch.arange(batch, device=cells.device) * (self.grid.pillars + 1)
+        canvas = pillars.flatten(0, 1).index_select(0, (cells + starts[:, None]).flatten())
+        return canvas.view(batch, *self.grid.shape, self.width).permute(0, 3, 1, 2)
+
     def forward(self, features: Tensor, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return raw scores, boxes and directions, `(n, 18 | 42 | 12, rows/2, columns/2)`.
 
@@ -165,12 +174,7 @@ class PointPillars(nn.Module):
             features: `(n, pillars, points, 10)`.
             cells: `(n, rows·columns)`, the pillar in each cell.
         """
-        batch = features.shape[0]
-        pillars = self.pillars(features.flatten(0, 1)).view(batch, self.grid.pillars, self.width)
-        pillars = torch.cat([pillars, pillars.new_zeros(batch, 1, self.width)], 1)  # what is in empty cells
-        starts = torch.arange(batch, device=cells.device) * (self.grid.pillars + 1)
-        canvas = pillars.flatten(0, 1).index_select(0, (cells + starts[:, None]).flatten())
-        x = canvas.view(batch, *self.grid.shape, self.width).permute(0, 3, 1, 2)
+        x = self.canvas(features, cells)
         found = []
         for each, up in zip(self.stages, self.ups, strict=True):
             x = each(x)

@@ -196,3 +196,14 @@ def test_auto_narrows_where_options_alone_do_not_reach(tmp_path: Path) -> None:
     assert plan.latency.predicted == pytest.approx(0.5, rel=0.1)
     assert any(c.pattern.coupled and c.keep < c.groups for c in plan)
     assert {str(c.pattern) for c in plan} > {"channel"}
+
+
+@pytest.mark.usefixtures("times_are_sizes")
+def test_transposed_convolutions_stay_dense_where_a_latency_is_asked_for(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.ConvTranspose2d(16, 16, 2, 2), nn.Conv2d(16, 3, 1)
+    program = capture(nn.Sequential(*layers).eval(), (torch.randn(1, 3, 8, 8),), "net")
+    plan = slrc.plan(program, "block:8x1", latency_budget=0.8, cache=tmp_path)
+    assert [c.name for c in plan] == ["1"]
+    reasons = {x.name: x.reason for x in plan.left_out}
+    assert reasons["2"] == "transposed convolutions are not pruned in blocks where a latency is asked for"

@@ -174,6 +174,10 @@ def edited(of: Constraint, **fields: Any) -> Constraint:
     return of.model_copy(update=fields)
 
 
+def edited_dim(of: Constraint) -> Slice:
+    return of.members[0].model_copy(update={"dim": 7})
+
+
 def elsewhere(**fields: Any) -> Constraint:
     """`COUPLED` with another slice of its bias."""
     return edited(COUPLED, members=(COUPLED.members[0], COUPLED.members[1].model_copy(update=fields)))
@@ -183,6 +187,7 @@ def elsewhere(**fields: Any) -> Constraint:
     ("constraints", "message"),
     [
         ([edited(W, members=(Slice(tensor="gone"),))], "the model has no tensor `gone`"),
+        ([edited(W, members=(edited_dim(W),))], "has no dimension 7"),
         ([edited(W, groups=63)], "constraint `w`: expected 64 groups, got 63"),
         ([edited(W, keep=65)], "cannot keep 65 of 64 groups"),
         ([edited(W, pattern=Block(3, 1))], "cannot apply block:3x1 to `w`: outputs must be a multiple of 3, got 4"),

@@ -47,3 +47,21 @@ def test_a_table_is_filled_from_its_rows(tables: ModuleType, monkeypatch: pytest
     assert "old" not in filled
     assert filled.startswith("before\n")
     assert filled.endswith("<!-- end -->\nafter\n")
+
+
+def test_a_network_that_failed_says_so(tables: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    proven = {"left": 0.36, "error": 4e-7}
+    rows = {"a": {"parameters": 2e6, "channel": proven, "block:8x1": {"failed": "PlanError: nothing"}}, "b": {}}
+    monkeypatch.setattr(tables, "read", lambda name: rows)
+    text = tables.detectors()
+    assert "| `a` | 2.0 M | 36%, 4e-07 | PlanError: nothing |" in text
+    assert "| `b` | – | ended early | ended early |" in text
+
+
+def test_what_stands_around_a_network_counts(tables: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"before_ms": 10.0, "after_ms": 10.0, "dense_ms": 100.0, "compiled_ms": 40.0}
+    row = {"title": "Net, 8×8", "macs_dense": 2e9, "speedup": 2.5, "spread": [2.4, 2.6], **times}
+    monkeypatch.setattr(tables, "read", lambda name: {"net block:8x1 0.75": row, "net channel 0.75": row})
+    speed = "2.50× (2.40 to 2.60)"
+    assert f"| Net, 8×8 | 2.00 G | 100 ms | {speed} | {tables.TO_FILL} | {speed} |" in tables.tasks_latency()
+    assert "| Net, 8×8 | 10.0 | 100.0 | 40.0 | 10.0 | 2.00× | 33% |" in tables.tasks_pipeline()

@@ -360,3 +360,20 @@ def test_broken_masks_are_refused(tmp_path: Path) -> None:
 
 def test_no_constraints_have_no_sparsity() -> None:
     assert Masks({}).sparsity(plan_of()) == 0.0
+
+
+def test_a_transposed_weight_is_seen_outputs_first() -> None:
+    weight = torch.randn(3, 8, 2, 2, generator=torch.Generator().manual_seed(0))
+    member = Slice(tensor="up.weight", dim=1)
+    c = Constraint(name="up", pattern=Block(4, 1), groups=24, keep=6, members=(member,))
+    mask = c.project({"up.weight": weight})
+    assert mask.shape == (8, 3, 2, 2)
+    masks = {"up.weight": torch.ones(weight.shape, dtype=torch.bool)}
+    c.scatter(mask, masks, followers=False)
+    assert masks["up.weight"].float().mean() == 0.25
+    assert torch.equal(c.gather(masks), mask)
+    assert c.obeyed_by(c.gather(masks))
+    factors, scaled = torch.rand(1, 24), {"up.weight": weight.clone()}
+    c.scale_(scaled, factors)
+    torch.testing.assert_close(c.energies(scaled), c.energies({"up.weight": weight}) * factors**2)
+    assert Constraint.model_validate_json(c.model_dump_json()) == c

@@ -23,14 +23,19 @@ MANIFEST = "manifest.json"
 MANIFEST_VERSION: Final = 1
 
 
-def _bare_name(name: str) -> str:
+def bare_name(name: str) -> str:
+    """Return the name of a file or folder as it is.
+
+    Raises:
+        ValueError: it is a path, or no name at all.
+    """
     windows = PureWindowsPath(name)
     if name in ("", ".", "..") or windows.name != name or PurePosixPath(name).name != name or not name.isprintable():
         raise ValueError(f"expected the bare name of a file or folder, got {name!r}")
     return name
 
 
-FileName = Annotated[str, AfterValidator(_bare_name)]
+FileName = Annotated[str, AfterValidator(bare_name)]
 """The name of a file or folder that lies beside the file that names it: no path, so that it leads nowhere else."""
 
 

@@ -66,6 +66,10 @@ class OutputError(SlrcError):
     """The output folder cannot be written, read or resumed."""
 
 
+class DeviceError(SlrcError):
+    """A device cannot be reached, cannot run what is asked of it, or computes something else."""
+
+
 def disk_error(where: Path, error: BaseException) -> OutputError:
     """Return a readable error for a folder that cannot be written."""
     reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)

@@ -35,6 +35,7 @@ ROOMS = (
     "pipeline",
     "measuring",
     "reporting",
+    "device",
     "workspace",
     "compilation",
     "api",

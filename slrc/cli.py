@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 import typer
 
 from slrc.config import cli_words, make_config, options, planning_options
-from slrc.errors import OutputError, SlrcError
+from slrc.errors import ConfigError, OutputError, SlrcError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,6 +32,7 @@ app = typer.Typer(
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="file.py, package.module:function, torchvision:NAME or timm:NAME")
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 INTERRUPTED = 130
 DEBUG_HELP = "show the whole trace of an error, and what torch logs"
 Given = dict[str, Any]
@@ -142,19 +143,37 @@ def inspect(
         _console(stderr=True).print(f"plan: {plan_out}", soft_wrap=True)
 
 
+DEVICE = typer.Option(metavar="HOST", help="a machine that ssh reaches: user@name, or a Host of your ssh configuration")
+DeviceOption = Annotated[str | None, DEVICE]
+TargetOption = Annotated[
+    str | None, typer.Option(help="which of the output's targets (default: the first that is for the device)")
+]
+
+
 @app.command()
 @takes("threads")
 def bench(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="what `slrc compile --out` wrote")],
     given: Given,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
+    device: DeviceOption = None,
+    target: TargetOption = None,
+    as_json: JsonOption = False,
     debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False,
 ) -> None:
-    """Measure a compiled model again: compiled against dense, in turns, in one process."""
-    from slrc.reporting.bench import bench_output
+    """Measure a compiled model again: compiled against dense, in turns, in one process, here or on a device."""
+    threads = make_config(given).threads
+    if device is None and target is not None:
+        raise ConfigError("`--target` chooses what goes to a device", hint="add `--device`")
+    if device is None:
+        from slrc.reporting.bench import bench_output
+
+        result = bench_output(folder, threads, _reporter())
+    else:
+        from slrc.device.deploy import bench_on_device
+
+        result = bench_on_device(folder, device, target, threads, _reporter())
     from slrc.reporting.tables import latency_table
 
-    result = bench_output(folder, make_config(given).threads, _reporter())
     if as_json:
         typer.echo(result.model_dump_json(indent=1))
     else:
@@ -162,11 +181,77 @@ def bench(
 
 
 @app.command()
-def targets(debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False) -> None:
-    """Show which backends can emit and run here, and why the others cannot."""
-    from slrc.reporting.tables import targets_table
+@takes("threads")
+def deploy(
+    device: Annotated[str, DEVICE],
+    given: Given,
+    folder: Annotated[Path | None, typer.Argument(metavar="FOLDER", help="what `slrc compile --out` wrote")] = None,
+    target: TargetOption = None,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="remove all that slrc brought to the device, and end its jobs there")
+    ] = False,
+    as_json: JsonOption = False,
+    debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False,
+) -> None:
+    """Copy a compiled model to a device, prove it equal there, measure it, and bring the numbers back.
 
-    _console().print(targets_table())
+    The device needs an ssh server and a Python with onnxruntime. What was sent once is not sent again, and a job that
+    runs when the link is lost is found by the same command. The model stays in .slrc/models in the home folder there.
+    """
+    from slrc.device import deploy as devices
+
+    if remove:
+        size = devices.remove_from(device)
+        _console().print(
+            f"{device}: " + ("there was nothing of slrc" if size is None else f"{size / 1e6:.1f} MB removed")
+        )
+        return
+    if folder is None:
+        raise ConfigError("`slrc deploy` needs the folder of a compiled model", hint="such as `slrc deploy build`")
+    result = devices.deploy_output(folder, device, target, make_config(given).threads, _reporter())
+    if as_json:
+        typer.echo(result.model_dump_json(indent=1))
+    else:
+        from slrc.device.tables import deployment_table
+
+        _console().print(deployment_table(result))
+
+
+@app.command()
+@takes("threads")
+def bundle(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="what `slrc compile --out` wrote")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="the file to write, such as model.tar")],
+    given: Given,
+    target: TargetOption = None,
+    debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False,
+) -> None:
+    """Write a compiled model as one file for a device: models, kernels, inputs, expected outputs and a runner.
+
+    There: `mkdir model && tar -xf model.tar -C model && python3 model/bench.py`.
+    """
+    threads = make_config(given).threads
+    from slrc.device.deploy import bundle_file
+
+    chosen = bundle_file(folder, out, target, threads)
+    _console().print(f"wrote {out} for {chosen}", soft_wrap=True)
+
+
+@app.command()
+def targets(
+    device: DeviceOption = None, debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False
+) -> None:
+    """Show which backends can emit and run here, and why the others cannot; or what a device is and has."""
+    if device is None:
+        from slrc.reporting.tables import targets_table
+
+        _console().print(targets_table())
+        return
+    from slrc.device.ssh_device import SshDevice
+    from slrc.device.tables import device_table
+
+    with SshDevice(device) as found:
+        _console().print(device_table(found.info))
 
 
 @app.command()

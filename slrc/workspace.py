@@ -21,8 +21,10 @@ from slrc.training.checkpoints import DISK_ERRORS
 
 REPORT = "report.json"
 RUN = "run.json"
+DEPLOYED = "device.json"
+"""What `slrc deploy` brought back, in the output that it deployed."""
 WRITTEN = frozenset(
-    {REPORT, "report.html", "plan.json", "masks.safetensors", "inputs.safetensors", "model.pt2", "program"}
+    {REPORT, DEPLOYED, "report.html", "plan.json", "masks.safetensors", "inputs.safetensors", "model.pt2", "program"}
 )
 """What an output holds besides a folder for each target."""
 LOCK = "lock"

@@ -33,8 +33,8 @@ class OnnxRuntime(Backend):
         """ONNX Runtime comes with slrc, but may have been removed; a target may name another processor."""
         missing = "" if find_spec("onnxruntime") else "the package `onnxruntime` is not installed"
         here = platform.machine()
-        if target is not None and family_of(here) != _family(target):
-            missing = f"it is for {_family(target)}, and this machine is {here}"
+        if target is not None and family_of(here) != family_of_target(target):
+            missing = f"it is for {family_of_target(target)}, and this machine is {here}"
         return Availability("", missing)
 
     def check_target(self, target: Target) -> None:
@@ -55,7 +55,7 @@ class OnnxRuntime(Backend):
         if STOCK in target.options:
             return "the target is a stock runtime"
         try:
-            find_compiler(_family(target))
+            find_compiler(family_of_target(target))
         except BackendError as error:
             return f"{error.message} ({error.hint})" if error.hint else error.message
         return ""
@@ -70,9 +70,9 @@ class OnnxRuntime(Backend):
         is_packed = export_onnx(program, out / MODEL_FILE)
         kernels = None
         if is_packed:
-            kernels = KERNELS_FILE.format(family=_family(target))
+            kernels = KERNELS_FILE.format(family=family_of_target(target))
             place = shutil.copy if portable else os.symlink
-            place(build(_family(target)).resolve(), out / kernels)
+            place(build(family_of_target(target)).resolve(), out / kernels)
         model = onnx.load(out / MODEL_FILE, load_external_data=False)
         artifact = Artifact(
             target=str(target),
@@ -111,5 +111,6 @@ class OnnxRuntime(Backend):
         return OnnxRuntimeRunner(folder / artifact.model_file, threads, kernels)
 
 
-def _family(target: Target) -> str:
+def family_of_target(target: Target) -> str:
+    """Return the processor family that a target is for: the one it names, else this machine's."""
     return next((option for option in target.options if option != STOCK), family_of(platform.machine()))

@@ -11,24 +11,24 @@ A bundle is a folder, or a tar of it, in which every file but the manifest is na
 
 A tensor's file holds its numbers alone, in C order and little endian, a `bool` as one byte. An output agrees where
 
-    max |there - expected| <= tolerance * max |expected|        (the largest finite value; NaN and inf at the same places)
+    max |there - expected| <= tolerance * max |expected|    (the largest finite value; NaN and inf at the same places)
 
 `tolerance` stands at each output. One of a coarser precision has a larger one; nothing else is needed for that.
 
-`run.txt` has one statement a line, in fields that a tab separates. `model` begins a model, and `input` and `output` lines
-that follow belong to it, in the order of the ONNX file's:
+`run.txt` has one statement a line, in fields that a tab separates. `model` begins a model, and the `input` and `output`
+lines that follow belong to it, in the order of the ONNX file's:
 
     slrc-bundle  1
     target       ort:aarch64
-    threads      4                                                      (0: the runtime's choice)
-    file         SHA256  NAME                                           (every file but manifest.json and run.txt)
-    model        NAME  FILE  KERNELS                                    (KERNELS is `-` where there is no library)
-    input        NAME  DTYPE  SHAPE  FILE                               (SHAPE as 1x3x224x224, `scalar` for no dimension)
-    output       NAME  DTYPE  SHAPE  FILE  TOLERANCE                    (FILE is `-` where nothing is expected)
+    threads      4                                                  (0: the runtime's choice)
+    file         SHA256  NAME                                       (every file but manifest.json and run.txt)
+    model        NAME  FILE  KERNELS                                (KERNELS is `-` where there is no library)
+    input        NAME  DTYPE  SHAPE  FILE                           (SHAPE as 1x3x224x224, `scalar` for no dimension)
+    output       NAME  DTYPE  SHAPE  FILE  TOLERANCE                (FILE is `-` where nothing is expected)
     run          SECONDS  LEAST_ROUNDS  BLOCKS  RACE  MODEL  MODEL...   (RACE is 0 or 1; BLOCKS is 1 in a race)
 
-A runner checks the sha256 of each file, runs each model once and compares its outputs, and times each run: its models in
-turns, for so many seconds in all, a quarter of them to warm up. With blocks, the turns are divided into so many equal
+A runner checks the sha256 of each file, runs each model once and compares its outputs, and times each run: its models
+in turns, for so many seconds in all, a quarter of them to warm up. With blocks, the turns are divided into so many equal
 parts, and the clocks are read between them. What it found it writes into `result.json` beside the manifest
 (`slrc.device.results`), whole or not at all.
 """
@@ -128,7 +128,7 @@ class Run(_Data):
 class Requirements(_Data):
     """What a device must have; empty where it does not matter."""
 
-    architecture: str
+    architecture: str = ""
     """As `uname -m` says, such as `aarch64`."""
     glibc: str = ""
     """The oldest version that the kernels load with."""

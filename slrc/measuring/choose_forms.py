@@ -19,8 +19,8 @@ from slrc.forms.form import DENSE, LEAST_ZEROS, Form, FormChoice, FormKind, Form
 from slrc.ir.nodes import layer_weight
 from slrc.ir.program import Program
 from slrc.machine.cache import cache_folder
-from slrc.machine.cores import usable_cores
-from slrc.measuring.clock import Clock, Job, Timing, digest
+from slrc.measuring.clock import Clock, Job, digest
+from slrc.measuring.devices import Device, Timing, local_device
 from slrc.measuring.timing import PART_RACE, WHOLE_RACE
 from slrc.passes.analysis.cut_segments import Segment, cut_segments
 from slrc.passes.forms.pack_blocks import why_not_packed
@@ -41,6 +41,7 @@ def choose_forms(
     threads: int | None = None,
     cache: Path | None = None,
     reporter: Reporter | None = None,
+    device: Device | None = None,
 ) -> FormChoice:
     """Return the form of every layer of a program that went through `structure`.
 
@@ -52,15 +53,16 @@ def choose_forms(
         threads: of the runtime; all cores by default.
         cache: a folder for measured times; `cache_folder()` by default.
         reporter: where progress goes.
+        device: what it is timed on; this machine by default.
     """
-    backend = get_backend(target)
-    count = threads or usable_cores()
+    backend, device = get_backend(target), device or local_device()
+    count = threads or device.cores
     candidates, lost = _candidates(program, backend.why_not_packed(target))
     if not candidates:
         return FormChoice(target=str(target), threads=count, dropped=_notes(lost, target))
-    if backend.available(target).why_not_run:
+    if device.why_not_run(target):
         return _by_cost(program, target, count, candidates, lost)
-    clock = Clock(target, count, cache or cache_folder())
+    clock = Clock(target, count, cache or cache_folder(), device)
     reporter = reporter or Quiet()
     ms = _time_layers(program, candidates, clock, reporter)
     whole = _time_whole(program, ms, clock, reporter)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 from torch.fx import GraphModule
@@ -18,7 +18,8 @@ from torch.fx import GraphModule
 from slrc.backends import Target, get_backend
 from slrc.ir.program import Program
 from slrc.kernels.build import sources_digest
-from slrc.measuring.timing import Budget, environment, medians, time_in_turns
+from slrc.measuring.devices import Candidate, Device, Timing, first_line, local_device
+from slrc.measuring.timing import Budget
 from slrc.passes.analysis.cut_segments import Segment
 
 
@@ -46,13 +47,6 @@ class Job:
         return Job(digest(segment.module, segment.inputs), segment.program, segment.inputs)
 
 
-class Timing(NamedTuple):
-    """The milliseconds of a job; infinite where it cannot be made or run on the target, with the reason."""
-
-    ms: float
-    why_not: str = ""
-
-
 def digest(module: GraphModule, inputs: Sequence[Tensor], *others: object) -> str:
     """Return a name for what a graph module does on inputs, and for `others`.
 
@@ -64,17 +58,15 @@ def digest(module: GraphModule, inputs: Sequence[Tensor], *others: object) -> st
 
 
 class Clock:
-    """Times programs on one target, and remembers in `cache` what each took.
+    """Times programs on a device for one target, and remembers in `cache` what each took.
 
     `machine` is what a time depends on besides the program: what has changed since is measured anew.
     """
 
-    def __init__(self, target: Target, threads: int, cache: Path) -> None:
+    def __init__(self, target: Target, threads: int, cache: Path, device: Device | None = None) -> None:
         self.target, self.threads = target, threads
-        found = environment()
-        versions = {n: v for n, v in found["versions"].items() if n.startswith(("slrc", "onnxruntime", "tensorrt"))}
-        hardware = {k: found[k] for k in ("cpu", "instruction_sets", "gpu")}
-        self.machine: Mapping[str, Any] = {**hardware, **versions, "kernels": sources_digest()}
+        self._device = device or local_device()
+        self.machine: Mapping[str, Any] = {**self._device.conditions(), "kernels": sources_digest()}
         key = json.dumps([str(target), threads, self.machine], sort_keys=True)
         self._folder = cache / "latency" / _short(key)
 
@@ -83,31 +75,29 @@ class Clock:
         path = self._folder / f"{_short(' '.join(job.digest for job in jobs))}.json"
         if (known := _read(path, len(jobs))) is not None:
             return known
-        calls = {job.digest: self._prepare(job) for job in {job.digest: job for job in jobs}.values()}
-        running = {name: call for name, call in calls.items() if callable(call)}
-        took = dict(zip(running, medians(time_in_turns(list(running.values()), budget)), strict=True))
-        timings = tuple(
-            Timing(took[job.digest]) if job.digest in took else Timing(float("inf"), str(calls[job.digest]))
-            for job in jobs
-        )
-        if len(running) == len(calls):
+        unique = {job.digest: job for job in jobs}
+        with tempfile.TemporaryDirectory() as place:
+            emitted = {name: self._emit(job, Path(place) / str(i)) for i, (name, job) in enumerate(unique.items())}
+            candidates = {name: Candidate(f, unique[name].inputs) for name, f in emitted.items() if isinstance(f, Path)}
+            took = self._device.times(self.target, list(candidates.values()), self.threads, budget)
+        found = dict(zip(candidates, took, strict=True))
+        found |= {name: Timing(float("inf"), f) for name, f in emitted.items() if isinstance(f, str)}
+        timings = tuple(found[job.digest] for job in jobs)
+        if not any(timing.why_not for timing in timings):
             self._write(path, timings)
         return timings
 
-    def _prepare(self, job: Job) -> Callable[[], Any] | str:
-        """Return a call that runs a job, after its first run; or why there is none."""
-        backend = get_backend(self.target)
+    def _emit(self, job: Job, folder: Path) -> Path | str:
+        """Write a job as an artifact into a new folder, and return that; or why it cannot be."""
+        folder.mkdir()
         try:
-            with tempfile.TemporaryDirectory() as folder:
-                if job.emit is not None:
-                    job.emit(Path(folder))
-                else:
-                    backend.lower(job.make(), self.target, Path(folder), portable=False)
-                call = backend.load(Path(folder), threads=self.threads).prepare(*job.inputs)
-            call()
-        except Exception as error:  # whatever a pass, the exporter or a runtime makes of a program
-            return next(iter(str(error).strip().splitlines()), type(error).__name__)
-        return call
+            if job.emit is not None:
+                job.emit(folder)
+            else:
+                get_backend(self.target).lower(job.make(), self.target, folder, portable=False)
+        except Exception as error:  # whatever a pass or the exporter makes of a program
+            return first_line(error)
+        return folder
 
     def _write(self, path: Path, timings: Sequence[Timing]) -> None:
         with contextlib.suppress(OSError):  # a cache that cannot be written: the next run measures anew

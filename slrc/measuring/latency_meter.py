@@ -24,9 +24,9 @@ from slrc.forms.packed_weight import PackedWeight
 from slrc.ir.nodes import layer_weight
 from slrc.ir.program import Layer, Program
 from slrc.machine.cache import cache_folder
-from slrc.machine.cores import usable_cores
 from slrc.measuring.choose_forms import choose_forms, form_content
 from slrc.measuring.clock import Clock, Job, digest
+from slrc.measuring.devices import Device, local_device
 from slrc.measuring.latency_table import LatencyTable, SegmentLatency, WholeLatency, interpolate
 from slrc.measuring.timing import PART, WHOLE
 from slrc.measuring.timing import Budget as TimeBudget
@@ -156,13 +156,14 @@ class LatencyMeter:
 
     Args:
         program: the captured model.
-        target: where to measure; it must run on this machine.
+        target: where to measure; it must run on the device.
         threads: of the runtime; all cores by default.
         cache: a folder for measured times; `cache_folder()` by default.
         reporter: where progress goes.
+        device: what to measure on; this machine by default.
 
     Raises:
-        BackendError: the target does not run here.
+        BackendError: the target does not run there.
     """
 
     def __init__(
@@ -173,15 +174,18 @@ class LatencyMeter:
         threads: int | None = None,
         cache: Path | None = None,
         reporter: Reporter | None = None,
+        device: Device | None = None,
     ) -> None:
-        if why_not := get_backend(target).available(target).why_not_run:
+        self._device = device or local_device()
+        if why_not := self._device.why_not_run(target):
+            where = f"on `{self._device.name}`" if self._device.name else "here"
             raise BackendError(
-                f"a latency budget is measured on the target, and {target} cannot run here: {why_not}",
-                hint="give a target that runs here, or `--sparsity` in place of the budget",
+                f"a latency budget is measured on the target, and {target} cannot run {where}: {why_not}",
+                hint="give a target that runs here, a `--device` for it, or `--sparsity` in place of the budget",
             )
-        self.target, self.threads = target, threads or usable_cores()
+        self.target, self.threads = target, threads or self._device.cores
         self._program, self._cache, self._reporter = program, cache or cache_folder(), reporter or Quiet()
-        self._clock = Clock(target, self.threads, self._cache)
+        self._clock = Clock(target, self.threads, self._cache, self._device)
         self._dense = baseline(program)
         self._no_kernels = get_backend(target).why_not_packed(target)
 
@@ -245,7 +249,14 @@ class LatencyMeter:
             BackendError: one of the two does not run on the target.
         """
         slim = self._slim(plan)
-        choice = choose_forms(slim, self.target, threads=self.threads, cache=self._cache, reporter=self._reporter)
+        choice = choose_forms(
+            slim,
+            self.target,
+            threads=self.threads,
+            cache=self._cache,
+            reporter=self._reporter,
+            device=self._device,
+        )
         formed = apply_forms(slim, choice.forms)
         dense, compiled = self._times([Job.of_whole(self._dense), Job.of_whole(formed)], WHOLE, self._program.name)
         return compiled / dense

@@ -78,7 +78,8 @@ class Latency(BaseModel):
 
     `speedup` is the ratio of the medians; `speedup_spread` the least and greatest ratio over blocks of alternating
     runs. `predicted_ms` is what the plan expected of the compiled model, given the dense one's median; `None` where the
-    plan was not made for a latency.
+    plan was not made for a latency. `device` is where it was measured, empty for this machine, and `caveats` what makes
+    the figures less than they seem, such as clocks that are not locked.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -92,6 +93,8 @@ class Latency(BaseModel):
     speedup_spread: tuple[float, float]
     runs: int
     predicted_ms: float | None = None
+    device: str = ""
+    caveats: tuple[str, ...] = ()
 
 
 @denormals.taken_for_zero()
@@ -147,10 +150,23 @@ def measure(
     calls = (dense.prepare(*inputs), compiled.prepare(*inputs))
     slow, fast = time_in_turns(calls, REPORT, f"timing {target}", reporter)
     size = len(slow) // BLOCKS
-    ratios = [
-        statistics.median(slow[i : i + size]) / statistics.median(fast[i : i + size])
-        for i in range(0, BLOCKS * size, size)
-    ]
+    ends = [*range(size, BLOCKS * size, size), len(slow)]
+    blocks = [(slow[start:end], fast[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+    return latency_of(target, blocks, inputs, threads)
+
+
+def latency_of(
+    target: str,
+    blocks: Sequence[tuple[Sequence[float], Sequence[float]]],
+    inputs: Sequence[Tensor],
+    threads: int,
+    *,
+    device: str = "",
+    caveats: Sequence[str] = (),
+) -> Latency:
+    """Return what the milliseconds of dense and compiled turns, in blocks, say of two artifacts."""
+    slow, fast = ([ms for block in blocks for ms in block[k]] for k in (0, 1))
+    ratios = [statistics.median(a) / statistics.median(b) for a, b in blocks]
     dense_ms, compiled_ms = _percentiles(slow), _percentiles(fast)
     return Latency(
         target=target,
@@ -161,6 +177,8 @@ def measure(
         speedup=dense_ms.p50 / compiled_ms.p50,
         speedup_spread=(min(ratios), max(ratios)),
         runs=len(slow),
+        device=device,
+        caveats=tuple(caveats),
     )
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def report_table(report: Report) -> Table:
     """Dense against compiled, in one table."""
     reached = f"{report.sparsity.reached:.1%}"
-    table = _table(f"{report.model}: {report.pattern} at {reached}, {report.method}", "", "dense", "compiled", "")
+    table = make_table(f"{report.model}: {report.pattern} at {reached}, {report.method}", "", "dense", "compiled", "")
     if report.accuracy is not None:
         a = report.accuracy
         table.add_row(a.metric, f"{a.dense:.4f}", f"{a.final:.4f}", f"{a.final - a.dense:+.4f}")
@@ -40,7 +40,7 @@ def report_table(report: Report) -> Table:
             f"{pair.compiled / scale:.3f} {unit}",
             f"{pair.compiled / pair.dense - 1:+.1%}" if pair.dense else "",
         )
-    _add_latency(table, report.latency)
+    add_latency(table, report.latency)
     for target in report.targets:
         if target.forms is not None and target.forms.layers:
             kinds = Counter(x.form.kind for x in target.forms.layers)
@@ -53,8 +53,8 @@ def report_table(report: Report) -> Table:
 
 def latency_table(result: BenchResult) -> Table:
     """The table of `slrc bench`."""
-    table = _table(f"{result.model} on {result.environment['cpu']}", "", "dense", "compiled", "")
-    _add_latency(table, result.latency)
+    table = make_table(f"{result.model} on {result.environment['cpu']}", "", "dense", "compiled", "")
+    add_latency(table, result.latency)
     for reason in result.not_run:
         table.add_row("not run here", "", "", reason)
     return table
@@ -62,7 +62,7 @@ def latency_table(result: BenchResult) -> Table:
 
 def targets_table() -> Table:
     """Which backends can emit and run here."""
-    table = _table("", "target", "what", "emits", "runs")
+    table = make_table("", "target", "what", "emits", "runs")
     for name, make in BACKENDS.items():
         backend = make()
         state = backend.available()
@@ -74,7 +74,7 @@ def inspect_tables(program: Program, plan: Plan, labels: IndexLabels) -> Iterato
     """Layers, then constraints, then what pins the rest."""
     total_params, total_macs = program.num_parameters, program.macs
     yield _layers_table(program, plan)
-    constraints = _table(
+    constraints = make_table(
         f"{plan.patterns}: {plan.sparsity:.1%} of the constrained weights",
         "group",
         "pattern",
@@ -91,14 +91,14 @@ def inspect_tables(program: Program, plan: Plan, labels: IndexLabels) -> Iterato
         )
     yield constraints
     if labels.unruled:
-        unruled = _table("operators without a rule: what they touch is pinned", "operator", "first met at")
+        unruled = make_table("operators without a rule: what they touch is pinned", "operator", "first met at")
         for operator, source in labels.unruled.items():
             unruled.add_row(operator, source)
         yield unruled
     touched = {s.tensor for c in plan for s in c.members + c.followers}
     params = sum(program.tensors[t].numel() for t in touched)
     macs = sum(layer.macs for w, layer in program.layers.items() if w in touched)
-    summary = _table(program.name, "", "all", "within reach", "share")
+    summary = make_table(program.name, "", "all", "within reach", "share")
     summary.add_row("parameters", f"{total_params:,}", f"{params:,}", f"{params / total_params:.1%}")
     summary.add_row(
         "multiply-accumulates",
@@ -115,7 +115,7 @@ def _layers_table(program: Program, plan: Plan) -> Table:
     members = {s.tensor: c.name for c in plan for s in c.members}
     followers = {s.tensor for c in plan for s in c.followers}
     reasons = {x.name: x.reason for x in plan.left_out}
-    table = _table("layers", "layer", "operator", "weight", "parameters", "MACs", "prunable")
+    table = make_table("layers", "layer", "operator", "weight", "parameters", "MACs", "prunable")
     for weight, layer in program.layers.items():
         if weight in members:
             state = "yes" if members[weight] == layer.name else f"yes, with {members[weight]}"
@@ -132,12 +132,14 @@ def _layers_table(program: Program, plan: Plan) -> Table:
     return table
 
 
-def _add_latency(table: Table, latency: Sequence[Latency]) -> None:
+def add_latency(table: Table, latency: Sequence[Latency]) -> None:
+    """Add the rows of what was measured to a table of dense against compiled."""
     for x in latency:
         threads = f"{x.threads} thread{'s' if x.threads > 1 else ''}"
+        on = f" on {x.device}" if x.device else ""
         spread = f"{x.speedup:.2f}x ({x.speedup_spread[0]:.2f} to {x.speedup_spread[1]:.2f})"
         table.add_row(
-            f"latency, {x.target}, {threads}, batch {x.batch}",
+            f"latency, {x.target}{on}, {threads}, batch {x.batch}",
             f"{x.dense_ms.p50:.3f} ms",
             f"{x.compiled_ms.p50:.3f} ms",
             spread,
@@ -146,9 +148,12 @@ def _add_latency(table: Table, latency: Sequence[Latency]) -> None:
         if x.predicted_ms is not None:
             off = f"measured {x.compiled_ms.p50 / x.predicted_ms - 1:+.1%}"
             table.add_row("  predicted", "", f"{x.predicted_ms:.3f} ms", off)
+        for caveat in x.caveats:
+            table.add_row("  note", "", "", caveat)
 
 
-def _table(title: str, *columns: str) -> Table:
+def make_table(title: str, *columns: str) -> Table:
+    """Return an empty table; columns of numbers, told by their names, are aligned to the right."""
     table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in columns:
         numeric = column in (

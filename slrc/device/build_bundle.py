@@ -1,0 +1,216 @@
+"""Make bundles: of artifacts, and of what a compile wrote."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from slrc import __version__
+from slrc.backends import Artifact, Target, get_backend, parse_target
+from slrc.backends.base import MANIFEST as ARTIFACT_MANIFEST
+from slrc.backends.ort.backend import family_of_target
+from slrc.device.bundle import (
+    RUNNER,
+    BundledModel,
+    ExpectedOutput,
+    Manifest,
+    Requirements,
+    Run,
+    TensorFile,
+    digests,
+    write_manifest,
+)
+from slrc.errors import DeviceError, OutputError
+from slrc.kernels.build import TILE_SETS
+from slrc.measuring.timing import BLOCKS, REPORT
+from slrc.reporting.bench import INPUTS
+from slrc.reporting.report import Report
+
+RUNNER_FILE = Path(__file__).parent / "runner" / RUNNER
+RUNTIME_OF_OPSET = ((21, "1.18"), (20, "1.17"), (19, "1.15"), (18, "1.14"), (17, "1.12"))
+"""The oldest ONNX Runtime that takes an opset, and the IR version that goes with it."""
+RUNTIME_OF_KERNELS = "1.17"
+REPORTED = Run(models=("dense", "compiled"), seconds=REPORT.seconds, least_rounds=REPORT.least_rounds, blocks=BLOCKS)
+"""What a deploy times: what a compile does, for as long."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model for a bundle: its name there, its artifact's folder, and what it is run on."""
+
+    name: str
+    folder: Path
+    inputs: Sequence[Tensor]
+
+
+def make_bundle(
+    folder: Path,
+    model: str,
+    target: Target,
+    sources: Sequence[Source],
+    runs: Sequence[Run],
+    *,
+    threads: int | None = None,
+    expected: bool = True,
+) -> Manifest:
+    """Fill an empty folder with a bundle, which links to the artifacts' files.
+
+    Args:
+        folder: it exists.
+        model: a name for people.
+        target: what the artifacts were written for.
+        sources: the models.
+        runs: what to time.
+        threads: of the runtime there, `None` for its choice.
+        expected: whether to run each model here, without kernels, for what it must return there.
+
+    Raises:
+        BackendError: a model does not run here.
+    """
+    (folder / "inputs").mkdir()
+    (folder / RUNNER).symlink_to(RUNNER_FILE)
+    known: dict[bytes, str] = {}
+    models = [_bundled(folder, source, target, known, expected) for source in sources]
+    manifest = Manifest(
+        model=model,
+        slrc=__version__,
+        target=str(target),
+        requires=_requirements(folder, target, models),
+        threads=threads or 0,
+        files=digests(folder),
+        models=tuple(models),
+        runs=tuple(runs),
+    )
+    write_manifest(manifest, folder)
+    return manifest
+
+
+def bundle_output(
+    output: Path, folder: Path, target: Target, *, threads: int | None = None, run: Run = REPORTED
+) -> Manifest:
+    """Fill an empty folder with the bundle of what a compile wrote for a target: dense and compiled.
+
+    Raises:
+        OutputError: `output` is not the output of a compile, or a file in it is damaged.
+    """
+    report, inputs = Report.load(output), read_inputs(output)
+    sources = [Source(name, output / target.folder / name, inputs) for name in ("dense", "compiled")]
+    return make_bundle(folder, report.model, target, sources, [run], threads=threads)
+
+
+def read_inputs(output: Path) -> list[Tensor]:
+    """Return the example inputs of what a compile wrote.
+
+    Raises:
+        OutputError: they cannot be read.
+    """
+    try:
+        stored = load_file(output / INPUTS)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"`{output / INPUTS}` cannot be read: {error}") from None
+    return [stored[f"input_{i}"] for i in range(len(stored))]
+
+
+def choose_target(output: Path, asked: str | None, architecture: str = "") -> Target:
+    """Return the target of an output that is meant: the one asked for, else the first for an architecture.
+
+    Raises:
+        DeviceError: there is none.
+        OutputError: `output` is not the output of a compile.
+    """
+    written = [parse_target(result.target) for result in Report.load(output).targets]
+    found = [t for t in written if str(t) == asked] if asked else [t for t in written if runs_on(t, architecture)]
+    if found:
+        return found[0]
+    what = f"target `{asked}`" if asked else f"target for {architecture or 'a bundle'}"
+    raise DeviceError(
+        f"`{output}` has no {what}: it has {', '.join(map(str, written))}",
+        hint=f"compile it with `--target ort:{architecture}`" if architecture in TILE_SETS else None,
+    )
+
+
+def runs_on(target: Target, architecture: str) -> bool:
+    """Tell whether a target's files are for an architecture; any, where that is empty."""
+    if target.backend != "ort":
+        return False
+    return not architecture or family_of_target(target) == architecture
+
+
+def _bundled(folder: Path, source: Source, target: Target, known: dict[bytes, str], expected: bool) -> BundledModel:
+    artifact, backend = Artifact.read(source.folder), get_backend(target)
+    own = folder / source.name
+    own.mkdir()
+    for path in source.folder.iterdir():
+        if path.name != ARTIFACT_MANIFEST:
+            (own / path.name).symlink_to(path.resolve())
+    outputs: Sequence[Tensor | None] = [None] * len(artifact.outputs)
+    if expected:  # one thread: the same numbers each time
+        outputs = backend.load(source.folder, threads=1, stock=True)(*source.inputs)
+    tolerance = backend.tolerance(artifact)
+    return BundledModel(
+        name=source.name,
+        file=f"{source.name}/{artifact.model_file}",
+        kernels=f"{source.name}/{artifact.kernels}" if artifact.kernels else None,
+        precision=artifact.precision,
+        max_batch=artifact.max_batch,
+        inputs=tuple(_input(folder, name, x, known) for name, x in zip(artifact.inputs, source.inputs, strict=True)),
+        outputs=tuple(
+            _output(folder, f"{source.name}/output_{i}.bin", name, y, tolerance)
+            for i, (name, y) in enumerate(zip(artifact.outputs, outputs, strict=True))
+        ),
+    )
+
+
+def _input(folder: Path, name: str, x: Tensor, known: dict[bytes, str]) -> TensorFile:
+    numbers = _numbers(x)
+    if numbers not in known:
+        known[numbers] = f"inputs/{len(known)}.bin"
+        (folder / known[numbers]).write_bytes(numbers)
+    return TensorFile(name=name, dtype=_dtype(x), shape=tuple(x.shape), file=known[numbers])
+
+
+def _output(folder: Path, file: str, name: str, y: Tensor | None, tolerance: float) -> ExpectedOutput:
+    if y is None:
+        return ExpectedOutput(name=name, dtype="float32", shape=(), file=None, tolerance=tolerance)
+    (folder / file).write_bytes(_numbers(y))
+    return ExpectedOutput(name=name, dtype=_dtype(y), shape=tuple(y.shape), file=file, tolerance=tolerance)
+
+
+def _numbers(x: Tensor) -> bytes:
+    array = x.detach().cpu().contiguous().numpy()
+    return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+
+
+def _dtype(x: Tensor) -> Any:
+    return str(x.dtype).removeprefix("torch.")
+
+
+def _requirements(folder: Path, target: Target, models: Sequence[BundledModel]) -> Requirements:
+    import onnx
+
+    opset, ir_version, oldest = 0, 0, "1.12"
+    for model in models:
+        graph = onnx.load(folder / model.file, load_external_data=False)
+        own = max((o.version for o in graph.opset_import if o.domain in ("", "ai.onnx")), default=0)
+        opset, ir_version = max(opset, own), max(ir_version, graph.ir_version)
+    oldest = next((version for number, version in RUNTIME_OF_OPSET if opset >= number), oldest)
+    libraries = {folder / model.kernels for model in models if model.kernels}
+    if not libraries:
+        return Requirements(opset=opset, ir_version=ir_version, onnxruntime=oldest)
+    oldest = max(oldest, RUNTIME_OF_KERNELS)
+    needed = max((_glibc_of(library) for library in libraries), key=lambda v: tuple(map(int, v.split("."))))
+    architecture = family_of_target(target)
+    return Requirements(architecture=architecture, glibc=needed, opset=opset, ir_version=ir_version, onnxruntime=oldest)
+
+
+def _glibc_of(library: Path) -> str:
+    """Return the newest version of glibc that a library asks for."""
+    asked = {(int(a), int(b)) for a, b in re.findall(rb"GLIBC_(\d+)\.(\d+)", library.read_bytes())}
+    return ".".join(map(str, max(asked, default=(2, 17))))

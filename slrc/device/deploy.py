@@ -1,0 +1,121 @@
+"""What the command line does with a device: deploy what a compile wrote, measure it again there, and remove it."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from slrc.device.build_bundle import bundle_output, choose_target, read_inputs
+from slrc.device.bundle import pack
+from slrc.device.probe import DeviceInfo
+from slrc.device.remote import Remote, Stage, device_folder
+from slrc.device.results import ComparedOutput, Result
+from slrc.device.ssh import Connection
+from slrc.device.ssh_device import SshDevice, reported, require_equal
+from slrc.errors import disk_error
+from slrc.measuring.timing import Latency
+from slrc.progress import Reporter
+from slrc.reporting.bench import BenchResult
+from slrc.reporting.report import Report
+from slrc.workspace import DEPLOYED
+
+
+class Deployment(BaseModel):
+    """What came back from a deploy: where the model lies there, that it is equal, and what it takes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    device: DeviceInfo
+    folder: str
+    """The bundle's folder on the device."""
+    runtime: str
+    outputs: tuple[ComparedOutput, ...]
+    latency: Latency
+    before: Mapping[str, Any]
+    after: Mapping[str, Any]
+
+
+def deploy_output(output: Path, host: str, target: str | None, threads: int | None, reporter: Reporter) -> Deployment:
+    """Copy what a compile wrote to a device, prove it equal there, measure it, and leave it there.
+
+    The result is also written into the output's folder.
+
+    Raises:
+        OutputError: `output` is not the output of a compile.
+        DeviceError: the device cannot be reached or cannot run it, or computes something else.
+    """
+    with SshDevice(host) as device, tempfile.TemporaryDirectory() as folder:
+        stage, result, latency = _run(device, output, target, threads, Path(folder), reporter)
+        model = stage.manifest.model
+        place = f"models/{re.sub(r'[^A-Za-z0-9_.-]+', '-', model).strip('.') or 'model'}"
+        device.remote.place(stage, place)
+        deployment = Deployment(
+            model=model,
+            device=device.info,
+            folder=f"{device.remote.folder}/{place}",
+            runtime=result.runtime,
+            outputs=result.outputs,
+            latency=latency,
+            before=result.before,
+            after=result.after,
+        )
+    path = output / DEPLOYED
+    try:
+        path.write_text(deployment.model_dump_json(indent=1) + "\n")
+    except OSError as error:
+        raise disk_error(path, error) from error
+    return deployment
+
+
+def bench_on_device(
+    output: Path, host: str, target: str | None, threads: int | None, reporter: Reporter
+) -> BenchResult:
+    """Measure what a compile wrote on a device; nothing of the model stays there.
+
+    Raises:
+        OutputError: `output` is not the output of a compile.
+        DeviceError: the device cannot be reached or cannot run it, or computes something else.
+    """
+    with SshDevice(host) as device, tempfile.TemporaryDirectory() as folder:
+        stage, _, latency = _run(device, output, target, threads, Path(folder), reporter)
+        device.remote.forget(stage.passing())
+        environment = {"cpu": device.info.name, **device.info.model_dump()}
+    return BenchResult(model=stage.manifest.model, latency=(latency,), not_run=(), environment=environment)
+
+
+def remove_from(host: str) -> int | None:
+    """Remove all that slrc brought to a device; return its size in bytes, `None` where there was nothing."""
+    with Connection(host) as connection:
+        return Remote(connection, device_folder()).remove()
+
+
+def bundle_file(output: Path, archive: Path, target: str | None, threads: int | None) -> str:
+    """Write what a compile wrote as the tar of a bundle; return the name of its target.
+
+    Raises:
+        OutputError: `output` is not the output of a compile, or the tar cannot be written.
+    """
+    chosen = choose_target(output, target)
+    with tempfile.TemporaryDirectory() as folder:
+        bundle_output(output, Path(folder), chosen, threads=threads)
+        pack(Path(folder), archive)
+    return str(chosen)
+
+
+def _run(
+    device: SshDevice, output: Path, target: str | None, threads: int | None, folder: Path, reporter: Reporter
+) -> tuple[Stage, Result, Latency]:
+    Report.load(output)
+    chosen = choose_target(output, target, device.info.architecture)
+    count = threads or device.cores
+    manifest = bundle_output(output, folder, chosen, threads=count, run=reported())
+    stage = Stage(folder, manifest)
+    result = device.run(stage, reporter)
+    require_equal(device.name, result)
+    return stage, result, device.latency_of(result, str(chosen), read_inputs(output), count)

@@ -1,0 +1,242 @@
+"""A device that is reached over ssh: it runs bundles, and so times programs as this machine does."""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from slrc import __version__
+from slrc.backends import LoweredProgram, Target
+from slrc.backends.ort.backend import family_of_target
+from slrc.device.build_bundle import REPORTED, Source, make_bundle
+from slrc.device.bundle import RUNNER, Manifest, Run
+from slrc.device.failures import LinkLostError, job_failure
+from slrc.device.probe import DeviceInfo, probe
+from slrc.device.remote import Remote, Stage, device_folder
+from slrc.device.results import Result, TimedRun
+from slrc.device.ssh import Connection
+from slrc.errors import DeviceError
+from slrc.kernels.build import TILE_SETS
+from slrc.measuring.devices import Candidate, Device, Timing
+from slrc.measuring.timing import PATIENCE, Budget, Latency, latency_of
+from slrc.progress import Quiet, Reporter
+
+DIFFERING = 1
+"""The runner's status where outputs differ, or a model cannot run."""
+
+
+class SshDevice(Device):
+    """A device, connected and asked what it is. To be closed, as by `with`.
+
+    Args:
+        host: what `ssh` is to be given.
+
+    Raises:
+        DeviceError: it cannot be reached.
+    """
+
+    def __init__(self, host: str) -> None:
+        folder = device_folder()
+        self.connection = Connection(host)
+        try:
+            self.info = probe(self.connection, folder)
+        except BaseException:
+            self.connection.close()
+            raise
+        self.name = host
+        self.remote = Remote(self.connection, folder)
+
+    def __enter__(self) -> SshDevice:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.connection.close()
+
+    @property
+    def cores(self) -> int:
+        """All cores that the system there offers."""
+        return self.info.cores
+
+    def conditions(self) -> Mapping[str, Any]:
+        """Return the device's name, its processor, and what changes its speed."""
+        info = self.info
+        said = info.model_dump(include={"architecture", "kernel", "governor", "power_mode", "gpu", "onnxruntime"})
+        return {"device": self.name, "cpu": info.name, **said, "tensorrt": info.tensorrt, "slrc": __version__}
+
+    def why_not_run(self, target: Target) -> str:
+        """A target needs the processor that it is for, and its runtime."""
+        if target.backend != "ort":
+            return f"`{target.backend}` is not run over ssh"
+        if (family := family_of_target(target)) != self.info.architecture:
+            return f"it is for {family}, and `{self.name}` is {self.info.architecture}"
+        return self.info.why_no_onnxruntime
+
+    def resolve(self, target: Target) -> Target:
+        """Return the target for the processor there, where the one given names none."""
+        family = self.info.architecture
+        if target.backend != "ort" or family_of_target(target) == family or {*target.options} & TILE_SETS.keys():
+            return target
+        return Target("ort", (family, *target.options)) if family in TILE_SETS else target
+
+    def times(self, target: Target, candidates: Sequence[Candidate], threads: int, budget: Budget) -> Sequence[Timing]:
+        """Send all in one bundle and time them there, in one process."""
+        if not candidates:
+            return []
+        sources = [Source(f"m{i}", c.folder, c.inputs) for i, c in enumerate(candidates)]
+        run = Run(
+            models=tuple(s.name for s in sources),
+            seconds=budget.seconds * PATIENCE,
+            least_rounds=budget.least_rounds,
+            race=budget.race,
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            manifest = make_bundle(Path(folder), "parts", target, sources, [run], threads=threads, expected=False)
+            stage = Stage(Path(folder), manifest)
+            result = self.run(stage)
+            self.remote.forget(stage.passing())
+        return [result.timing(0, source.name) for source in sources]
+
+    def latency(
+        self,
+        dense: LoweredProgram,
+        compiled: LoweredProgram,
+        inputs: Sequence[Tensor],
+        threads: int | None,
+        reporter: Reporter | None = None,
+    ) -> Latency:
+        """Send both in a bundle, prove them equal there, and time them."""
+        count, target = threads or self.cores, compiled.target
+        sources = [Source("dense", dense.folder, inputs), Source("compiled", compiled.folder, inputs)]
+        with tempfile.TemporaryDirectory() as folder:
+            manifest = make_bundle(Path(folder), "pair", target, sources, [reported()], threads=count)
+            result = self.run(Stage(Path(folder), manifest), reporter)
+        require_equal(self.name, result)
+        return self.latency_of(result, str(target), inputs, count)
+
+    def latency_of(self, result: Result, target: str, inputs: Sequence[Tensor], threads: int) -> Latency:
+        """Return what a runner's first run says of dense and compiled."""
+        run = result.runs[0]
+        blocks = [(block.ms["dense"], block.ms["compiled"]) for block in run.kept]
+        said = caveats(self.info, result, run)
+        return latency_of(target, blocks, inputs, threads, device=self.name, caveats=said)
+
+    def check(self, manifest: Manifest) -> None:
+        """Make sure that a bundle can run there, before anything of it is sent.
+
+        Raises:
+            DeviceError: it is for another processor, or the system or runtime there is too old.
+        """
+        needs, info = manifest.requires, self.info
+        if needs.architecture not in ("", info.architecture):
+            what = f"the bundle is for {needs.architecture}, and the device is {info.architecture}"
+            hint = f"compile with `--target ort:{info.architecture}`"
+        elif info.why_no_onnxruntime:
+            what = f"there is no ONNX Runtime: {info.why_no_onnxruntime}"
+            hint = (
+                f"install it there: `ssh {self.name} 'python3 -m venv {self.remote.folder}/venv && "
+                f"{self.remote.folder}/venv/bin/pip install onnxruntime'`"
+            )
+        elif info.glibc and needs.glibc and _numbers(info.glibc) < _numbers(needs.glibc):
+            what = f"its glibc is {info.glibc}, and the kernels need {needs.glibc}"
+            hint = "use a newer system there, or compile with `--target ort:stock`"
+        elif _numbers(info.onnxruntime) < _numbers(needs.onnxruntime):
+            what = f"its onnxruntime is {info.onnxruntime}, and opset {needs.opset} needs {needs.onnxruntime}"
+            hint = "install a newer onnxruntime there"
+        else:
+            return
+        raise DeviceError(f"device `{self.name}`: {what}", hint=hint)
+
+    def run(self, stage: Stage, reporter: Reporter | None = None) -> Result:
+        """Run a bundle there and return what it found; one that was started before the link was lost is found again.
+
+        Where anything but the link fails, nothing of it stays there.
+
+        Raises:
+            DeviceError: it cannot run there.
+            LinkLostError: the link was lost; a second call goes on.
+        """
+        self.check(stage.manifest)
+        reporter, remote = reporter or Quiet(), self.remote
+        try:
+            state = remote.state(stage)
+            if state not in ("running", "ended"):
+                sent = remote.send(stage, self.info.free_bytes)
+                reporter.note(f"{self.name}: {sent} of {len(stage.paths)} files sent")
+                remote.place(stage, f"jobs/{stage.id}")
+                remote.start(stage, f"{shlex.quote(self.info.python)} {RUNNER}")
+            else:
+                reporter.note(f"{self.name}: a job of an earlier run is {state}")
+            code = remote.wait(stage)
+            with tempfile.TemporaryDirectory() as folder:
+                said = remote.collect(stage, Path(folder))
+                return self._read(Path(folder), code, said)
+        except LinkLostError:
+            raise
+        except DeviceError:
+            remote.drop_job(stage)
+            remote.forget(stage.paths)
+            raise
+
+    def _read(self, folder: Path, code: int, said: str) -> Result:
+        if code not in (0, DIFFERING, 2, 3):
+            raise job_failure(self.name, "running", code, said)
+        result = Result.read(folder)
+        if failure := result.failure:
+            raise DeviceError(f"device `{self.name}`: {failure.what}", hint=failure.hint or None)
+        return result
+
+
+def require_equal(host: str, result: Result) -> None:
+    """Make sure that every model ran, and that what it returned is what it must.
+
+    Raises:
+        DeviceError: one did not run, or returned something else.
+    """
+    for model, reason in result.why_not.items():
+        raise DeviceError(f"device `{host}`: the {model} model cannot run there: {reason}")
+    for output in result.outputs:
+        if not output.passed:
+            raise DeviceError(
+                f"device `{host}`: output `{output.output}` of the {output.model} model differs there by "
+                f"{output.error:.1e} of the largest value, tolerance {output.tolerance:.0e}",
+                hint="this is a bug in slrc or in the runtime there: please report it with the model",
+            )
+
+
+def reported() -> Run:
+    """Return the run of a report, as long as measurements take now."""
+    return REPORTED.model_copy(update={"seconds": REPORTED.seconds * _patience()})
+
+
+def _patience() -> float:
+    from slrc.measuring import timing
+
+    return timing.PATIENCE
+
+
+def caveats(info: DeviceInfo, result: Result, run: TimedRun) -> tuple[str, ...]:
+    """Return what makes the figures of a run less than they seem."""
+    found = []
+    if info.emulated:
+        found.append("emulated: the times say nothing of a real device")
+    rejected = sum(1 for block in run.blocks if block.drift)
+    if rejected:
+        kept = "" if rejected < len(run.blocks) else "; as all drifted, all were counted"
+        found.append(f"{rejected} of {len(run.blocks)} blocks rejected: {run.rejected[0]}{kept}")
+    governor, throttled = result.before.get("governor"), str(result.after.get("throttled", ""))
+    if governor and governor != "performance":
+        found.append(f"clocks are not locked: governor {governor}")
+    if not any("mhz" in block.before for block in run.blocks):
+        found.append("the system does not tell the clock")
+    if throttled.partition("=")[2] not in ("", "0x0"):
+        found.append(f"it was throttled ({throttled})")
+    return tuple(found)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())

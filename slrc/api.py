@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -20,6 +22,7 @@ from slrc.ir.program import capture as capture_module
 from slrc.measuring.choose_forms import choose_forms
 from slrc.measuring.choose_options import offered_patterns, plan_mixed, plan_options, without_transposed
 from slrc.measuring.choose_widths import Widths, plan_widths
+from slrc.measuring.devices import Device, local_device
 from slrc.measuring.latency_meter import LatencyMeter
 from slrc.measuring.weigh_options import Weigher
 from slrc.methods.settings import MethodName
@@ -136,7 +139,21 @@ def compile(
     if config is not None and (options or config_file):
         raise ConfigError("give either `config`, or options and `config_file`, not both")
     config = config or make_config(options, Path(config_file) if config_file else None)
-    targets = [_emittable(text) for text in config.target]
+    with _device(config) as device:
+        return _compile(model, out, config, device, resume=resume, overwrite=overwrite, reporter=reporter)
+
+
+def _compile(
+    model: str | Workload,
+    out: str | Path,
+    config: CompileConfig,
+    device: Device,
+    *,
+    resume: bool,
+    overwrite: bool,
+    reporter: Reporter | None,
+) -> Report:
+    targets = [_emittable(device.resolve(parse_target(text))) for text in config.target]
     loaded_plan = Plan.load(config.plan) if config.plan else None
     spec = model if isinstance(model, str) else model.name
     identity = {"model": spec, **config.model_dump(mode="json"), "plan": _identify(config.plan, loaded_plan)}
@@ -148,7 +165,7 @@ def compile(
         set_seed(config.seed)
         with processes.main_process_first():  # the first one fills caches
             workload = load_workload(model) if isinstance(model, str) else model
-            run = Compilation(workload, config, targets, workspace, reporter or Quiet())
+            run = Compilation(workload, config, targets, workspace, reporter or Quiet(), device)
             run.restore_dense()
         program = capture(workload)
         with processes.main_process_first():  # a resumed run goes by the plan that it began with
@@ -156,7 +173,7 @@ def compile(
                 lambda: (
                     checked_plan(program, loaded_plan)
                     if loaded_plan
-                    else plan_from(program, config, workload, reporter=reporter)
+                    else plan_from(program, config, workload, reporter=reporter, device=device)
                 )
             )
         dense = pipeline.baseline(program)
@@ -172,7 +189,9 @@ def compile(
         emitted = run.lower(dense_lowered, slim, check.program)
         proven = [x for pair in emitted if (x := run.prove(slim, pair, metric, check)) is not None]
         final = proven[-1] if proven else _value(workload.measure(slim.module()))
-        latency = [run.measure(slim, pair, chosen.latency) for pair in emitted if not pair.why_not_run]
+        latency = [
+            run.measure(slim, pair, chosen.latency, check) for pair in emitted if not run.why_not_run(pair.target)
+        ]
         report = assemble(
             model=workload.name,
             config=config.model_dump(mode="json"),
@@ -182,7 +201,7 @@ def compile(
             trained=trained,
             macs=emitted[0].program.macs,
             accuracy=accuracy_of(metric, trained, final),
-            targets=[_result(pair) for pair in emitted],
+            targets=[_result(pair, run.why_not_run(pair.target)) for pair in emitted],
             latency=latency,
             checks=run.checks(check),
             notes=run.notes,
@@ -198,20 +217,31 @@ def _value(metric: tuple[str, float] | None) -> float | None:
     return None if metric is None else metric[1]
 
 
-def _result(pair: Emitted) -> TargetResult:
+def _result(pair: Emitted, why_not_run: str) -> TargetResult:
     return TargetResult(
         target=str(pair.target),
         folder=pair.target.folder,
         size_bytes=Pair(dense=pair.dense.size_bytes, compiled=pair.compiled.size_bytes),
         precision=pair.compiled.artifact.precision,
-        not_run=pair.why_not_run,
+        not_run=why_not_run,
         forms=pair.choice,
     )
 
 
-def _emittable(text: str) -> Target:
+@contextmanager
+def _device(config: CompileConfig) -> Iterator[Device]:
+    """Open the device that a compile measures on: this machine, or one that is asked for."""
+    if config.device is None:
+        yield local_device()
+        return
+    from slrc.device.ssh_device import SshDevice
+
+    with SshDevice(config.device) as device:
+        yield device
+
+
+def _emittable(target: Target) -> Target:
     """Return a target that can be emitted here: better said now than after training."""
-    target = parse_target(text)
     if reason := get_backend(target).available(target).why_not_emit:
         raise BackendError(f"target `{target}` cannot be built here: {reason}", hint="see `slrc targets`")
     return target
@@ -229,6 +259,7 @@ def plan_from(
     *,
     cache: Path | None = None,
     reporter: Reporter | None = None,
+    device: Device | None = None,
 ) -> Plan:
     """Return the plan that a configuration asks for. See `plan`.
 
@@ -251,15 +282,16 @@ def plan_from(
             **others,
         )
 
-    budget, pattern, target = config.latency_share, config.chosen_pattern, parse_target(config.target[0])
-    if config.leaves_all_open and (why_not := get_backend(target).available(target).why_not_run):
+    device = device or local_device()
+    budget, pattern, target = config.latency_share, config.chosen_pattern, device.resolve(parse_target(config.target[0]))
+    if config.leaves_all_open and (why_not := device.why_not_run(target)):
         made = allocate(Channel(), Allocation.UNIFORM, None)
         return _but(made, f"half of the channels are pruned, for whatever speed that gives: {target}: {why_not}")
     if budget is None:
         assert not isinstance(pattern, str)
         return allocate(pattern, config.allocate, config.sparsity)
 
-    meter = LatencyMeter(program, target, threads=config.threads, cache=cache, reporter=reporter)
+    meter = LatencyMeter(program, target, threads=config.threads, cache=cache, reporter=reporter, device=device)
     weigher = Weigher(program, workload, config.budget_metric, config.seed, reporter)
     coupled = Channel() if isinstance(pattern, str) else pattern
     widths = Widths(meter, program, partial(allocate, coupled, Allocation.UNIFORM), weigher.widths)

@@ -6,7 +6,9 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
+from importlib.util import find_spec
 from typing import TypeVar
 
 import torch
@@ -20,7 +22,8 @@ from slrc.errors import OutputError, WorkloadError
 from slrc.forms.form import FormChoice
 from slrc.ir.program import Program
 from slrc.measuring.choose_forms import choose_forms
-from slrc.measuring.timing import Latency, time_pair
+from slrc.measuring.devices import Device, local_device
+from slrc.measuring.timing import Latency
 from slrc.methods.settings import MethodName
 from slrc.pipeline import Checker as ProgramChecker
 from slrc.pipeline import apply_forms, lower
@@ -56,11 +59,6 @@ class Emitted:
     program: Program
     choice: FormChoice
 
-    @property
-    def why_not_run(self) -> str:
-        """Why the target cannot run on this machine; empty if it can."""
-        return get_backend(self.target).available(self.target).why_not_run
-
 
 @dataclass
 class Compilation:
@@ -71,12 +69,17 @@ class Compilation:
     targets: Sequence[Target]
     workspace: Workspace
     reporter: Reporter
+    device: Device = field(default_factory=local_device)
     notes: list[str] = field(default_factory=list)
     dense_checks: tuple[Check, ...] = ()
 
     def __post_init__(self) -> None:
         for text in self.workload.warnings:
             self.note(text)
+
+    def why_not_run(self, target: Target) -> str:
+        """Why a target cannot run on the device; empty if it can."""
+        return self.device.why_not_run(target)
 
     def note(self, text: str) -> None:
         """Say something on the way, and in the report."""
@@ -105,8 +108,9 @@ class Compilation:
         lowered = []
         for target in self.targets:
             lowered.append(self._emit(dense, target, "dense"))
-            if not get_backend(target).available(target).why_not_run:
-                self._prove(f"eager module = dense on {target}", lowered[-1], dense, check)
+            if runs := _runs_here(lowered[-1]):
+                stock = runs is Runs.STOCK
+                self._prove(f"eager module = dense on {target}", lowered[-1], dense, check, stock=stock)
         self.dense_checks = tuple(check.checks)
         return lowered
 
@@ -164,7 +168,7 @@ class Compilation:
         """Emit the slim program for every target, with its layers in their forms there."""
         emitted = []
         for target, beside in zip(self.targets, dense, strict=True):
-            choice = choose_forms(slim, target, threads=self.config.threads, reporter=self.reporter)
+            choice = choose_forms(slim, target, threads=self.config.threads, reporter=self.reporter, device=self.device)
             for text in choice.dropped:
                 self.note(text)
             formed = apply_forms(slim, choice.forms, check)
@@ -173,14 +177,17 @@ class Compilation:
 
     def prove(self, slim: Program, pair: Emitted, metric: tuple[str, float] | None, check: Checker) -> float | None:
         """Run what was emitted where it runs here: compare its outputs and its metric; return the metric."""
-        if pair.why_not_run:
-            self.note(f"{pair.target} was not run here: {pair.why_not_run}")
+        if reason := self.why_not_run(pair.target):
+            self.note(f"{pair.target} was not run {f'on {self.device.name}' if self.device.name else 'here'}: {reason}")
+        artifact, runs = pair.compiled.artifact, _runs_here(pair.compiled)
+        if not runs:
             return None
-        artifact = pair.compiled.artifact
-        module = self._prove(f"masked module = {pair.target}", pair.compiled, slim, check)
-        if artifact.kernels is not None:
+        module = None
+        if runs is Runs.WHOLE:
+            module = self._prove(f"masked module = {pair.target}", pair.compiled, slim, check)
+        if runs is Runs.STOCK or artifact.kernels is not None:
             self._prove(f"masked module = {pair.target} without kernels", pair.compiled, slim, check, stock=True)
-        if metric is None:
+        if module is None or metric is None:
             return None
         measured = self.workload.measure(module)
         if measured is None or not math.isfinite(measured[1]):
@@ -188,9 +195,11 @@ class Compilation:
         check.checks.append(compare_metric(f"{metric[0]}: masked module = {pair.target}", metric[1], measured[1]))
         return measured[1]
 
-    def measure(self, slim: Program, pair: Emitted, forecast: LatencyForecast | None) -> Latency:
-        """Time the dense and the compiled model in turns."""
-        latency = time_pair(pair.dense, pair.compiled, slim.flat_inputs(), self.config.threads, self.reporter)
+    def measure(self, slim: Program, pair: Emitted, forecast: LatencyForecast | None, check: Checker) -> Latency:
+        """Time the dense and the compiled model in turns; another device also compares what they return there."""
+        inputs, threads = slim.flat_inputs(), self.config.threads
+        latency, compared = self.device.latency(pair.dense, pair.compiled, inputs, threads, self.reporter)
+        check.checks += compared
         if forecast and (forecast.target, forecast.threads) == (str(pair.target), latency.threads):
             predicted = forecast.predicted * latency.dense_ms.p50
             latency = latency.model_copy(update={"predicted_ms": predicted})
@@ -250,6 +259,20 @@ class Compilation:
         module = RunnerModule(runner, lowered.artifact, program)
         check(step, module, backend.tolerance(lowered.artifact))
         return module
+
+
+class Runs(Enum):
+    """How an artifact runs on this machine: as on its target, or without the target's kernels."""
+
+    WHOLE = "whole"
+    STOCK = "stock"
+
+
+def _runs_here(lowered: LoweredProgram) -> Runs | None:
+    """Return how an artifact runs on this machine, to be compared; one for another processor runs as plain ONNX."""
+    if not get_backend(lowered.target).available(lowered.target).why_not_run:
+        return Runs.WHOLE
+    return Runs.STOCK if lowered.target.backend == "ort" and find_spec("onnxruntime") else None
 
 
 def _archive(program: Program) -> bytes:

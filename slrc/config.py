@@ -115,6 +115,12 @@ class CompileConfig(MethodSettings):
         ("ort",),
         "ort, ort:aarch64, ort:stock, tensorrt-rtx:sm86 or tensorrt, see `targets`; repeatable (default: ort)",
     )
+    device: str | None = _option(
+        None,
+        "a machine that ssh reaches, user@name or a Host of your ssh configuration: forms, widths and the report are "
+        "measured there (default: this machine)",
+        metavar="HOST",
+    )
     skip: tuple[str, ...] = _option((), "layers to leave alone; globs; repeatable", plans=True, metavar="NAME")
     keep_ends: bool = _option(
         True,

@@ -28,8 +28,8 @@ lines that follow belong to it, in the order of the ONNX file's:
     run          SECONDS  LEAST_ROUNDS  BLOCKS  RACE  MODEL  MODEL...   (RACE is 0 or 1; BLOCKS is 1 in a race)
 
 A runner checks the sha256 of each file, runs each model once and compares its outputs, and times each run: its models
-in turns, for so many seconds in all, a quarter of them to warm up. With blocks, the turns are divided into so many equal
-parts, and the clocks are read between them. What it found it writes into `result.json` beside the manifest
+in turns, for so many seconds in all, a quarter of them to warm up. With blocks, the turns are divided into so many
+equal parts, and the clocks are read between them. What it found it writes into `result.json` beside the manifest
 (`slrc.device.results`), whole or not at all.
 """
 

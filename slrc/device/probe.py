@@ -11,6 +11,8 @@ from slrc.device.failures import ILLEGAL_INSTRUCTION, job_failure
 from slrc.device.ssh import Connection
 
 PROBE = r"""
+ORT_DISABLE_TELEMETRY=1
+export ORT_DISABLE_TELEMETRY
 say() { printf '%s\t%s\n' "$1" "$(printf %s "$2" | tr '\n\t' '; ')"; }
 first() { for name in "$@"; do command -v "$name" 2>/dev/null && return; done; }
 say architecture "$(uname -m)"

@@ -30,6 +30,8 @@ class ComparedOutput(_Data):
     model: str
     output: str
     error: Real
+    largest: Real
+    """The largest difference itself."""
     tolerance: float
     passed: bool
 

@@ -18,13 +18,14 @@ from slrc.device.bundle import RUNNER, Manifest, Run
 from slrc.device.failures import LinkLostError, job_failure
 from slrc.device.probe import DeviceInfo, probe
 from slrc.device.remote import Remote, Stage, device_folder
-from slrc.device.results import Result, TimedRun
+from slrc.device.results import ComparedOutput, Result, TimedRun
 from slrc.device.ssh import Connection
 from slrc.errors import DeviceError
 from slrc.kernels.build import TILE_SETS
-from slrc.measuring.devices import Candidate, Device, Timing
+from slrc.measuring.devices import Candidate, Device, Measured, Timing
 from slrc.measuring.timing import PATIENCE, Budget, Latency, latency_of
 from slrc.progress import Quiet, Reporter
+from slrc.verify import Check
 
 DIFFERING = 1
 """The runner's status where outputs differ, or a model cannot run."""
@@ -108,15 +109,18 @@ class SshDevice(Device):
         inputs: Sequence[Tensor],
         threads: int | None,
         reporter: Reporter | None = None,
-    ) -> Latency:
+    ) -> Measured:
         """Send both in a bundle, prove them equal there, and time them."""
         count, target = threads or self.cores, compiled.target
         sources = [Source("dense", dense.folder, inputs), Source("compiled", compiled.folder, inputs)]
         with tempfile.TemporaryDirectory() as folder:
             manifest = make_bundle(Path(folder), "pair", target, sources, [reported()], threads=count)
-            result = self.run(Stage(Path(folder), manifest), reporter)
+            stage = Stage(Path(folder), manifest)
+            result = self.run(stage, reporter)
+            self.remote.forget(stage.passing())
         require_equal(self.name, result)
-        return self.latency_of(result, str(target), inputs, count)
+        compared = [_check(f"{target}, {output.model}: here = on {self.name}", output) for output in result.outputs]
+        return Measured(self.latency_of(result, str(target), inputs, count), tuple(compared))
 
     def latency_of(self, result: Result, target: str, inputs: Sequence[Tensor], threads: int) -> Latency:
         """Return what a runner's first run says of dense and compiled."""
@@ -206,6 +210,17 @@ def require_equal(host: str, result: Result) -> None:
                 f"{output.error:.1e} of the largest value, tolerance {output.tolerance:.0e}",
                 hint="this is a bug in slrc or in the runtime there: please report it with the model",
             )
+
+
+def _check(step: str, output: ComparedOutput) -> Check:
+    return Check(
+        step=step,
+        inputs=("example",),
+        max_abs_error=output.largest,
+        max_rel_error=output.error,
+        tolerance=output.tolerance,
+        passed=output.passed,
+    )
 
 
 def reported() -> Run:

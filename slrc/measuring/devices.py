@@ -19,6 +19,7 @@ from slrc.backends import LoweredProgram, Target, get_backend
 from slrc.machine.cores import usable_cores
 from slrc.measuring.timing import Budget, Latency, environment, medians, time_in_turns, time_pair
 from slrc.progress import Reporter
+from slrc.verify import Check
 
 
 class Timing(NamedTuple):
@@ -33,6 +34,13 @@ class Candidate(NamedTuple):
 
     folder: Path
     inputs: Sequence[Tensor]
+
+
+class Measured(NamedTuple):
+    """What two artifacts take, and how their outputs compared where they were run anew for it."""
+
+    latency: Latency
+    checks: tuple[Check, ...] = ()
 
 
 class Device(ABC):
@@ -70,7 +78,7 @@ class Device(ABC):
         inputs: Sequence[Tensor],
         threads: int | None,
         reporter: Reporter | None = None,
-    ) -> Latency:
+    ) -> Measured:
         """Time two artifacts of a target in turns, as it is reported."""
 
 
@@ -108,9 +116,9 @@ class LocalDevice(Device):
         inputs: Sequence[Tensor],
         threads: int | None,
         reporter: Reporter | None = None,
-    ) -> Latency:
+    ) -> Measured:
         """Load both and time them in this process."""
-        return time_pair(dense, compiled, inputs, threads, reporter)
+        return Measured(time_pair(dense, compiled, inputs, threads, reporter))
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ import slrc
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from rig import Device, why_no_sshd  # noqa: E402
+from rig import Device, why_no_sshd
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +35,7 @@ def device(server: Device, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     monkeypatch.delenv("SLRC_DEVICE_FOLDER", raising=False)
     yield server
     assert not (server.home / ".slrc" / "jobs").exists() or not list((server.home / ".slrc" / "jobs").iterdir())
-    os.system(f"rm -rf {server.home}/.slrc {server.home}/other")  # noqa: S605
+    os.system(f"rm -rf {server.home}/.slrc {server.home}/other")
 
 
 @pytest.fixture(scope="session")

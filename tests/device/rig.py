@@ -27,7 +27,9 @@ class Device:
     `settings` are more lines of the server's configuration, `wrapper` is what it is started by.
     """
 
-    def __init__(self, folder: Path, python: str | None = None, settings: str = "", wrapper: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, folder: Path, python: str | None = None, settings: str = "", wrapper: tuple[str, ...] = ()
+    ) -> None:
         self.folder, self.home = folder, folder / "home"
         self.home.mkdir(parents=True)
         self.port, self.wrapper = _free_port(), wrapper
@@ -40,7 +42,10 @@ class Device:
         self.programs.mkdir()
         if python is not None:
             self.program("python3", f'exec {python} "$@"')
-        self.program("login", f'cd {self.home} && exec env HOME={self.home} PATH={self.programs}:/usr/bin:/bin sh -c "$SSH_ORIGINAL_COMMAND"')
+        self.program(
+            "login",
+            f'cd {self.home} && exec env HOME={self.home} PATH={self.programs}:/usr/bin:/bin sh -c "$SSH_ORIGINAL_COMMAND"',
+        )
         (folder / "sshd_config").write_text(
             f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey {folder}/host_key\n"
             f"AuthorizedKeysFile {folder}/authorized_keys\nStrictModes no\nUsePAM no\nPasswordAuthentication no\n"

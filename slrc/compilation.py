@@ -198,7 +198,8 @@ class Compilation:
     def measure(self, slim: Program, pair: Emitted, forecast: LatencyForecast | None, check: Checker) -> Latency:
         """Time the dense and the compiled model in turns; another device also compares what they return there."""
         inputs, threads = slim.flat_inputs(), self.config.threads
-        latency, compared = self.device.latency(pair.dense, pair.compiled, inputs, threads, self.reporter)
+        forms = {weight: str(form) for weight, form in pair.choice.forms.items()}
+        latency, compared = self.device.latency(pair.dense, pair.compiled, inputs, threads, forms, self.reporter)
         check.checks += compared
         if forecast and (forecast.target, forecast.threads) == (str(pair.target), latency.threads):
             predicted = forecast.predicted * latency.dense_ms.p50

@@ -92,30 +92,18 @@ def make_bundle(
     return manifest
 
 
-def bundle_output(
-    output: Path, folder: Path, target: Target, *, threads: int | None = None, run: Run = REPORTED
-) -> Manifest:
-    """Fill an empty folder with the bundle of what a compile wrote for a target: dense and compiled.
+def sources_of(output: Path, target: Target) -> list[Source]:
+    """Return the dense and the compiled model that a compile wrote for a target.
 
     Raises:
-        OutputError: `output` is not the output of a compile, or a file in it is damaged.
-    """
-    report, inputs = Report.load(output), read_inputs(output)
-    sources = [Source(name, output / target.folder / name, inputs) for name in ("dense", "compiled")]
-    return make_bundle(folder, report.model, target, sources, [run], threads=threads)
-
-
-def read_inputs(output: Path) -> list[Tensor]:
-    """Return the example inputs of what a compile wrote.
-
-    Raises:
-        OutputError: they cannot be read.
+        OutputError: the example inputs cannot be read.
     """
     try:
         stored = load_file(output / INPUTS)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"`{output / INPUTS}` cannot be read: {error}") from None
-    return [stored[f"input_{i}"] for i in range(len(stored))]
+    inputs = [stored[f"input_{i}"] for i in range(len(stored))]
+    return [Source(name, output / target.folder / name, inputs) for name in ("dense", "compiled")]
 
 
 def choose_target(output: Path, asked: str | None, architecture: str = "") -> Target:

@@ -10,13 +10,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from slrc.device.build_bundle import bundle_output, choose_target, read_inputs
+from slrc.device.build_bundle import REPORTED, choose_target, make_bundle, sources_of
 from slrc.device.bundle import pack
 from slrc.device.probe import DeviceInfo
 from slrc.device.remote import Remote, Stage, device_folder
 from slrc.device.results import ComparedOutput, Result
 from slrc.device.ssh import Connection
-from slrc.device.ssh_device import SshDevice, reported, require_equal
+from slrc.device.ssh_device import SshDevice, reported
 from slrc.errors import disk_error
 from slrc.measuring.timing import Latency
 from slrc.progress import Reporter
@@ -103,7 +103,8 @@ def bundle_file(output: Path, archive: Path, target: str | None, threads: int | 
     """
     chosen = choose_target(output, target)
     with tempfile.TemporaryDirectory() as folder:
-        bundle_output(output, Path(folder), chosen, threads=threads)
+        name = Report.load(output).model
+        make_bundle(Path(folder), name, chosen, sources_of(output, chosen), [REPORTED], threads=threads)
         pack(Path(folder), archive)
     return str(chosen)
 
@@ -111,11 +112,13 @@ def bundle_file(output: Path, archive: Path, target: str | None, threads: int | 
 def _run(
     device: SshDevice, output: Path, target: str | None, threads: int | None, folder: Path, reporter: Reporter
 ) -> tuple[Stage, Result, Latency]:
-    Report.load(output)
+    report = Report.load(output)
     chosen = choose_target(output, target, device.info.architecture)
     count = threads or device.cores
-    manifest = bundle_output(output, folder, chosen, threads=count, run=reported())
+    sources = sources_of(output, chosen)
+    manifest = make_bundle(folder, report.model, chosen, sources, [reported()], threads=count)
+    choice = next((t.forms for t in report.targets if t.target == str(chosen)), None)
+    forms = {weight: str(form) for weight, form in choice.forms.items()} if choice else {}
     stage = Stage(folder, manifest)
-    result = device.run(stage, reporter)
-    require_equal(device.name, result)
-    return stage, result, device.latency_of(result, str(chosen), read_inputs(output), count)
+    result = device.prove(stage, sources, chosen, forms, reporter)
+    return stage, result, device.latency_of(result, str(chosen), sources[0].inputs, count)

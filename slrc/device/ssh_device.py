@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from slrc import __version__
 from slrc.backends import LoweredProgram, Target
 from slrc.backends.ort.backend import family_of_target
+from slrc.device.blame import blame
 from slrc.device.build_bundle import REPORTED, Source, make_bundle
 from slrc.device.bundle import RUNNER, Manifest, Run
 from slrc.device.failures import LinkLostError, job_failure
@@ -108,6 +109,7 @@ class SshDevice(Device):
         compiled: LoweredProgram,
         inputs: Sequence[Tensor],
         threads: int | None,
+        forms: Mapping[str, str] | None = None,
         reporter: Reporter | None = None,
     ) -> Measured:
         """Send both in a bundle, prove them equal there, and time them."""
@@ -116,11 +118,44 @@ class SshDevice(Device):
         with tempfile.TemporaryDirectory() as folder:
             manifest = make_bundle(Path(folder), "pair", target, sources, [reported()], threads=count)
             stage = Stage(Path(folder), manifest)
-            result = self.run(stage, reporter)
+            result = self.prove(stage, sources, target, forms or {}, reporter)
             self.remote.forget(stage.passing())
-        require_equal(self.name, result)
         compared = [_check(f"{target}, {output.model}: here = on {self.name}", output) for output in result.outputs]
         return Measured(self.latency_of(result, str(target), inputs, count), tuple(compared))
+
+    def prove(
+        self,
+        stage: Stage,
+        sources: Sequence[Source],
+        target: Target,
+        forms: Mapping[str, str],
+        reporter: Reporter | None = None,
+    ) -> Result:
+        """Run a bundle there, and make sure that every model returns what it must.
+
+        Args:
+            stage: the bundle.
+            sources: its models.
+            target: what they are for.
+            forms: of layers of the compiled model that are not dense, by the name of their weight.
+            reporter: where progress goes.
+
+        Raises:
+            DeviceError: it cannot run there, or a model returns something else; its layer and form are named.
+        """
+        result = self.run(stage, reporter)
+        by_name = {source.name: source for source in sources}
+
+        def blamed(model: str) -> str:
+            source = by_name[model]
+            return blame(self, source.folder, target, source.inputs, forms if model == "compiled" else {})
+
+        try:
+            require_equal(self.name, result, blamed)
+        except DeviceError:
+            self.remote.forget(stage.paths)
+            raise
+        return result
 
     def latency_of(self, result: Result, target: str, inputs: Sequence[Tensor], threads: int) -> Latency:
         """Return what a runner's first run says of dense and compiled."""
@@ -195,8 +230,13 @@ class SshDevice(Device):
         return result
 
 
-def require_equal(host: str, result: Result) -> None:
+def require_equal(host: str, result: Result, blame: Callable[[str], str] = lambda model: "") -> None:
     """Make sure that every model ran, and that what it returned is what it must.
+
+    Args:
+        host: the device's name.
+        result: what its runner found.
+        blame: finds the layer by which a model differs.
 
     Raises:
         DeviceError: one did not run, or returned something else.
@@ -205,9 +245,11 @@ def require_equal(host: str, result: Result) -> None:
         raise DeviceError(f"device `{host}`: the {model} model cannot run there: {reason}")
     for output in result.outputs:
         if not output.passed:
+            layer = blame(output.model)
             raise DeviceError(
                 f"device `{host}`: output `{output.output}` of the {output.model} model differs there by "
-                f"{output.error:.1e} of the largest value, tolerance {output.tolerance:.0e}",
+                f"{output.error:.1e} of the largest value, tolerance {output.tolerance:.0e}"
+                + (f"; the first to differ is {layer}" if layer else ""),
                 hint="this is a bug in slrc or in the runtime there: please report it with the model",
             )
 

@@ -77,9 +77,13 @@ class Device(ABC):
         compiled: LoweredProgram,
         inputs: Sequence[Tensor],
         threads: int | None,
+        forms: Mapping[str, str] | None = None,
         reporter: Reporter | None = None,
     ) -> Measured:
-        """Time two artifacts of a target in turns, as it is reported."""
+        """Time two artifacts of a target in turns, as it is reported.
+
+        Where outputs differ, an error names the layer and its form, of those in `forms` by the name of the weight.
+        """
 
 
 class LocalDevice(Device):
@@ -115,6 +119,7 @@ class LocalDevice(Device):
         compiled: LoweredProgram,
         inputs: Sequence[Tensor],
         threads: int | None,
+        forms: Mapping[str, str] | None = None,
         reporter: Reporter | None = None,
     ) -> Measured:
         """Load both and time them in this process."""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
 import slrc
+from slrc import cli
+from slrc.device.ssh_device import SshDevice
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from rig import Device, why_no_sshd
+from rig import NAME, Device, why_no_sshd
 
 
 @pytest.fixture(scope="session")
@@ -29,24 +32,48 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
 
 
 @pytest.fixture
-def device(server: Device, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+def device(server: Device, monkeypatch: pytest.MonkeyPatch, quick_timing: None) -> Iterator[Device]:
     """The device with an empty home folder, and the ssh configuration by which it is reached."""
     monkeypatch.setenv("SLRC_SSH_CONFIG", str(server.config))
     monkeypatch.delenv("SLRC_DEVICE_FOLDER", raising=False)
     yield server
-    assert not (server.home / ".slrc" / "jobs").exists() or not list((server.home / ".slrc" / "jobs").iterdir())
-    os.system(f"rm -rf {server.home}/.slrc {server.home}/other")
+    server.write_config()
+    server.trust()
+    shutil.rmtree(server.home)
+    server.home.mkdir()
 
 
-@pytest.fixture(scope="session")
-def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a compile with packed layers wrote; read-only but for `device.json`."""
-    folder = tmp_path_factory.mktemp("output") / "build"
-    slrc.compile(_workload(), folder, pattern="block:8x1", sparsity=0.75, epochs=0, threads=1)
-    return folder
+@pytest.fixture
+def connected(device: Device) -> Iterator[SshDevice]:
+    with SshDevice(NAME) as found:
+        yield found
 
 
-def _workload() -> slrc.Workload:
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Runs `slrc` with arguments, in this process."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["slrc", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return Result(code, out, err)
+
+    return call
+
+
+def small_workload() -> slrc.Workload:
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Conv2d(8, 32, 3, padding=1),
@@ -60,3 +87,17 @@ def _workload() -> slrc.Workload:
         torch.nn.Linear(64, 10),
     )
     return slrc.Workload(model=model, example_inputs=(torch.randn(1, 8, 24, 24),))
+
+
+@pytest.fixture
+def workload() -> slrc.Workload:
+    """A small convolutional network with random weights, and no data."""
+    return small_workload()
+
+
+@pytest.fixture(scope="session")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a compile with packed layers wrote; read-only but for `device.json`."""
+    folder = tmp_path_factory.mktemp("output") / "build"
+    slrc.compile(small_workload(), folder, pattern="block:8x1", sparsity=0.75, epochs=0, threads=1)
+    return folder

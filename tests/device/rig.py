@@ -42,10 +42,8 @@ class Device:
         self.programs.mkdir()
         if python is not None:
             self.program("python3", f'exec {python} "$@"')
-        self.program(
-            "login",
-            f'cd {self.home} && exec env HOME={self.home} PATH={self.programs}:/usr/bin:/bin sh -c "$SSH_ORIGINAL_COMMAND"',
-        )
+        place = f"HOME={self.home} PATH={self.programs}:/usr/bin:/bin"
+        self.program("login", f'cd {self.home} && exec env -i {place} sh -c "$SSH_ORIGINAL_COMMAND"')
         (folder / "sshd_config").write_text(
             f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey {folder}/host_key\n"
             f"AuthorizedKeysFile {folder}/authorized_keys\nStrictModes no\nUsePAM no\nPasswordAuthentication no\n"

@@ -1,0 +1,135 @@
+"""To a real sshd and back: what a deploy sends, proves, measures and leaves there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rig import NAME, Device
+
+import slrc
+from slrc.device.deploy import bench_on_device, deploy_output
+from slrc.device.probe import probe
+from slrc.device.remote import MARK
+from slrc.device.ssh_device import SshDevice
+from slrc.measuring import timing
+from slrc.progress import Quiet
+from slrc.reporting.bench import bench_output
+
+
+class Said(Quiet):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_a_deploy_proves_measures_and_leaves_the_model_there(device: Device, output: Path) -> None:
+    result = deploy_output(output, NAME, None, 1, Said())
+    assert {o.model for o in result.outputs} == {"dense", "compiled"}
+    assert all(o.passed and o.error <= o.tolerance for o in result.outputs)
+    assert result.latency.device == NAME
+    assert result.latency.threads == 1
+    assert result.latency.dense_ms.p50 > 0
+    assert result.latency.speedup_spread[0] <= result.latency.speedup_spread[1]
+    there = device.home / result.folder
+    assert (there / "compiled" / "model.onnx").read_bytes() == (output / "ort/compiled/model.onnx").read_bytes()
+    assert list((there / "compiled").glob("libslrc_kernels_*.so"))
+    assert json.loads((output / "device.json").read_text())["folder"] == result.folder
+    assert not [name for name in device.files() if not name.startswith(".slrc")]
+    assert not list((device.home / ".slrc" / "jobs").iterdir())
+
+
+def test_a_second_deploy_sends_only_what_is_missing(device: Device, output: Path) -> None:
+    first, second, third = Said(), Said(), Said()
+    deploy_output(output, NAME, None, 1, first)
+    deploy_output(output, NAME, None, 1, second)
+    deploy_output(output, NAME, None, 2, third)  # another number of threads is another manifest
+    assert "9 of 9 files sent" in first.lines[0]
+    assert "0 of 9 files sent" in second.lines[0]
+    assert "2 of 9 files sent" in third.lines[0]
+
+
+def test_remove_leaves_nothing_and_takes_only_what_slrc_made(
+    device: Device, output: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deploy_output(output, NAME, None, 1, Quiet())
+    (device.home / "own").mkdir()
+    result = run("deploy", "--device", NAME, "--remove")
+    assert result.code == 0, result.err
+    assert "MB removed" in result.out
+    assert device.files() == ["own"]
+    assert "nothing of slrc" in run("deploy", "--device", NAME, "--remove").out
+    monkeypatch.setenv("SLRC_DEVICE_FOLDER", "own")
+    refused = run("deploy", "--device", NAME, "--remove")
+    assert refused.code == 2
+    assert "was not made by slrc" in refused.err
+    assert device.files() == ["own"]
+
+
+@pytest.mark.parametrize("name", ["../up", "~", "/", "", "a b", "$(x)", "a/../b"])
+def test_a_folder_that_could_be_anything_is_refused(run: Callable[..., Any], name: str, monkeypatch: Any) -> None:
+    monkeypatch.setenv("SLRC_DEVICE_FOLDER", name)
+    result = run("targets", "--device", NAME)
+    assert result.code == 2
+    assert "SLRC_DEVICE_FOLDER" in result.err
+
+
+def test_a_bench_keeps_kernels_and_runner_alone(device: Device, output: Path, run: Callable[..., Any]) -> None:
+    result = run("bench", output, "--device", NAME, "--threads", 1, "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["latency"][0]["device"] == NAME
+    kept = list((device.home / ".slrc" / "store").iterdir())
+    assert len(kept) == 2
+    assert {MARK, "store"} == {path.name for path in (device.home / ".slrc").iterdir()}
+
+
+def test_targets_says_what_is_there(device: Device, run: Callable[..., Any]) -> None:
+    result = run("targets", "--device", NAME)
+    assert result.code == 0, result.err
+    for word in ("architecture", "glibc", "ONNX Runtime", "free disk", "governor", "power mode", "TensorRT"):
+        assert word in result.out
+    assert device.files() == []
+
+
+def test_a_jetson_is_told_from_what_its_programs_print(device: Device, connected: SshDevice) -> None:
+    device.program("trtexec", 'echo "&&&& RUNNING TensorRT.trtexec [TensorRT v8502] # trtexec --help"')
+    device.program("nvpmodel", 'printf "NV Power Mode: MAXN\\n0\\n"')
+    try:
+        info = probe(connected.connection, ".slrc")
+    finally:
+        for name in ("trtexec", "nvpmodel"):
+            (device.programs / name).unlink()
+    assert info.tensorrt == "8.5.2"
+    assert info.trtexec.endswith("/trtexec")
+    assert info.power_mode == "NV Power Mode: MAXN;0"
+
+
+def test_there_and_here_take_alike_times(device: Device, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are this machine: of three tries, one must agree within a tenth, however busy it is."""
+    monkeypatch.setattr(timing, "PATIENCE", 0.3)
+    apart = []
+    for _ in range(3):
+        there = bench_on_device(output, NAME, None, 1, Quiet()).latency[0]
+        here = bench_output(output, 1, Quiet()).latency[0]
+        apart.append(abs(there.speedup / here.speedup - 1))
+        if apart[-1] <= 0.1:
+            return
+    pytest.fail(f"speed-ups differ by {apart}")
+
+
+def test_a_budget_is_met_by_measuring_over_ssh(
+    device: Device, workload: slrc.Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLRC_CACHE", str(tmp_path / "cache"))
+    options = {"pattern": "columns:2", "speedup": 1.3, "epochs": 0, "threads": 1}
+    report = slrc.compile(workload, tmp_path / "build", device=NAME, **options)
+    assert report.latency[0].device == NAME
+    assert report.latency[0].predicted_ms is not None
+    steps = [c.step for c in report.checks]
+    assert "ort, compiled: here = on device" in steps
+    assert list((tmp_path / "cache" / "latency").rglob("*.json"))

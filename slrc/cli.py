@@ -149,6 +149,10 @@ TargetOption = Annotated[
     str | None, typer.Option(help="which of the output's targets (default: the first that is for the device)")
 ]
 
+LockOption = Annotated[
+    bool, typer.Option("--lock-clocks", help="lock the device's clocks meanwhile, by sudo there; asks first")
+]
+
 
 @app.command()
 @takes("threads")
@@ -157,13 +161,15 @@ def bench(
     given: Given,
     device: DeviceOption = None,
     target: TargetOption = None,
+    lock_clocks: LockOption = False,
     as_json: JsonOption = False,
     debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False,
 ) -> None:
     """Measure a compiled model again: compiled against dense, in turns, in one process, here or on a device."""
     threads = make_config(given).threads
-    if device is None and target is not None:
-        raise ConfigError("`--target` chooses what goes to a device", hint="add `--device`")
+    if device is None and (target is not None or lock_clocks):
+        option = "--lock-clocks" if target is None else "--target"
+        raise ConfigError(f"`{option}` is for a device", hint="add `--device user@name`")
     if device is None:
         from slrc.reporting.bench import bench_output
 
@@ -171,7 +177,7 @@ def bench(
     else:
         from slrc.device.deploy import bench_on_device
 
-        result = bench_on_device(folder, device, target, threads, _reporter())
+        result = bench_on_device(folder, device, target, threads, _reporter(), _agree if lock_clocks else None)
     from slrc.reporting.tables import latency_table
 
     if as_json:
@@ -190,6 +196,7 @@ def deploy(
     remove: Annotated[
         bool, typer.Option("--remove", help="remove all that slrc brought to the device, and end its jobs there")
     ] = False,
+    lock_clocks: LockOption = False,
     as_json: JsonOption = False,
     debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False,
 ) -> None:
@@ -208,7 +215,8 @@ def deploy(
         return
     if folder is None:
         raise ConfigError("`slrc deploy` needs the folder of a compiled model", hint="such as `slrc deploy build`")
-    result = devices.deploy_output(folder, device, target, make_config(given).threads, _reporter())
+    threads, agree = make_config(given).threads, _agree if lock_clocks else None
+    result = devices.deploy_output(folder, device, target, threads, _reporter(), agree)
     if as_json:
         typer.echo(result.model_dump_json(indent=1))
     else:
@@ -268,6 +276,10 @@ def init(
     except OSError as error:
         raise OutputError(f"cannot write `{file}`: {error.strerror}") from None
     _console().print(f"wrote {file}; next: slrc compile {file}", soft_wrap=True)
+
+
+def _agree(lock: str, restore: str) -> bool:
+    return typer.confirm(f"On the device `{lock}` will be run, and afterwards `{restore}`. Go on?", err=True)
 
 
 def _version(value: bool) -> None:

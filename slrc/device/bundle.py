@@ -259,8 +259,9 @@ def unpack(archive: Path, folder: Path) -> None:
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
-                name, content = _inner_name(member.name), tar.extractfile(member)
-                if not member.isreg() or content is None:
+                name = _inner_name(member.name)
+                content = tar.extractfile(member) if member.isreg() else None
+                if content is None:
                     raise ValueError(f"`{name}` is not a plain file")
                 (folder / name).parent.mkdir(exist_ok=True)
                 with (folder / name).open("xb") as file:

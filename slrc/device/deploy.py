@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from slrc.device.build_bundle import REPORTED, choose_target, make_bundle, sources_of
 from slrc.device.bundle import pack
+from slrc.device.clocks import lock_commands, locked_clocks
 from slrc.device.probe import DeviceInfo
 from slrc.device.remote import Remote, Stage, device_folder
 from slrc.device.results import ComparedOutput, Result
@@ -23,6 +24,9 @@ from slrc.progress import Reporter
 from slrc.reporting.bench import BenchResult
 from slrc.reporting.report import Report
 from slrc.workspace import DEPLOYED
+
+Agree = Callable[[str, str], bool]
+"""Asks whether to lock the clocks by a command, and to set them as they were by another."""
 
 
 class Deployment(BaseModel):
@@ -41,7 +45,14 @@ class Deployment(BaseModel):
     after: Mapping[str, Any]
 
 
-def deploy_output(output: Path, host: str, target: str | None, threads: int | None, reporter: Reporter) -> Deployment:
+def deploy_output(
+    output: Path,
+    host: str,
+    target: str | None,
+    threads: int | None,
+    reporter: Reporter,
+    agree: Agree | None = None,
+) -> Deployment:
     """Copy what a compile wrote to a device, prove it equal there, measure it, and leave it there.
 
     The result is also written into the output's folder.
@@ -51,7 +62,7 @@ def deploy_output(output: Path, host: str, target: str | None, threads: int | No
         DeviceError: the device cannot be reached or cannot run it, or computes something else.
     """
     with SshDevice(host) as device, tempfile.TemporaryDirectory() as folder:
-        stage, result, latency = _run(device, output, target, threads, Path(folder), reporter)
+        stage, result, latency = _run(device, output, target, threads, Path(folder), reporter, agree)
         model = stage.manifest.model
         place = f"models/{re.sub(r'[^A-Za-z0-9_.-]+', '-', model).strip('.') or 'model'}"
         device.remote.place(stage, place)
@@ -74,7 +85,12 @@ def deploy_output(output: Path, host: str, target: str | None, threads: int | No
 
 
 def bench_on_device(
-    output: Path, host: str, target: str | None, threads: int | None, reporter: Reporter
+    output: Path,
+    host: str,
+    target: str | None,
+    threads: int | None,
+    reporter: Reporter,
+    agree: Agree | None = None,
 ) -> BenchResult:
     """Measure what a compile wrote on a device; nothing of the model stays there.
 
@@ -83,7 +99,7 @@ def bench_on_device(
         DeviceError: the device cannot be reached or cannot run it, or computes something else.
     """
     with SshDevice(host) as device, tempfile.TemporaryDirectory() as folder:
-        stage, _, latency = _run(device, output, target, threads, Path(folder), reporter)
+        stage, _, latency = _run(device, output, target, threads, Path(folder), reporter, agree)
         device.remote.forget(stage.passing())
         environment = {"cpu": device.info.name, **device.info.model_dump()}
     return BenchResult(model=stage.manifest.model, latency=(latency,), not_run=(), environment=environment)
@@ -110,7 +126,13 @@ def bundle_file(output: Path, archive: Path, target: str | None, threads: int | 
 
 
 def _run(
-    device: SshDevice, output: Path, target: str | None, threads: int | None, folder: Path, reporter: Reporter
+    device: SshDevice,
+    output: Path,
+    target: str | None,
+    threads: int | None,
+    folder: Path,
+    reporter: Reporter,
+    agree: Agree | None,
 ) -> tuple[Stage, Result, Latency]:
     report = Report.load(output)
     chosen = choose_target(output, target, device.info.architecture)
@@ -120,5 +142,7 @@ def _run(
     choice = next((t.forms for t in report.targets if t.target == str(chosen)), None)
     forms = {weight: str(form) for weight, form in choice.forms.items()} if choice else {}
     stage = Stage(folder, manifest)
-    result = device.prove(stage, sources, chosen, forms, reporter)
+    locks = agree is not None and agree(*lock_commands(device.info))
+    with locked_clocks(device.connection, device.info, locks):
+        result = device.prove(stage, sources, chosen, forms, reporter)
     return stage, result, device.latency_of(result, str(chosen), sources[0].inputs, count)

@@ -28,6 +28,7 @@ say free_kib "$(df -Pk . | sed -n '2s/^[^ ]* *[0-9]* *[0-9]* *\([0-9-]*\).*/\1/p
 say governor "$(cat /sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_governor 2>/dev/null | sort -u)"
 say jetson "$(head -n 1 /etc/nv_tegra_release 2>/dev/null)"
 say power_mode "$(nvpmodel -q 2>/dev/null | head -n 2)"
+say jetson_clocks "$(first jetson_clocks)"
 say gpu "$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)"
 say seen_as "$(sh -c 'tr "\000" " " < /proc/$PPID/cmdline; :' 2>/dev/null)"
 trtexec=$(first trtexec /usr/src/tensorrt/bin/trtexec)
@@ -40,7 +41,8 @@ for python in FOLDER/venv/bin/python python3; do
     say python_version "$("$found" -c 'import platform; print(platform.python_version())' 2>&1 | tail -n 1)"
     said=$("$found" -c 'import numpy, onnxruntime; print("ort", onnxruntime.__version__)' 2>&1)
     say onnxruntime_status $?
-    say onnxruntime "$(printf %s "$said" | tail -n 1)"
+    say onnxruntime "$(printf %s "$said" | sed -n 's/^ort //p')"
+    say onnxruntime_said "$(printf %s "$said" | tail -n 1)"
     say tensorrt_python "$("$found" -c 'import tensorrt; print(tensorrt.__version__)' 2>/dev/null | tail -n 1)"
     case $said in *ort\ *) break ;; esac
 done
@@ -67,6 +69,8 @@ class DeviceInfo(BaseModel):
     governor: str = ""
     jetson: str = ""
     power_mode: str = ""
+    jetson_clocks: str = ""
+    """Where the program is that locks a Jetson's clocks."""
     gpu: str = ""
     emulated: bool = False
     """Whether another machine plays this one: times there say nothing of the real one."""
@@ -114,7 +118,7 @@ def probe(connection: Connection, folder: str) -> DeviceInfo:
 
 _TEXTS = {
     *("kernel", "system", "glibc", "board", "cpu", "governor", "jetson", "power_mode", "gpu"),
-    *("trtexec", "tensorrt_python", "python", "python_version"),
+    *("trtexec", "tensorrt_python", "python", "python_version", "jetson_clocks"),
 }
 
 
@@ -122,13 +126,12 @@ def _onnxruntime(said: dict[str, str]) -> tuple[str, str]:
     """Return the version of ONNX Runtime, and why there is none."""
     if not said.get("python"):
         return "", "there is no python3"
-    text = said.get("onnxruntime", "")
-    if found := re.fullmatch(r"ort ([\w.+-]+)", text):
-        return found[1], ""
+    if said.get("onnxruntime") and not _number(said, "onnxruntime_status"):
+        return said["onnxruntime"], ""
     if _number(said, "onnxruntime_status") == ILLEGAL_INSTRUCTION:
         return "", "onnxruntime dies of an illegal instruction: it is for newer processors"
     where = PurePosixPath(said["python"])
-    return "", f"{where} cannot import it: {text[:200] or 'it died'}"
+    return "", f"{where} cannot import it: {said.get('onnxruntime_said', '')[:200] or 'it died'}"
 
 
 def _tensorrt_version(digits: str) -> str:

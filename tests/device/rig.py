@@ -32,7 +32,7 @@ class Device:
     ) -> None:
         self.folder, self.home = folder, folder / "home"
         self.home.mkdir(parents=True)
-        self.port, self.wrapper = _free_port(), wrapper
+        self.port, self.wrapper = free_port(), wrapper
         self.config, self.known = folder / "ssh_config", folder / "known_hosts"
         self._user = pwd.getpwuid(os.getuid()).pw_name
         for key in ("host_key", "user_key"):
@@ -114,7 +114,8 @@ def _keygen(path: Path) -> None:
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "test", "-f", path], check=True)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rig import NAME, Device
 
 import slrc
@@ -122,10 +123,11 @@ def test_there_and_here_take_alike_times(device: Device, output: Path, monkeypat
     pytest.fail(f"speed-ups differ by {apart}")
 
 
-def test_a_budget_is_met_by_measuring_over_ssh(
-    device: Device, workload: slrc.Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_budget_is_met_by_measuring_over_ssh(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLRC_CACHE", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    layers = torch.nn.Conv2d(8, 64, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(64, 64, 3, padding=1)
+    workload = slrc.Workload(model=torch.nn.Sequential(*layers), example_inputs=(torch.randn(1, 8, 16, 16),))
     options = {"pattern": "columns:2", "speedup": 1.3, "epochs": 0, "threads": 1}
     report = slrc.compile(workload, tmp_path / "build", device=NAME, **options)
     assert report.latency[0].device == NAME
@@ -133,3 +135,31 @@ def test_a_budget_is_met_by_measuring_over_ssh(
     steps = [c.step for c in report.checks]
     assert "ort, compiled: here = on device" in steps
     assert list((tmp_path / "cache" / "latency").rglob("*.json"))
+
+
+def test_clocks_are_locked_after_a_yes_alone_and_set_back(
+    device: Device, output: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    done = device.folder / "clocks"
+    device.program("sudo", '[ "$1" = -n ] && shift && exec "$@"')
+    device.program("jetson_clocks", f'echo "$1" >> {done}')
+    try:
+        for answer in (False, True):
+            monkeypatch.setattr("typer.confirm", lambda text, answer=answer, **_: asked.append(text) or answer)
+            result = run("bench", output, "--device", NAME, "--threads", 1, "--lock-clocks")
+            assert result.code == 0, result.err
+            assert done.exists() is answer
+    finally:
+        for name in ("sudo", "jetson_clocks"):
+            (device.programs / name).unlink()
+    assert "jetson_clocks --restore" in asked[0]
+    assert done.read_text().splitlines() == ["--store", "", "--restore"]
+
+
+def test_clocks_that_cannot_be_locked_are_told(device: Device, output: Path, run: Callable[..., Any]) -> None:
+    result = run("bench", output, "--device", NAME, "--lock-clocks")
+    if result.code == 0:
+        pytest.skip("this machine's clocks can be locked")
+    assert "its clocks cannot be locked" in result.err or "Aborted" in result.err
+    assert device.files() == []

@@ -212,7 +212,7 @@ from torch import nn
 import slrc
 from slrc.backends import parse_target
 from slrc.ir.program import capture
-from slrc.measuring import clock, timing
+from slrc.measuring import devices, timing
 from slrc.measuring.choose_forms import choose_forms
 from slrc.pipeline import structure
 
@@ -226,7 +226,7 @@ def looked_at(*arguments):
     return timing.time_in_turns(*arguments)
 
 
-clock.time_in_turns = looked_at
+devices.time_in_turns = looked_at
 program = capture(nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 1)), (torch.randn(1, 8, 9, 9),))
 plan = slrc.plan(program, "block:8x1", 0.75, keep_ends=False)
 program = structure(program, plan, slrc.Masks.project(plan, program.tensors))

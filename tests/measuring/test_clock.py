@@ -12,7 +12,7 @@ from slrc.backends import parse_target
 from slrc.backends.ort import OnnxRuntime
 from slrc.errors import BackendError
 from slrc.ir.program import Program, capture
-from slrc.measuring import clock as clocks
+from slrc.measuring import devices
 from slrc.measuring.clock import Clock, Job
 from slrc.measuring.timing import PART
 from slrc.passes.analysis.cut_segments import cut_segments
@@ -60,13 +60,13 @@ def test_alike_segments_are_one_job() -> None:
 
 
 def test_another_version_or_machine_measures_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job, found = Job.of_whole(convolution(1, 3, 8, 8)), clocks.environment()
+    job, found = Job.of_whole(convolution(1, 3, 8, 8)), devices.environment()
     Clock(ORT, 1, tmp_path).times([job], PART)
     assert len(list(tmp_path.rglob("*.json"))) == 1
     Clock(ORT, 1, tmp_path).times([job], PART)
     assert len(list(tmp_path.rglob("*.json"))) == 1
     for changed in ({"cpu": "another"}, {"versions": found["versions"] | {"slrc": "another"}}):
-        monkeypatch.setattr(clocks, "environment", lambda changed=changed: found | changed)
+        monkeypatch.setattr(devices, "environment", lambda changed=changed: found | changed)
         Clock(ORT, 1, tmp_path).times([job], PART)
     assert len(list(tmp_path.rglob("*.json"))) == 3
 

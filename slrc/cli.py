@@ -143,10 +143,13 @@ def inspect(
         _console(stderr=True).print(f"plan: {plan_out}", soft_wrap=True)
 
 
-DEVICE = typer.Option(metavar="HOST", help="a machine that ssh reaches: user@name, or a Host of your ssh configuration")
+DEVICE = typer.Option(
+    "--device", metavar="HOST", help="a machine that ssh reaches: user@name, or a Host of your ssh configuration"
+)
 DeviceOption = Annotated[str | None, DEVICE]
 TargetOption = Annotated[
-    str | None, typer.Option(help="which of the output's targets (default: the first that is for the device)")
+    str | None,
+    typer.Option("--target", help="which of the output's targets (default: the first that is for the device)"),
 ]
 
 LockOption = Annotated[
@@ -159,25 +162,25 @@ LockOption = Annotated[
 def bench(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="what `slrc compile --out` wrote")],
     given: Given,
-    device: DeviceOption = None,
-    target: TargetOption = None,
+    host: DeviceOption = None,
+    which: TargetOption = None,
     lock_clocks: LockOption = False,
     as_json: JsonOption = False,
     debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False,
 ) -> None:
     """Measure a compiled model again: compiled against dense, in turns, in one process, here or on a device."""
     threads = make_config(given).threads
-    if device is None and (target is not None or lock_clocks):
-        option = "--lock-clocks" if target is None else "--target"
+    if host is None and (which is not None or lock_clocks):
+        option = "--lock-clocks" if which is None else "--target"
         raise ConfigError(f"`{option}` is for a device", hint="add `--device user@name`")
-    if device is None:
+    if host is None:
         from slrc.reporting.bench import bench_output
 
         result = bench_output(folder, threads, _reporter())
     else:
         from slrc.device.deploy import bench_on_device
 
-        result = bench_on_device(folder, device, target, threads, _reporter(), _agree if lock_clocks else None)
+        result = bench_on_device(folder, host, which, threads, _reporter(), _agree if lock_clocks else None)
     from slrc.reporting.tables import latency_table
 
     if as_json:
@@ -189,10 +192,10 @@ def bench(
 @app.command()
 @takes("threads")
 def deploy(
-    device: Annotated[str, DEVICE],
+    host: Annotated[str, DEVICE],
     given: Given,
     folder: Annotated[Path | None, typer.Argument(metavar="FOLDER", help="what `slrc compile --out` wrote")] = None,
-    target: TargetOption = None,
+    which: TargetOption = None,
     remove: Annotated[
         bool, typer.Option("--remove", help="remove all that slrc brought to the device, and end its jobs there")
     ] = False,
@@ -208,15 +211,15 @@ def deploy(
     from slrc.device import deploy as devices
 
     if remove:
-        size = devices.remove_from(device)
+        size = devices.remove_from(host)
         _console().print(
-            f"{device}: " + ("there was nothing of slrc" if size is None else f"{size / 1e6:.1f} MB removed")
+            f"{host}: " + ("there was nothing of slrc" if size is None else f"{size / 1e6:.1f} MB removed")
         )
         return
     if folder is None:
         raise ConfigError("`slrc deploy` needs the folder of a compiled model", hint="such as `slrc deploy build`")
     threads, agree = make_config(given).threads, _agree if lock_clocks else None
-    result = devices.deploy_output(folder, device, target, threads, _reporter(), agree)
+    result = devices.deploy_output(folder, host, which, threads, _reporter(), agree)
     if as_json:
         typer.echo(result.model_dump_json(indent=1))
     else:
@@ -231,7 +234,7 @@ def bundle(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="what `slrc compile --out` wrote")],
     out: Annotated[Path, typer.Option("--out", "-o", help="the file to write, such as model.tar")],
     given: Given,
-    target: TargetOption = None,
+    which: TargetOption = None,
     debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False,
 ) -> None:
     """Write a compiled model as one file for a device: models, kernels, inputs, expected outputs and a runner.
@@ -241,16 +244,16 @@ def bundle(
     threads = make_config(given).threads
     from slrc.device.deploy import bundle_file
 
-    chosen = bundle_file(folder, out, target, threads)
+    chosen = bundle_file(folder, out, which, threads)
     _console().print(f"wrote {out} for {chosen}", soft_wrap=True)
 
 
 @app.command()
 def targets(
-    device: DeviceOption = None, debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False
+    host: DeviceOption = None, debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False
 ) -> None:
     """Show which backends can emit and run here, and why the others cannot; or what a device is and has."""
-    if device is None:
+    if host is None:
         from slrc.reporting.tables import targets_table
 
         _console().print(targets_table())
@@ -258,7 +261,7 @@ def targets(
     from slrc.device.ssh_device import SshDevice
     from slrc.device.tables import device_table
 
-    with SshDevice(device) as found:
+    with SshDevice(host) as found:
         _console().print(device_table(found.info))
 
 

@@ -14,6 +14,8 @@ from slrc.device.bundle import RESULT
 from slrc.errors import DeviceError
 from slrc.measuring.devices import Timing
 
+LEAST_BLOCKS = 3
+"""Of fewer there is no spread to tell."""
 MOST_RESULT_BYTES = 64 << 20
 Real = Annotated[float, BeforeValidator(float)]
 """A number, or a text such as `inf`, which JSON has no number for."""
@@ -53,8 +55,9 @@ class TimedRun(_Data):
 
     @property
     def kept(self) -> tuple[Block, ...]:
-        """The blocks in which nothing drifted; all of them where that is none."""
-        return tuple(b for b in self.blocks if not b.drift) or self.blocks
+        """The blocks in which nothing drifted; all of them where too few would be left."""
+        steady = tuple(b for b in self.blocks if not b.drift)
+        return steady if len(steady) >= LEAST_BLOCKS else self.blocks
 
     @property
     def rejected(self) -> tuple[str, ...]:

@@ -283,7 +283,7 @@ def caveats(info: DeviceInfo, result: Result, run: TimedRun) -> tuple[str, ...]:
         found.append("emulated: the times say nothing of a real device")
     rejected = sum(1 for block in run.blocks if block.drift)
     if rejected:
-        kept = "" if rejected < len(run.blocks) else "; as all drifted, all were counted"
+        kept = "" if len(run.kept) < len(run.blocks) else "; too few were left, so all were counted"
         found.append(f"{rejected} of {len(run.blocks)} blocks rejected: {run.rejected[0]}{kept}")
     governor, throttled = result.before.get("governor"), str(result.after.get("throttled", ""))
     if governor and governor != "performance":

@@ -19,7 +19,9 @@ import pytest
 
 from slrc.device.build_bundle import RUNNER_FILE, choose_target
 from slrc.device.bundle import BUNDLE_VERSION, Manifest, pack, read_bundle, unpack
-from slrc.device.results import Result
+from slrc.device.probe import DeviceInfo
+from slrc.device.results import Block, Result, TimedRun
+from slrc.device.ssh_device import caveats
 from slrc.errors import DeviceError
 
 Run = Callable[..., Any]
@@ -213,6 +215,22 @@ def test_a_result_that_is_none_is_told(tmp_path: Path, text: str) -> None:
     (tmp_path / "result.json").write_text(text, encoding="latin-1")
     with pytest.raises(DeviceError, match=r"result\.json"):
         Result.read(tmp_path)
+
+
+def test_blocks_that_drifted_do_not_count_unless_too_few_are_left() -> None:
+    def run(*drift: str) -> TimedRun:
+        return TimedRun(models=("a",), blocks=tuple(Block(ms={"a": (float(i),)}, drift=d) for i, d in enumerate(drift)))
+
+    assert run("", "hot", "", "").ms("a") == [0.0, 2.0, 3.0]
+    assert run("", "hot", "hot", "").ms("a") == [0.0, 1.0, 2.0, 3.0]
+    info = DeviceInfo(host="pi", architecture="aarch64")
+    empty = {"result_version": 1, "runtime": "", "outputs": (), "why_not": {}, "runs": ()}
+    for governor, word in (("ondemand", "clocks are not locked: governor ondemand"), ("performance", "")):
+        result = Result.model_validate({**empty, "before": {"governor": governor}, "after": {"throttled": "x=0x50000"}})
+        told = caveats(info, result, run("", "hot", "", ""))
+        assert "1 of 4 blocks rejected: hot" in told
+        assert "it was throttled (x=0x50000)" in told
+        assert (word in told) == bool(word)
 
 
 @pytest.fixture

@@ -194,7 +194,10 @@ def bench(
 def deploy(
     host: Annotated[str, DEVICE],
     given: Given,
-    folder: Annotated[Path | None, typer.Argument(metavar="FOLDER", help="what `slrc compile --out` wrote")] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="FOLDER", help="what `slrc compile` wrote, or a file of `slrc bundle`"),
+    ] = None,
     which: TargetOption = None,
     remove: Annotated[
         bool, typer.Option("--remove", help="remove all that slrc brought to the device, and end its jobs there")

@@ -8,17 +8,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict
 
+from slrc.backends import parse_target
 from slrc.device.build_bundle import REPORTED, choose_target, make_bundle, sources_of
-from slrc.device.bundle import pack
+from slrc.device.bundle import pack, read_bundle, unpack
 from slrc.device.clocks import lock_commands, locked_clocks
 from slrc.device.probe import DeviceInfo
 from slrc.device.remote import Remote, Stage, device_folder
 from slrc.device.results import ComparedOutput, Result
 from slrc.device.ssh import Connection
 from slrc.device.ssh_device import SshDevice, reported
-from slrc.errors import disk_error
+from slrc.errors import DeviceError, disk_error
 from slrc.measuring.timing import Latency
 from slrc.progress import Reporter
 from slrc.reporting.bench import BenchResult
@@ -53,7 +55,7 @@ def deploy_output(
     reporter: Reporter,
     agree: Agree | None = None,
 ) -> Deployment:
-    """Copy what a compile wrote to a device, prove it equal there, measure it, and leave it there.
+    """Copy what a compile wrote, or a bundle's file, to a device, prove it equal there, measure it, and leave it there.
 
     The result is also written into the output's folder.
 
@@ -76,6 +78,8 @@ def deploy_output(
             before=result.before,
             after=result.after,
         )
+    if output.is_file():
+        return deployment
     path = output / DEPLOYED
     try:
         path.write_text(deployment.model_dump_json(indent=1) + "\n")
@@ -134,6 +138,30 @@ def _run(
     reporter: Reporter,
     agree: Agree | None,
 ) -> tuple[Stage, Result, Latency]:
+    locks = agree is not None and agree(*lock_commands(device.info))
+    with locked_clocks(device.connection, device.info, locks):
+        if output.is_file():
+            return _run_archive(device, output, folder, reporter)
+        return _run_output(device, output, target, threads, folder, reporter)
+
+
+def _run_archive(device: SshDevice, archive: Path, folder: Path, reporter: Reporter) -> tuple[Stage, Result, Latency]:
+    """Run the bundle in a file, which says all that there is to say."""
+    unpack(archive, folder)
+    manifest = read_bundle(folder)
+    timed = [name for run in manifest.runs[:1] for name in run.models]
+    if timed != list(REPORTED.models):
+        raise DeviceError(f"`{archive}` times {' and '.join(timed) or 'nothing'}, not dense and compiled")
+    stage = Stage(folder, manifest)
+    result = device.prove(stage, [], parse_target(manifest.target), {}, reporter)
+    shapes = [torch.empty(x.shape, device="meta") for x in manifest.models[0].inputs]
+    return stage, result, device.latency_of(result, manifest.target, shapes, manifest.threads or device.cores)
+
+
+def _run_output(
+    device: SshDevice, output: Path, target: str | None, threads: int | None, folder: Path, reporter: Reporter
+) -> tuple[Stage, Result, Latency]:
+    """Make the bundle of what a compile wrote, and run it."""
     report = Report.load(output)
     chosen = choose_target(output, target, device.info.architecture)
     count = threads or device.cores
@@ -142,7 +170,5 @@ def _run(
     choice = next((t.forms for t in report.targets if t.target == str(chosen)), None)
     forms = {weight: str(form) for weight, form in choice.forms.items()} if choice else {}
     stage = Stage(folder, manifest)
-    locks = agree is not None and agree(*lock_commands(device.info))
-    with locked_clocks(device.connection, device.info, locks):
-        result = device.prove(stage, sources, chosen, forms, reporter)
+    result = device.prove(stage, sources, chosen, forms, reporter)
     return stage, result, device.latency_of(result, str(chosen), sources[0].inputs, count)

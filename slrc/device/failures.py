@@ -94,4 +94,9 @@ def job_failure(host: str, what: str, code: int, said: str) -> DeviceError:
 def _last_line(said: str, pattern: str = "") -> str:
     """Return the last line, or the last that holds a pattern, as it can be shown in one line."""
     lines = [line.strip() for line in said.splitlines() if line.strip() and re.search(pattern, line)]
-    return "".join(c for c in lines[-1] if c.isprintable())[:200] if lines else ""
+    return printable(lines[-1])[:200] if lines else ""
+
+
+def printable(text: str) -> str:
+    """Return what of a text from a device can be shown: no control characters, which a terminal would obey."""
+    return "".join(c for c in text if c.isprintable())

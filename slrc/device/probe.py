@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 
 from pydantic import BaseModel, ConfigDict
 
-from slrc.device.failures import ILLEGAL_INSTRUCTION, job_failure
+from slrc.device.failures import ILLEGAL_INSTRUCTION, job_failure, printable
 from slrc.device.ssh import Connection
 
 PROBE = r"""
@@ -24,7 +24,9 @@ say cpu "$(sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo 2>/dev/null | head -n
 say features "$(sed -n 's/^flags[^:]*: *//p;s/^Features[^:]*: *//p' /proc/cpuinfo 2>/dev/null | head -n 1)"
 say cores "$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"
 say memory_kib "$(sed -n 's/^MemTotal: *\([0-9]*\).*/\1/p' /proc/meminfo 2>/dev/null)"
-say free_kib "$(df -Pk . | sed -n '2s/^[^ ]* *[0-9]* *[0-9]* *\([0-9-]*\).*/\1/p')"
+place=FOLDER
+while [ ! -d "$place" ]; do place=$(dirname "$place"); done
+say free_kib "$(df -Pk "$place" | sed -n '2s/^[^ ]* *[0-9]* *[0-9]* *\([0-9-]*\).*/\1/p')"
 say governor "$(cat /sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_governor 2>/dev/null | sort -u)"
 say jetson "$(head -n 1 /etc/nv_tegra_release 2>/dev/null)"
 say power_mode "$(nvpmodel -q 2>/dev/null | head -n 2)"
@@ -95,7 +97,8 @@ def probe(connection: Connection, folder: str) -> DeviceInfo:
         DeviceError: it cannot be reached, or is no machine with a shell.
     """
     done = connection.run(PROBE.replace("FOLDER", folder))
-    said = dict(line.split("\t", 1) for line in done.out.decode("utf-8", "replace").splitlines() if "\t" in line)
+    lines = done.out.decode("utf-8", "replace").splitlines()
+    said = {name: printable(text) for name, _, text in (line.partition("\t") for line in lines)}
     if done.code or not said.get("architecture"):
         raise job_failure(connection.host, "asking what it is", done.code, done.said)
     family = {"arm64": "aarch64", "amd64": "x86_64"}.get(said["architecture"], said["architecture"])

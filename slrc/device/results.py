@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from slrc.device.bundle import RESULT
+from slrc.device.failures import printable
 from slrc.errors import DeviceError
 from slrc.measuring.devices import Timing
 
@@ -19,6 +20,7 @@ LEAST_BLOCKS = 3
 MOST_RESULT_BYTES = 64 << 20
 Real = Annotated[float, BeforeValidator(float)]
 """A number, or a text such as `inf`, which JSON has no number for."""
+Text = Annotated[str, AfterValidator(printable)]
 
 
 class _Data(BaseModel):
@@ -29,8 +31,8 @@ class _Data(BaseModel):
 class ComparedOutput(_Data):
     """An output there, and by what share of the largest value it lies from the host's."""
 
-    model: str
-    output: str
+    model: Text
+    output: Text
     error: Real
     largest: Real
     """The largest difference itself."""
@@ -44,7 +46,7 @@ class Block(_Data):
     ms: Mapping[str, tuple[float, ...]]
     before: Mapping[str, float] = {}
     after: Mapping[str, float] = {}
-    drift: str = ""
+    drift: Text = ""
 
 
 class TimedRun(_Data):
@@ -72,18 +74,18 @@ class TimedRun(_Data):
 class FailureThere(_Data):
     """What kept a bundle from running."""
 
-    kind: str
-    what: str
-    hint: str = ""
+    kind: Text
+    what: Text
+    hint: Text = ""
 
 
 class Result(_Data):
     """What a runner found. A model that cannot run has its reason in `why_not`; the others are timed without it."""
 
     result_version: Literal[1]
-    runtime: str
+    runtime: Text
     outputs: tuple[ComparedOutput, ...]
-    why_not: Mapping[str, str]
+    why_not: Mapping[Text, Text]
     runs: tuple[TimedRun, ...]
     before: Mapping[str, Any] = {}
     after: Mapping[str, Any] = {}

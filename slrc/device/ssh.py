@@ -29,6 +29,8 @@ OPTIONS = {
     "ControlMaster": "auto",
     "ControlPersist": "60",
 }
+BEGIN = "slrc-begins"
+"""What comes before it was printed by the user's own shell."""
 PATIENCE_S = 600.0
 """How long a command may take that does not wait for a job."""
 
@@ -114,7 +116,8 @@ class Connection:
     @contextmanager
     def _started(self, script: str, timeout: float | None) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
         # Its messages go to a file: the control connection, which outlives the command, holds a pipe open.
-        command = [*self._command, "--", self.host, f"exec sh -c {shlex.quote('LC_ALL=C; export LC_ALL; ' + script)}"]
+        script = f"echo; echo {BEGIN}; LC_ALL=C; export LC_ALL; {script}"
+        command = [*self._command, "--", self.host, f"exec sh -c {shlex.quote(script)}"]
         with tempfile.TemporaryFile() as said:
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said)
             try:
@@ -129,4 +132,4 @@ class Connection:
         text = said.read().decode("utf-8", "replace")
         if code == SSH_FAILED:
             raise ssh_failure(self.host, text)
-        return Done(code, out, text)
+        return Done(code, out.partition(f"\n{BEGIN}\n".encode())[2], text)

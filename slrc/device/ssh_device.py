@@ -135,7 +135,7 @@ class SshDevice(Device):
 
         Args:
             stage: the bundle.
-            sources: its models.
+            sources: its models; without one, no layer of it is named.
             target: what they are for.
             forms: of layers of the compiled model that are not dense, by the name of their weight.
             reporter: where progress goes.
@@ -147,7 +147,8 @@ class SshDevice(Device):
         by_name = {source.name: source for source in sources}
 
         def blamed(model: str) -> str:
-            source = by_name[model]
+            if (source := by_name.get(model)) is None:
+                return ""
             return blame(self, source.folder, target, source.inputs, forms if model == "compiled" else {})
 
         try:
@@ -204,7 +205,7 @@ class SshDevice(Device):
         try:
             state = remote.state(stage)
             if state not in ("running", "ended"):
-                sent = remote.send(stage, self.info.free_bytes)
+                sent = remote.send(stage, self.info.free_bytes or None)
                 reporter.note(f"{self.name}: {sent} of {len(stage.paths)} files sent")
                 remote.place(stage, f"jobs/{stage.id}")
                 remote.start(stage, f"{shlex.quote(self.info.python)} {RUNNER}")

@@ -64,4 +64,4 @@ _NAMES = {"celsius": "temperature, °C", "mhz": "clock, MHz", "load": "load"}
 
 def _number(state: Mapping[str, Any], name: str) -> str:
     value = state[name]
-    return f"{value:.1f}" if isinstance(value, (int, float)) else str(value)
+    return f"{value:.1f}" if isinstance(value, (int, float)) else "not told"

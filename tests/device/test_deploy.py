@@ -163,3 +163,44 @@ def test_clocks_that_cannot_be_locked_are_told(device: Device, output: Path, run
         pytest.skip("this machine's clocks can be locked")
     assert "its clocks cannot be locked" in result.err or "Aborted" in result.err
     assert device.files() == []
+
+
+def test_a_bundles_file_is_deployed_as_the_output_it_was_made_of(
+    device: Device, output: Path, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    assert run("bundle", output, "-o", tmp_path / "model.tar", "--threads", 1).code == 0
+    result = run("deploy", tmp_path / "model.tar", "--device", NAME, "--json")
+    assert result.code == 0, result.err
+    told = json.loads(result.out)
+    assert told["latency"]["threads"] == 1
+    assert told["latency"]["batch"] == 1
+    assert (device.home / told["folder"] / "manifest.json").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.tar"]
+    content = bytearray((tmp_path / "model.tar").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "model.tar").write_bytes(content)
+    refused = run("deploy", tmp_path / "model.tar", "--device", NAME)
+    assert refused.code == 2
+    assert "is damaged" in refused.err
+
+
+def test_what_the_users_shell_prints_is_not_taken_for_an_answer(device: Device, run: Callable[..., Any]) -> None:
+    login = (device.programs / "login").read_text()
+    noisy = login.replace("#!/bin/sh\n", "#!/bin/sh\necho hello; echo welcome >&2\n")
+    (device.programs / "login").write_text(noisy)
+    try:
+        with SshDevice(NAME) as found:
+            assert found.connection.run("echo answer").out == b"answer\n"
+            assert found.info.architecture
+    finally:
+        (device.programs / "login").write_text(login)
+
+
+def test_control_characters_of_a_device_do_not_reach_the_terminal(device: Device, run: Callable[..., Any]) -> None:
+    device.program("nvpmodel", r"printf '\033[31mMAXN\033[0m\n'")
+    try:
+        result = run("targets", "--device", NAME)
+    finally:
+        (device.programs / "nvpmodel").unlink()
+    assert "MAXN" in result.out
+    assert "\x1b" not in result.out

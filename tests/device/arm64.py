@@ -41,8 +41,7 @@ def make_root(root: Path) -> None:
         CalledProcessError: a mirror or package registry cannot be reached.
     """
     include = "--include=python3-minimal,libpython3-stdlib"
-    mirror = os.environ.get("SLRC_DEBIAN_MIRROR", "http://deb.debian.org/debian")
-    _run("debootstrap", "--foreign", "--variant=minbase", include, "--arch=arm64", "bookworm", str(root), mirror)
+    _run("debootstrap", "--foreign", "--variant=minbase", include, "--arch=arm64", "bookworm", str(root))
     for package in sorted((root / "var/cache/apt/archives").glob("*.deb")):
         _run("sh", "-c", f"dpkg-deb --fsys-tarfile {package} | tar -x -C {root}")
     wheels = root / "wheels"

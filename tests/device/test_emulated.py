@@ -14,13 +14,16 @@ from pathlib import Path
 
 import arm64
 import pytest
-import torch
 from rig import NAME, Device, why_no_sshd
 
 import slrc
+from slrc.backends import parse_target
 from slrc.device.deploy import deploy_output
 from slrc.device.ssh_device import SshDevice
+from slrc.measuring.choose_forms import choose_forms
+from slrc.pipeline import structure
 from slrc.progress import Quiet
+from slrc.sparsity.masks import Masks
 
 
 @pytest.fixture(scope="module")
@@ -50,33 +53,27 @@ def device(server: Device, monkeypatch: pytest.MonkeyPatch, quick_timing: None) 
     return server
 
 
-def test_an_emulated_arm64_device_runs_the_kernels_and_returns_the_same(
+def test_an_emulated_arm64_device_runs_the_kernels_returns_the_same_and_times_forms(
     device: Device, workload: slrc.Workload, tmp_path: Path
 ) -> None:
-    with SshDevice(NAME) as found:
-        info = found.info
-    assert info.architecture == "aarch64"
-    assert info.emulated
-    assert info.onnxruntime == "1.32.0"
-    slrc.compile(
-        workload, tmp_path / "build", pattern="block:8x1", sparsity=0.75, epochs=0, threads=1, target="ort:aarch64"
-    )
+    options = {"pattern": "block:8x1", "sparsity": 0.75, "epochs": 0, "threads": 1}
+    slrc.compile(workload, tmp_path / "build", target="ort:aarch64", **options)
     assert list((tmp_path / "build/ort-aarch64/compiled").glob("libslrc_kernels_aarch64*.so"))
     result = deploy_output(tmp_path / "build", NAME, None, 1, Quiet())
-    assert all(o.passed for o in result.outputs)
+    assert result.device.architecture == "aarch64"
+    assert result.device.emulated
+    assert result.runtime == result.device.onnxruntime == "1.32.0"
     assert {o.model for o in result.outputs} == {"dense", "compiled"}
+    assert all(o.passed for o in result.outputs)
     assert any("emulated" in caveat for caveat in result.latency.caveats)
 
-
-def test_a_target_without_a_processor_is_compiled_for_the_device(device: Device, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Conv2d(8, 32, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(32, 32, 3))
-    workload = slrc.Workload(model=model, example_inputs=(torch.randn(1, 8, 12, 12),))
-    options = {"pattern": "block:8x1", "sparsity": 0.75, "epochs": 0, "threads": 1, "keep_ends": False}
-    report = slrc.compile(workload, tmp_path / "build", device=NAME, **options)
-    assert report.targets[0].target == "ort:aarch64"
-    assert report.targets[0].forms is not None
-    assert report.targets[0].forms.taken != "cost model"
-    steps = [c.step for c in report.checks]
-    assert "masked module = ort:aarch64 without kernels" in steps
-    assert "ort:aarch64, compiled: here = on device" in steps
+    program = slrc.capture(workload)
+    plan = slrc.plan(program, "block:8x1", 0.75, skip=("4",))
+    slim = structure(program, plan, Masks.project(plan, program.tensors))
+    with SshDevice(NAME) as found:
+        target = found.resolve(parse_target("ort"))
+        choice = choose_forms(slim, target, threads=1, cache=tmp_path / "cache", device=found)
+    assert choice.target == "ort:aarch64"
+    assert choice.taken != "cost model"
+    assert all({"dense", "packed:8"} <= layer.ms.keys() for layer in choice.layers if layer.weight == "2.weight")
+    assert not choice.dropped

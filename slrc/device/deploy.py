@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -43,8 +42,6 @@ class Deployment(BaseModel):
     runtime: str
     outputs: tuple[ComparedOutput, ...]
     latency: Latency
-    before: Mapping[str, Any]
-    after: Mapping[str, Any]
 
 
 def deploy_output(
@@ -75,8 +72,6 @@ def deploy_output(
             runtime=result.runtime,
             outputs=result.outputs,
             latency=latency,
-            before=result.before,
-            after=result.after,
         )
     if output.is_file():
         return deployment

@@ -30,6 +30,7 @@ SPARE_BYTES = 16 << 20
 """What is left free on a device's disk."""
 _PREPARE = r"""
 umask 077
+[ -d "$D" ] && [ ! -f "$D/MARK" ] && [ -n "$(ls -A "$D" | grep -v '^venv$')" ] && { echo foreign; exit; }
 mkdir -p "$D" || exit 3
 cd "$D" && : > MARK && mkdir -p store jobs incoming/"$ID" || exit 3
 for file in incoming/"$ID"/*; do
@@ -76,7 +77,7 @@ _WAIT = (
 cd "$D/jobs/$ID" || exit 3
 missed=0
 while [ ! -f rc ]; do
-    if alive; then missed=0; else missed=$((missed + 1)); [ $missed -gt 20 ] && { echo dead; exit; }; fi
+    if alive; then missed=0; else missed=$((missed + 1)); [ $missed -gt 50 ] && { echo dead; exit; }; fi
     sleep 0.2 2> /dev/null || sleep 1
 done
 cat rc
@@ -127,6 +128,8 @@ class Remote:
         """Return the contents that the device lacks; what an interrupted copy brought whole it keeps."""
         done = self._run(_PREPARE, "making a folder there", "\n".join(stage.paths) + "\n", ID=stage.id)
         listed = done.out.decode().split()
+        if listed == ["foreign"]:
+            raise self._foreign("used")
         return [digest for digest in stage.paths if digest in set(listed)]
 
     def send(self, stage: Stage, free_bytes: int | None = None) -> int:
@@ -220,11 +223,14 @@ class Remote:
         """
         said = self._run(_REMOVE, "removing its folder").out.decode().strip()
         if said == "foreign":
-            raise DeviceError(
-                f"device `{self.host}`: `{self.folder}` was not made by slrc: it will not be removed",
-                hint=f"name slrc's own folder in {FOLDER_VARIABLE}",
-            )
+            raise self._foreign("removed")
         return 1024 * int(said) if said.isdigit() else None
+
+    def _foreign(self, done: str) -> DeviceError:
+        return DeviceError(
+            f"device `{self.host}`: `{self.folder}` was not made by slrc: it will not be {done}",
+            hint=f"name a folder of slrc's own in {FOLDER_VARIABLE}",
+        )
 
     def _script(self, script: str, **values: str) -> str:
         given = {"D": self.folder, **values}

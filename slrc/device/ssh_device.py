@@ -162,8 +162,8 @@ class SshDevice(Device):
         """Return what a runner's first run says of dense and compiled."""
         run = result.runs[0]
         blocks = [(block.ms["dense"], block.ms["compiled"]) for block in run.kept]
-        said = caveats(self.info, result, run)
-        return latency_of(target, blocks, inputs, threads, device=self.name, caveats=said)
+        said, states = caveats(self.info, result, run), {"before": result.before, "after": result.after}
+        return latency_of(target, blocks, inputs, threads, device=self.name, caveats=said, states=states)
 
     def check(self, manifest: Manifest) -> None:
         """Make sure that a bundle can run there, before anything of it is sent.
@@ -211,6 +211,7 @@ class SshDevice(Device):
                 remote.start(stage, f"{shlex.quote(self.info.python)} {RUNNER}")
             else:
                 reporter.note(f"{self.name}: a job of an earlier run is {state}")
+                stage.sent = tuple(stage.paths)
             code = remote.wait(stage)
             with tempfile.TemporaryDirectory() as folder:
                 said = remote.collect(stage, Path(folder))

@@ -47,13 +47,14 @@ def deployment_table(result: Deployment) -> Table:
             f"output {output.output}: equal", *sides, f"tolerance {output.tolerance:.0e} of the largest value"
         )
     add_latency(table, [result.latency])
+    before, after = result.latency.states["before"], result.latency.states["after"]
     for name in ("celsius", "mhz", "load"):
-        if name in result.before and name in result.after:
+        if name in before and name in after:
             table.add_row(
                 f"  {_NAMES[name]}",
                 "",
                 "",
-                f"{_number(result.before, name)} before, {_number(result.after, name)} after",
+                f"{_number(before, name)} before, {_number(after, name)} after",
             )
     table.add_row("folder there", "", "", result.folder)
     return table

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -79,7 +79,8 @@ class Latency(BaseModel):
     `speedup` is the ratio of the medians; `speedup_spread` the least and greatest ratio over blocks of alternating
     runs. `predicted_ms` is what the plan expected of the compiled model, given the dense one's median; `None` where the
     plan was not made for a latency. `device` is where it was measured, empty for this machine, and `caveats` what makes
-    the figures less than they seem, such as clocks that are not locked.
+    the figures less than they seem, such as clocks that are not locked. `states` is what a device said before and
+    after: clock, governor, power mode, temperature, load.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -95,6 +96,7 @@ class Latency(BaseModel):
     predicted_ms: float | None = None
     device: str = ""
     caveats: tuple[str, ...] = ()
+    states: Mapping[str, Mapping[str, Any]] = {}
 
 
 @denormals.taken_for_zero()
@@ -163,6 +165,7 @@ def latency_of(
     *,
     device: str = "",
     caveats: Sequence[str] = (),
+    states: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Latency:
     """Return what the milliseconds of dense and compiled turns, in blocks, say of two artifacts."""
     slow, fast = ([ms for block in blocks for ms in block[k]] for k in (0, 1))
@@ -179,6 +182,7 @@ def latency_of(
         runs=len(slow),
         device=device,
         caveats=tuple(caveats),
+        states=states or {},
     )
 
 

@@ -35,6 +35,7 @@ def test_a_deploy_proves_measures_and_leaves_the_model_there(device: Device, out
     assert all(o.passed and o.error <= o.tolerance for o in result.outputs)
     assert result.latency.device == NAME
     assert result.latency.threads == 1
+    assert {"governor", "load"} <= result.latency.states["before"].keys() & result.latency.states["after"].keys()
     assert result.latency.dense_ms.p50 > 0
     assert result.latency.speedup_spread[0] <= result.latency.speedup_spread[1]
     there = device.home / result.folder
@@ -66,10 +67,26 @@ def test_remove_leaves_nothing_and_takes_only_what_slrc_made(
     assert device.files() == ["own"]
     assert "nothing of slrc" in run("deploy", "--device", NAME, "--remove").out
     monkeypatch.setenv("SLRC_DEVICE_FOLDER", "own")
+    (device.home / "own" / "letter").touch()
+    used = run("deploy", output, "--device", NAME)
+    assert used.code == 2
+    assert "it will not be used" in used.err
     refused = run("deploy", "--device", NAME, "--remove")
     assert refused.code == 2
     assert "was not made by slrc" in refused.err
-    assert device.files() == ["own"]
+    assert device.files() == ["own", "own/letter"]
+
+
+def test_an_environment_of_python_may_lie_in_the_folder_before(
+    device: Device, output: Path, run: Callable[..., Any]
+) -> None:
+    (device.home / ".slrc/venv/bin").mkdir(parents=True)
+    (device.home / ".slrc/venv/bin/python").symlink_to(device.programs / "python3")
+    result = run("deploy", output, "--device", NAME, "--threads", 1, "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["device"]["python"] == f"{device.home}/.slrc/venv/bin/python"
+    assert run("deploy", "--device", NAME, "--remove").code == 0
+    assert device.files() == []
 
 
 @pytest.mark.parametrize("name", ["../up", "~", "/", "", "a b", "$(x)", "a/../b"])

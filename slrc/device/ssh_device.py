@@ -23,8 +23,9 @@ from slrc.device.results import ComparedOutput, Result, TimedRun
 from slrc.device.ssh import Connection
 from slrc.errors import DeviceError
 from slrc.kernels.build import TILE_SETS
+from slrc.measuring import timing
 from slrc.measuring.devices import Candidate, Device, Measured, Timing
-from slrc.measuring.timing import PATIENCE, Budget, Latency, latency_of
+from slrc.measuring.timing import Budget, Latency, latency_of
 from slrc.progress import Quiet, Reporter
 from slrc.verify import Check
 
@@ -92,7 +93,7 @@ class SshDevice(Device):
         sources = [Source(f"m{i}", c.folder, c.inputs) for i, c in enumerate(candidates)]
         run = Run(
             models=tuple(s.name for s in sources),
-            seconds=budget.seconds * PATIENCE,
+            seconds=budget.seconds * timing.PATIENCE,
             least_rounds=budget.least_rounds,
             race=budget.race,
         )
@@ -269,13 +270,7 @@ def _check(step: str, output: ComparedOutput) -> Check:
 
 def reported() -> Run:
     """Return the run of a report, as long as measurements take now."""
-    return REPORTED.model_copy(update={"seconds": REPORTED.seconds * _patience()})
-
-
-def _patience() -> float:
-    from slrc.measuring import timing
-
-    return timing.PATIENCE
+    return REPORTED.model_copy(update={"seconds": REPORTED.seconds * timing.PATIENCE})
 
 
 def caveats(info: DeviceInfo, result: Result, run: TimedRun) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
@@ -16,7 +16,7 @@ from slrc import pipeline
 from slrc.backends import LoweredProgram, Target, get_backend, parse_target
 from slrc.compilation import Compilation, Emitted
 from slrc.config import CompileConfig, make_config
-from slrc.errors import BackendError, ConfigError, UnreachableError
+from slrc.errors import BackendError, ConfigError, DeviceError, UnreachableError
 from slrc.ir.program import Program
 from slrc.ir.program import capture as capture_module
 from slrc.measuring.choose_forms import choose_forms
@@ -154,6 +154,8 @@ def _compile(
     reporter: Reporter | None,
 ) -> Report:
     targets = [_emittable(device.resolve(parse_target(text))) for text in config.target]
+    if config.device is not None:
+        _require_one_runs(device, targets)
     loaded_plan = Plan.load(config.plan) if config.plan else None
     spec = model if isinstance(model, str) else model.name
     identity = {"model": spec, **config.model_dump(mode="json"), "plan": _identify(config.plan, loaded_plan)}
@@ -238,6 +240,16 @@ def _device(config: CompileConfig) -> Iterator[Device]:
 
     with SshDevice(config.device) as device:
         yield device
+
+
+def _require_one_runs(device: Device, targets: Sequence[Target]) -> None:
+    """Make sure that a device that was asked for runs something: better said now than after training."""
+    reasons = [device.why_not_run(target) for target in targets]
+    if all(reasons):
+        raise DeviceError(
+            f"device `{device.name}`: target `{targets[0]}` cannot run there: {reasons[0]}",
+            hint=f"`slrc targets --device {device.name}` shows what is there",
+        )
 
 
 def _emittable(target: Target) -> Target:

@@ -14,6 +14,7 @@ import onnx
 import pytest
 from rig import NAME, Device, free_port
 
+import slrc
 from slrc.device.build_bundle import RUNNER_FILE
 from slrc.device.failures import LinkLostError, job_failure, ssh_failure
 from slrc.device.ssh import Connection
@@ -80,6 +81,19 @@ def test_a_host_key_that_changed(device: Device, output: Path, run: Run) -> None
 def test_no_runtime(device: Device, output: Path, run: Run) -> None:
     with programs(device, python3=f'exec {sys.executable} -S "$@"'):
         fails(run, device, output, "no ONNX Runtime", "No module named", "pip install onnxruntime")
+
+
+def test_a_compile_for_a_device_that_runs_nothing_ends_before_it_trains(
+    device: Device, workload: slrc.Workload, tmp_path: Path
+) -> None:
+    with (
+        programs(device, python3=f'exec {sys.executable} -S "$@"'),
+        pytest.raises(DeviceError, match=r"target `ort` cannot run there: .*cannot import it: Module"),
+    ):
+        slrc.compile(workload, tmp_path / "build", device=NAME)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(DeviceError, match="cannot run there: it is for aarch64, and `device` is x86_64"):
+        slrc.compile(workload, tmp_path / "build", device=NAME, target="ort:aarch64")
 
 
 def test_a_runtime_for_newer_processors(device: Device, output: Path, run: Run) -> None:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, Protoco
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
+from slrc.backends.engine_summary import EngineSummary
 from slrc.errors import BackendError
 from slrc.forms.packed_weight import PackedWeight
 from slrc.ir.program import Program
@@ -43,7 +44,7 @@ FileName = Annotated[str, AfterValidator(bare_name)]
 class Target:
     """Where a compiled model runs: a backend and what to build for.
 
-    `text` forms: `ort`, `tensorrt`, `tensorrt-rtx`, `tensorrt-rtx:sm86+sm89`, `tensorrt-rtx:sm86+fp16`.
+    `text` forms: `ort`, `tensorrt`, `tensorrt:10.3+fp16`, `tensorrt-rtx`, `tensorrt-rtx:sm86+sm89+fp16`.
     """
 
     backend: str
@@ -81,6 +82,10 @@ class Artifact(BaseModel):
     outputs: tuple[str, ...]
     kernels: FileName | None = None
     """The library of kernels that makes packed layers fast; the model runs without it too."""
+    engine: EngineSummary | None = None
+    """What the engine consists of, where one was built and its builder says so."""
+    warnings: tuple[str, ...] = ()
+    """What is likely slower than it could be, and why."""
     properties: Mapping[str, str] = {}
     """What else the backend wants to record: the opset, the builder's version, compute capabilities."""
 
@@ -163,13 +168,17 @@ class Backend(ABC):
         """
         raise NotImplementedError(f"{self.name} has no packed layers")
 
+    def channel_multiple(self, target: Target) -> int:
+        """Return what widths of channels are best a multiple of on the target."""
+        return 8
+
     @abstractmethod
     def tolerance(self, artifact: Artifact) -> float:
         """Return how far the artifact's outputs may lie from the program's, as a share of the largest value."""
 
     @abstractmethod
     def load(self, folder: Path, *, threads: int | None = None, stock: bool = False) -> Runner:
-        """Load an artifact to run it; with `stock`, as a runtime does that has no kernels of slrc.
+        """Load an artifact to run it; with `stock`, its ONNX file as plain ONNX Runtime runs it on this CPU.
 
         Raises:
             BackendError: the artifact cannot run here.

@@ -24,12 +24,16 @@ aten = torch.ops.aten
 
 OPSET = 21
 """The newest opset that ONNX Runtime and TensorRT's parser both take whole."""
+OLDEST_OPSET = 18
+"""The oldest one that torch exports to itself."""
 EXTERNAL_DATA_BYTES = 1 << 30
 """Above this the weights go to a file of their own: a protobuf holds 2 GiB at most."""
 
 
-def export_onnx(program: Program, path: Path) -> bool:
+def export_onnx(program: Program, path: Path, opset: int = OPSET) -> bool:
     """Write `program` as a checked ONNX model with named inputs and outputs; return whether it has packed layers.
+
+    `opset` is 18 or later: torch has its translations in opset 18. See `rewrite_opset` for an older one.
 
     Raises:
         BackendError: an operator has no ONNX form; the message names it.
@@ -42,7 +46,7 @@ def export_onnx(program: Program, path: Path) -> bool:
             exported = torch.onnx.export(
                 exported_program,
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=opset,
                 optimize=True,
                 verbose=False,
                 custom_translation_table=translation_table(),
@@ -54,7 +58,7 @@ def export_onnx(program: Program, path: Path) -> bool:
             hint="an operator of the model has no ONNX form in this version of torch; `--debug` shows which",
         ) from error
     assert exported is not None
-    is_packed = attach_functions(exported.model, OPSET)
+    is_packed = attach_functions(exported.model, opset)
     exported.save(path, external_data=_bytes(program) > EXTERNAL_DATA_BYTES)
     onnx.checker.check_model(str(path))
     return is_packed

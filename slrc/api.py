@@ -220,12 +220,14 @@ def _value(metric: tuple[str, float] | None) -> float | None:
 
 
 def _result(pair: Emitted, why_not_run: str) -> TargetResult:
+    engines = pair.dense.artifact.engine, pair.compiled.artifact.engine
     return TargetResult(
         target=str(pair.target),
         folder=pair.target.folder,
         size_bytes=Pair(dense=pair.dense.size_bytes, compiled=pair.compiled.size_bytes),
         precision=pair.compiled.artifact.precision,
         not_run=why_not_run,
+        engine=Pair(dense=engines[0], compiled=engines[1]) if engines[0] and engines[1] else None,
         forms=pair.choice,
     )
 
@@ -279,6 +281,10 @@ def plan_from(
     nothing is asked for and the usual budget is out of reach, most of what can be saved is.
     """
 
+    targets = [parse_target(text) for text in config.target]
+    widest = max(get_backend(target).channel_multiple(target) for target in targets)
+    multiple = widest if config.round_to == "auto" else config.round_to
+
     def allocate(pattern: AnyPattern, allocation: Allocation, sparsity: float | None, **others: Any) -> Plan:
         return allocate_sparsity(
             program,
@@ -287,7 +293,7 @@ def plan_from(
             allocation=allocation,
             skip=config.skip,
             keep_ends=config.keep_ends,
-            round_to=config.round_to,
+            round_to=multiple,
             attention=config.attention,
             layer_norm=config.layer_norm,
             permute=config.permute,
@@ -295,7 +301,7 @@ def plan_from(
         )
 
     device = device or local_device()
-    budget, pattern, target = config.latency_share, config.chosen_pattern, device.resolve(parse_target(config.target[0]))
+    budget, pattern, target = config.latency_share, config.chosen_pattern, device.resolve(targets[0])
     if config.leaves_all_open and (why_not := device.why_not_run(target)):
         made = allocate(Channel(), Allocation.UNIFORM, None)
         return _but(made, f"half of the channels are pruned, for whatever speed that gives: {target}: {why_not}")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
@@ -72,7 +72,10 @@ def _parameter(name: str) -> Parameter:
 def _cli_type(annotation: Any) -> Any:
     if get_origin(annotation) is tuple:
         return list[str]
-    plain = [kind for kind in (bool, int, float, Path) if annotation is kind or kind in get_args(annotation)]
+    arguments = get_args(annotation)
+    if any(get_origin(x) is Literal for x in arguments):
+        return str
+    plain = [kind for kind in (bool, int, float, Path) if annotation is kind or kind in arguments]
     return plain[0] if plain else str
 
 

@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -128,7 +128,13 @@ class CompileConfig(MethodSettings):
         plans=True,
         flags="--keep-ends/--prune-ends",
     )
-    round_to: int = _option(8, "channel: round kept widths up to a multiple of this (default: 8)", plans=True, ge=1)
+    round_to: int | Literal["auto"] = _option(
+        AUTO,
+        "channel: round kept widths up to a multiple of this (default: auto, what the targets are best with: 8, or 32 "
+        "for a DLA)",
+        plans=True,
+        metavar="N",
+    )
     attention: Attention = _option(
         Attention.HEADS, "channel: prune whole heads, or the width of every head (default: heads)", plans=True
     )
@@ -265,6 +271,13 @@ class CompileConfig(MethodSettings):
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError("input should be a number")
         return value
+
+    @field_validator("round_to", mode="before")
+    @classmethod
+    def _number_or_auto(cls, value: Any) -> Any:
+        if value == AUTO or (str(value).isdecimal() and int(value) > 0):
+            return value
+        raise ValueError("expected a whole number from 1 on, or `auto`")
 
     @field_validator("pattern", mode="before")
     @classmethod

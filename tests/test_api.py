@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from slrc.backends import Artifact, Availability
 from slrc.backends.ort import OnnxRuntime
 from slrc.backends.ort.run import OnnxRuntimeRunner
 from slrc.backends.runner_module import RunnerModule
-from slrc.backends.tensorrt import TensorRT
+from slrc.backends.tensorrt import TensorRT, backend
 from slrc.config import make_config
 from slrc.errors import (
     BackendError,
@@ -376,6 +377,49 @@ def test_a_target_that_cannot_be_built_here_is_named_before_training(
     with pytest.raises(BackendError, match="target `tensorrt` cannot be built here: no GPU"):
         slrc.compile("model.py", tmp_path / "out", target=("ort", "tensorrt"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("targets", "kept"), [(("ort",), 24), (("ort", "tensorrt:dla"), 32)])
+def test_widths_are_rounded_to_what_every_target_likes(targets: tuple[str, ...], kept: int) -> None:
+    program = slrc.capture(
+        slrc.Workload(
+            model=nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 3)),
+            example_inputs=(torch.randn(2, 4),),
+        )
+    )
+    plan = slrc.plan(program, "channel", 0.55, target=targets, skip=("0",))
+    assert {c.groups: c.keep for c in plan} == {40: kept}
+
+
+def test_what_is_for_a_device_is_compared_on_the_host(tiny_workload: MakeWorkload, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"pattern": "2:4", "method": "magnitude", "threads": 1}
+    report = slrc.compile(tiny_workload(), tmp_path / "out", target=("tensorrt:8.5", "tensorrt:10.3+fp16"), **options)
+    full, half = report.targets
+    assert (full.precision, half.precision, report.latency) == ("float32", "float16", ())
+    assert all("on the device" in target.not_run for target in report.targets)
+    steps = {check.step: check.tolerance for check in report.checks}
+    for target, tolerance in (("tensorrt:8.5", 1e-4), ("tensorrt:10.3+fp16", 1e-2)):
+        assert steps[f"eager module = dense on {target}, as ONNX on this CPU"] == tolerance
+        assert steps[f"masked module = {target}, as ONNX on this CPU"] == tolerance
+    notes = [note for note in report.notes if "2:4 weights" in note]
+    assert [note.partition(" node")[0] for note in notes] == ["on tensorrt:8.5"] * 2 + ["on tensorrt:10.3+fp16"]
+
+
+def test_a_file_for_a_device_that_computes_something_else_is_found(
+    tiny_workload: MakeWorkload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = backend._write_onnx
+
+    def spoiled(program: Any, path: Path, options: Any) -> None:
+        write(program, path, options)
+        model = onnx.load(path)
+        bias = next(i for i in model.graph.initializer if len(i.dims) == 1)
+        bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + 1, bias.name))
+        onnx.save(model, path)
+
+    monkeypatch.setattr(backend, "_write_onnx", spoiled)
+    with pytest.raises(slrc.SlrcError, match=r"eager module = dense on tensorrt:8.6, as ONNX on this CPU"):
+        slrc.compile(tiny_workload(), tmp_path / "out", target="tensorrt:8.6", method="magnitude", threads=1)
 
 
 def test_a_model_changed_since_cannot_be_resumed(tiny_workload: MakeWorkload, tmp_path: Path) -> None:

@@ -88,6 +88,12 @@ def test_the_command_line_wins(toml: Any) -> None:
     assert (config.sparsity, config.epochs, config.pattern) == (0.5, 0, NM(2, 4))
 
 
+def test_widths_are_rounded_as_the_targets_like_it_unless_a_number_is_given(toml: Any) -> None:
+    assert make_config({}).round_to == "auto"
+    assert make_config({"round_to": "16"}).round_to == 16
+    assert make_config({"round_to": "auto"}, toml("round-to = 4")).round_to == "auto"
+
+
 def test_one_name_will_do_for_a_list(toml: Any) -> None:
     config = make_config({}, toml('target = "ort"\nskip = "head"\n'))
     assert (config.target, config.skip) == (("ort",), ("head",))
@@ -107,6 +113,8 @@ def test_underscores_will_do_in_a_file(toml: Any) -> None:
         ({"epochs": -1}, "option `--epochs`: .*greater than or equal to 0, got -1"),
         ({"epochs": 1.5}, "option `--epochs`: input should be a valid integer.*got 1.5"),
         ({"retrain_epochs": -1}, "option `--retrain-epochs`: .*got -1"),
+        ({"round_to": 0}, "option `--round-to`: expected a whole number from 1 on, or `auto`, got 0"),
+        ({"round_to": "many"}, "option `--round-to`: expected a whole number from 1 on, or `auto`, got 'many'"),
         ({"updates_per_epoch": 0}, "option `--updates-per-epoch`: .*got 0"),
         ({"threads": 0}, "option `--threads`: .*greater than or equal to 1, got 0"),
         ({"seed": -1}, "option `--seed`: .*got -1"),

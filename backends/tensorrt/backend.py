@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import re
+from abc import abstractmethod
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from slrc.backends.base import Artifact, Availability, Backend, Runner, Target
-from slrc.backends.onnx_export import OPSET, export_onnx
+from slrc.backends.engine_summary import EngineSummary
+from slrc.backends.onnx_export import OLDEST_OPSET, export_onnx
+from slrc.backends.onnx_opset import rewrite_opset
 from slrc.backends.tensorrt.build import (
     BatchProfile,
     build_engine,
     default_capabilities,
     known_capabilities,
 )
+from slrc.backends.tensorrt.inspect import inspect_engine
+from slrc.backends.tensorrt.log import message_log
+from slrc.backends.tensorrt.options import Options, parse_options
 from slrc.backends.tensorrt.precision import convert_to_float16
 from slrc.backends.tensorrt.run import TensorRTRunner
+from slrc.backends.tensorrt.sparse_layers import sparse_layers, warnings_of
 from slrc.errors import BackendError
 from slrc.ir.program import Program
 from slrc.ir.tracing import source_line
@@ -30,17 +37,9 @@ ONNX_FILE = "model.onnx"
 ENGINE_FILE = "model.engine"
 MAX_DIMENSIONS = 8
 """The most dimensions that a tensor of TensorRT can have."""
-PRECISIONS = {"fp32": "float32", "fp16": "float16"}
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2}
 """Of the largest value. Float16 networks differed by 1e-3 on a CPU; a GPU may also sum in float16."""
 UNSUPPORTED_DTYPES = (torch.float64, torch.complex64, torch.complex128)
-
-
-class Options(NamedTuple):
-    """A target's options: the precision as in the manifest, and compute capabilities such as `sm86`."""
-
-    precision: str
-    capabilities: tuple[str, ...]
 
 
 class _TensorRTBackend(Backend):
@@ -50,18 +49,8 @@ class _TensorRTBackend(Backend):
     install: ClassVar[str]
     names_gpus: ClassVar[bool]
 
-    def available(self, target: Target | None = None) -> Availability:
-        """Emitting needs the package and, unless GPUs are named, one; running needs both."""
-        if not self._is_installed():
-            missing = f"the package `{self.name}` is not installed: {self.install}"
-            return Availability(missing, missing)
-        if torch.cuda.is_available():
-            return Availability()
-        no_gpu = "there is no CUDA GPU that torch can use"
-        return Availability("" if self.names_gpus else no_gpu, no_gpu)
-
     def check_target(self, target: Target) -> None:
-        """Options are `fp32` (the default) or `fp16`, and compute capabilities where GPUs are named.
+        """Options are `fp32` or `fp16`, and GPUs, or a device's version and `dla`: see `parse_options`.
 
         Without the package any well-formed compute capability passes: which exist is the package's to say.
         """
@@ -84,81 +73,85 @@ class _TensorRTBackend(Backend):
         return reasons
 
     def lower(self, program: Program, target: Target, out: Path, *, portable: bool = True) -> Artifact:
-        """Write `model.onnx`, in the precision asked for, `model.engine`, and the manifest."""
+        """Write `model.onnx` as asked for, `model.engine` if it is built here, and the manifest."""
         options = self._options(target)
-        if reason := self.available().why_not_emit:
-            raise BackendError(f"`{self.name}` cannot build here: {reason}", hint=self._where_hint())
-        trt = self._import()
-        self._check_capabilities(target, options.capabilities)
-        capabilities = options.capabilities
-        if self.names_gpus and not capabilities:
-            capabilities = default_capabilities(trt)
-
-        export_onnx(program, out / ONNX_FILE)
-        if options.precision == "float16":
-            convert_to_float16(out / ONNX_FILE)
-        inputs, outputs = _signature(out / ONNX_FILE)
-        dynamic = build_engine(
-            trt,
-            out / ONNX_FILE,
-            out / ENGINE_FILE,
-            _batches(program, inputs),
-            capabilities,
-        )
+        if reason := self.available(target).why_not_emit:
+            raise BackendError(
+                f"`{self.name}` cannot build here: {reason}", hint="`slrc targets` says what can be emitted"
+            )
+        model = out / ONNX_FILE
+        _write_onnx(program, model, options)
+        inputs, outputs = _signature(model)
+        batches = {name: BatchProfile.around(size) for name, size in _batches(program, model).items()}
+        built = None if self._why_not_build(target) else self._build(target, options, out, batches)
         artifact = Artifact(
             target=str(target),
-            model_file=ENGINE_FILE,
+            model_file=ENGINE_FILE if built else ONNX_FILE,
             precision=options.precision,
-            dynamic_batch=program.batch_is_dynamic,
-            max_batch=max((batch.largest for batch in dynamic.values()), default=program.batch),
+            dynamic_batch=bool(batches),
+            max_batch=max((batch.largest for batch in batches.values()), default=_example_batch(program)),
             inputs=inputs,
             outputs=outputs,
+            engine=built[0] if built else None,
+            warnings=tuple(warnings_of(sparse_layers(model), options.precision, dla=options.dla)),
             properties={
-                "builder": f"{self.name} {trt.__version__}",
-                "compute_capabilities": " ".join(capabilities or [_present_capability()]),
-                "batch_profile": "; ".join(f"{name}: {batch}" for name, batch in dynamic.items()) or "fixed",
-                "opset": str(OPSET),
+                **(built[1] if built else {}),
+                "batch_profile": "; ".join(f"{name}: {batch}" for name, batch in batches.items()) or "fixed",
+                "opset": str(options.parser.opset),
             },
         )
         artifact.write(out)
         return artifact
+
+    def channel_multiple(self, target: Target) -> int:
+        """Return 8, what tensor cores take at a time in float16, or 32 for a DLA."""
+        return self._options(target).channel_multiple
 
     def tolerance(self, artifact: Artifact) -> float:
         """Return 1e-4 in float32, which is not narrowed to TF32, and 1e-2 in float16."""
         return TOLERANCES[artifact.precision]
 
     def load(self, folder: Path, *, threads: int | None = None, stock: bool = False) -> Runner:
-        """Load the engine onto the current GPU; `threads` and `stock` mean nothing there."""
+        """Load the engine onto the current GPU, where `threads` mean nothing; with `stock`, the ONNX file on the CPU."""
+        from slrc.backends.ort.run import OnnxRuntimeRunner
+
         artifact = Artifact.read(folder)
-        if reason := self.available().why_not_run:
+        if stock:
+            return OnnxRuntimeRunner(folder / ONNX_FILE, threads)
+        if artifact.model_file == ONNX_FILE:
+            raise BackendError(
+                f"`{folder}` holds no engine: it is built on the device from its {ONNX_FILE}",
+                hint="`slrc deploy` builds and runs it there",
+            )
+        if reason := self._why_no_gpu():
             raise BackendError(
                 f"the engine in `{folder}` cannot run here: {reason}",
                 hint="copy the folder to a machine with the GPU it was built for",
             )
         return TensorRTRunner(folder / artifact.model_file, self._import(), artifact.inputs, artifact.outputs)
 
+    @abstractmethod
+    def _why_not_build(self, target: Target | None) -> str:
+        """Return why no engine is built here; empty if one is."""
+
+    def _build(
+        self, target: Target, options: Options, out: Path, batches: Mapping[str, BatchProfile]
+    ) -> tuple[EngineSummary | None, dict[str, str]]:
+        """Build `model.engine`; return what it consists of, and what it was built by and for."""
+        trt = self._import()
+        self._check_capabilities(target, options.capabilities)
+        capabilities = options.capabilities
+        if self.names_gpus and not capabilities:
+            capabilities = default_capabilities(trt)
+        build_engine(trt, out / ONNX_FILE, out / ENGINE_FILE, batches, capabilities)
+        summary = inspect_engine(trt, out / ENGINE_FILE, message_log(trt))
+        return summary, {
+            "builder": f"{self.name} {trt.__version__}",
+            "compute_capabilities": " ".join(capabilities or [_present_capability()]),
+        }
+
     def _options(self, target: Target) -> Options:
-        """Parse a target's options; which capabilities exist is not looked at."""
-        precisions = [o for o in dict.fromkeys(target.options) if o in PRECISIONS]
-        capabilities = tuple(o for o in dict.fromkeys(target.options) if re.fullmatch(r"sm\d+", o))
-        unknown = [o for o in target.options if o not in PRECISIONS and o not in capabilities]
-        named = ", or compute capabilities such as `sm86`" if self.names_gpus else ""
-        if unknown:
-            raise BackendError(
-                f"target `{target}`: unknown option `{unknown[0]}`: expected `fp32` or `fp16`{named}",
-                hint=f"such as `--target {self.name}:{'sm86+' if self.names_gpus else ''}fp16`",
-            )
-        if len(precisions) > 1:
-            raise BackendError(
-                f"target `{target}`: an engine has one precision, got {' and '.join(precisions)}",
-                hint="name one; without any it is fp32",
-            )
-        if capabilities and not self.names_gpus:
-            raise BackendError(
-                f"target `{target}`: `{self.name}` builds for the GPU present, got `{capabilities[0]}`",
-                hint=f"leave it out, or use `tensorrt-rtx:{capabilities[0]}` to build for a GPU by name",
-            )
-        return Options(PRECISIONS[precisions[0] if precisions else "fp32"], capabilities)
+        return parse_options(target, names_gpus=self.names_gpus)
 
     def _check_capabilities(self, target: Target, capabilities: tuple[str, ...]) -> None:
         if not capabilities:
@@ -172,6 +165,12 @@ class _TensorRTBackend(Backend):
                 f" expected one of {', '.join(known)}",
                 hint="name one of these, or use `--target tensorrt` on a machine with that GPU",
             )
+
+    def _why_no_gpu(self) -> str:
+        """Return why no engine runs here; empty if one does."""
+        if not self._is_installed():
+            return f"the package `{self.name}` is not installed: {self.install}"
+        return "" if torch.cuda.is_available() else "there is no CUDA GPU that torch can use"
 
     def _is_installed(self) -> bool:
         """Say whether the package is there: a mere folder of its name is found too, but has no origin."""
@@ -188,20 +187,26 @@ class _TensorRTBackend(Backend):
                 hint=f"install it anew for this machine's CUDA: {self.install}",
             ) from error
 
-    def _where_hint(self) -> str:
-        if self.names_gpus or not self._is_installed():
-            return "`slrc targets` says what can be emitted and run here"
-        return "build it where the GPU is, or use `--target tensorrt-rtx`, which needs none to build"
-
 
 class TensorRT(_TensorRTBackend):
-    """Engines for the GPU that is present: a Jetson or a data centre's."""
+    """Engines for the GPU that is present, or ONNX of which a device builds one: a Jetson or a data centre's GPU."""
 
     name: ClassVar[str] = "tensorrt"
-    summary: ClassVar[str] = "TensorRT, built and run on the GPU that is present"
+    summary: ClassVar[str] = (
+        "TensorRT, built on the GPU that is present or on a device; tensorrt:10.3+fp16 for its version"
+    )
     module: ClassVar[str] = "tensorrt"
     install: ClassVar[str] = "pip install tensorrt"
     names_gpus: ClassVar[bool] = False
+
+    def available(self, target: Target | None = None) -> Availability:
+        """Emitting is always possible, as ONNX; running needs the package and a GPU, and no device named."""
+        return Availability("", self._why_not_build(target))
+
+    def _why_not_build(self, target: Target | None) -> str:
+        if target is not None and self._options(target).for_device:
+            return "the engine is built and run on the device"
+        return self._why_no_gpu()
 
 
 class TensorRTRTX(_TensorRTBackend):
@@ -213,6 +218,29 @@ class TensorRTRTX(_TensorRTBackend):
     install: ClassVar[str] = "pip install 'slrc[tensorrt-rtx]'"
     names_gpus: ClassVar[bool] = True
 
+    def available(self, target: Target | None = None) -> Availability:
+        """Emitting needs the package; running needs a GPU too."""
+        return Availability(self._why_not_build(target), self._why_no_gpu())
+
+    def _why_not_build(self, target: Target | None) -> str:
+        return "" if self._is_installed() else self._why_no_gpu()
+
+
+def _write_onnx(program: Program, path: Path, options: Options) -> None:
+    """Write the ONNX model that the parser of the options' version takes."""
+    parser = options.parser
+    export_onnx(program, path, max(parser.opset, OLDEST_OPSET))
+    if options.precision == "float16":
+        convert_to_float16(path)
+    if options.for_device:
+        rewrite_opset(
+            path,
+            parser.opset,
+            inline=not parser.functions,
+            split_layer_norm=not parser.layer_norm,
+            batches=_batches(program, path) if options.dla else None,
+        )
+
 
 def _signature(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the names of an ONNX model's inputs and outputs."""
@@ -222,16 +250,23 @@ def _signature(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(i.name for i in graph.input), tuple(o.name for o in graph.output)
 
 
-def _batches(program: Program, inputs: tuple[str, ...]) -> dict[str, BatchProfile]:
-    """Return the range of each input's first dimension; an input without dimensions has none."""
+def _batches(program: Program, path: Path) -> dict[str, int]:
+    """Return the example's batch for each input of an ONNX model that has a dimension that may vary: the first one."""
+    import onnx
+
+    inputs = onnx.load(path, load_external_data=False).graph.input
     examples = [x for x in pytree.tree_leaves(program.example_inputs) if isinstance(x, Tensor)]
     if len(examples) != len(inputs):
         raise BackendError(
             f"{program.name} has {len(examples)} example tensors, but its ONNX form has {len(inputs)} inputs",
             hint="give tensors as example inputs, and nothing else",
         )
-    profile = BatchProfile.around if program.batch_is_dynamic else BatchProfile.fixed
-    return {name: profile(x.shape[0]) for name, x in zip(inputs, examples, strict=True) if x.dim() > 0}
+    varying = [any(dim.dim_param for dim in i.type.tensor_type.shape.dim) for i in inputs]
+    return {i.name: x.shape[0] for i, x, varies in zip(inputs, examples, varying, strict=True) if varies}
+
+
+def _example_batch(program: Program) -> int:
+    return max((x.shape[0] for x in program.flat_inputs() if x.dim() > 0), default=1)
 
 
 def _present_capability() -> str:

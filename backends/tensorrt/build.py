@@ -30,14 +30,7 @@ class BatchProfile:
     largest: int
 
     def __str__(self) -> str:
-        if self.smallest == self.largest:
-            return str(self.typical)
         return f"{self.smallest} to {self.largest}, tuned for {self.typical}"
-
-    @staticmethod
-    def fixed(batch: int) -> BatchProfile:
-        """Return the profile for an example batch that may not vary."""
-        return BatchProfile(batch, batch, batch)
 
     @staticmethod
     def around(typical: int) -> BatchProfile:
@@ -63,18 +56,15 @@ def build_engine(
     engine: Path,
     batches: Mapping[str, BatchProfile],
     capabilities: Sequence[str] = (),
-) -> dict[str, BatchProfile]:
+) -> None:
     """Compile the ONNX file `model` into the file `engine`.
 
     Args:
         trt: the flavour's module.
         model: an ONNX model whose only dynamic dimensions are the first ones of inputs.
         engine: the file to write.
-        batches: by the name of an input, the range of its first dimension.
+        batches: by the name of an input whose first dimension is dynamic, its range.
         capabilities: names such as `sm86` to build for; empty for the GPU that is present.
-
-    Returns:
-        The ranges of the inputs whose first dimension is dynamic.
 
     Raises:
         BackendError: the parser or the builder refuses the model; the message says what it said.
@@ -88,8 +78,10 @@ def build_engine(
     config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
     # A float32 engine has to agree with the model; TF32 keeps 10 bits of the mantissa.
     config.clear_flag(trt.BuilderFlag.TF32)
+    # For the summary of the engine's layers.
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     _set_capabilities(trt, config, capabilities)
-    dynamic = _add_batch_profile(builder, config, network, batches)
+    _add_batch_profile(builder, config, network, batches)
     log.clear()
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
@@ -98,7 +90,6 @@ def build_engine(
             hint="try `fp16`, or leave out the compute capability that the message names",
         )
     engine.write_bytes(serialized)
-    return dynamic
 
 
 def _parse(parser: Any, model: Path, log: MessageLog) -> None:
@@ -130,14 +121,12 @@ def _set_capabilities(trt: Any, config: Any, capabilities: Sequence[str]) -> Non
             )
 
 
-def _add_batch_profile(
-    builder: Any, config: Any, network: Any, batches: Mapping[str, BatchProfile]
-) -> dict[str, BatchProfile]:
-    """Give every input with a dynamic batch its range; return the ranges given."""
+def _add_batch_profile(builder: Any, config: Any, network: Any, batches: Mapping[str, BatchProfile]) -> None:
+    """Give every input with a dynamic batch its range."""
     inputs = [network.get_input(i) for i in range(network.num_inputs)]
     dynamic = {x.name: tuple(x.shape) for x in inputs if -1 in tuple(x.shape)}
     if not dynamic:
-        return {}
+        return
     profile = builder.create_optimization_profile()
     for name, shape in dynamic.items():
         rest = shape[1:]
@@ -149,4 +138,3 @@ def _add_batch_profile(
         batch = batches[name]
         profile.set_shape(name, (batch.smallest, *rest), (batch.typical, *rest), (batch.largest, *rest))
     config.add_optimization_profile(profile)
-    return {name: batches[name] for name in dynamic}

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 logger = logging.getLogger(__name__)
+KEPT = ("Layers:", "(Sparsity)")
 
 
 @dataclass
@@ -16,10 +17,13 @@ class MessageLog:
 
     ilogger: Any = None
     errors: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    """What the builder says of the engine's layers, and of those with 2:4 weights."""
 
     def clear(self) -> None:
-        """Forget the errors of the steps before."""
+        """Forget what was said in the steps before."""
         self.errors.clear()
+        self.kept.clear()
 
     @property
     def last_error(self) -> str:
@@ -30,6 +34,8 @@ class MessageLog:
         """Pass a message on, and keep it if it is an error."""
         if severity in ("ERROR", "INTERNAL_ERROR"):
             self.errors.append(text.strip())
+        if text.startswith(KEPT):
+            self.kept.append(text)
         # Never louder than INFO: with no GPU present TensorRT reports errors that do not matter, and one that
         # does is raised.
         detail = severity in ("INFO", "VERBOSE")

@@ -8,6 +8,7 @@ from typing import Any, Final, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from slrc.backends.base import FileName
+from slrc.backends.engine_summary import EngineSummary
 from slrc.errors import OutputError
 from slrc.forms.form import FormChoice
 from slrc.measuring.timing import Latency
@@ -63,13 +64,17 @@ class LayerSparsity(_Data):
 
 
 class TargetResult(_Data):
-    """What was emitted for a target; `not_run` says why it was not run here, `forms` how each layer is run."""
+    """What was emitted for a target; `not_run` says why it was not run here, `forms` how each layer is run.
+
+    `engine` is what the dense and the compiled engine consist of, where there are engines that say it.
+    """
 
     target: str
     folder: FileName
     size_bytes: Pair[int]
     precision: str
     not_run: str = ""
+    engine: Pair[EngineSummary] | None = None
     forms: FormChoice | None = None
 
 

@@ -46,6 +46,8 @@ def report_table(report: Report) -> Table:
             kinds = Counter(x.form.kind for x in target.forms.layers)
             counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
             table.add_row(f"layers, {target.target}", "", counts, target.forms.taken)
+        if target.engine is not None:
+            table.add_row(f"engine, {target.target}", str(target.engine.dense), str(target.engine.compiled), "")
         if target.not_run:
             table.add_row(f"latency, {target.target}", "not run here", "", target.not_run)
     return table

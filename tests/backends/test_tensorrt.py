@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from slrc.backends import get_backend, parse_target
-from slrc.backends.base import Artifact, Target
+from slrc.backends.base import Artifact
 from slrc.backends.onnx_export import export_onnx
 from slrc.backends.ort.run import OnnxRuntimeRunner
 from slrc.backends.tensorrt import TensorRT, TensorRTRTX
@@ -82,7 +82,13 @@ def lower(program: Program, text: str, out: Path) -> Artifact:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("tensorrt:foo", "unknown option `foo`: expected `fp32` or `fp16`"),
+        ("tensorrt:foo", "unknown option `foo`: expected `fp32` or `fp16`, a version such as `10.3`, `dla`"),
+        ("tensorrt:8.4", "TensorRT 8.5 is the oldest"),
+        ("tensorrt:8.6+10.3", "one version, got 8.6 and 10.3"),
+        ("tensorrt:dla+fp32", "a DLA computes in float16, got `fp32`"),
+        ("tensorrt:10.13+dla", "10.8 to 11.4.0 builds nothing for a DLA"),
+        ("tensorrt-rtx:10.3", "unknown option `10.3`"),
+        ("tensorrt-rtx:dla", "unknown option `dla`"),
         ("tensorrt-rtx:foo", "unknown option `foo`.*such as `sm86`"),
         ("tensorrt-rtx:SM86", "unknown option `SM86`"),
         ("tensorrt-rtx:fp16+fp32", "one precision, got fp16 and fp32"),
@@ -108,12 +114,15 @@ def test_a_compute_capability_passes_where_the_package_cannot_be_asked(monkeypat
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed")
-def test_missing_tensorrt_is_reported_by_available(program, tmp_path):
-    reason = TensorRT().available()
-    assert "`tensorrt` is not installed" in reason.why_not_emit
-    assert reason.why_not_run == reason.why_not_emit
-    with pytest.raises(BackendError, match="pip install tensorrt"):
-        lower(program, "tensorrt", tmp_path)
+def test_without_tensorrt_the_onnx_file_for_a_device_is_written(program, tmp_path):
+    available = TensorRT().available()
+    assert available.why_not_emit == ""
+    assert "`tensorrt` is not installed: pip install tensorrt" in available.why_not_run
+    artifact = lower(program, "tensorrt", tmp_path)
+    assert (artifact.model_file, artifact.engine) == ("model.onnx", None)
+    assert "builder" not in artifact.properties
+    with pytest.raises(BackendError, match="holds no engine: it is built on the device"):
+        TensorRT().load(tmp_path)
 
 
 def test_missing_tensorrt_rtx_names_the_extra(monkeypatch):
@@ -125,15 +134,20 @@ def test_a_folder_named_tensorrt_is_not_the_package(tmp_path, monkeypatch):
     (tmp_path / "tensorrt").mkdir()
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     importlib.invalidate_caches()
-    assert "not installed" in TensorRT().available().why_not_emit
+    assert "not installed" in TensorRT().available().why_not_run
 
 
 @no_gpu
-def test_tensorrt_cannot_emit_without_a_gpu(program, tmp_path, monkeypatch):
+def test_tensorrt_does_not_run_without_a_gpu(monkeypatch):
     monkeypatch.setattr("slrc.backends.tensorrt.backend.find_spec", lambda name: SimpleNamespace(origin=name))
-    assert "GPU" in TensorRT().available().why_not_emit
-    with pytest.raises(BackendError, match="`tensorrt` cannot build here: there is no CUDA GPU"):
-        TensorRT().lower(program, Target("tensorrt"), tmp_path)
+    assert "GPU" in TensorRT().available().why_not_run
+
+
+def test_what_is_for_a_device_does_not_run_here_whatever_is_installed(monkeypatch):
+    monkeypatch.setattr(TensorRT, "_why_no_gpu", lambda self: "")
+    assert TensorRT().available(parse_target("tensorrt:fp16")).why_not_run == ""
+    for text in ("tensorrt:10.3", "tensorrt:dla"):
+        assert "on the device" in TensorRT().available(parse_target(text)).why_not_run
 
 
 @no_gpu
@@ -247,6 +261,9 @@ def test_builds_an_engine_for_a_named_gpu(trt, engine):
     assert artifact.properties["builder"] == f"tensorrt-rtx {trt.__version__}"
     assert artifact.properties["compute_capabilities"] == "sm86"
     assert artifact.properties["batch_profile"] == "x: 1 to 32, tuned for 2"
+    assert artifact.engine is not None
+    assert artifact.engine.layers >= sum(artifact.engine.precisions.values()) >= 2
+    assert set(artifact.engine.precisions) == {"float32"}
     data = (engine / "model.engine").read_bytes()
     assert len(data) > trt.Runtime(message_log(trt).ilogger).engine_header_size
     assert b"trt" in data[:4]
@@ -275,6 +292,8 @@ def test_builds_a_split_convolution_in_half_precision(trt, tmp_path):
     graph = onnx.load(tmp_path / "model.onnx").graph
     assert sum(node.op_type == "Gather" for node in graph.node) >= 2
     assert TensorProto.FLOAT not in {i.data_type for i in graph.initializer}
+    assert artifact.engine is not None
+    assert artifact.engine.precisions["float16"] > artifact.engine.precisions["float32"]
     assert (tmp_path / "model.engine").stat().st_size > 0
 
 

@@ -4,11 +4,13 @@ from html.parser import HTMLParser
 
 import pytest
 
+from slrc.backends.engine_summary import EngineSummary
 from slrc.measuring.timing import Latency, Percentiles
 from slrc.methods.base import Iteration
 from slrc.reporting.page import render_page, write_page
 from slrc.reporting.plots import ROWS_PER_PLOT, layers_plots
 from slrc.reporting.report import Accuracy, LayerSparsity, Pair, Report, Sparsity, TargetResult
+from slrc.reporting.tables import report_table
 from slrc.training.checkpoints import EpochRecord
 from slrc.training.steps import StepCost
 from slrc.verify import Check
@@ -200,6 +202,24 @@ def test_a_target_that_was_not_run_says_why():
     text = Page(render_page(make_report(latency=(), targets=(target,)))).text
     assert "latency, arm" in text
     assert "no <arm> here" in text
+
+
+def test_an_engine_shows_what_it_consists_of():
+    dense = EngineSummary(layers=5, precisions={"float16": 4, "float32": 1})
+    compiled = dense.model_copy(update={"sparse_eligible": 3, "sparse_chosen": 0})
+    target = TargetResult(
+        target="tensorrt",
+        folder="tensorrt",
+        size_bytes=Pair(dense=2, compiled=1),
+        precision="float16",
+        engine=Pair(dense=dense, compiled=compiled),
+    )
+    report = make_report(targets=(target,))
+    text = Page(render_page(report)).text
+    assert "engine, tensorrt" in text
+    assert "5 layers (4 float16, 1 float32); 2:4: 3 eligible, 0 chosen" in text
+    assert "3 eligible" in "".join(str(cell) for column in report_table(report).columns for cell in column.cells)
+    assert Report.model_validate_json(report.model_dump_json()) == report
 
 
 def test_many_layers_are_split_into_plots_of_equal_length():

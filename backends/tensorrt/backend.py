@@ -112,7 +112,7 @@ class _TensorRTBackend(Backend):
         return TOLERANCES[artifact.precision]
 
     def load(self, folder: Path, *, threads: int | None = None, stock: bool = False) -> Runner:
-        """Load the engine onto the current GPU, where `threads` mean nothing; with `stock`, the ONNX file on the CPU."""
+        """Load the engine onto the current GPU; with `stock`, the ONNX file on the CPU, with so many threads."""
         from slrc.backends.ort.run import OnnxRuntimeRunner
 
         artifact = Artifact.read(folder)

@@ -203,7 +203,7 @@ def _compile(
             trained=trained,
             macs=emitted[0].program.macs,
             accuracy=accuracy_of(metric, trained, final),
-            targets=[_result(pair, run.why_not_run(pair.target)) for pair in emitted],
+            targets=[_result(pair, run) for pair in emitted],
             latency=latency,
             checks=run.checks(check),
             notes=run.notes,
@@ -219,15 +219,18 @@ def _value(metric: tuple[str, float] | None) -> float | None:
     return None if metric is None else metric[1]
 
 
-def _result(pair: Emitted, why_not_run: str) -> TargetResult:
-    engines = pair.dense.artifact.engine, pair.compiled.artifact.engine
+def _result(pair: Emitted, run: Compilation) -> TargetResult:
+    dense, compiled = (
+        there or made.artifact.engine
+        for there, made in zip(run.engines.get(pair.target, (None, None)), (pair.dense, pair.compiled), strict=True)
+    )
     return TargetResult(
         target=str(pair.target),
         folder=pair.target.folder,
         size_bytes=Pair(dense=pair.dense.size_bytes, compiled=pair.compiled.size_bytes),
         precision=pair.compiled.artifact.precision,
-        not_run=why_not_run,
-        engine=Pair(dense=engines[0], compiled=engines[1]) if engines[0] and engines[1] else None,
+        not_run=run.why_not_run(pair.target),
+        engine=Pair(dense=dense, compiled=compiled) if dense and compiled else None,
         forms=pair.choice,
     )
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slrc.backends import LoweredProgram, Target, get_backend
+from slrc.backends.engine_summary import EngineSummary
 from slrc.backends.runner_module import RunnerModule
 from slrc.config import CompileConfig
 from slrc.errors import BackendError, OutputError, WorkloadError
@@ -72,6 +73,8 @@ class Compilation:
     device: Device = field(default_factory=local_device)
     notes: list[str] = field(default_factory=list)
     dense_checks: tuple[Check, ...] = ()
+    engines: dict[Target, tuple[EngineSummary | None, EngineSummary | None]] = field(default_factory=dict)
+    """Of dense and compiled, where a device built them."""
 
     def __post_init__(self) -> None:
         for text in self.workload.warnings:
@@ -199,7 +202,10 @@ class Compilation:
         """Time the dense and the compiled model in turns; another device also compares what they return there."""
         inputs, threads = slim.flat_inputs(), self.config.threads
         forms = {weight: str(form) for weight, form in pair.choice.forms.items()}
-        latency, compared = self.device.latency(pair.dense, pair.compiled, inputs, threads, forms, self.reporter)
+        latency, compared, engines = self.device.latency(
+            pair.dense, pair.compiled, inputs, threads, forms, self.reporter
+        )
+        self.engines[pair.target] = engines
         check.checks += compared
         if forecast and (forecast.target, forecast.threads) == (str(pair.target), latency.threads):
             predicted = forecast.predicted * latency.dense_ms.p50

@@ -57,10 +57,18 @@ class Options:
         return bool(self.version) or self.dla
 
     @property
+    def oldest(self) -> Version:
+        """The oldest version whose parser takes what is written.
+
+        If no version is named that is the newest one's, but for a DLA one that builds for it.
+        """
+        version = self.version or (NO_DLA[0] if self.dla else max(PARSERS))
+        return next(first for first in PARSERS if version >= first)
+
+    @property
     def parser(self) -> Parser:
-        """What the device's parser takes; of the newest one if no version is named."""
-        version = self.version or max(PARSERS)
-        return next(parser for first, parser in PARSERS.items() if version >= first)
+        """What that parser takes."""
+        return PARSERS[self.oldest]
 
     @property
     def channel_multiple(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from slrc import __version__
 from slrc.backends import Artifact, Target, get_backend, parse_target
 from slrc.backends.base import MANIFEST as ARTIFACT_MANIFEST
 from slrc.backends.ort.backend import family_of_target
+from slrc.backends.tensorrt.backend import ENGINE_FILE, ONNX_FILE
+from slrc.backends.tensorrt.options import parse_options
 from slrc.device.bundle import (
     RUNNER,
     BundledModel,
@@ -106,15 +108,23 @@ def sources_of(output: Path, target: Target) -> list[Source]:
     return [Source(name, output / target.folder / name, inputs) for name in ("dense", "compiled")]
 
 
-def choose_target(output: Path, asked: str | None, architecture: str = "") -> Target:
+def choose_target(
+    output: Path, asked: str | None, architecture: str = "", why_not: Callable[[Target], str] = lambda target: ""
+) -> Target:
     """Return the target of an output that is meant: the one asked for, else the first for an architecture.
+
+    `why_not` says why one of them cannot run on the device that is meant.
 
     Raises:
         DeviceError: there is none.
         OutputError: `output` is not the output of a compile.
     """
     written = [parse_target(result.target) for result in Report.load(output).targets]
-    found = [t for t in written if str(t) == asked] if asked else [t for t in written if runs_on(t, architecture)]
+    found = (
+        [t for t in written if str(t) == asked]
+        if asked
+        else [t for t in written if runs_on(t, architecture) and not why_not(t)]
+    )
     if found:
         return found[0]
     what = f"target `{asked}`" if asked else f"target for {architecture or 'a bundle'}"
@@ -127,7 +137,7 @@ def choose_target(output: Path, asked: str | None, architecture: str = "") -> Ta
 def runs_on(target: Target, architecture: str) -> bool:
     """Tell whether a target's files are for an architecture; any, where that is empty."""
     if target.backend != "ort":
-        return False
+        return target.backend == "tensorrt"
     return not architecture or family_of_target(target) == architecture
 
 
@@ -135,8 +145,10 @@ def _bundled(folder: Path, source: Source, target: Target, known: dict[bytes, st
     artifact, backend = Artifact.read(source.folder), get_backend(target)
     own = folder / source.name
     own.mkdir()
+    builds_there = target.backend == "tensorrt"
+    model_file = ONNX_FILE if builds_there else artifact.model_file
     for path in source.folder.iterdir():
-        if path.name != ARTIFACT_MANIFEST:
+        if path.name != ARTIFACT_MANIFEST and not (builds_there and path.name == ENGINE_FILE):
             (own / path.name).symlink_to(path.resolve())
     outputs: Sequence[Tensor | None] = [None] * len(artifact.outputs)
     if expected:  # one thread: the same numbers each time
@@ -144,10 +156,11 @@ def _bundled(folder: Path, source: Source, target: Target, known: dict[bytes, st
     tolerance = backend.tolerance(artifact)
     return BundledModel(
         name=source.name,
-        file=f"{source.name}/{artifact.model_file}",
+        file=f"{source.name}/{model_file}",
         kernels=f"{source.name}/{artifact.kernels}" if artifact.kernels else None,
         precision=artifact.precision,
-        max_batch=artifact.max_batch,
+        max_batch=artifact.max_batch if artifact.dynamic_batch else None,
+        dynamic_inputs=_dynamic_inputs(source.folder / model_file),
         inputs=tuple(_input(folder, name, x, known) for name, x in zip(artifact.inputs, source.inputs, strict=True)),
         outputs=tuple(
             _output(folder, f"{source.name}/output_{i}.bin", name, y, tolerance)
@@ -189,6 +202,9 @@ def _requirements(folder: Path, target: Target, models: Sequence[BundledModel]) 
         own = max((o.version for o in graph.opset_import if o.domain in ("", "ai.onnx")), default=0)
         opset, ir_version = max(opset, own), max(ir_version, graph.ir_version)
     oldest = next((version for number, version in RUNTIME_OF_OPSET if opset >= number), oldest)
+    if target.backend == "tensorrt":
+        version = ".".join(map(str, parse_options(target, names_gpus=False).oldest))
+        return Requirements(architecture="", opset=opset, ir_version=ir_version, tensorrt=version)
     libraries = {folder / model.kernels for model in models if model.kernels}
     if not libraries:
         return Requirements(opset=opset, ir_version=ir_version, onnxruntime=oldest)
@@ -196,6 +212,13 @@ def _requirements(folder: Path, target: Target, models: Sequence[BundledModel]) 
     needed = max((_glibc_of(library) for library in libraries), key=lambda v: tuple(map(int, v.split("."))))
     architecture = family_of_target(target)
     return Requirements(architecture=architecture, glibc=needed, opset=opset, ir_version=ir_version, onnxruntime=oldest)
+
+
+def _dynamic_inputs(model: Path) -> tuple[str, ...]:
+    import onnx
+
+    inputs = onnx.load(model, load_external_data=False).graph.input
+    return tuple(i.name for i in inputs if any(dim.dim_param for dim in i.type.tensor_type.shape.dim))
 
 
 def _glibc_of(library: Path) -> str:

@@ -111,6 +111,8 @@ class BundledModel(_Data):
     precision: str = "float32"
     max_batch: int | None = None
     """The largest batch that it is for, where the first dimension of its inputs is dynamic; else `None`."""
+    dynamic_inputs: tuple[PlainName, ...] = ()
+    """The inputs whose first dimension is dynamic: a runtime that builds engines must be told its range."""
     inputs: tuple[TensorFile, ...]
     outputs: tuple[ExpectedOutput, ...]
 
@@ -136,6 +138,8 @@ class Requirements(_Data):
     ir_version: int
     onnxruntime: str = ""
     """The oldest version that takes the opset and the kernels."""
+    tensorrt: str = ""
+    """The oldest version whose parser takes the models."""
 
 
 class Manifest(_Data):

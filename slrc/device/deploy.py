@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from slrc.backends import parse_target
+from slrc.backends.engine_summary import EngineSummary
 from slrc.device.build_bundle import REPORTED, choose_target, make_bundle, sources_of
 from slrc.device.bundle import pack, read_bundle, unpack
 from slrc.device.clocks import lock_commands, locked_clocks
@@ -23,7 +24,7 @@ from slrc.errors import DeviceError, disk_error
 from slrc.measuring.timing import Latency
 from slrc.progress import Reporter
 from slrc.reporting.bench import BenchResult
-from slrc.reporting.report import Report
+from slrc.reporting.report import Pair, Report
 from slrc.workspace import DEPLOYED
 
 Agree = Callable[[str, str], bool]
@@ -42,6 +43,8 @@ class Deployment(BaseModel):
     runtime: str
     outputs: tuple[ComparedOutput, ...]
     latency: Latency
+    engine: Pair[EngineSummary] | None = None
+    """What the engines consist of, where they were built there."""
 
 
 def deploy_output(
@@ -65,6 +68,7 @@ def deploy_output(
         model = stage.manifest.model
         place = f"models/{re.sub(r'[^A-Za-z0-9_.-]+', '-', model).strip('.') or 'model'}"
         device.remote.place(stage, place)
+        engines = result.engine("dense"), result.engine("compiled")
         deployment = Deployment(
             model=model,
             device=device.info,
@@ -72,6 +76,7 @@ def deploy_output(
             runtime=result.runtime,
             outputs=result.outputs,
             latency=latency,
+            engine=Pair(dense=engines[0], compiled=engines[1]) if engines[0] and engines[1] else None,
         )
     if output.is_file():
         return deployment
@@ -158,7 +163,7 @@ def _run_output(
 ) -> tuple[Stage, Result, Latency]:
     """Make the bundle of what a compile wrote, and run it."""
     report = Report.load(output)
-    chosen = choose_target(output, target, device.info.architecture)
+    chosen = choose_target(output, target, device.info.architecture, device.why_not_run)
     count = threads or device.cores
     sources = sources_of(output, chosen)
     manifest = make_bundle(folder, report.model, chosen, sources, [reported()], threads=count)

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from slrc.backends.engine_summary import EngineSummary
+from slrc.backends.tensorrt.inspect import summarise
 from slrc.device.bundle import RESULT
 from slrc.device.failures import printable
 from slrc.errors import DeviceError
@@ -91,7 +93,14 @@ class Result(_Data):
     after: Mapping[str, Any] = {}
     failure: FailureThere | None = None
     engines: Mapping[str, Mapping[str, Any]] = {}
-    """What a runtime that builds says of each model's engine, such as the layers that run sparse."""
+    """What a runtime that builds says of each model's engine, such as a line for each of its `layers`."""
+
+    def engine(self, model: str) -> EngineSummary | None:
+        """Return what a model's engine consists of, where one was built and its builder said so."""
+        said = self.engines.get(model)
+        if said is None:
+            return None
+        return summarise(*("\n".join(map(str, said.get(part, ()))) for part in ("layers", "sparsity")))
 
     def timing(self, run: int, model: str) -> Timing:
         """Return the median of a model's turns in a run, or why there is none."""

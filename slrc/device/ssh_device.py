@@ -13,6 +13,7 @@ from torch import Tensor
 from slrc import __version__
 from slrc.backends import LoweredProgram, Target
 from slrc.backends.ort.backend import family_of_target
+from slrc.backends.tensorrt.options import parse_options
 from slrc.device.blame import blame
 from slrc.device.build_bundle import REPORTED, Source, make_bundle
 from slrc.device.bundle import RUNNER, Manifest, Run
@@ -29,6 +30,8 @@ from slrc.measuring.timing import Budget, Latency, latency_of
 from slrc.progress import Quiet, Reporter
 from slrc.verify import Check
 
+ENGINES = "env SLRC_ENGINES=../../engines"
+"""Where the runner keeps engines, as seen from a job's folder: other jobs find them there."""
 DIFFERING = 1
 """The runner's status where outputs differ, or a model cannot run."""
 
@@ -73,6 +76,8 @@ class SshDevice(Device):
 
     def why_not_run(self, target: Target) -> str:
         """A target needs the processor that it is for, and its runtime."""
+        if target.backend == "tensorrt":
+            return self._why_no_tensorrt(parse_options(target, names_gpus=False).oldest)
         if target.backend != "ort":
             return f"`{target.backend}` is not run over ssh"
         if (family := family_of_target(target)) != self.info.architecture:
@@ -80,7 +85,9 @@ class SshDevice(Device):
         return self.info.why_no_onnxruntime
 
     def resolve(self, target: Target) -> Target:
-        """Return the target for the processor there, where the one given names none."""
+        """Return the target for the processor or the TensorRT there, where the one given names none."""
+        if target.backend == "tensorrt" and self.info.tensorrt and not parse_options(target, names_gpus=False).version:
+            return Target("tensorrt", (".".join(self.info.tensorrt.split(".")[:2]), *target.options))
         family = self.info.architecture
         if target.backend != "ort" or family_of_target(target) == family or {*target.options} & TILE_SETS.keys():
             return target
@@ -122,7 +129,8 @@ class SshDevice(Device):
             result = self.prove(stage, sources, target, forms or {}, reporter)
             self.remote.forget(stage.passing())
         compared = [_check(f"{target}, {output.model}: here = on {self.name}", output) for output in result.outputs]
-        return Measured(self.latency_of(result, str(target), inputs, count), tuple(compared))
+        engines = result.engine("dense"), result.engine("compiled")
+        return Measured(self.latency_of(result, str(target), inputs, count), tuple(compared), engines)
 
     def prove(
         self,
@@ -173,6 +181,11 @@ class SshDevice(Device):
             DeviceError: it is for another processor, or the system or runtime there is too old.
         """
         needs, info = manifest.requires, self.info
+        if needs.tensorrt:
+            if why_not := self._why_no_tensorrt(_numbers(needs.tensorrt)):
+                hint = f"compile with `--device {self.name}`, which asks for its version first"
+                raise DeviceError(f"device `{self.name}`: {why_not}", hint=hint)
+            return
         if needs.architecture not in ("", info.architecture):
             what = f"the bundle is for {needs.architecture}, and the device is {info.architecture}"
             hint = f"compile with `--target ort:{info.architecture}`"
@@ -192,6 +205,15 @@ class SshDevice(Device):
             return
         raise DeviceError(f"device `{self.name}`: {what}", hint=hint)
 
+    def _why_no_tensorrt(self, oldest: tuple[int, ...]) -> str:
+        """Return why models for the parser of a version of TensorRT do not run there; empty if they do."""
+        if not self.info.trtexec:
+            return "there is no trtexec: TensorRT is not installed"
+        if _numbers(self.info.tensorrt) < oldest:
+            there, needed = self.info.tensorrt, ".".join(map(str, oldest))
+            return f"its TensorRT is {there}, and the models are for {needed}"
+        return "" if self.info.python else "there is no python3"
+
     def run(self, stage: Stage, reporter: Reporter | None = None) -> Result:
         """Run a bundle there and return what it found; one that was started before the link was lost is found again.
 
@@ -209,7 +231,7 @@ class SshDevice(Device):
                 sent = remote.send(stage, self.info.free_bytes or None)
                 reporter.note(f"{self.name}: {sent} of {len(stage.paths)} files sent")
                 remote.place(stage, f"jobs/{stage.id}")
-                remote.start(stage, f"{shlex.quote(self.info.python)} {RUNNER}")
+                remote.start(stage, f"{ENGINES} {shlex.quote(self.info.python)} {RUNNER}")
             else:
                 reporter.note(f"{self.name}: a job of an earlier run is {state}")
                 stage.sent = tuple(stage.paths)

@@ -48,6 +48,8 @@ def deployment_table(result: Deployment) -> Table:
         )
     add_latency(table, [result.latency])
     before, after = result.latency.states["before"], result.latency.states["after"]
+    if result.engine is not None:
+        table.add_row("engine", str(result.engine.dense), str(result.engine.compiled), "")
     for name in ("celsius", "mhz", "load"):
         if name in before and name in after:
             table.add_row(

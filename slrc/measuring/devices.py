@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from slrc.backends import LoweredProgram, Target, get_backend
+from slrc.backends.engine_summary import EngineSummary
 from slrc.machine.cores import usable_cores
 from slrc.measuring.timing import Budget, Latency, environment, medians, time_in_turns, time_pair
 from slrc.progress import Reporter
@@ -37,10 +38,12 @@ class Candidate(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What two artifacts take, and how their outputs compared where they were run anew for it."""
+    """What two artifacts take, how their outputs compared where they were run anew for it, and engines made of them."""
 
     latency: Latency
     checks: tuple[Check, ...] = ()
+    engines: tuple[EngineSummary | None, EngineSummary | None] = (None, None)
+    """Of dense and compiled, where they were built for it."""
 
 
 class Device(ABC):

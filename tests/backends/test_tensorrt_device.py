@@ -68,7 +68,7 @@ def lower(program: Program, text: str, out: Path) -> Artifact:
         ("tensorrt:10.13.3", 21, True, True),
         ("tensorrt:11.4.1", 21, True, True),
         ("tensorrt", 21, True, True),
-        ("tensorrt:dla", 21, True, True),
+        ("tensorrt:dla", 20, True, True),
     ],
 )
 def test_each_version_is_given_what_its_parser_takes(text, opset, functions, layer_norm):

@@ -1,17 +1,21 @@
 """Check and time the models of a bundle on the machine that this lies on: `python3 bench.py`.
 
-It needs Python 3.8 or later, numpy and onnxruntime, and no slrc. It reads `manifest.json` beside it and writes
-`result.json`; `slrc/device/bundle.py` and `slrc/device/results.py` say what is in them. Nothing is changed on the
-machine.
+It needs Python 3.8 or later and no slrc: for ONNX Runtime numpy and onnxruntime, for TensorRT its trtexec alone. It
+reads `manifest.json` beside it and writes `result.json`; `slrc/device/bundle.py` and `slrc/device/results.py` say what
+is in them. Nothing is changed on the machine.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
+import re
+import shutil
 import statistics
+import struct
 import subprocess
 import sys
 import time
@@ -33,6 +37,9 @@ CLOCK_DRIFT = 0.1
 """The share by which a block's clock may change, or lie off the others'."""
 HEATING = 5.0
 """Degrees by which a block may heat or cool the machine."""
+FORMATS = {"float32": "f", "float16": "e", "float64": "d", "bool": "?", "uint8": "B"}
+FORMATS.update({"int8": "b", "int16": "h", "int32": "i", "int64": "q"})
+"""How `struct` names the types of tensors."""
 
 
 class Failure(Exception):  # noqa: N818
@@ -62,8 +69,9 @@ class OnnxRuntime:
             what = f"onnxruntime {self.version} is too old: the models need {needed}"
             raise Failure("runtime", what, "install a newer onnxruntime")
 
-    def load(self, model: Data, feeds: dict[str, Any]) -> Callable[[], Any]:
-        """Return a call that runs the model on arrays by name."""
+    def load(self, model: Data) -> Callable[[], Any]:
+        """Return a call that runs the model on its inputs."""
+        feeds = {tensor["name"]: read_tensor(tensor) for tensor in model["inputs"]}
         options = self.ort.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -77,19 +85,293 @@ class OnnxRuntime:
         names = [output["name"] for output in model["outputs"]] or None
         return lambda: session.run(names, feeds)
 
-    def outputs(self, call: Callable[[], Any]) -> Any:
-        """Return the outputs of one run."""
-        return call()
+    def outputs(self, call: Callable[[], Any]) -> list[tuple[list[int], list[float]]]:
+        """Return the shape and the numbers of each output of one run."""
+        return [(list(array.shape), array.ravel().tolist()) for array in call()]
 
-    def turn(self, call: Callable[[], Any]) -> float:
+    def rounds(self, calls: list[Any], run: Data) -> int:
+        """Return how many rounds of turns the run's seconds are enough for, after warming up."""
+        seconds = run["seconds"]
+        pace = sum(warm_up(self, call, seconds / 4 / len(calls)) for call in calls)
+        return min(max(int(seconds * 0.75 / pace), run["least_rounds"]), MOST_ROUNDS)
+
+    def turn(self, call: Callable[[], Any]) -> list[float]:
         """Return the milliseconds of a turn."""
         call()
         started = time.perf_counter()
         call()
-        return (time.perf_counter() - started) * 1e3
+        return [(time.perf_counter() - started) * 1e3]
 
 
-RUNTIMES: dict[str, Any] = {"ort": OnnxRuntime}
+# --- TensorRT, driven by its trtexec ----------------------------------------------------------------------------------
+
+TRTEXEC = "/usr/src/tensorrt/bin/trtexec"
+"""Where NVIDIA's packages put it, which is on no PATH."""
+LEAST_WORKSPACE_MIB = 64
+MOST_CACHED_BYTES = 4 << 30
+SAMPLES = 200
+"""How many times are kept of a process, evenly spaced: it runs a small model thousands of times."""
+OUT_OF_MEMORY = ("insufficient memory", "OutOfMemory", "out of memory", "Killed")
+KILLED = (137, -9)
+TOLD = r"\(Sparsity\)|LayerType: |\[E\]|Global Memory: |" + "|".join(OUT_OF_MEMORY)
+"""The lines of trtexec's log that are read."""
+
+
+class Trtexec:
+    """Engines of TensorRT, built once for this GPU. A turn is a process of its own, which runs an engine many times."""
+
+    def __init__(self, manifest: Data) -> None:
+        found = shutil.which("trtexec") or (TRTEXEC if os.access(TRTEXEC, os.X_OK) else "")
+        if not found:
+            raise Failure("runtime", "there is no trtexec here", f"install TensorRT; its trtexec is {TRTEXEC}")
+        self.program, (code, told) = found, execute([found, "--help"], ".")
+        self.flags, self.version = set(re.findall(r"--\w+", told)), trt_version(told)
+        if not {"--onnx", "--saveEngine", "--loadEngine"} <= self.flags:
+            raise Failure(
+                "runtime", f"{found} does not work: status {code}: {last_line(told)}", "install TensorRT anew"
+            )
+        needed = manifest["requires"].get("tensorrt", "")
+        if numbers(self.version) < numbers(needed):
+            what = f"TensorRT is {self.version} here, and the models were written for {needed}"
+            raise Failure("runtime", what, f"compile with `--target tensorrt:{'.'.join(self.version.split('.')[:2])}`")
+        self.dla = "dla" in re.split(r"[:+]", manifest["target"])
+        self.files = manifest["files"]
+        self.engines: dict[str, Data] = {}
+        self.cache = Path(os.environ.get("SLRC_ENGINES") or HERE / "engines").resolve()
+        self.gpu = gpu_name()
+
+    def load(self, model: Data) -> Data:
+        """Return what runs a model: its engine, built unless it has been before, and the flags for its inputs."""
+        self.cache.mkdir(parents=True, exist_ok=True)
+        flags = build_flags(self.flags, model, self.dla)
+        parts = [digest for name, digest in sorted(self.files.items()) if name.startswith(model["file"])]
+        key = hashlib.sha256(json.dumps([parts, self.version, self.gpu, flags]).encode()).hexdigest()[:32]
+        engine, facts = self.cache / f"{key}.engine", self.cache / f"{key}.json"
+        if not (engine.exists() and facts.exists()):
+            make_room(self.cache)
+            built = build_engine(self.program, str(path_of(model["file"])), flags, self._timing_flags(), engine)
+            write_whole(facts, json.dumps(built))
+        else:
+            os.utime(engine)
+            built = dict(json.loads(facts.read_text()), cached=True)
+        self.engines[model["name"]] = built
+        return {"model": model, "engine": str(engine), "inputs": input_flags(model, numbers(self.version) < [9])}
+
+    def outputs(self, call: Data) -> list[tuple[list[int], list[float]]]:
+        """Return the shape and the numbers of each output of one run, in which all is sent there and back."""
+        target = HERE / "outputs.json"
+        flags = [f"--exportOutput={target}", "--iterations=1", "--duration=0", "--warmUp=0"]
+        flags += [flag for flag in ("--includeDataTransfers", "--noCudaGraph") if flag in self.flags]
+        built = self.engines[call["model"]["name"]]
+        told = ("--dumpLayerInfo", "--profilingVerbosity=detailed")
+        if not built["layers"]:  # a version that says them only when it runs an engine
+            flags += [flag for flag in told if flag_of(flag) in self.flags]
+        log = self._run(call, flags, target)
+        built["layers"] = built["layers"] or layer_lines(log)
+        named = {output["name"]: output for output in read_exported(target)}
+        target.unlink()
+        found = []
+        for output in call["model"]["outputs"]:
+            if output["name"] not in named:
+                raise ValueError(f"trtexec wrote no output {output['name']}")
+            shape = [int(size) for size in re.findall(r"\d+", named[output["name"]]["dimensions"])]
+            found.append((shape, [float(x) for x in named[output["name"]]["values"]]))
+        return found
+
+    def rounds(self, calls: list[Any], run: Data) -> int:
+        """Return how many rounds there are: one a block, each of processes that share the run's seconds."""
+        count = RACE_ROUNDS if run["race"] else max(run["blocks"], 2)
+        self.duration = max(0.25, run["seconds"] / count / len(calls))
+        return count
+
+    def turn(self, call: Data) -> list[float]:
+        """Return the milliseconds that the GPU took for runs of one process, without transfers."""
+        target = HERE / "times.json"
+        flags = [f"--exportTimes={target}", "--warmUp=200", f"--duration={self.duration:g}", "--iterations=10"]
+        flags += [f for f in ("--noDataTransfers", "--useSpinWait", "--useCudaGraph") if f in self.flags]
+        self._run(call, flags, target)
+        ms = [float(record["computeMs"]) for record in json.loads(target.read_text())]
+        target.unlink()
+        return ms[:: max(1, len(ms) // SAMPLES)]
+
+    def _run(self, call: Data, flags: list[str], written: Path) -> str:
+        """Run an engine; return what was logged."""
+        command = [self.program, f"--loadEngine={call['engine']}", *call["inputs"], *flags]
+        command += ["--useDLACore=0"] if self.dla else []
+        code, log = execute(command)
+        if code or not written.exists():
+            raise ValueError(f"trtexec failed with status {code}: {last_error(log)}")
+        return log
+
+    def _timing_flags(self) -> list[str]:
+        """Return where the builder keeps what tactics took, for the next engine."""
+        name = hashlib.sha256(json.dumps([self.version, self.gpu]).encode()).hexdigest()[:16]
+        return [f"--timingCacheFile={self.cache}/{name}.timing"] if "--timingCacheFile" in self.flags else []
+
+
+def flag_of(option: str) -> str:
+    """Return an option without its value."""
+    return option.split("=")[0]
+
+
+def build_flags(known: set[str], model: Data, dla: bool) -> list[str]:
+    """Return how to build a model's engine, by what a version's trtexec knows.
+
+    From 10.0 on a network's types are those of its file, and 11 knows no other way; before, and for a DLA before 11,
+    they are what float16 may be taken for. Float32 is not narrowed to TF32.
+    """
+    half, typed = model["precision"] == "float16", "--stronglyTyped" in known and not dla
+    flags = ["--sparsity=enable"]
+    flags += ["--useDLACore=0", "--allowGPUFallback"] if dla else []
+    flags += ["--stronglyTyped"] if typed else ["--fp16"] if half and "--fp16" in known else []
+    flags += [] if half else ["--noTF32"]
+    flags += ["--skipInference" if "--skipInference" in known else "--buildOnly"]
+    flags += ["--profilingVerbosity=detailed", "--dumpLayerInfo", "--verbose"]
+    return [flag for flag in flags if flag_of(flag) in known] + shape_flags(model)
+
+
+def shape_flags(model: Data) -> list[str]:
+    """Return the range of batches, where an input's first dimension may vary."""
+    dynamic = [tensor for tensor in model["inputs"] if tensor["name"] in model.get("dynamic_inputs", ())]
+    if not dynamic:
+        return []
+    most = model["max_batch"] or 0
+
+    def flag(end: str, batch: Callable[[int], int]) -> str:
+        shapes = [f"{quoted(t['name'])}:{shape_text([batch(t['shape'][0]), *t['shape'][1:]])}" for t in dynamic]
+        return f"--{end}Shapes={','.join(shapes)}"
+
+    return [flag("min", lambda size: 1), flag("opt", lambda size: size), flag("max", lambda size: max(most, size))]
+
+
+def input_flags(model: Data, narrow: bool) -> list[str]:
+    """Return the shapes and files of a model's inputs; where `narrow`, as before 9.0, int64 inputs are int32 ones."""
+    dynamic = [t for t in model["inputs"] if t["name"] in model.get("dynamic_inputs", ())]
+    shapes = ",".join(f"{quoted(t['name'])}:{shape_text(t['shape'])}" for t in dynamic)
+    files = []
+    for i, tensor in enumerate(model["inputs"]):
+        path = path_of(tensor["file"])
+        if narrow and tensor["dtype"] == "int64":
+            values = read_numbers(tensor)
+            path = HERE / f"{model['name']}.input_{i}.int32"
+            path.write_bytes(struct.pack(f"<{len(values)}i", *(int(x) for x in values)))
+        files.append(f"{quoted(tensor['name'])}:{os.path.relpath(str(path), str(HERE))}")
+    return ([f"--shapes={shapes}"] if shapes else []) + ["--loadInputs=" + ",".join(files)]
+
+
+def quoted(name: str) -> str:
+    """Return a name as trtexec takes it, which would split one with a colon or a comma."""
+    return name if re.fullmatch(r"[\w./-]+", name) else f"'{name}'"
+
+
+def shape_text(shape: list[int]) -> str:
+    """Return a shape as trtexec takes it."""
+    return "x".join(str(size) for size in shape) or "scalar"
+
+
+def build_engine(program: str, model: str, flags: list[str], timing: list[str], engine: Path) -> Data:
+    """Build an engine; where memory is short, again and again with half the workspace. Return what was said of it."""
+    partial, workspace, started = engine.with_suffix(".partial"), 0, time.perf_counter()
+    while True:
+        limit = [f"--memPoolSize=workspace:{workspace}"] if workspace else []
+        code, log = execute([program, f"--onnx={model}", f"--saveEngine={partial}", *flags, *timing, *limit])
+        if code == 0 and partial.exists():
+            partial.replace(engine)
+            break
+        if partial.exists():
+            partial.unlink()
+        if code not in KILLED and not any(word in log for word in OUT_OF_MEMORY):
+            raise ValueError(f"the engine could not be built: {last_error(log)}")
+        workspace = (workspace or device_memory_mib(log)) // 2
+        if workspace < LEAST_WORKSPACE_MIB:
+            what = "the engine's build ran out of memory, even with a small workspace"
+            raise Failure("memory", what, "end other programs on the device, or give it swap")
+    return {
+        "layers": layer_lines(log),
+        "sparsity": [line[line.index("(Sparsity)") :] for line in log.splitlines() if "(Sparsity)" in line],
+        "skipped_tactics": sum(1 for line in log.splitlines() if "Skipping tactic" in line),
+        "workspace_mib": workspace,
+        "seconds": round(time.perf_counter() - started, 1),
+        "cached": False,
+    }
+
+
+def layer_lines(log: str) -> list[str]:
+    """Return what a log says of each layer of an engine, in a line each."""
+    return [line[line.index("Name: ") :] for line in log.splitlines() if re.search(r"\bName: .*LayerType: ", line)]
+
+
+def device_memory_mib(log: str) -> int:
+    """Return how much memory the GPU has, as trtexec logs it; else the system's, which a Jetson's GPU shares."""
+    said = re.findall(r"Global Memory: (\d+) MiB", log)
+    meminfo = re.findall(r"MemTotal: *(\d+)", read_text(Path("/proc/meminfo")))
+    return int(said[0]) if said else int(meminfo[0]) // 1024 if meminfo else 4096
+
+
+def make_room(cache: Path) -> None:
+    """Remove the engines that were not used for the longest time, where there are too many."""
+    engines = sorted(cache.glob("*.engine"), key=lambda path: path.stat().st_mtime)
+    total = sum(path.stat().st_size for path in engines)
+    for path in engines:
+        if total <= MOST_CACHED_BYTES:
+            break
+        total -= path.stat().st_size
+        path.unlink()
+
+
+def execute(command: list[str], told: str = TOLD) -> tuple[int, str]:
+    """Run a program to its end; return its status, and of what it printed the lines that tell something, and the last.
+
+    A builder that says everything may print more than a small device's memory holds.
+    """
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=str(HERE))
+    except OSError as error:
+        return 127, str(error)
+    kept, last = [], ""
+    assert process.stdout is not None
+    for data in process.stdout:
+        last = data.decode("utf-8", "replace").rstrip()
+        if re.search(told, last):
+            kept.append(last)
+    return process.wait(), "\n".join(kept if kept[-1:] == [last] else [*kept, last])
+
+
+def trt_version(told: str) -> str:
+    """Return the version that trtexec prints: `8502` is 8.5.2, `100300` is 10.3.0."""
+    found = re.search(r"\[TensorRT v([\d.]+)\]", told)
+    digits = found.group(1) if found else ""
+    if not digits or "." in digits:
+        return digits
+    parts = re.fullmatch(r"(\d)(\d)(\d\d)", digits) or re.fullmatch(r"(\d+)(\d\d)(\d\d)", digits)
+    return ".".join(str(int(part)) for part in parts.groups()) if parts else ""
+
+
+def gpu_name() -> str:
+    """Return what the GPU is: as its driver says, else the board, which on a Jetson names it too."""
+    listed = output_of(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"])
+    return listed or read_text(Path("/proc/device-tree/model")).strip("\0") or platform.machine()
+
+
+def read_exported(path: Path) -> Data:
+    """Return the outputs that trtexec wrote, with numbers that JSON does not have named as Python does."""
+    text = re.sub(r"(?<=[\[,\s])-?nan(?=[\],\s])", "NaN", path.read_text())
+    return json.loads(re.sub(r"(?<=[\[,\s])(-?)inf(?=[\],\s])", r"\1Infinity", text))
+
+
+def last_error(log: str) -> str:
+    """Return the last error that was logged, else the last line."""
+    errors = [line[line.index("[E]") + 4 :] for line in log.splitlines() if "[E] " in line]
+    return errors[-1] if errors else last_line(log)
+
+
+def last_line(text: str) -> str:
+    """Return the last line that is not empty."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "it said nothing"
+
+
+RUNTIMES: dict[str, Any] = {"ort": OnnxRuntime, "tensorrt": Trtexec}
 """By the backend that a target names."""
 
 
@@ -168,6 +450,12 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def read_numbers(tensor: Data) -> list[float]:
+    """Return a tensor's numbers as a list."""
+    data, form = path_of(tensor["file"]).read_bytes(), FORMATS[tensor["dtype"]]
+    return list(struct.unpack(f"<{len(data) // struct.calcsize('<' + form)}{form}", data))
+
+
 def read_tensor(tensor: Data) -> Any:
     """Return a tensor's numbers as an array."""
     import numpy
@@ -179,17 +467,14 @@ def read_tensor(tensor: Data) -> Any:
 # --- outputs --------------------------------------------------------------------------------------------------------
 
 
-def compare(model: Data, outputs: Any) -> list[Data]:
+def compare(model: Data, outputs: list[tuple[list[int], list[float]]]) -> list[Data]:
     """Return, for every output that something is expected of, how far it is off as a share of the largest value."""
-    import numpy
-
     found = []
-    for output, array in zip(model["outputs"], outputs):
+    for output, (shape, values) in zip(model["outputs"], outputs):
         if output["file"] is None:
             continue
-        expected, array = read_tensor(output), numpy.asarray(array)
-        same = expected.shape == array.shape
-        largest, error = errors(expected, array) if same else (float("inf"), float("inf"))
+        same = shape == output["shape"]
+        largest, error = errors(read_numbers(output), values) if same else (math.inf, math.inf)
         found.append(
             {
                 "model": model["name"],
@@ -203,19 +488,17 @@ def compare(model: Data, outputs: Any) -> list[Data]:
     return found
 
 
-def errors(expected: Any, array: Any) -> tuple[float, float]:
+def errors(expected: list[float], values: list[float]) -> tuple[float, float]:
     """Return the largest difference, and the same as a share of the largest finite value expected."""
-    import numpy
-
-    a, b = expected.astype(numpy.float64), array.astype(numpy.float64)
-    if not a.size:
-        return 0.0, 0.0
-    with numpy.errstate(invalid="ignore"):
-        same = (a == b) | (numpy.isnan(a) & numpy.isnan(b))
-        apart = numpy.where(same, 0.0, numpy.abs(a - b))
-    error = float(numpy.nan_to_num(apart, nan=numpy.inf, posinf=numpy.inf).max())
-    scale = float(numpy.abs(numpy.where(numpy.isfinite(a), a, 0.0)).max())
-    return error, error / scale if scale else error
+    error, scale = 0.0, 0.0
+    for a, b in zip(expected, values):
+        if a == b or (a != a and b != b):
+            apart = 0.0
+        else:
+            apart = abs(a - b)
+        error = max(error, apart if apart == apart else math.inf)
+        scale = max(scale, abs(a) if math.isfinite(a) else 0.0)
+    return float(error), float(error / scale if scale else error)
 
 
 # --- time -----------------------------------------------------------------------------------------------------------
@@ -227,12 +510,11 @@ def time_run(runtime: Any, calls: dict[str, Any], run: Data) -> Data:
     result: Data = {"models": names, "blocks": []}
     if not names:
         return result
-    seconds = run["seconds"]
-    pace = sum(warm_up(runtime, calls[name], seconds / 4 / len(names)) for name in names)
-    rounds = min(max(int(seconds * 0.75 / pace), run["least_rounds"]), MOST_ROUNDS)
+    rounds = runtime.rounds([calls[name] for name in names], run)
     per_block = max(1, rounds // run["blocks"])
     while True:
-        block = time_block(runtime, calls, names, rounds if run["race"] else per_block, run["race"])
+        count, before = rounds if run["race"] else per_block, len(result["blocks"])
+        block = time_block(runtime, calls, names, range(before * count, (before + 1) * count), run["race"])
         result["blocks"].append(block)
         mark_drift(result["blocks"])
         kept = sum(1 for b in result["blocks"] if not b["drift"])
@@ -240,14 +522,17 @@ def time_run(runtime: Any, calls: dict[str, Any], run: Data) -> Data:
             return result
 
 
-def time_block(runtime: Any, calls: dict[str, Any], names: list[str], rounds: int, race: bool) -> Data:
-    """Return the milliseconds of every turn of a block, and the clocks before and after it."""
+def time_block(runtime: Any, calls: dict[str, Any], names: list[str], rounds: range, race: bool) -> Data:
+    """Return the milliseconds of every turn of a block, and the clocks before and after it.
+
+    The rounds are numbered through all blocks, of one round too: each goes the other way round than the one before.
+    """
     before = read_clocks()
     times: dict[str, list[float]] = {name: [] for name in names}
     running = list(names)
-    for i in range(rounds):
+    for i in rounds:
         for name in running if i % 2 == 0 else running[::-1]:
-            times[name].append(runtime.turn(calls[name]))
+            times[name] += runtime.turn(calls[name])
         if race and i + 1 >= RACE_ROUNDS:
             running = in_race(running, times)
             if len(running) == 1:
@@ -340,6 +625,9 @@ def machine_state() -> Data:
     most = numbers_in(cpufreq + "cpuinfo_max_freq")
     if most:
         state["most_mhz"] = max(most) / 1e3
+    gpu = [numbers_in(f"class/devfreq/*.g[ap]*/{end}_freq") for end in ("min", "max")]
+    if all(gpu):
+        state["gpu_mhz"] = [max(gpu[0]) / 1e6, max(gpu[1]) / 1e6]
     state["load"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     for name, command in (
         ("power_mode", ["nvpmodel", "-q"]),
@@ -374,8 +662,7 @@ def bench(result: Data) -> None:
     calls = {}
     for model in manifest["models"]:
         try:
-            feeds = {tensor["name"]: read_tensor(tensor) for tensor in model["inputs"]}
-            call = runtime.load(model, feeds)
+            call = runtime.load(model)
             result["outputs"] += compare(model, runtime.outputs(call))
         except Failure:
             raise
@@ -383,6 +670,7 @@ def bench(result: Data) -> None:
             result["why_not"][model["name"]] = first_line(error)
             continue
         calls[model["name"]] = call
+    result["engines"] = getattr(runtime, "engines", {})
     if all(output["passed"] for output in result["outputs"]):
         result["runs"] = [time_run(runtime, calls, run) for run in manifest["runs"]]
     result["after"] = machine_state()
@@ -397,6 +685,13 @@ def report(result: Data) -> Iterator[str]:
         error, tolerance = float(output["error"]), output["tolerance"]
         told = f"({error:.1e} of the largest value, tolerance {tolerance:.0e})"
         yield f"{output['model']}, output {output['output']}: {state} {told}"
+    for name, engine in result["engines"].items():
+        told = "found" if engine["cached"] else f"built in {engine['seconds']:.0f} s"
+        if engine["workspace_mib"]:
+            told += f", with a workspace of {engine['workspace_mib']} MiB, for which memory was enough"
+        yield f"{name}, engine {told}: {len(engine['layers'])} layers; {'; '.join(engine['sparsity'][-2:])}".rstrip(
+            "; "
+        )
     for run in result["runs"]:
         kept = [b for b in run["blocks"] if not b["drift"]] or run["blocks"]
         for name in run["models"]:
@@ -410,7 +705,7 @@ def report(result: Data) -> Iterator[str]:
 def main() -> int:
     """Run, write `result.json` whole or not at all, and say what was found."""
     result: Data = {"result_version": 1, "runtime": "", "python": platform.python_version()}
-    result.update({"outputs": [], "why_not": {}, "runs": [], "before": {}, "after": {}, "failure": None})
+    result.update({"outputs": [], "why_not": {}, "runs": [], "before": {}, "after": {}, "failure": None, "engines": {}})
     code = 0
     try:
         bench(result)
@@ -425,10 +720,15 @@ def main() -> int:
         traceback.print_exc()
         result["failure"] = {"kind": "internal", "what": f"the runner failed: {first_line(error)}", "hint": ""}
         code = 3
-    aside = HERE / "result.json.partial"
-    aside.write_text(json.dumps(result))
-    aside.replace(HERE / "result.json")
+    write_whole(HERE / "result.json", json.dumps(result))
     return code
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    aside = path.with_name(f"{path.name}.partial")
+    aside.write_text(text)
+    aside.replace(path)
 
 
 if __name__ == "__main__":

@@ -241,16 +241,20 @@ def bundle(
     out: Annotated[Path, typer.Option("--out", "-o", help="the file to write, such as model.tar")],
     given: Given,
     which: TargetOption = None,
+    without_python: Annotated[
+        bool, typer.Option("--without-python", help="add a runner for devices without Python, for ONNX Runtime")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False,
 ) -> None:
     """Write a compiled model as one file for a device: models, kernels, inputs, expected outputs and a runner.
 
-    There: `mkdir model && tar -xf model.tar -C model && python3 model/bench.py`.
+    There: `mkdir model && tar -xf model.tar -C model && python3 model/bench.py`, or, where there is no Python,
+    `model/bench libonnxruntime.so model`.
     """
     threads = make_config(given).threads
     from slrc.device.deploy import bundle_file
 
-    chosen = bundle_file(folder, out, which, threads)
+    chosen = bundle_file(folder, out, which, threads, program=without_python)
     _console().print(f"wrote {out} for {chosen}", soft_wrap=True)
 
 

@@ -18,7 +18,9 @@ from slrc.backends.base import MANIFEST as ARTIFACT_MANIFEST
 from slrc.backends.ort.backend import family_of_target
 from slrc.backends.tensorrt.backend import ENGINE_FILE, ONNX_FILE
 from slrc.backends.tensorrt.options import parse_options
+from slrc.device.build_runner import build_runner
 from slrc.device.bundle import (
+    PROGRAM,
     RUNNER,
     BundledModel,
     ExpectedOutput,
@@ -61,6 +63,7 @@ def make_bundle(
     *,
     threads: int | None = None,
     expected: bool = True,
+    program: bool = False,
 ) -> Manifest:
     """Fill an empty folder with a bundle, which links to the artifacts' files.
 
@@ -72,12 +75,21 @@ def make_bundle(
         runs: what to time.
         threads: of the runtime there, `None` for its choice.
         expected: whether to run each model here, without kernels, for what it must return there.
+        program: whether to add the runner for a device without Python, compiled for the target's processor.
 
     Raises:
-        BackendError: a model does not run here.
+        BackendError: a model does not run here, or there is no compiler for the processor.
+        DeviceError: the target has no such runner.
     """
     (folder / "inputs").mkdir()
     (folder / RUNNER).symlink_to(RUNNER_FILE)
+    if program:
+        if target.backend != "ort":
+            raise DeviceError(
+                f"target `{target}` has no runner without Python: that one drives ONNX Runtime",
+                hint="leave `--without-python` out: for TensorRT Python's standard library is enough",
+            )
+        (folder / PROGRAM).symlink_to(build_runner(family_of_target(target)).resolve())
     known: dict[bytes, str] = {}
     models = [_bundled(folder, source, target, known, expected) for source in sources]
     manifest = Manifest(
@@ -205,11 +217,12 @@ def _requirements(folder: Path, target: Target, models: Sequence[BundledModel]) 
     if target.backend == "tensorrt":
         version = ".".join(map(str, parse_options(target, names_gpus=False).oldest))
         return Requirements(architecture="", opset=opset, ir_version=ir_version, tensorrt=version)
-    libraries = {folder / model.kernels for model in models if model.kernels}
-    if not libraries:
+    compiled = {folder / model.kernels for model in models if model.kernels}
+    compiled |= {folder / PROGRAM} if (folder / PROGRAM).exists() else set()
+    if not compiled:
         return Requirements(opset=opset, ir_version=ir_version, onnxruntime=oldest)
     oldest = max(oldest, RUNTIME_OF_KERNELS)
-    needed = max((_glibc_of(library) for library in libraries), key=lambda v: tuple(map(int, v.split("."))))
+    needed = max((_glibc_of(file) for file in compiled), key=lambda v: tuple(map(int, v.split("."))))
     architecture = family_of_target(target)
     return Requirements(architecture=architecture, glibc=needed, opset=opset, ir_version=ir_version, onnxruntime=oldest)
 
@@ -221,7 +234,7 @@ def _dynamic_inputs(model: Path) -> tuple[str, ...]:
     return tuple(i.name for i in inputs if any(dim.dim_param for dim in i.type.tensor_type.shape.dim))
 
 
-def _glibc_of(library: Path) -> str:
-    """Return the newest version of glibc that a library asks for."""
-    asked = {(int(a), int(b)) for a, b in re.findall(rb"GLIBC_(\d+)\.(\d+)", library.read_bytes())}
+def _glibc_of(file: Path) -> str:
+    """Return the newest version of glibc that a library or program asks for."""
+    asked = {(int(a), int(b)) for a, b in re.findall(rb"GLIBC_(\d+)\.(\d+)", file.read_bytes())}
     return ".".join(map(str, max(asked, default=(2, 17))))

@@ -5,6 +5,7 @@ A bundle is a folder, or a tar of it, in which every file but the manifest is na
     manifest.json        all of this as JSON (`Manifest`)
     run.txt              what a runner needs of it, for those without a JSON parser
     bench.py             the runner for Python 3.8 and later
+    bench                where asked for, one that needs none: `./bench LIBONNXRUNTIME`, which reads run.txt
     dense/model.onnx     a folder for each model: what the backend wrote, its kernels beside it, and
     dense/output_0.bin   what it returned on the host
     inputs/0.bin         the tensors that models are run on, each once
@@ -51,7 +52,7 @@ from slrc.errors import DeviceError, disk_error
 
 MANIFEST = "manifest.json"
 RUN = "run.txt"
-RUNNER = "bench.py"
+RUNNER, PROGRAM = "bench.py", "bench"
 RESULT = "result.json"
 BUNDLE_VERSION: Final = 1
 
@@ -279,5 +280,5 @@ def unpack(archive: Path, folder: Path) -> None:
 def _member(name: str, size: int) -> tarfile.TarInfo:
     """Return what a tar says of a file, with nothing of who wrote it when."""
     member = tarfile.TarInfo(name)
-    member.size, member.mode = size, 0o755 if name.endswith(".py") or name.endswith(".so") else 0o644
+    member.size, member.mode = size, 0o755 if name == PROGRAM or name.endswith((".py", ".so")) else 0o644
     return member

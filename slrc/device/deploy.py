@@ -115,8 +115,10 @@ def remove_from(host: str) -> int | None:
         return Remote(connection, device_folder()).remove()
 
 
-def bundle_file(output: Path, archive: Path, target: str | None, threads: int | None) -> str:
+def bundle_file(output: Path, archive: Path, target: str | None, threads: int | None, *, program: bool = False) -> str:
     """Write what a compile wrote as the tar of a bundle; return the name of its target.
+
+    `program` adds the runner for a device without Python.
 
     Raises:
         OutputError: `output` is not the output of a compile, or the tar cannot be written.
@@ -124,7 +126,9 @@ def bundle_file(output: Path, archive: Path, target: str | None, threads: int | 
     chosen = choose_target(output, target)
     with tempfile.TemporaryDirectory() as folder:
         name = Report.load(output).model
-        make_bundle(Path(folder), name, chosen, sources_of(output, chosen), [REPORTED], threads=threads)
+        make_bundle(
+            Path(folder), name, chosen, sources_of(output, chosen), [REPORTED], threads=threads, program=program
+        )
         pack(Path(folder), archive)
     return str(chosen)
 

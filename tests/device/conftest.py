@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from slrc.device.ssh_device import SshDevice
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import arm64
 from rig import NAME, Device, why_no_sshd
 
 
@@ -47,6 +50,24 @@ def device(server: Device, monkeypatch: pytest.MonkeyPatch, quick_timing: None) 
 def connected(device: Device) -> Iterator[SshDevice]:
     with SshDevice(NAME) as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def arm64_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Debian for arm64 with Python and ONNX Runtime: the one that `SLRC_EMULATED` names, or a new one."""
+    asked = os.environ.get("SLRC_EMULATED", "")
+    if reason := "" if asked else "set SLRC_EMULATED=1 to emulate an arm64 device, which takes two minutes":
+        pytest.skip(reason)
+    if reason := arm64.why_not():
+        pytest.skip(reason)
+    root = Path(asked)
+    if not root.is_dir():
+        root = tmp_path_factory.mktemp("arm64") / "root"
+        try:
+            arm64.make_root(root)
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"an arm64 root cannot be made: {error.stderr.decode()[-200:] or error}")
+    return root
 
 
 class Result(NamedTuple):

@@ -6,8 +6,6 @@ that was unpacked before.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,18 +25,10 @@ from slrc.sparsity.masks import Masks
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
-    asked = os.environ.get("SLRC_EMULATED", "")
-    reason = "" if asked else "set SLRC_EMULATED=1 to emulate an arm64 device, which takes two minutes"
-    if reason := reason or why_no_sshd() or arm64.why_not():
+def server(arm64_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
+    if reason := why_no_sshd():
         pytest.skip(reason)
-    root = Path(asked)
-    if not root.is_dir():
-        root = tmp_path_factory.mktemp("arm64") / "root"
-        try:
-            arm64.make_root(root)
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"an arm64 root cannot be made: {error.stderr.decode()[-200:] or error}")
+    root = arm64_root
     settings = f"ChrootDirectory {arm64.PLACE}\n"
     wrapper = (sys.executable, arm64.__file__, str(root))
     device = Device(tmp_path_factory.mktemp("device"), settings=settings, wrapper=wrapper)

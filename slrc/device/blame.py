@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from slrc.backends import Artifact, Target
-from slrc.device.build_bundle import Source, make_bundle
+from slrc.backends.ort.backend import MODEL_FILE
+from slrc.device.build_bundle import Source
 from slrc.device.remote import Stage
 from slrc.errors import SlrcError
 
@@ -36,7 +37,7 @@ def blame(device: SshDevice, artifact: Path, target: Target, inputs: Sequence[Te
             traced.mkdir()
             folder.mkdir()
             layers = _trace(artifact, traced, forms)
-            manifest = make_bundle(folder, "traced", target, [Source("traced", traced, inputs)], [], threads=1)
+            manifest = device.make_bundle(folder, "traced", target, [Source("traced", traced, inputs)], [], threads=1)
             stage = Stage(folder, manifest)
             result = device.run(stage)
             device.remote.forget(stage.paths)
@@ -52,8 +53,8 @@ def _trace(artifact: Path, folder: Path, forms: Mapping[str, str]) -> dict[str, 
 
     for path in artifact.iterdir():
         (folder / path.name).symlink_to(path.resolve())
-    described = Artifact.read(artifact)
-    model = onnx.load(artifact / described.model_file)
+    described = Artifact.read(artifact).model_copy(update={"model_file": MODEL_FILE})
+    model = onnx.load(artifact / MODEL_FILE)
     values = {v.name: v for v in model.graph.value_info}
     layers = {name: weight for name, weight in _layers(model, forms) if name in values}
     own = list(model.graph.output)

@@ -170,7 +170,7 @@ def _run_output(
     chosen = choose_target(output, target, device.info.architecture, device.why_not_run)
     count = threads or device.cores
     sources = sources_of(output, chosen)
-    manifest = make_bundle(folder, report.model, chosen, sources, [reported()], threads=count)
+    manifest = device.make_bundle(folder, report.model, chosen, sources, [reported()], threads=count)
     choice = next((t.forms for t in report.targets if t.target == str(chosen)), None)
     forms = {weight: str(form) for weight, form in choice.forms.items()} if choice else {}
     stage = Stage(folder, manifest)

@@ -36,6 +36,13 @@ say seen_as "$(sh -c 'tr "\000" " " < /proc/$PPID/cmdline; :' 2>/dev/null)"
 trtexec=$(first trtexec /usr/src/tensorrt/bin/trtexec)
 say trtexec "$trtexec"
 [ -n "$trtexec" ] && say tensorrt "$("$trtexec" --help 2>&1 | sed -n 's/.*\[TensorRT v\([0-9]*\)\].*/\1/p' | head -n 1)"
+for library in FOLDER/libonnxruntime.so* /usr/local/lib/libonnxruntime.so* /usr/lib/libonnxruntime.so* \
+    /usr/lib/*/libonnxruntime.so*; do
+    [ -f "$library" ] || continue
+    case $library in /*) ;; *) library=$PWD/$library ;; esac
+    say libonnxruntime "$library"
+    break
+done
 for python in FOLDER/venv/bin/python python3; do
     found=$(first "$python") || continue
     case $found in /*) ;; *) found=$PWD/$found ;; esac
@@ -83,6 +90,14 @@ class DeviceInfo(BaseModel):
     python_version: str = ""
     onnxruntime: str = ""
     why_no_onnxruntime: str = ""
+    """Of Python."""
+    libonnxruntime: str = ""
+    """The library alone, for the runner that needs no Python."""
+
+    @property
+    def without_python(self) -> bool:
+        """Whether ONNX Runtime is there, but not for Python."""
+        return bool(self.why_no_onnxruntime and self.libonnxruntime)
 
     @property
     def name(self) -> str:
@@ -121,7 +136,7 @@ def probe(connection: Connection, folder: str) -> DeviceInfo:
 
 _TEXTS = {
     *("kernel", "system", "glibc", "board", "cpu", "governor", "jetson", "power_mode", "gpu"),
-    *("trtexec", "tensorrt_python", "python", "python_version", "jetson_clocks"),
+    *("trtexec", "tensorrt_python", "python", "python_version", "jetson_clocks", "libonnxruntime"),
 }
 
 

@@ -16,7 +16,7 @@ from slrc.backends.ort.backend import family_of_target
 from slrc.backends.tensorrt.options import parse_options
 from slrc.device.blame import blame
 from slrc.device.build_bundle import REPORTED, Source, make_bundle
-from slrc.device.bundle import RUNNER, Manifest, Run
+from slrc.device.bundle import PROGRAM, RUNNER, Manifest, Run
 from slrc.device.failures import LinkLostError, job_failure
 from slrc.device.probe import DeviceInfo, probe
 from slrc.device.remote import Remote, Stage, device_folder
@@ -82,7 +82,12 @@ class SshDevice(Device):
             return f"`{target.backend}` is not run over ssh"
         if (family := family_of_target(target)) != self.info.architecture:
             return f"it is for {family}, and `{self.name}` is {self.info.architecture}"
-        return self.info.why_no_onnxruntime
+        return "" if self.info.without_python else self.info.why_no_onnxruntime
+
+    def make_bundle(self, folder: Path, model: str, target: Target, *others: Any, **options: Any) -> Manifest:
+        """Fill an empty folder with a bundle, and, where there is no Python, with the runner that needs none."""
+        program = target.backend == "ort" and self.info.without_python
+        return make_bundle(folder, model, target, *others, program=program, **options)
 
     def resolve(self, target: Target) -> Target:
         """Return the target for the processor or the TensorRT there, where the one given names none."""
@@ -105,7 +110,7 @@ class SshDevice(Device):
             race=budget.race,
         )
         with tempfile.TemporaryDirectory() as folder:
-            manifest = make_bundle(Path(folder), "parts", target, sources, [run], threads=threads, expected=False)
+            manifest = self.make_bundle(Path(folder), "parts", target, sources, [run], threads=threads, expected=False)
             stage = Stage(Path(folder), manifest)
             result = self.run(stage)
             self.remote.forget(stage.passing())
@@ -124,7 +129,7 @@ class SshDevice(Device):
         count, target = threads or self.cores, compiled.target
         sources = [Source("dense", dense.folder, inputs), Source("compiled", compiled.folder, inputs)]
         with tempfile.TemporaryDirectory() as folder:
-            manifest = make_bundle(Path(folder), "pair", target, sources, [reported()], threads=count)
+            manifest = self.make_bundle(Path(folder), "pair", target, sources, [reported()], threads=count)
             stage = Stage(Path(folder), manifest)
             result = self.prove(stage, sources, target, forms or {}, reporter)
             self.remote.forget(stage.passing())
@@ -189,16 +194,17 @@ class SshDevice(Device):
         if needs.architecture not in ("", info.architecture):
             what = f"the bundle is for {needs.architecture}, and the device is {info.architecture}"
             hint = f"compile with `--target ort:{info.architecture}`"
-        elif info.why_no_onnxruntime:
+        elif info.why_no_onnxruntime and not info.without_python:
             what = f"there is no ONNX Runtime: {info.why_no_onnxruntime}"
             hint = (
                 f"install it there: `ssh {self.name} 'python3 -m venv {self.remote.folder}/venv && "
-                f"{self.remote.folder}/venv/bin/pip install onnxruntime'`"
+                f"{self.remote.folder}/venv/bin/pip install onnxruntime'`, or, without Python, put its "
+                f"libonnxruntime.so into {self.remote.folder}"
             )
         elif info.glibc and needs.glibc and _numbers(info.glibc) < _numbers(needs.glibc):
             what = f"its glibc is {info.glibc}, and the kernels need {needs.glibc}"
             hint = "use a newer system there, or compile with `--target ort:stock`"
-        elif _numbers(info.onnxruntime) < _numbers(needs.onnxruntime):
+        elif info.onnxruntime and _numbers(info.onnxruntime) < _numbers(needs.onnxruntime):
             what = f"its onnxruntime is {info.onnxruntime}, and opset {needs.opset} needs {needs.onnxruntime}"
             hint = "install a newer onnxruntime there"
         else:
@@ -231,7 +237,7 @@ class SshDevice(Device):
                 sent = remote.send(stage, self.info.free_bytes or None)
                 reporter.note(f"{self.name}: {sent} of {len(stage.paths)} files sent")
                 remote.place(stage, f"jobs/{stage.id}")
-                remote.start(stage, f"{ENGINES} {shlex.quote(self.info.python)} {RUNNER}")
+                remote.start(stage, self._command(stage.manifest))
             else:
                 reporter.note(f"{self.name}: a job of an earlier run is {state}")
                 stage.sent = tuple(stage.paths)
@@ -245,6 +251,12 @@ class SshDevice(Device):
             remote.drop_job(stage)
             remote.forget(stage.paths)
             raise
+
+    def _command(self, manifest: Manifest) -> str:
+        """Return what runs a bundle in its folder there."""
+        if PROGRAM in manifest.files:
+            return f"chmod +x {PROGRAM} && ./{PROGRAM} {shlex.quote(self.info.libonnxruntime)}"
+        return f"{ENGINES} {shlex.quote(self.info.python)} {RUNNER}"
 
     def _read(self, folder: Path, code: int, said: str) -> Result:
         if code not in (0, DIFFERING, 2, 3):

@@ -30,11 +30,17 @@ def device_table(info: DeviceInfo) -> Table:
         ("power mode", info.power_mode or "not told"),
         ("GPU", info.gpu or "none that nvidia-smi knows"),
         ("Python", python),
-        ("ONNX Runtime", info.onnxruntime or f"none: {info.why_no_onnxruntime}"),
+        ("ONNX Runtime", _onnxruntime(info)),
         ("TensorRT", tensorrt or "none"),
     ):
         table.add_row(what, text)
     return table
+
+
+def _onnxruntime(info: DeviceInfo) -> str:
+    if info.without_python:
+        return f"{info.libonnxruntime}, without Python"
+    return info.onnxruntime or f"none: {info.why_no_onnxruntime}"
 
 
 def deployment_table(result: Deployment) -> Table:

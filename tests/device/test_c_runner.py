@@ -16,6 +16,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from rig import NAME
 from torch import nn
 
 import slrc
@@ -225,3 +226,25 @@ def test_on_arm64_it_finds_the_same_outputs(arm64_root: Path, workload: slrc.Wor
     assert [(o.model, o.passed) for o in found.outputs] == [("dense", True), ("compiled", True)]
     assert found.outputs[1].error < 1e-5
     assert found.timing(0, "compiled").ms > 0
+
+
+@pytest.fixture
+def bare(device: Any) -> Any:
+    """The device without Python, but with the library of ONNX Runtime in slrc's folder."""
+    device.program("python3", "exit 127")
+    (device.home / ".slrc").mkdir()
+    shutil.copy(library(), device.home / ".slrc")
+    yield device
+    device.program("python3", f'exec {sys.executable} "$@"')
+
+
+def test_a_device_without_python_is_measured_by_it(bare: Any, output: Path, run: Callable[..., Any]) -> None:
+    assert "without Python" in run("targets", "--device", NAME).out
+    done = run("bench", output, "--device", NAME, "--threads", 1, "--json")
+    assert done.code == 0, done.err
+    (latency,) = json.loads(done.out)["latency"]
+    assert latency["device"] == NAME
+    assert latency["dense_ms"]["p50"] > 0
+    deployed = run("deploy", output, "--device", NAME, "--threads", 1)
+    assert deployed.code == 0, deployed.err
+    assert (bare.home / ".slrc/models").exists()

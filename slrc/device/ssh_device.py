@@ -194,6 +194,9 @@ class SshDevice(Device):
         if needs.architecture not in ("", info.architecture):
             what = f"the bundle is for {needs.architecture}, and the device is {info.architecture}"
             hint = f"compile with `--target ort:{info.architecture}`"
+        elif info.without_python and PROGRAM not in manifest.files:
+            what = "there is no Python with ONNX Runtime, and the bundle has no runner without"
+            hint = "make it with `slrc bundle --without-python`"
         elif info.why_no_onnxruntime and not info.without_python:
             what = f"there is no ONNX Runtime: {info.why_no_onnxruntime}"
             hint = (
@@ -254,7 +257,7 @@ class SshDevice(Device):
 
     def _command(self, manifest: Manifest) -> str:
         """Return what runs a bundle in its folder there."""
-        if PROGRAM in manifest.files:
+        if manifest.target.startswith("ort") and self.info.without_python:
             return f"chmod +x {PROGRAM} && ./{PROGRAM} {shlex.quote(self.info.libonnxruntime)}"
         return f"{ENGINES} {shlex.quote(self.info.python)} {RUNNER}"
 

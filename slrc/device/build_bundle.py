@@ -125,20 +125,16 @@ def choose_target(
 ) -> Target:
     """Return the target of an output that is meant: the one asked for, else the first for an architecture.
 
-    `why_not` says why one of them cannot run on the device that is meant.
+    `why_not` says why one of them cannot run on the device that is meant: one that can is taken first.
 
     Raises:
         DeviceError: there is none.
         OutputError: `output` is not the output of a compile.
     """
     written = [parse_target(result.target) for result in Report.load(output).targets]
-    found = (
-        [t for t in written if str(t) == asked]
-        if asked
-        else [t for t in written if runs_on(t, architecture) and not why_not(t)]
-    )
+    found = [t for t in written if (str(t) == asked if asked else runs_on(t, architecture))]
     if found:
-        return found[0]
+        return next((t for t in found if not why_not(t)), found[0])
     what = f"target `{asked}`" if asked else f"target for {architecture or 'a bundle'}"
     raise DeviceError(
         f"`{output}` has no {what}: it has {', '.join(map(str, written))}",

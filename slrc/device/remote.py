@@ -30,7 +30,8 @@ SPARE_BYTES = 16 << 20
 """What is left free on a device's disk."""
 _PREPARE = r"""
 umask 077
-[ -d "$D" ] && [ ! -f "$D/MARK" ] && [ -n "$(ls -A "$D" | grep -Ev '^(venv|libonnxruntime[.]so.*)$')" ] && { echo foreign; exit; }
+own='^(venv|libonnxruntime[.]so.*)$'
+[ -d "$D" ] && [ ! -f "$D/MARK" ] && [ -n "$(ls -A "$D" | grep -Ev "$own")" ] && { echo foreign; exit; }
 mkdir -p "$D" || exit 3
 cd "$D" && : > MARK && mkdir -p store jobs incoming/"$ID" || exit 3
 for file in incoming/"$ID"/*; do

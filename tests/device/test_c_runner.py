@@ -238,13 +238,19 @@ def bare(device: Any) -> Any:
     device.program("python3", f'exec {sys.executable} "$@"')
 
 
-def test_a_device_without_python_is_measured_by_it(bare: Any, output: Path, run: Callable[..., Any]) -> None:
+def test_a_device_without_python_is_measured_by_it(
+    bare: Any, output: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
     assert "without Python" in run("targets", "--device", NAME).out
     done = run("bench", output, "--device", NAME, "--threads", 1, "--json")
     assert done.code == 0, done.err
     (latency,) = json.loads(done.out)["latency"]
     assert latency["device"] == NAME
     assert latency["dense_ms"]["p50"] > 0
+    for flags, says in (((), "the bundle has no runner without"), (("--without-python",), "")):
+        assert run("bundle", output, "-o", tmp_path / "m.tar", "--threads", 1, *flags).code == 0
+        of_file = run("deploy", tmp_path / "m.tar", "--device", NAME)
+        assert (of_file.code, says in of_file.err) == (2 if says else 0, True), of_file.err
     deployed = run("deploy", output, "--device", NAME, "--threads", 1)
     assert deployed.code == 0, deployed.err
     assert (bare.home / ".slrc/models").exists()

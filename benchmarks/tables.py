@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 
 sys.path.insert(1, str(Path(__file__).parent / "convergence"))
 sys.path.insert(1, str(Path(__file__).parent / "pareto"))
@@ -184,7 +185,8 @@ def detectors() -> str:
         cells = [f"`{name}`", f"{row['parameters'] / 1e6:.1f} M" if "parameters" in row else "–"]
         for pattern in ("channel", "block:8x1"):
             found = row.get(pattern, {"failed": "ended early"})
-            cells.append(found["failed"] if "failed" in found else f"{found['left']:.0%}, {found['error']:.0e}")
+            failed = shorten(found.get("failed", ""), 80, placeholder=" …")
+            cells.append(failed or f"{found['left']:.0%}, {found['error']:.0e}")
         lines.append(cells)
     titles = ("network", "parameters", "`channel`, 50%: left, error", "`block:8x1`, 75%: left, error")
     return table(titles, lines) + made(rows.values())

@@ -161,6 +161,37 @@ LockOption = Annotated[
 
 
 @app.command()
+@takes(
+    *("target", "threads", "precision", "distill", "epochs", "steps", "retrain_epochs"),
+    *("skip", "keep_ends", "round_to", "attention", "layer_norm"),
+)
+def doctor(
+    model: ModelArgument,
+    given: Given,
+    seconds: Annotated[float, typer.Option(help="about how long it may take", min=1)] = 60,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False,
+) -> None:
+    """Examine MODEL before anybody trains: whether a compile would work, what it could reach, how long it would take.
+
+    Each check fails on its own. The exit code is 2 if one of them did. The first examination compiles the block-sparse
+    kernels, which takes half a minute more.
+    """
+    config = make_config(given)
+    from slrc.doctor.examine import examine
+    from slrc.reporting.doctor_tables import doctor_tables
+
+    found = examine(model, config, seconds=seconds, reporter=_reporter())
+    if as_json:
+        typer.echo(found.model_dump_json(indent=1))
+    else:
+        for table in doctor_tables(found):
+            _console().print(table)
+    if not found.is_healthy:
+        raise typer.Exit(2)
+
+
+@app.command()
 @takes("threads")
 def bench(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="what `slrc compile --out` wrote")],

@@ -34,6 +34,7 @@ ROOMS = (
     "verify",
     "pipeline",
     "measuring",
+    "doctor",
     "reporting",
     "workspace",
     "device",

@@ -90,6 +90,20 @@ def test_long_paths_are_printed_whole(run: Run, compiled: Path, tmp_path: Path) 
     assert f"wrote {file}; next: slrc compile {file}\n" == run("init", file).out
 
 
+def test_doctor_prints_tables_or_json_and_says_by_its_code_whether_a_check_failed(run: Run, model: Path) -> None:
+    result = run("doctor", model, "--threads", 1, "--seconds", 1)
+    assert result.code == 0, result.err
+    for words in ("tinynet: examined in", "what can be pruned", "no time was left", "samples a second"):
+        assert words in result.out
+    broken = Path("broken.py")
+    broken.write_text("import torchh\n")
+    result = run("doctor", broken, "--json")
+    assert result.code == 2
+    found = json.loads(result.out)
+    assert [f["check"] for f in found["findings"] if f["status"] == "fails"] == ["workload"]
+    assert "broken.py:1: `import torchh`" in result.out
+
+
 def test_options_reach_the_compile(run: Run, model: Path) -> None:
     Path("slrc.toml").write_text("sparsity = 0.75\nepochs = 9\nretrain-epochs = 1\n[slr]\nrho = 0.2\n")
     arguments = ["--config", "slrc.toml", "--epochs", 1, "--method", "slr", "--precision", "bf16", "--seed", 3]

@@ -147,10 +147,11 @@ def measure(
     inputs: Sequence[Tensor],
     threads: int,
     reporter: Reporter | None = None,
+    budget: Budget = REPORT,
 ) -> Latency:
-    """Time two loaded artifacts on the same inputs. See `time_in_turns`."""
+    """Time two loaded artifacts on the same inputs, in `BLOCKS` rounds at least. See `time_in_turns`."""
     calls = (dense.prepare(*inputs), compiled.prepare(*inputs))
-    slow, fast = time_in_turns(calls, REPORT, f"timing {target}", reporter)
+    slow, fast = time_in_turns(calls, budget, f"timing {target}", reporter)
     size = len(slow) // BLOCKS
     ends = [*range(size, BLOCKS * size, size), len(slow)]
     blocks = [(slow[start:end], fast[start:end]) for start, end in zip([0, *ends], ends, strict=False)]

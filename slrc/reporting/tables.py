@@ -169,6 +169,7 @@ def make_table(title: str, *columns: str) -> Table:
             "all",
             "within reach",
             "share",
+            "ms",
         )
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     return table

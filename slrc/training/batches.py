@@ -13,8 +13,21 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, IterableDataset
 
+from slrc.config import CompileConfig
 from slrc.errors import SlrcError
 from slrc.workload import user_error
+
+USUAL_EPOCHS, USUAL_STEPS = 10, 2000
+"""Of sparse training, whichever is more, where nobody says how long."""
+
+
+def sparse_steps(config: CompileConfig, steps: int) -> int:
+    """Return the steps of sparse training that a configuration asks for, where an epoch has so many."""
+    if config.steps is not None:
+        return config.steps
+    if config.epochs is not None:
+        return config.epochs * steps
+    return steps * max(USUAL_EPOCHS, math.ceil(USUAL_STEPS / steps))
 
 
 def read(batches: Iterable[Any], field: str = "train_batches") -> Iterator[Any]:

@@ -29,7 +29,15 @@ from slrc.methods.settings import MethodName
 from slrc.progress import Quiet, Reporter
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.plans import Plan
-from slrc.training.batches import count_steps, read, seed_epoch, share_of_first, share_out, update_steps
+from slrc.training.batches import (
+    count_steps,
+    read,
+    seed_epoch,
+    share_of_first,
+    share_out,
+    sparse_steps,
+    update_steps,
+)
 from slrc.training.checkpoints import CheckpointFolder, EpochRecord, Snapshot, misfit
 from slrc.training.choose_method import choose_method
 from slrc.training.distillation import Teacher
@@ -42,8 +50,6 @@ from slrc.workload import Workload
 RETRAIN = "retrain"
 ON_CPU = not torch.accelerator.is_available()
 """Told so, `accelerate` takes several processes on a CPU for a distributed run; it does not by itself."""
-USUAL_EPOCHS, USUAL_STEPS = 10, 2000
-"""Of sparse training, whichever is more, where nobody says how long."""
 Pruner = Callable[[], Masks]
 """Prunes a workload's model in place; returns the masks that it now obeys."""
 MethodMaker = Callable[[MethodName, Mapping[str, nn.Parameter], Plan, int, CompileConfig], Method]
@@ -247,11 +253,7 @@ class _Trainer:
     def _asked_steps(self) -> int:
         if self.workload.train_batches is None or not self.config.trains:
             return 0
-        if self.config.steps is not None:
-            return self.config.steps
-        if self.config.epochs is not None:
-            return self.config.epochs * self.steps
-        return self.steps * max(USUAL_EPOCHS, math.ceil(USUAL_STEPS / self.steps))
+        return sparse_steps(self.config, self.steps)
 
     def _updates_in(self, total: int) -> int:
         """Return how many updates there are in so many steps."""

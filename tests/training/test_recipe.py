@@ -345,9 +345,9 @@ def test_a_budget_in_steps(tiny_workload: MakeWorkload) -> None:
 
 
 def test_without_a_budget_short_epochs_are_many(tiny_workload: MakeWorkload, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slrc.training.loop.USUAL_STEPS", 70)
+    monkeypatch.setattr("slrc.training.batches.USUAL_STEPS", 70)
     assert run(tiny_workload(), epochs=None).curve[-1].epoch == 12
-    monkeypatch.setattr("slrc.training.loop.USUAL_STEPS", 20)
+    monkeypatch.setattr("slrc.training.batches.USUAL_STEPS", 20)
     assert run(tiny_workload(), epochs=None).curve[-1].epoch == 10
 
 

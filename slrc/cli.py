@@ -224,6 +224,25 @@ def bench(
 
 
 @app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="what `slrc compile --out` wrote")],
+    html: Annotated[Path | None, typer.Option(help="write a page too")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False,
+) -> None:
+    """Set compiled models side by side: accuracy, latency, size, how much of each layer is pruned."""
+    from slrc.reporting.compare import compare as read
+    from slrc.reporting.compare import compare_tables, render_comparison
+
+    found = read(folders)
+    for table in compare_tables(found):
+        _console().print(table)
+    for note in found.notes:
+        _console(stderr=True).print(f"note: {note}", soft_wrap=True)
+    if html is not None:
+        _write(html, render_comparison(found))
+
+
+@app.command()
 @takes("threads")
 def deploy(
     host: Annotated[str, DEVICE],
@@ -324,6 +343,14 @@ def init(
 
 def _agree(lock: str, restore: str) -> bool:
     return typer.confirm(f"On the device `{lock}` will be run, and afterwards `{restore}`. Go on?", err=True)
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write `{file}`: {error.strerror}") from None
+    _console(stderr=True).print(f"page: {file}", soft_wrap=True)
 
 
 def _version(value: bool) -> None:

@@ -104,6 +104,18 @@ def test_doctor_prints_tables_or_json_and_says_by_its_code_whether_a_check_faile
     assert "broken.py:1: `import torchh`" in result.out
 
 
+def test_compare_prints_a_table_and_writes_a_page(run: Run, compiled: Path, tmp_path: Path) -> None:
+    result = run("compare", compiled, compiled, "--html", tmp_path / "both.html")
+    assert result.code == 0, result.err
+    for words in ("accuracy", "latency, ort", "pruned of each layer"):
+        assert words in result.out
+    assert (tmp_path / "both.html").read_text().startswith("<!DOCTYPE html>")
+    assert result.err == f"page: {tmp_path / 'both.html'}\n"
+    missing = run("compare", tmp_path)
+    assert missing.code == 2
+    assert "has no report.json" in missing.err
+
+
 def test_options_reach_the_compile(run: Run, model: Path) -> None:
     Path("slrc.toml").write_text("sparsity = 0.75\nepochs = 9\nretrain-epochs = 1\n[slr]\nrho = 0.2\n")
     arguments = ["--config", "slrc.toml", "--epochs", 1, "--method", "slr", "--precision", "bf16", "--seed", 3]

@@ -24,6 +24,27 @@ def write_page(report: Report, path: Path) -> None:
 
 def render_page(report: Report) -> str:
     """Return the page; the same report gives the same bytes."""
+    has_conditions = report.method in (MethodName.SLR, MethodName.SLR_TIGHTENING)
+    accuracy = report.accuracy
+    return render(
+        TEMPLATE,
+        report=report,
+        has_conditions=has_conditions,
+        training=Markup(
+            plots.training_plot(
+                report.curve,
+                accuracy.metric if accuracy else "metric",
+                accuracy.dense if accuracy else None,
+            )
+        ),
+        layers=[Markup(svg) for svg in plots.layers_plots(report.layers)],
+        latency=Markup(plots.latency_plot(report.latency)),
+        history=Markup(plots.history_plot(report.history, has_conditions)),
+    )
+
+
+def render(template: str, **values: Any) -> str:
+    """Return the page that a template makes of values."""
     environment = Environment(
         loader=PackageLoader("slrc"),
         autoescape=True,
@@ -39,22 +60,7 @@ def render_page(report: Report) -> str:
         "flatten": _flatten,
         "plural": _plural,
     }
-    has_conditions = report.method in (MethodName.SLR, MethodName.SLR_TIGHTENING)
-    accuracy = report.accuracy
-    return environment.get_template(TEMPLATE).render(
-        report=report,
-        has_conditions=has_conditions,
-        training=Markup(
-            plots.training_plot(
-                report.curve,
-                accuracy.metric if accuracy else "metric",
-                accuracy.dense if accuracy else None,
-            )
-        ),
-        layers=[Markup(svg) for svg in plots.layers_plots(report.layers)],
-        latency=Markup(plots.latency_plot(report.latency)),
-        history=Markup(plots.history_plot(report.history, has_conditions)),
-    )
+    return environment.get_template(template).render(**values)
 
 
 def _si(value: int, unit: str = "") -> str:

@@ -24,6 +24,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, PercentFor
 if TYPE_CHECKING:
     from slrc.measuring.timing import Latency
     from slrc.methods.base import Iteration
+    from slrc.reporting.pareto import Point
     from slrc.reporting.report import LayerSparsity
     from slrc.training.checkpoints import EpochRecord
 
@@ -34,6 +35,7 @@ VARIABLES = ("--ink", "--muted", "--line", "--dense", "--compiled", "--hard", "-
 WIDTH = 480  # units of the view box, which are those of the font sizes
 ROWS_PER_PLOT = 40
 LONGEST_NAME = 28
+PARETO_MARKERS = ("o", "s", "^", "v", "P")
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "slrc",
@@ -114,6 +116,44 @@ def latency_plot(latency: Sequence[Latency]) -> str:
         ]
         figure.legend(handles=handles, loc="outside upper left", ncols=3)
         return _svg(figure, "latency", "latency of the dense and of the compiled model, p50 and p90")
+
+
+def pareto_plot(points: Sequence[Point], metric: str) -> str:
+    """Draw a metric against milliseconds, numbered as the table is; empty where fewer than two have both.
+
+    Dominated points are grey, the others joined; the dense network, which is number 0, is a diamond.
+    """
+    drawn = [(i, p, (p.ms, p.metric)) for i, p in enumerate(points) if p.ms is not None and p.metric is not None]
+    if len(drawn) < 2:
+        return ""
+    kinds = list(dict.fromkeys(p.kind for _, p, _ in drawn if not p.is_dense))
+    marker_of = {kind: PARETO_MARKERS[i % len(PARETO_MARKERS)] for i, kind in enumerate(kinds)}
+    with matplotlib.style.context(STYLE, after_reset=True):
+        figure = _figure(330)
+        axes = figure.subplots()
+        front = sorted(place for _, p, place in drawn if not p.is_dominated)
+        axes.plot([x for x, _ in front], [y for _, y in front], color=COMPILED, linewidth=1.2, zorder=1)
+        for i, p, (x, y) in drawn:
+            color = INK if p.is_dense else MUTED if p.is_dominated else COMPILED
+            style: dict[str, Any] = {
+                "markersize": 7,
+                "color": color,
+                "markerfacecolor": "none" if p.is_dominated else color,
+            }
+            axes.plot([x], [y], linestyle="", marker="D" if p.is_dense else marker_of[p.kind], **style)
+            _write(axes, str(i), (x, y), (6, 5), color=color)
+        axes.set_xlim(left=0)
+        axes.margins(x=0.08, y=0.12)
+        axes.set_xlabel("milliseconds per run")
+        axes.set_ylabel(metric)
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
+        handles = [Line2D([], [], linestyle="", marker="D", color=INK, markersize=7, label="dense")]
+        handles += [
+            Line2D([], [], linestyle="", marker=marker, color=COMPILED, markersize=7, label=_shorten(kind))
+            for kind, marker in marker_of.items()
+        ]
+        figure.legend(handles=handles, loc="outside upper left", ncols=4)
+        return _svg(figure, "pareto", f"{metric} against milliseconds of {len(drawn)} networks")
 
 
 def history_plot(history: Sequence[Iteration], has_conditions: bool) -> str:

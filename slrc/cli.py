@@ -35,6 +35,7 @@ ModelArgument = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 INTERRUPTED = 130
 DEBUG_HELP = "show the whole trace of an error, and what torch logs"
+NOT_OF_A_SWEEP = ("pattern", "sparsity", "allocate", "speedup", "latency_budget", "permute", "plan")
 Given = dict[str, Any]
 """The options of `CompileConfig` that were given, by name."""
 
@@ -111,6 +112,53 @@ def compile_command(
     if _is_main_process():
         _console().print(report_table(report))
         _console().print(f"report: {out / 'report.html'}", soft_wrap=True)
+
+
+@app.command("sweep")
+@takes(*(name for name in options() if name not in NOT_OF_A_SWEEP))
+def sweep_command(
+    model: ModelArgument,
+    given: Given,
+    speedups: Annotated[str, typer.Option(help="how many times as fast as dense to become, one after another")] = "2,3",
+    patterns: Annotated[str, typer.Option(help="what may survive; auto mixes patterns")] = "auto",
+    config: Annotated[Path | None, typer.Option(help="a TOML file with options of a compile")] = None,
+    out: Annotated[Path, typer.Option(help="the folder that all workers share")] = Path("sweep"),
+    storage: Annotated[
+        str | None, typer.Option(help="URL of a database for Optuna (default: a journal file in the folder)")
+    ] = None,
+    accept: Annotated[
+        float, typer.Option(help="share of the dense metric that a recommended model may lose", min=0, max=1)
+    ] = 0.01,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="try points again that failed")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False,
+) -> None:
+    """Compile MODEL at several speed-ups and patterns, and show accuracy against latency.
+
+    The same command goes on with an interrupted sweep; given in several processes at once, they share the points. Each
+    point is a compile of its own, in a folder of its own.
+    """
+    from slrc.sweep.points import parse_points
+
+    points = parse_points(patterns, speedups)
+    for point in points:  # what is wrong with an option is said before torch is loaded
+        point.config(given, config)
+    from slrc.sweep.page import sweep_table
+    from slrc.sweep.work import sweep
+
+    found = sweep(
+        model,
+        out,
+        points,
+        options=given,
+        config_file=config,
+        storage=storage,
+        accepted=accept,
+        retry_failed=retry_failed,
+        reporter=_reporter(),
+    )
+    _console().print(sweep_table(found))
+    _console().print(found.recommendation, soft_wrap=True)
+    _console().print(f"report: {out / 'report.html'}", soft_wrap=True)
 
 
 @app.command()
@@ -383,7 +431,10 @@ def main() -> None:
     except SystemExit as stop:
         if stop.code != INTERRUPTED:  # what typer makes of Ctrl-C
             raise
-        hint = "`slrc compile --resume` goes on after the last whole epoch, if there was one"
+        hint = (
+            "`slrc compile --resume` goes on after the last whole epoch, if there was one; `slrc sweep` does where the "
+            "same command is given again"
+        )
         _fail("interrupted", hint, INTERRUPTED, debug)
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]

@@ -40,6 +40,7 @@ ROOMS = (
     "device",
     "compilation",
     "api",
+    "sweep",
     "cli",
 )
 """The folders and files of `slrc`, each of which may import those before it."""

@@ -1,0 +1,151 @@
+"""What a sweep found so far, as data: every point beside the dense network, and which one to take."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Final, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from slrc.errors import OutputError
+from slrc.reporting.pareto import Point, point_of, recommend, with_dominated
+from slrc.reporting.report import Report
+from slrc.sweep.points import SweepFolder, SweepPoint
+
+SUMMARY_SCHEMA_VERSION: Final = 1
+SUMMARY = "summary.json"
+DENSE = "dense"
+
+
+class State(StrEnum):
+    """How far a point is."""
+
+    DONE = "done"
+    AT_WORK = "at work"
+    WAITING = "waiting"
+    FAILED = "failed"
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class Row(_Data):
+    """One point; figures are `None` until it is done. `why` says why it failed."""
+
+    name: str
+    pattern: str
+    speedup_asked: float
+    state: State
+    why: str = ""
+    metric: float | None = None
+    ms: float | None = None
+    speedup: float | None = None
+    speedup_spread: tuple[float, float] | None = None
+    size_bytes: int | None = None
+    sparsity: float | None = None
+    is_dominated: bool = False
+
+
+class Summary(_Data):
+    """A sweep: what is common to its points, the points, and the recommendation."""
+
+    schema_version: Literal[1] = SUMMARY_SCHEMA_VERSION
+    model: str
+    target: str
+    threads: int | None
+    metric: str
+    dense_metric: float | None
+    dense_ms: float | None
+    dense_bytes: int | None
+    rows: tuple[Row, ...]
+    recommended: str | None
+    recommendation: str
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to do."""
+        return all(row.state in (State.DONE, State.FAILED) for row in self.rows)
+
+    @property
+    def points(self) -> list[Point]:
+        """The dense network, then the points in order, as they are drawn."""
+        dense = Point(name=DENSE, metric=self.dense_metric, ms=self.dense_ms, is_dense=True)
+        others = [Point(name=r.name, kind=r.pattern, metric=r.metric, ms=r.ms) for r in self.rows]
+        return with_dominated([dense, *others], self.metric)
+
+    def save(self, folder: Path) -> None:
+        """Write `summary.json`, whole or not at all."""
+        aside = folder / f"{SUMMARY}.partial"
+        aside.write_text(self.model_dump_json(indent=1) + "\n")
+        aside.replace(folder / SUMMARY)
+
+
+def summarise(
+    model: str,
+    target: str,
+    folder: SweepFolder,
+    points: Sequence[SweepPoint],
+    failures: Mapping[str, str],
+    accepted: float,
+) -> Summary:
+    """Read what the points' compiles have reported.
+
+    The dense network's milliseconds are the median over the points' reports, each of which timed it anew.
+
+    Args:
+        model: its name.
+        target: the first one.
+        folder: of the sweep.
+        points: all of them.
+        failures: why points failed, by their names.
+        accepted: the share of the dense metric that a recommended network may lose.
+    """
+    reports = {p.name: report for p in points if (report := _report(folder.build(p))) is not None}
+    metric = next((r.accuracy.metric for r in reports.values() if r.accuracy), "")
+    timed = [r.latency[0] for r in reports.values() if r.latency]
+    found = Summary(
+        model=model,
+        target=target,
+        threads=timed[0].threads if timed else None,
+        metric=metric,
+        dense_metric=next((r.accuracy.dense for r in reports.values() if r.accuracy), None),
+        dense_ms=statistics.median(x.dense_ms.p50 for x in timed) if timed else None,
+        dense_bytes=next((r.size_bytes.dense for r in reports.values()), None),
+        rows=tuple(_row(p, folder, reports.get(p.name), failures.get(p.name, "")) for p in points),
+        recommended=None,
+        recommendation="",
+    )
+    dominated = {p.name for p in found.points if p.is_dominated}
+    name, why = recommend(found.points, metric or "accuracy", accepted)
+    rows = tuple(row.model_copy(update={"is_dominated": row.name in dominated}) for row in found.rows)
+    return found.model_copy(update={"rows": rows, "recommended": name, "recommendation": why})
+
+
+def _row(point: SweepPoint, folder: SweepFolder, report: Report | None, why: str) -> Row:
+    row = Row(name=point.name, pattern=point.pattern, speedup_asked=point.speedup, state=State.WAITING)
+    if report is None:
+        state = State.FAILED if why else State.AT_WORK if folder.is_claimed(point) else State.WAITING
+        return row.model_copy(update={"state": state, "why": why})
+    place, latency = point_of(point.name, report), report.latency[0] if report.latency else None
+    return row.model_copy(
+        update={
+            "state": State.DONE,
+            "metric": place.metric,
+            "ms": place.ms,
+            "speedup": latency.speedup if latency else None,
+            "speedup_spread": latency.speedup_spread if latency else None,
+            "size_bytes": report.size_bytes.compiled,
+            "sparsity": report.sparsity.reached,
+        }
+    )
+
+
+def _report(build: Path) -> Report | None:
+    try:
+        return Report.load(build)
+    except OutputError:
+        return None

@@ -1,0 +1,119 @@
+"""Who works on which point: workers that live, that died, and points that failed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slrc.errors import ConfigError, OutputError, PatternError
+from slrc.sweep.points import SweepFolder, SweepPoint, parse_points
+from slrc.sweep.queue import Queue
+
+pytest.importorskip("optuna")
+POINTS = parse_points("channel,block:8x1", "2")
+IDENTITY = {"model": "net", "seed": 0}
+
+
+def queue(root: Path, points: list[SweepPoint] | None = None, storage: str | None = None) -> Queue:
+    return Queue(SweepFolder(root, IDENTITY), points or POINTS, storage)
+
+
+@pytest.fixture(params=["journal", "sqlite"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str | None:
+    return None if request.param == "journal" else f"sqlite:///{tmp_path / 'points.db'}"
+
+
+def test_two_workers_share_the_points(tmp_path: Path, storage: str | None) -> None:
+    one, two = (queue(tmp_path / "sweep", storage=storage) for _ in range(2))
+    first, second = one.take(), two.take()
+    assert first is not None
+    assert second is not None
+    assert [first.point.name, second.point.name] == ["channel-2x", "block-8x1-2x"]
+    assert one.take() is None
+    assert two.others_at_work() == ["channel-2x", "block-8x1-2x"]
+    one.finish(first, 1.5, 0.9)
+    two.finish(second, 1.0, None)
+    assert one.take() is two.take() is None
+    assert not one.others_at_work()
+
+
+def test_the_point_of_a_worker_that_died_is_taken_up_again(tmp_path: Path) -> None:
+    dead = queue(tmp_path).take()
+    assert dead is not None
+    other = queue(tmp_path)
+    second = other.take()
+    assert second is not None
+    assert other.take() is None
+    dead.claim.release()  # as the system does when the process ends, however it does
+    again = other.take()
+    assert again is not None
+    assert again.point == dead.point
+    assert other.take() is None
+    other.finish(again, 1.0, 0.5)
+    other.finish(second, 1.0, 0.5)
+    assert queue(tmp_path).take() is None
+
+
+def test_a_point_that_failed_is_tried_again_only_if_asked(tmp_path: Path) -> None:
+    one = queue(tmp_path, POINTS[:1])
+    taken = one.take()
+    assert taken is not None
+    one.fail(taken, "out of reach")
+    assert one.take() is None
+    assert queue(tmp_path).failures() == {"channel-2x": "out of reach"}
+    again = queue(tmp_path, POINTS[:1]).take(retry_failed=True)
+    assert again is not None
+    assert again.point == taken.point
+
+
+def test_points_may_be_added_and_only_those_asked_for_are_taken(tmp_path: Path) -> None:
+    one = queue(tmp_path, POINTS[:1])
+    taken = one.take()
+    assert taken is not None
+    one.finish(taken, 1.0, None)
+    more = queue(tmp_path, POINTS)
+    added = more.take()
+    assert added is not None
+    assert added.point.name == "block-8x1-2x"
+    assert more.take() is None
+
+
+def test_a_storage_that_cannot_be_used_is_a_readable_error(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"storage `nosuch://host` cannot be used"):
+        queue(tmp_path, storage="nosuch://host")
+
+
+def test_points_from_text() -> None:
+    names = [p.name for p in parse_points(" block:8x1, channel,auto,channel", "3,1.5,3")]
+    assert names == ["block-8x1-1.5x", "channel-1.5x", "auto-1.5x", "block-8x1-3x", "channel-3x", "auto-3x"]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "speedups"), [("channel", "1,2"), ("channel", "fast"), ("", "2"), ("channel", "")]
+)
+def test_points_that_cannot_be(patterns: str, speedups: str) -> None:
+    with pytest.raises(ConfigError, match="speed-ups above 1"):
+        parse_points(patterns, speedups)
+
+
+def test_an_unknown_pattern() -> None:
+    with pytest.raises(PatternError):
+        parse_points("chanel", "2")
+
+
+def test_a_folder_of_something_else_or_of_other_options(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="is no sweep"):
+        SweepFolder(tmp_path, IDENTITY)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    root = tmp_path / "sweep"
+    study = SweepFolder(root, IDENTITY).study
+    assert SweepFolder(root, IDENTITY).study == study
+    other: dict[str, Any] = {**IDENTITY, "seed": 1}
+    with pytest.raises(OutputError, match="`seed` was 0, now 1"):
+        SweepFolder(root, other)
+    (root / "sweep.json").write_text("{")
+    with pytest.raises(OutputError, match=r"sweep\.json` cannot be read"):
+        SweepFolder(root, IDENTITY)

@@ -1,0 +1,248 @@
+"""A sweep's worker: every point from the same dense weights, each safe on its own, and the real thing, killed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import slrc
+from slrc import api
+from slrc.errors import OutputError, PlanError
+from slrc.progress import Quiet
+from slrc.reporting.report import Report
+from slrc.sweep.page import render_sweep
+from slrc.sweep.points import SweepFolder, SweepPoint, identity_of, parse_points
+from slrc.sweep.summary import State, Summary
+from slrc.sweep.work import sweep
+
+pytest.importorskip("optuna")
+MakeWorkload = Callable[..., slrc.Workload]
+POINTS = parse_points("channel,block:8x1", "2,4")
+
+
+def load(name: str) -> ModuleType:
+    path = Path(__file__).parents[1] / "reporting" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+pages = load("test_page")
+
+
+class Compiler:
+    """In place of `api.compile`: notes what it is given, ruins the weights, and writes a report."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, bool]] = []
+        self.starts: list[torch.Tensor] = []
+        self.errors: dict[str, Exception] = {}
+
+    def __call__(self, workload: slrc.Workload, out: Path, *, config: Any, resume: bool, reporter: Any) -> Report:
+        self.calls.append((out.name, resume))
+        weight = next(workload.model.parameters())
+        self.starts.append(weight.detach().clone())
+        with torch.no_grad():
+            weight.zero_()
+        if error := self.errors.get(out.name):
+            raise error
+        out.mkdir(parents=True)
+        report = pages.make_report(pattern=str(config.pattern))
+        ms = report.latency[0].dense_ms.p50 / config.speedup
+        compiled = report.latency[0].compiled_ms.model_copy(update={"p50": ms})
+        latency = report.latency[0].model_copy(update={"compiled_ms": compiled, "speedup": config.speedup})
+        final = 0.91 - 0.002 * config.speedup**2 - 0.001 * (out.name[0] == "b")
+        accuracy = report.accuracy.model_copy(update={"final": final})
+        report = report.model_copy(update={"latency": (latency,), "accuracy": accuracy})
+        report.save(out)
+        return report
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
+    made = Compiler()
+    monkeypatch.setattr(api, "compile", made)
+    return made
+
+
+def run(workload: slrc.Workload, out: Path, points: list[SweepPoint] = POINTS, **options: Any) -> Summary:
+    return sweep(workload, out, points, options={"threads": 1}, **options)
+
+
+def state_of(found: Summary) -> dict[str, str]:
+    return {row.name: str(row.state) for row in found.rows}
+
+
+def test_every_point_starts_from_the_same_weights(
+    tiny_workload: MakeWorkload, tmp_path: Path, compiler: Compiler
+) -> None:
+    workload = tiny_workload()
+    before = next(workload.model.parameters()).detach().clone()
+    found = run(workload, tmp_path / "sweep")
+    assert [name for name, _ in compiler.calls] == [p.name for p in POINTS]
+    assert all(torch.equal(start, before) for start in compiler.starts)
+    assert found.is_over
+    assert set(state_of(found).values()) == {"done"}
+    assert [row.is_dominated for row in found.rows] == [False, True, False, True]
+    assert (found.metric, found.dense_metric, found.dense_ms) == ("accuracy", 0.91, 2.0)
+    assert found.recommended == "channel-2x"
+    assert "2.00 times as fast" in found.recommendation
+    assert Summary.model_validate_json((tmp_path / "sweep" / "summary.json").read_text()) == found
+    text = (tmp_path / "sweep" / "report.html").read_text()
+    page = pages.Page(text)
+    assert not page.faults
+    assert "channel-2x/report.html" in page.addresses
+    for words in (found.recommendation, "4 of 4\xa0points done", "recommended", "dominated"):
+        assert words in " ".join(page.text.split("\n")).replace("  ", " ") or words in page.text
+
+
+def test_what_is_done_is_not_done_again_and_points_may_be_added(
+    tiny_workload: MakeWorkload, tmp_path: Path, compiler: Compiler
+) -> None:
+    run(tiny_workload(), tmp_path / "sweep", POINTS[:1])
+    other = tiny_workload()
+    with torch.no_grad():
+        next(other.model.parameters()).add_(1.0)  # the dense start stays that of the first worker
+    run(other, tmp_path / "sweep")
+    assert [name for name, _ in compiler.calls] == [p.name for p in POINTS]
+    assert all(torch.equal(start, compiler.starts[0]) for start in compiler.starts)
+
+
+def test_a_point_that_fails_does_not_stop_the_others(
+    tiny_workload: MakeWorkload, tmp_path: Path, compiler: Compiler
+) -> None:
+    compiler.errors = {"channel-2x": PlanError("out of reach"), "block-8x1-4x": ZeroDivisionError("a bug")}
+    found = run(tiny_workload(), tmp_path / "sweep")
+    assert list(state_of(found).values()) == ["failed", "done", "done", "failed"]
+    assert [row.why for row in found.rows] == ["out of reach", "", "", "ZeroDivisionError: a bug"]
+    assert found.is_over
+    assert "failed: out of reach" in render_sweep(found)
+    run(tiny_workload(), tmp_path / "sweep")
+    assert len(compiler.calls) == 4
+    compiler.errors = {}
+    found = run(tiny_workload(), tmp_path / "sweep", retry_failed=True)
+    assert set(state_of(found).values()) == {"done"}
+    assert len(compiler.calls) == 6
+
+
+def test_a_run_that_was_cut_off_is_gone_on_with(
+    tiny_workload: MakeWorkload, tmp_path: Path, compiler: Compiler
+) -> None:
+    work = tmp_path / "sweep" / "channel-2x.work"
+    run(tiny_workload(), tmp_path / "sweep", POINTS[1:2])
+    work.mkdir()
+    (work / "run.json").write_text("{}")
+    run(tiny_workload(), tmp_path / "sweep", POINTS[:1])
+    assert compiler.calls == [("block-8x1-2x", False), ("channel-2x", True)]
+
+
+def test_a_worker_waits_for_the_others_and_takes_what_they_leave(
+    tiny_workload: MakeWorkload, tmp_path: Path, compiler: Compiler
+) -> None:
+    workload = tiny_workload()
+    config = POINTS[0].config({"threads": 1}, None)
+    folder = SweepFolder(tmp_path / "sweep", identity_of(workload.name, config))
+    claim = folder.claim(POINTS[0])
+    assert claim is not None
+    waited = []
+
+    def sleep(seconds: float) -> None:
+        waited.append([name for name, _ in compiler.calls])
+        if len(waited) == 2:
+            claim.release()
+
+    found = run(workload, tmp_path / "sweep", POINTS[:2], sleep=sleep)
+    assert waited == [["block-8x1-2x"]] * 2
+    assert [name for name, _ in compiler.calls] == ["block-8x1-2x", "channel-2x"]
+    assert found.is_over
+
+
+def test_another_model_or_other_options_are_refused(
+    tiny_workload: MakeWorkload, tmp_path: Path, compiler: Compiler
+) -> None:
+    run(tiny_workload(), tmp_path / "sweep", POINTS[:1])
+    with pytest.raises(OutputError, match="not the one that the sweep"):
+        run(tiny_workload(model=torch.nn.Linear(4, 2)), tmp_path / "sweep", POINTS[:1])
+    with pytest.raises(OutputError, match="`epochs` was None, now 3"):
+        sweep(tiny_workload(), tmp_path / "sweep", POINTS, options={"threads": 1, "epochs": 3}, reporter=Quiet())
+
+
+def test_states_of_a_sweep_under_way(tiny_workload: MakeWorkload, tmp_path: Path, compiler: Compiler) -> None:
+    seen: list[list[str]] = []
+    whole = compiler.__call__
+
+    def look(*args: Any, **kwargs: Any) -> Report:
+        path = tmp_path / "sweep" / "summary.json"
+        if path.exists():
+            seen.append([row["state"] for row in json.loads(path.read_text())["rows"]])
+        return whole(*args, **kwargs)
+
+    api.compile = look  # type: ignore[assignment]  # the fixture puts it back
+    run(tiny_workload(), tmp_path / "sweep", POINTS[:3])
+    assert seen == [[State.DONE, State.WAITING, State.WAITING], [State.DONE, State.DONE, State.WAITING]]
+
+
+# The clock says that time is proportional to the size of the weights; one process kills itself in the second epoch.
+REAL = """
+
+import os, signal
+from pathlib import Path
+from slrc.measuring.clock import Clock, Timing
+
+Clock.times = lambda clock, jobs, budget: tuple(
+    Timing(float(sum(t.numel() for t in job.make().tensors.values()))) for job in jobs
+)
+_whole = workload
+
+
+def workload():
+    def loss(model, batch):
+        if os.environ.get("KILL") and list(Path("sweep").glob("*.work/checkpoints/0*")):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return slrc.cross_entropy(model, batch)
+
+    made = _whole()
+    made.loss, made.distill = loss, slrc.soft_divergence
+    return made
+"""
+
+
+def test_a_worker_is_killed_and_two_others_finish_the_sweep(
+    start_process: Callable[..., Any], tmp_path: Path, workload_source: str
+) -> None:
+    (tmp_path / "tinynet.py").write_text(workload_source + REAL)
+    command = ["slrc", "sweep", "tinynet.py", "--speedups", "1.25,1.5", "--patterns", "channel", "--threads", "1"]
+    command += ["--epochs", "2", "--method", "gradual", "--round-to", "1", "--prune-ends"]
+    code = f"sys.argv[:] = {command!r}; sys.path.insert(0, ''); from slrc.cli import main; main()"
+    killed = start_process(code, tmp_path, KILL="1").finish()
+    assert killed.code == -signal.SIGKILL, killed.err
+    root = tmp_path / "sweep"
+    assert (root / "channel-1.25x.work" / "checkpoints").exists()
+
+    workers = [start_process(code, tmp_path) for _ in range(2)]
+    done = [worker.finish() for worker in workers]
+    assert [d.code for d in done] == [0, 0], done
+    said = "".join(d.err for d in done)
+    for name in ("channel-1.25x", "channel-1.5x"):
+        assert said.count(f"point {name}\n") == 1
+        assert Report.load(root / name).curve[-1].epoch == 2
+    assert said.count("going on after gradual epoch 1") == 1
+    summary = Summary.model_validate_json((root / "summary.json").read_text())
+    assert summary.is_over
+    assert not list(root.glob("*.work"))
+    dense = load_file(root / "dense.safetensors")
+    assert dense
+    assert "dense" in done[0].out
+    assert (root / "report.html").exists()

@@ -111,6 +111,9 @@ class CompileConfig(MethodSettings):
     )
     retrain_epochs: int = _option(0, "epochs of masked retraining afterwards (default: 0)", ge=0)
     precision: Precision = _option(Precision.FP32, "training in fp32, bf16 or fp16 (default: fp32)")
+    checkpoint_minutes: float = _option(
+        10.0, "within an epoch, save for --resume so often; 0 after every step (default: 10)", ge=0
+    )
     target: tuple[str, ...] = _option(
         ("ort",),
         "ort, ort:aarch64, ort:stock, tensorrt-rtx:sm86 or tensorrt, see `targets`; repeatable (default: ort)",

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import copy
-import math
 import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from slrc.config import CompileConfig
 from slrc.doctor.diagnosis import Deadline, Training
-from slrc.errors import WorkloadError
 from slrc.methods.settings import MethodName
 from slrc.sparsity.plans import Plan
-from slrc.training.batches import sparse_steps
+from slrc.training.batches import samples_in, sparse_steps
+from slrc.training.evaluation import check_finite
 from slrc.training.loop import train
 from slrc.workload import Workload
 
@@ -53,7 +51,7 @@ class _FirstBatches:
                 batch = next(source)
             except StopIteration:
                 return
-            self.samples = max(self.samples, _samples(batch))
+            self.samples = max(self.samples, samples_in(batch))
             yield batch
 
 
@@ -115,8 +113,7 @@ def practise_evaluation(workload: Workload, deadline: Deadline) -> tuple[tuple[s
     except _Stop:
         return None, deadline.spent
     assert metric is not None
-    if not math.isfinite(metric[1]):
-        raise WorkloadError(f"`evaluate` returned {metric[1]} for the model as it was given")
+    check_finite(metric[1], " for the model as it was given")
     return metric, deadline.spent
 
 
@@ -128,8 +125,3 @@ def estimate_hours(training: Training, config: CompileConfig) -> Training:
     evaluations = 2 * (1 + -(-steps // training.steps))  # of the live model and of a hard-pruned copy
     seconds = steps * training.step_seconds + evaluations * (training.evaluation_seconds or 0.0)
     return training.model_copy(update={"hours": seconds / 3600})
-
-
-def _samples(batch: Any) -> int:
-    tensors = [x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor) and x.dim()]
-    return tensors[0].shape[0] if tensors else 1

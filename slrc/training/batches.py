@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, IterableDataset
 
 from slrc.config import CompileConfig
@@ -104,6 +106,12 @@ def _is_plain_loader(batches: Iterable[Any]) -> bool:
         and type(batches).__iter__ is DataLoader.__iter__
         and not isinstance(batches.dataset, IterableDataset)
     )
+
+
+def samples_in(batch: Any) -> int:
+    """Return how many samples a batch has, by its first tensor; 1 where it has none."""
+    tensors = [x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor) and x.dim()]
+    return tensors[0].shape[0] if tensors else 1
 
 
 def update_steps(steps: int, updates: int) -> set[int]:

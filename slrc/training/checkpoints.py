@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,18 +42,51 @@ class EpochRecord(BaseModel):
     seconds: float
 
 
+class PartOfEpoch(BaseModel):
+    """What was done of the epoch under way: steps, the sum of their losses, and the seconds that they took."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int = 0
+    summed: float = 0.0
+    seconds: float = 0.0
+
+
 @dataclass(frozen=True)
 class Snapshot:
-    """Where a run stands after an epoch."""
+    """Where a run stands after an epoch, or within the one that follows `epochs_done`."""
 
     phase: str
     epochs_done: int
+    part: PartOfEpoch
     curve: tuple[EpochRecord, ...]
     method: MethodState
     masks: Mapping[str, Any]
     average: Mapping[str, Any]
     options: Mapping[str, Option]
     """Which options of its budget the plan has."""
+
+
+class Timer:
+    """Says when a checkpoint within an epoch is due.
+
+    Args:
+        minutes: since the last checkpoint.
+        now: a clock, in seconds.
+    """
+
+    def __init__(self, minutes: float, now: Callable[[], float] = time.monotonic) -> None:
+        self._seconds, self._now = 60 * minutes, now
+        self._last = now()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the minutes have passed."""
+        return self._now() - self._last >= self._seconds
+
+    def restart(self) -> None:
+        """A checkpoint was saved."""
+        self._last = self._now()
 
 
 class CheckpointFolder:
@@ -82,6 +116,7 @@ class CheckpointFolder:
             progress = {
                 "phase": snapshot.phase,
                 "epochs_done": snapshot.epochs_done,
+                "part": snapshot.part.model_dump(),
                 "curve": [r.model_dump() for r in snapshot.curve],
                 "numbers": dict(snapshot.method.numbers),
                 "options": {name: option.model_dump(mode="json") for name, option in snapshot.options.items()},
@@ -117,6 +152,7 @@ class CheckpointFolder:
             return Snapshot(
                 phase=progress["phase"],
                 epochs_done=progress["epochs_done"],
+                part=PartOfEpoch.model_validate(progress["part"]),
                 curve=tuple(EpochRecord.model_validate(r) for r in progress["curve"]),
                 method=state,
                 masks=load_file(masks) if masks.exists() else {},

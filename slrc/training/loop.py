@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -32,16 +32,19 @@ from slrc.sparsity.plans import Plan
 from slrc.training.batches import (
     count_steps,
     read,
+    samples_in,
     seed_epoch,
     share_of_first,
     share_out,
     sparse_steps,
     update_steps,
 )
-from slrc.training.checkpoints import CheckpointFolder, EpochRecord, Snapshot, misfit
+from slrc.training.checkpoints import CheckpointFolder, EpochRecord, PartOfEpoch, Snapshot, Timer, misfit
 from slrc.training.choose_method import choose_method
 from slrc.training.distillation import Teacher
 from slrc.training.evaluation import Evaluation, check_finite, unwrap
+from slrc.training.pace import Pace
+from slrc.training.random_state import RandomState
 from slrc.training.recipe import AveragedWeights, make_optimizer
 from slrc.training.steps import Hooks, Steps, Stopwatch, call_loss
 from slrc.training.trained import Trained
@@ -147,7 +150,8 @@ class _Trainer:
         """Sparse epochs, projection, retraining; what the newest checkpoint has done already is not done again."""
         self._check_storable()
         if self.snapshot:
-            self.reporter.note(f"going on after {self.snapshot.phase} epoch {self.snapshot.epochs_done}")
+            within = f", step {self.snapshot.part.steps} of the next" if self.snapshot.part.steps else ""
+            self.reporter.note(f"going on after {self.snapshot.phase} epoch {self.snapshot.epochs_done}{within}")
         if self._has_steps and self.config.distill:
             self.teacher = Teacher(self.evaluation.twin(self.model), self.workload, self.config.recipe)
         in_retraining = self.snapshot is not None and self.snapshot.phase == RETRAIN
@@ -335,27 +339,35 @@ class _Trainer:
             average=average,
             stopwatch=self.stopwatch,
         )
-        first = 0
+        first, part, random_state = 0, PartOfEpoch(), None
         if self.snapshot and self.folder and self.resume_from and self.snapshot.phase == phase.name:
             self.folder.restore(self.accelerator, self.resume_from)
-            first = self.snapshot.epochs_done
+            first, part, random_state = self.snapshot.epochs_done, self.snapshot.part, RandomState.of_now()
             if average is not None:
                 average.load(self.snapshot.average)
         due, epochs = update_steps(steps, self.config.updates_per_epoch), math.ceil(phase.steps / steps)
+        timer = Timer(self.config.checkpoint_minutes)
         for epoch in range(first, epochs):
             seed_epoch(batches, self.config.seed, phase.name, epoch)
-            started, summed, count = time.perf_counter(), 0.0, 0
-            done = epoch * steps
+            started, done, before = time.perf_counter() - part.seconds, epoch * steps, part.steps
             model.train()
             left = min(steps, phase.steps - done)
-            with self.reporter.task(f"{phase.name} epoch {epoch + 1}/{epochs}", left) as task:
-                for count, batch in enumerate(islice(read(loader), left), start=1):
+            pace = Pace(phase.steps - done - before, self.accelerator.num_processes)
+            source, count = islice(read(loader), left), before
+            if random_state is not None and before:
+                self._read_again(source, before, random_state)
+            with self.reporter.task(f"{phase.name} epoch {epoch + 1}/{epochs}", left - before) as task:
+                for count, batch in enumerate(source, start=before + 1):
                     where = f"{phase.name}, epoch {epoch + 1}, step {count}"
                     loss = taker.take(batch, self.teacher, where, done + count)
-                    summed += loss
                     if count in due:
                         taker.update()
-                    task.advance(f"loss {loss:.4f}")
+                    pace.step(samples_in(batch))
+                    part = PartOfEpoch(steps=count, summed=part.summed + loss, seconds=time.perf_counter() - started)
+                    if count < left and self._saves_within_epochs and timer.is_due:
+                        self._save(phase, epoch, part, average)
+                        timer.restart()
+                    task.advance(f"loss {loss:.4f}, {pace}")
             if count == 0:
                 raise WorkloadError(
                     f"`train_batches` yielded nothing in epoch {epoch + 1}",
@@ -363,14 +375,32 @@ class _Trainer:
                 )
             if average is not None and epoch + 1 == epochs:
                 average.store()
-            mean_loss = self._mean_of_processes(summed / count)
+            mean_loss = self._mean_of_processes(part.summed / count)
             record = self._measure(phase.name, epoch + 1, mean_loss, time.perf_counter() - started)
             self.curve.append(record)
             self.reporter.note(_describe(record))
+            part = PartOfEpoch()
             if self.folder and self.accelerator.is_main_process:
-                kept = average.average if average is not None else {}
-                self.folder.save(self.accelerator, self._snapshot(phase, epoch + 1, kept))
+                self._save(phase, epoch + 1, part, average)
+                timer.restart()
             self.accelerator.wait_for_everyone()
+
+    @property
+    def _saves_within_epochs(self) -> bool:
+        """One process alone does: several would have to save at the same step, with the random numbers of each."""
+        return self.folder is not None and self.accelerator.num_processes == 1
+
+    def _read_again(self, source: Iterator[Any], steps: int, random_state: RandomState) -> None:
+        """Pass over what an interrupted epoch has trained on; then random numbers go on where they were."""
+        with self.reporter.task("reading what was trained on", steps) as task:
+            for _ in islice(source, steps):
+                task.advance()
+        random_state.restore()
+
+    def _save(self, phase: _Phase, epochs_done: int, part: PartOfEpoch, average: AveragedWeights | None) -> None:
+        assert self.folder is not None
+        kept = average.average if average is not None else {}
+        self.folder.save(self.accelerator, self._snapshot(phase, epochs_done, part, kept))
 
     def _measure(self, phase: str, epoch: int, loss: float | None, seconds: float) -> EpochRecord:
         """Evaluate the live model and, while it is not pruned yet, a hard-pruned copy, in float32.
@@ -390,12 +420,12 @@ class _Trainer:
                 hard = self.evaluation.metric(pruned)
         return EpochRecord(phase=phase, epoch=epoch, loss=loss, metric=metric, hard_pruned=hard, seconds=seconds)
 
-    def _snapshot(self, phase: _Phase, epochs_done: int, average: Mapping[str, Tensor]) -> Snapshot:
+    def _snapshot(self, phase: _Phase, epochs_done: int, part: PartOfEpoch, average: Mapping[str, Tensor]) -> Snapshot:
         retraining = phase.name == RETRAIN
         state = MethodState({}, {}, tuple(self.method.history)) if retraining else self.method.state()
         masks = self.masks.tensors if retraining else {}
         options = (self.plan if retraining else self.method.plan).options()
-        return Snapshot(phase.name, epochs_done, tuple(self.curve), state, masks, average, options)
+        return Snapshot(phase.name, epochs_done, part, tuple(self.curve), state, masks, average, options)
 
     def _read_probe(self) -> None:
         """Take the first batches once, from a seed of their own, so that a resumed run takes the same."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -719,6 +721,58 @@ def check_resume(
     assert len(list(checkpoints.iterdir()) if epoch else []) == min(epoch, 1)
     resumed = run(resumable(tiny_workload), checkpoints=checkpoints, resume=True, **options)
     assert_same(resumed, uninterrupted)
+
+
+class Noisy(TensorDataset):
+    """Images that are changed at random when they are read, as an augmentation does."""
+
+    def __getitem__(self, index: Any) -> Any:
+        x, y = super().__getitem__(index)
+        return x + 0.1 * torch.randn(x.shape) + float(np.random.rand()) + 0.1 * random.random(), y
+
+
+@pytest.mark.parametrize(
+    ("method", "recipe", "workers", "stops"),
+    [
+        ("slr", {}, 0, (0, 1, 4)),
+        ("gradual", {"average": 0.9}, 1, (2, 3)),
+        ("ac-dc", {}, 0, (1,)),
+        ("group-lasso", {}, 0, (2,)),
+        ("admm", {}, 0, (1,)),
+    ],
+)
+def test_resume_within_an_epoch(
+    tiny_workload: MakeWorkload,
+    tiny_data: TensorDataset,
+    tmp_path: Path,
+    method: str,
+    recipe: dict[str, Any],
+    workers: int,
+    stops: tuple[int, ...],
+) -> None:
+    """After two of six steps, from a checkpoint of that step: with dropout, noise in the data and a shuffled order."""
+    loader = DataLoader(Noisy(*tiny_data.tensors), batch_size=8, shuffle=True, num_workers=workers)
+    options = {**OPTIONS, "method": method, "recipe": recipe}
+    uninterrupted = run(resumable(tiny_workload, train_batches=loader), **options)
+    options["checkpoint_minutes"] = 0
+    for epoch in stops:
+        folder, calls = tmp_path / str(epoch), Interrupted(at=epoch * STEPS + 3)
+        with pytest.raises(WorkloadError, match="StopHere"):
+            run(resumable(tiny_workload, train_batches=loader, loss=calls), checkpoints=folder, **options)
+        newest = CheckpointFolder(folder).newest()
+        assert newest is not None
+        assert CheckpointFolder(folder).read(newest).part.steps == 2
+        calls = Interrupted(at=-1)
+        resumed = run(
+            resumable(tiny_workload, train_batches=loader, loss=calls), checkpoints=folder, resume=True, **options
+        )
+        assert_same(resumed, uninterrupted)
+        assert calls.steps == (5 - epoch) * STEPS - 2  # none is trained on twice
+
+
+def test_epochs_that_are_short_have_one_checkpoint(tiny_workload: MakeWorkload, tmp_path: Path) -> None:
+    run(tiny_workload(), checkpoints=tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["000001"]
 
 
 def test_resume_after_the_last_checkpoint(tiny_workload: MakeWorkload, tmp_path: Path) -> None:

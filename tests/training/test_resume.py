@@ -129,6 +129,15 @@ def test_killed_and_resumed(start: Start, tmp_path: Path, reference: Path, workl
     assert_same_output(tmp_path / "build", reference)
 
 
+def test_killed_within_an_epoch(start: Start, tmp_path: Path, reference: Path, workload_source: str) -> None:
+    often = ("--checkpoint-minutes", "0")
+    killed = start(write_workload(tmp_path, workload_source), *often, kill_at="10").finish()
+    assert killed.code == -signal.SIGKILL, killed.err
+    err = finish(start(tmp_path, *often, "--resume"))
+    assert "going on after gradual epoch 1, step 3 of the next" in err
+    assert_same_output(tmp_path / "build", reference)
+
+
 def test_killed_from_outside_after_the_first_checkpoint(
     start: Start, tmp_path: Path, reference: Path, workload_source: str
 ) -> None:

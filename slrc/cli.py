@@ -432,8 +432,8 @@ def main() -> None:
         if stop.code != INTERRUPTED:  # what typer makes of Ctrl-C
             raise
         hint = (
-            "`slrc compile --resume` goes on after the last whole epoch, if there was one; `slrc sweep` does where the "
-            "same command is given again"
+            "`slrc compile --resume` goes on after what was saved of the training, if it had begun; `slrc sweep` does "
+            "so where the same command is given again"
         )
         _fail("interrupted", hint, INTERRUPTED, debug)
     except Exception as error:

@@ -92,7 +92,7 @@ def recommend(points: Sequence[Point], metric: str, accepted: float = ACCEPTED) 
     best = min(good, key=lambda p: (p.ms or 0.0, lost(p)))
     assert best.ms is not None
     faster = sum((p.ms or 0.0) < best.ms for p in measured)
-    why = f"the {faster} that are faster lose more than that" if faster else "nothing is faster"
+    why = "nothing is faster" if not faster else "what is faster loses more than that"
     return best.name, (
         f"Take {best.name}: it runs {dense.ms / best.ms:.2f} times as fast as the dense network, in {best.ms:.3f} ms, "
         f"keeps within {accepted:.0%} of its {metric}, {best.metric:.4f} against {dense.metric:.4f}, and {why}."

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from slrc.errors import OutputError
 from slrc.sweep.points import SweepFolder, SweepPoint
+from slrc.workspace import REPORT
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -84,14 +85,14 @@ class Queue:
         return [name for name, point in self._points.items() if self._folder.is_claimed(point)]
 
     def _enqueue_missing(self, retry_failed: bool) -> None:
-        """Let every point wait that is not done, not failed for good, not waiting and not worked on."""
+        """Let every point wait that is not built, not failed for good, not waiting and not worked on."""
         from optuna.trial import TrialState
 
         last = self._last()
         for name, point in self._points.items():
             trial = last.get(name)
             if trial is not None:
-                if trial.state in (TrialState.COMPLETE, TrialState.WAITING):
+                if trial.state is TrialState.WAITING or (trial.state is TrialState.COMPLETE and self._is_built(point)):
                     continue
                 if trial.state is TrialState.RUNNING:
                     if self._folder.is_claimed(point):
@@ -100,6 +101,9 @@ class Queue:
                 elif WHY in trial.user_attrs and not retry_failed:
                     continue
             self._study.enqueue_trial({}, user_attrs={POINT: name})
+
+    def _is_built(self, point: SweepPoint) -> bool:
+        return (self._folder.build(point) / REPORT).exists()
 
     def _last(self) -> dict[str, FrozenTrial]:
         """Return the newest trial of every point."""

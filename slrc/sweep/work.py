@@ -24,7 +24,7 @@ from slrc.sweep.summary import Summary, summarise
 from slrc.training.checkpoints import DISK_ERRORS
 from slrc.user_code import first_line
 from slrc.workload import Workload, load_workload
-from slrc.workspace import RUN
+from slrc.workspace import REPORT, RUN
 
 POLL_SECONDS = 5.0
 """How often a worker without a point looks whether another one died."""
@@ -116,7 +116,7 @@ class _Worker:
         point, out = claimed.point, self.folder.build(claimed.point)
         self.reporter.note(f"point {point.name}")
         try:
-            report = Report.load(out) if (out / "report.json").exists() else self._compile(point, out)
+            report = Report.load(out) if (out / REPORT).exists() else self._compile(point, out)
         except Exception as error:  # a bug as well: the other points go on
             why = error.message if isinstance(error, SlrcError) else first_line(error)
             self.reporter.note(f"point {point.name} failed: {why}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from slrc.errors import ConfigError, OutputError, PatternError
 from slrc.sweep.points import SweepFolder, SweepPoint, parse_points
-from slrc.sweep.queue import Queue
+from slrc.sweep.queue import Claimed, Queue
 
 pytest.importorskip("optuna")
 POINTS = parse_points("channel,block:8x1", "2")
@@ -18,6 +19,14 @@ IDENTITY = {"model": "net", "seed": 0}
 
 def queue(root: Path, points: list[SweepPoint] | None = None, storage: str | None = None) -> Queue:
     return Queue(SweepFolder(root, IDENTITY), points or POINTS, storage)
+
+
+def finish(worker: Queue, claimed: Claimed | None, root: Path) -> None:
+    assert claimed is not None
+    build = root / claimed.point.name
+    build.mkdir()
+    (build / "report.json").write_text("{}")
+    worker.finish(claimed, 1.0, 0.5)
 
 
 @pytest.fixture(params=["journal", "sqlite"])
@@ -33,8 +42,8 @@ def test_two_workers_share_the_points(tmp_path: Path, storage: str | None) -> No
     assert [first.point.name, second.point.name] == ["channel-2x", "block-8x1-2x"]
     assert one.take() is None
     assert two.others_at_work() == ["channel-2x", "block-8x1-2x"]
-    one.finish(first, 1.5, 0.9)
-    two.finish(second, 1.0, None)
+    finish(one, first, tmp_path / "sweep")
+    finish(two, second, tmp_path / "sweep")
     assert one.take() is two.take() is None
     assert not one.others_at_work()
 
@@ -51,8 +60,8 @@ def test_the_point_of_a_worker_that_died_is_taken_up_again(tmp_path: Path) -> No
     assert again is not None
     assert again.point == dead.point
     assert other.take() is None
-    other.finish(again, 1.0, 0.5)
-    other.finish(second, 1.0, 0.5)
+    finish(other, again, tmp_path)
+    finish(other, second, tmp_path)
     assert queue(tmp_path).take() is None
 
 
@@ -70,14 +79,22 @@ def test_a_point_that_failed_is_tried_again_only_if_asked(tmp_path: Path) -> Non
 
 def test_points_may_be_added_and_only_those_asked_for_are_taken(tmp_path: Path) -> None:
     one = queue(tmp_path, POINTS[:1])
-    taken = one.take()
-    assert taken is not None
-    one.finish(taken, 1.0, None)
+    finish(one, one.take(), tmp_path)
     more = queue(tmp_path, POINTS)
     added = more.take()
     assert added is not None
     assert added.point.name == "block-8x1-2x"
     assert more.take() is None
+
+
+def test_a_build_that_was_removed_is_made_again(tmp_path: Path) -> None:
+    one = queue(tmp_path, POINTS[:1])
+    finish(one, one.take(), tmp_path)
+    assert one.take() is None
+    shutil.rmtree(tmp_path / POINTS[0].name)
+    again = one.take()
+    assert again is not None
+    assert again.point == POINTS[0]
 
 
 def test_a_storage_that_cannot_be_used_is_a_readable_error(tmp_path: Path) -> None:

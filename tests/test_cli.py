@@ -116,6 +116,20 @@ def test_compare_prints_a_table_and_writes_a_page(run: Run, compiled: Path, tmp_
     assert "has no report.json" in missing.err
 
 
+def test_a_sweep_says_what_is_wrong_before_it_begins(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run("sweep", model, "--speedups", "fast")
+    assert result.code == 2
+    assert "speed-ups above 1" in result.err
+    result = run("sweep", model, "--patterns", "2:4")
+    assert result.code == 2
+    assert "prescribes it" in result.err
+    assert not Path("sweep").exists()
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    result = run("sweep", model)
+    assert result.code == 2
+    assert "pip install 'slrc[sweep]'" in result.err
+
+
 def test_options_reach_the_compile(run: Run, model: Path) -> None:
     Path("slrc.toml").write_text("sparsity = 0.75\nepochs = 9\nretrain-epochs = 1\n[slr]\nrho = 0.2\n")
     arguments = ["--config", "slrc.toml", "--epochs", 1, "--method", "slr", "--precision", "bf16", "--seed", 3]

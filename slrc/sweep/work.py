@@ -88,12 +88,12 @@ class _Worker:
     ) -> None:
         self.folder, self.points, self.configs = folder, points, configs
         self.accepted, self.reporter = accepted, reporter
+        self.queue = Queue(folder, points, storage)  # before the workload, which may train a dense network
         first = configs[points[0].name]
         self.target = first.target[0]
         set_seed(first.seed)
         self.workload = load_workload(model) if isinstance(model, str) else model
         self.dense = self._keep_dense()
-        self.queue = Queue(folder, points, storage)
 
     def run(self, retry_failed: bool, sleep: Callable[[float], object]) -> Summary:
         told: list[str] = []

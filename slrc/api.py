@@ -284,10 +284,6 @@ def plan_from(
     nothing is asked for and the usual budget is out of reach, most of what can be saved is.
     """
 
-    targets = [parse_target(text) for text in config.target]
-    widest = max(get_backend(target).channel_multiple(target) for target in targets)
-    multiple = widest if config.round_to == "auto" else config.round_to
-
     def allocate(pattern: AnyPattern, allocation: Allocation, sparsity: float | None, **others: Any) -> Plan:
         return allocate_sparsity(
             program,
@@ -296,7 +292,7 @@ def plan_from(
             allocation=allocation,
             skip=config.skip,
             keep_ends=config.keep_ends,
-            round_to=multiple,
+            round_to=config.width_multiple,
             attention=config.attention,
             layer_norm=config.layer_norm,
             permute=config.permute,
@@ -304,7 +300,8 @@ def plan_from(
         )
 
     device = device or local_device()
-    budget, pattern, target = config.latency_share, config.chosen_pattern, device.resolve(targets[0])
+    budget, pattern = config.latency_share, config.chosen_pattern
+    target = device.resolve(parse_target(config.target[0]))
     if config.leaves_all_open and (why_not := device.why_not_run(target)):
         made = allocate(Channel(), Allocation.UNIFORM, None)
         return _but(made, f"half of the channels are pruned, for whatever speed that gives: {target}: {why_not}")

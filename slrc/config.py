@@ -252,6 +252,15 @@ class CompileConfig(MethodSettings):
         return self
 
     @property
+    def width_multiple(self) -> int:
+        """The multiple that kept widths are rounded up to: the one asked for, or what suits all targets."""
+        if self.round_to != "auto":
+            return self.round_to
+        from slrc.backends import get_backend, parse_target  # not before torch is needed
+
+        return max(get_backend(target).channel_multiple(target) for target in map(parse_target, self.target))
+
+    @property
     def trains(self) -> bool:
         """Whether there is sparse training, given data; `reconstruct` has some only where it is asked for."""
         if self.method is MethodName.RECONSTRUCT:

@@ -25,7 +25,7 @@ def plan_uniformly(program: Program, pattern: AnyPattern, sparsity: float | None
         sparsity,
         skip=config.skip,
         keep_ends=config.keep_ends,
-        round_to=config.round_to,
+        round_to=config.width_multiple,
         attention=config.attention,
         layer_norm=config.layer_norm,
     )

@@ -13,7 +13,7 @@ from slrc.reporting import plots
 from slrc.reporting.page import render
 from slrc.reporting.pareto import Point, point_of, with_dominated
 from slrc.reporting.report import Report
-from slrc.reporting.tables import plain_table
+from slrc.reporting.tables import make_table
 
 TEMPLATE = "compare.html.j2"
 
@@ -61,7 +61,7 @@ def compare_tables(found: Comparison) -> Iterator[Table]:
     """The figures, then the share pruned of each layer."""
     for title, rows in (("", found.rows), ("pruned of each layer", found.layers)):
         if rows:
-            table = plain_table(title, "")
+            table = make_table(title, "")
             for name in found.names:
                 table.add_column(name, justify="right", overflow="fold")
             for row in rows:

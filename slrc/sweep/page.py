@@ -9,7 +9,7 @@ from rich.table import Table
 
 from slrc.reporting import plots
 from slrc.reporting.page import render
-from slrc.reporting.tables import plain_table
+from slrc.reporting.tables import make_table
 from slrc.sweep.summary import Row, State, Summary
 
 TEMPLATE = "sweep.html.j2"
@@ -18,7 +18,7 @@ TEMPLATE = "sweep.html.j2"
 def sweep_table(found: Summary) -> Table:
     """The dense network, then a line for each point; the recommended one is marked."""
     figures = (found.metric or "metric", "latency", "speed-up", "its range", "model file", "pruned")
-    table = plain_table(f"{found.model} on {found.target}", "", "point", "asked")
+    table = make_table(f"{found.model} on {found.target}", "", "point", "asked")
     for name in figures:
         table.add_column(name, justify="right", overflow="fold")
     table.add_column("", overflow="fold")

@@ -312,8 +312,8 @@ def test_a_latency_that_is_asked_for_is_trained_to_from_a_refitted_network(
     residual_net: MakeNet, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], method: str, trained: int
 ) -> None:
     """Epochs where nobody says how many are the usual ones; a method that is asked for by name does only that."""
-    monkeypatch.setattr("slrc.training.loop.USUAL_EPOCHS", 2)
-    monkeypatch.setattr("slrc.training.loop.USUAL_STEPS", 2)
+    monkeypatch.setattr("slrc.training.batches.USUAL_EPOCHS", 2)
+    monkeypatch.setattr("slrc.training.batches.USUAL_STEPS", 2)
     x, y = torch.randn(16, 4, 8, 8), torch.arange(16) % 3
     workload = slrc.Workload(model=residual_net(), example_inputs=(x[:1],), train_batches=[(x, y)], loss=_loss)
     plan = slrc.plan(slrc.capture(workload), "block:8x1", 0.5)

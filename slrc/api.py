@@ -302,9 +302,13 @@ def plan_from(
     device = device or local_device()
     budget, pattern = config.latency_share, config.chosen_pattern
     target = device.resolve(parse_target(config.target[0]))
-    if config.leaves_all_open and (why_not := device.why_not_run(target)):
+
+    def channels_by_half(why: str) -> Plan:
         made = allocate(Channel(), Allocation.UNIFORM, None)
-        return _but(made, f"half of the channels are pruned, for whatever speed that gives: {target}: {why_not}")
+        return _but(made, f"half of the channels are pruned, for whatever speed that gives: {why}")
+
+    if config.leaves_all_open and (why_not := device.why_not_run(target)):
+        return channels_by_half(f"{target}: {why_not}")
     if budget is None:
         assert not isinstance(pattern, str)
         return allocate(pattern, config.allocate, config.sparsity)
@@ -329,7 +333,11 @@ def plan_from(
         if not config.leaves_all_open:
             raise
         nearer = 1 - MOST_OF_WHAT_CAN_BE * (1 - error.least)
-        return _but(met(nearer), f"{budget:.0%} of the dense latency is out of reach: {nearer:.0%} was gone for")
+        missed = f"{budget:.0%} of the dense latency is out of reach"
+        try:
+            return _but(met(nearer), f"{missed}: {nearer:.0%} was gone for")
+        except UnreachableError:  # little can be saved, and each time another little is measured
+            return channels_by_half(missed)
 
 
 def _but(plan: Plan, note: str) -> Plan:

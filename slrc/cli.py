@@ -142,7 +142,7 @@ def sweep_command(
     points = parse_points(patterns, speedups)
     for point in points:  # what is wrong with an option is said before torch is loaded
         point.config(given, config)
-    from slrc.sweep.page import sweep_table
+    from slrc.sweep.page import sweep_notes, sweep_table
     from slrc.sweep.work import sweep
 
     found = sweep(
@@ -157,7 +157,8 @@ def sweep_command(
         reporter=_reporter(),
     )
     _console().print(sweep_table(found))
-    _console().print(found.recommendation, soft_wrap=True)
+    for text in (*sweep_notes(found), found.recommendation):
+        _console().print(text, soft_wrap=True)
     _console().print(f"report: {out / 'report.html'}", soft_wrap=True)
 
 

@@ -16,18 +16,21 @@ TEMPLATE = "sweep.html.j2"
 
 
 def sweep_table(found: Summary) -> Table:
-    """The dense network, then a line for each point; the recommended one is marked."""
-    figures = (found.metric or "metric", "latency", "speed-up", "its range", "model file", "pruned")
-    table = make_table(f"{found.model} on {found.target}", "", "point", "asked")
-    for name in figures:
+    """The dense network, then a line for each point; the recommended one is marked. It fits in 80 columns."""
+    table = make_table(f"{found.model} on {found.target}", "", "point")
+    for name in (found.metric or "metric", "latency", "speed-up", "model file", "pruned"):
         table.add_column(name, justify="right", overflow="fold")
     table.add_column("", overflow="fold")
-    dense = (_number(found.dense_metric), _ms(found.dense_ms), "", "", _mb(found.dense_bytes), "")
-    table.add_row("0", "dense", "", *dense, "")
+    table.add_row("0", "dense", _number(found.dense_metric), _ms(found.dense_ms), "", _mb(found.dense_bytes), "", "")
     for i, row in enumerate(found.rows, start=1):
-        asked = f"{row.speedup_asked:g}x"
-        table.add_row(str(i), row.name, asked, *cells(row), remark(row, found.recommended))
+        metric, ms, speedup, _, size, pruned = cells(row)
+        table.add_row(str(i), row.name, metric, ms, speedup, size, pruned, remark(row, found.recommended))
     return table
+
+
+def sweep_notes(found: Summary) -> list[str]:
+    """Return why points failed, a line each."""
+    return [f"{row.name} failed: {row.why}" for row in found.rows if row.state is State.FAILED]
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -40,8 +43,6 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def remark(row: Row, recommended: str | None) -> str:
     """Return what is to be said of a point besides its figures."""
-    if row.state is State.FAILED:
-        return f"failed: {row.why}"
     if row.state is not State.DONE:
         return str(row.state)
     return "recommended" if row.name == recommended else "dominated" if row.is_dominated else ""
@@ -59,7 +60,7 @@ def render_sweep(found: Summary) -> str:
     pareto = Markup(plots.pareto_plot(found.points, found.metric)) if found.metric else ""
     dense = (_number(found.dense_metric), _ms(found.dense_ms), "", "", _mb(found.dense_bytes), "")
     rows = [(row, cells(row), remark(row, found.recommended)) for row in found.rows]
-    return render(TEMPLATE, found=found, pareto=pareto, dense=dense, rows=rows)
+    return render(TEMPLATE, found=found, pareto=pareto, dense=dense, rows=rows, notes=sweep_notes(found))
 
 
 def _number(value: float | None) -> str:

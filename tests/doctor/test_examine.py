@@ -76,7 +76,7 @@ def test_what_was_timed_before_is_not_timed_again(
 ) -> None:
     program, clock = slrc.capture(tiny_workload()), Clock(ORT, 1, tmp_path)
     first = time_parts(program, clock, Deadline(1000), Quiet())
-    monkeypatch.setattr(Clock, "_prepare", None)
+    monkeypatch.setattr(Clock, "_emit", None)
     assert time_parts(program, clock, Deadline(1000), Quiet()) == first
 
 

@@ -420,7 +420,7 @@ def test_what_the_format_has_no_word_for(run: Callable[..., Any], message: str, 
 def test_a_compile_writes_the_program_and_says_if_it_cannot(
     tiny_workload: Callable[..., slrc.Workload], tmp_path: Path
 ) -> None:
-    slrc.compile(tiny_workload(), tmp_path / "out", epochs=1, threads=1)
+    slrc.compile(tiny_workload(), tmp_path / "out", pattern="channel", epochs=1, threads=1)
     loaded, exported = Program.load(tmp_path / "out" / "program"), torch.export.load(tmp_path / "out" / "model.pt2")
     x = torch.randn(3, 4, 6, 6)
     assert torch.equal(loaded.module()(x), exported.module()(x))
@@ -428,7 +428,7 @@ def test_a_compile_writes_the_program_and_says_if_it_cannot(
     layers = tiny_workload().model
     model = Net(lambda m, x: Pair(m.net(x), x.mean()), net=layers)
     workload = tiny_workload(model=model, train_batches=None, evaluate=None)
-    report = slrc.compile(workload, tmp_path / "pair", threads=1)
+    report = slrc.compile(workload, tmp_path / "pair", pattern="channel", threads=1)
     assert not [name for name in ("program", "model.pt2") if (tmp_path / "pair" / name).exists()]
     assert [note for note in report.notes if "was not written" in note] == list(report.notes[-2:])
     assert slrc.Report.load(tmp_path / "pair") == report

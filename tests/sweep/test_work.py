@@ -6,12 +6,14 @@ import importlib.util
 import json
 import signal
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 import slrc
@@ -19,7 +21,7 @@ from slrc import api
 from slrc.errors import OutputError, PlanError
 from slrc.progress import Quiet
 from slrc.reporting.report import Report
-from slrc.sweep.page import render_sweep
+from slrc.sweep.page import render_sweep, sweep_notes, sweep_table
 from slrc.sweep.points import SweepFolder, SweepPoint, identity_of, parse_points
 from slrc.sweep.summary import State, Summary
 from slrc.sweep.work import sweep
@@ -128,7 +130,13 @@ def test_a_point_that_fails_does_not_stop_the_others(
     assert list(state_of(found).values()) == ["failed", "done", "done", "failed"]
     assert [row.why for row in found.rows] == ["out of reach", "", "", "ZeroDivisionError: a bug"]
     assert found.is_over
-    assert "failed: out of reach" in render_sweep(found)
+    assert "<li>channel-2x failed: out of reach</li>" in render_sweep(found)
+    assert sweep_notes(found) == ["channel-2x failed: out of reach", "block-8x1-4x failed: ZeroDivisionError: a bug"]
+    console = Console(file=StringIO(), width=80, markup=False, highlight=False)
+    console.print(sweep_table(found))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert len(lines) == 2 + 1 + 4  # nothing is folded: a title, names, and a line each
+    assert lines[-1].split()[:2] == ["4", "block-8x1-4x"]
     run(tiny_workload(), tmp_path / "sweep")
     assert len(compiler.calls) == 4
     compiler.errors = {}

@@ -13,8 +13,9 @@ from slrc.doctor.diagnosis import Deadline, PartTime, SpeedupPoint
 from slrc.doctor.reach import plan_uniformly
 from slrc.errors import BackendError, SlrcError
 from slrc.forms.cost import cheapest_form
-from slrc.forms.form import Form, FormKind, Forms, candidate_forms
+from slrc.forms.form import DENSE, Form, FormKind, Forms
 from slrc.ir.program import Program
+from slrc.measuring.choose_forms import form_candidates
 from slrc.measuring.clock import Clock, Job
 from slrc.measuring.timing import BLOCKS, Budget, measure
 from slrc.passes.analysis.cut_segments import cut_segments
@@ -86,7 +87,7 @@ def time_speedups(
                 continue
             began = deadline.now()
             try:
-                slim, reached = _pruned(program, pattern, sparsity, config)
+                slim, reached = _pruned(program, pattern, sparsity, config, target)
                 compiled = _emitted(slim, target, threads, Path(folder) / str(i))
                 latency = measure(str(target), dense, compiled, inputs, threads, budget=WHOLE)
                 update = {"reached": reached, "speedup": latency.speedup, "spread": latency.speedup_spread}
@@ -98,25 +99,26 @@ def time_speedups(
     return [found[str(p), s] for p in patterns for s in sorted(SPARSITIES) if (str(p), s) in found]
 
 
-def _pruned(program: Program, pattern: AnyPattern, sparsity: float, config: CompileConfig) -> tuple[Program, float]:
+def _pruned(
+    program: Program, pattern: AnyPattern, sparsity: float, config: CompileConfig, target: Target
+) -> tuple[Program, float]:
     """Return the network as a compile would make it of this plan, with forms by the cost model; and what is pruned."""
     plan = plan_uniformly(program, pattern, sparsity, config)
     slim = structure(program, plan, Masks.project(plan, program.tensors))
-    return apply_forms(slim, _forms(slim, pattern)), plan.sparsity
+    return apply_forms(slim, _forms(slim, target)), plan.sparsity
 
 
-def _forms(program: Program, pattern: AnyPattern) -> Forms:
-    def fits(form: Form) -> bool:
-        if isinstance(pattern, Block):
-            return form.kind is FormKind.PACKED and form.size in (1, pattern.rows)
-        return isinstance(pattern, Columns) and form.kind in (FormKind.SPLIT, FormKind.GROUPED)
+def _forms(program: Program, target: Target) -> Forms:
+    """Return the form of every layer: packed where it can be, as kernels gain the most, else by the cost model.
 
+    Of blocks that cost the same the larger are taken.
+    """
+    candidates, _ = form_candidates(program, get_backend(target).why_not_packed(target))
     forms: dict[str, Form] = {}
-    for weight, layer in program.layers.items():
-        tensor = program.tensors[weight]
-        dense, *others = candidate_forms(tensor, layer.op, layer.groups)
-        form = cheapest_form(tensor, [dense, *filter(fits, others)], layer.groups)
-        if form != dense:
+    for weight, offered in candidates.items():
+        packed = sorted((f for f in offered if f.kind is FormKind.PACKED), key=lambda form: -form.size)
+        form = cheapest_form(program.tensors[weight], packed or offered, program.layers[weight].groups)
+        if form != DENSE:
             forms[weight] = form
     return forms
 

@@ -57,7 +57,7 @@ def choose_forms(
     """
     backend, device = get_backend(target), device or local_device()
     count = threads or device.cores
-    candidates, lost = _candidates(program, backend.why_not_packed(target))
+    candidates, lost = form_candidates(program, backend.why_not_packed(target))
     if not candidates:
         return FormChoice(target=str(target), threads=count, dropped=_notes(lost, target))
     if device.why_not_run(target):
@@ -81,7 +81,7 @@ def choose_forms(
     )
 
 
-def _candidates(program: Program, no_kernels: str) -> tuple[dict[str, list[Form]], list[tuple[str, str, str]]]:
+def form_candidates(program: Program, no_kernels: str) -> tuple[dict[str, list[Form]], list[tuple[str, str, str]]]:
     """Return the forms of every layer that has more than one, and the packed ones that are not to be had.
 
     What is packed with no zeros is so for other packed layers alone.

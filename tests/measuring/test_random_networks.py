@@ -21,7 +21,7 @@ from slrc.backends.onnx_export import export_onnx
 from slrc.errors import PlanError
 from slrc.forms.form import DENSE, Forms
 from slrc.ir.program import Program, capture
-from slrc.measuring.choose_forms import _candidates, choose_forms
+from slrc.measuring.choose_forms import choose_forms, form_candidates
 from slrc.pipeline import apply_forms, structure
 from slrc.sparsity.masks import Masks
 from slrc.verify import compare, outputs_of
@@ -100,7 +100,7 @@ def network(draw: random.Random) -> nn.Module:
 
 def drawn_forms(program: Program, target: Target, draw: random.Random) -> Forms:
     """Return a form of each layer, of those that it may have on a target."""
-    candidates, lost = _candidates(program, get_backend(target).why_not_packed(target))
+    candidates, lost = form_candidates(program, get_backend(target).why_not_packed(target))
     assert all("stock runtime" in reason for _, _, reason in lost)
     return {
         weight: form for weight, forms in candidates.items() if (form := draw.choice(forms[1:] * 3 + forms)) != DENSE

@@ -31,7 +31,10 @@ def why_not() -> str:
     if os.getuid() != 0:
         return "an arm64 root is made by root"
     missing = [name for name in (QEMU, "debootstrap", "dpkg-deb", "tar") if shutil.which(name) is None]
-    return f"{', '.join(missing)} not installed: apt-get install qemu-user-static debootstrap" if missing else ""
+    if missing:
+        return f"{', '.join(missing)} not installed: apt-get install qemu-user-static debootstrap"
+    allowed = subprocess.run(["unshare", "--user", "--mount", "true"], capture_output=True, check=False)
+    return "" if allowed.returncode == 0 else f"no user namespaces here: {allowed.stderr.decode().strip()}"
 
 
 def make_root(root: Path) -> None:

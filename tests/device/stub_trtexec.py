@@ -9,6 +9,7 @@ An engine of it is a file that names the model; the outputs are those that the b
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -80,7 +81,7 @@ def build(given: dict[str, str]) -> int:
         return failed(SHORT)
     if said := SETTINGS.get("refuses"):
         return failed(f"[07/26/2026-16:04:12] [E] [TRT] {said}")
-    Path(given["--saveEngine"]).write_text(str(Path(given["--onnx"]).resolve()))
+    Path(given["--saveEngine"]).write_text(hashlib.sha256(Path(given["--onnx"]).read_bytes()).hexdigest())
     print((LOGS / f"{VERSION}_build.txt").read_text() + f"&&&& PASSED {BANNER} # {' '.join(sys.argv)}")
     return 0
 
@@ -90,24 +91,30 @@ def run(given: dict[str, str]) -> int:
     engine = Path(given["--loadEngine"])
     if not engine.exists():
         return failed(f"[07/26/2026-16:04:09] [E] Error opening engine file: {engine}")
-    model = Path(engine.read_text())
+    name = model_of(engine.read_text())
     for pair in given["--loadInputs"].split(","):
-        name, _, file = pair.rpartition(":")
+        tensor, _, file = pair.rpartition(":")
         if not Path(file).exists():
-            return failed(f"[07/26/2026-16:04:09] [E] Cannot open file {file} of {name}")
+            return failed(f"[07/26/2026-16:04:09] [E] Cannot open file {file} of {tensor}")
     if "--dumpLayerInfo" in given:  # 8.5 is played as saying nothing of an engine that it does not run
         print((LOGS / f"{VERSION}_run.txt").read_text())
     if path := given.get("--exportTimes"):
-        slow = 2.0 if model.parent.name == "dense" else 1.0
+        slow = 2.0 if name == "dense" else 1.0
         records = [
             {"startComputeMs": i * slow, "computeMs": slow + i % 3 / 100, "latencyMs": slow} for i in range(1000)
         ]
         Path(path).write_text(json.dumps(records))
     if path := given.get("--exportOutput"):
         transferred = not VERSION.startswith("11") or "--includeDataTransfers" in given
-        Path(path).write_text(outputs(model.parent.name, transferred))
+        Path(path).write_text(outputs(name, transferred))
     print(f"&&&& PASSED {BANNER} # {' '.join(sys.argv)}")
     return 0
+
+
+def model_of(digest: str) -> str:
+    """Return the name of the bundle's model that an engine was built of, here or in an earlier bundle."""
+    manifest = json.loads(Path("manifest.json").read_text())
+    return next(m["name"] for m in manifest["models"] if manifest["files"][m["file"]] == digest)
 
 
 def outputs(name: str, transferred: bool) -> str:

@@ -16,8 +16,10 @@ from slrc.ir.program import Layer, Program
 from slrc.passes.allocation.order_channels import order_channels, takes_order
 from slrc.passes.analysis.label_indices import ChannelGroup, IndexLabels, label_indices
 from slrc.sparsity.choices import Allocation, Attention, LayerNorm
+from slrc.sparsity.constraints import Constraint
 from slrc.sparsity.patterns import AnyPattern, Block, Unstructured
-from slrc.sparsity.plans import Constraint, LatencyForecast, LeftOut, Plan, Slice
+from slrc.sparsity.plans import LatencyForecast, LeftOut, Plan
+from slrc.sparsity.slices import Slice
 
 WidthChooser = Callable[
     [Program, IndexLabels, Sequence[Constraint], Sequence[int]], tuple[NDArray[np.int64], LatencyForecast]

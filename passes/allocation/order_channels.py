@@ -11,8 +11,8 @@ from torch import Tensor
 from slrc.ir.program import Program
 from slrc.passes.analysis.label_indices import IndexLabels
 from slrc.passes.analysis.unit_layout import UnitLayout
+from slrc.sparsity.constraints import Constraint
 from slrc.sparsity.patterns import AnyPattern, Block
-from slrc.sparsity.plans import Constraint
 
 TINY = torch.finfo(torch.float32).tiny
 MOST_COLUMNS = 1024

@@ -28,7 +28,7 @@ from slrc.ir.program import Program
 from slrc.ir.tracing import source_line
 from slrc.passes.analysis.index_rules import RULES, Dims, LabelTable, Value
 from slrc.sparsity.choices import Attention, LayerNorm
-from slrc.sparsity.plans import Slice
+from slrc.sparsity.slices import Slice
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from slrc.errors import PlanError
 from slrc.ir.nodes import argument, op_name
 from slrc.ir.program import Program
 from slrc.passes.analysis.label_indices import IndexLabels, label_indices
-from slrc.sparsity.plans import Constraint, Plan
+from slrc.sparsity.constraints import Constraint
+from slrc.sparsity.plans import Plan
 
 Orders = Mapping[int, tuple[int, ...]]
 """For groups by their number: place `i` takes unit `order[i]`."""

@@ -24,8 +24,9 @@ from slrc.passes.analysis.label_indices import IndexLabels, label_indices
 from slrc.passes.base import PassResult, Transform
 from slrc.passes.graph_edits import get_tensor, set_tensor
 from slrc.passes.structure import full_width
+from slrc.sparsity.constraints import Constraint
 from slrc.sparsity.masks import Masks
-from slrc.sparsity.plans import Constraint, Plan
+from slrc.sparsity.plans import Plan
 
 aten = torch.ops.aten
 

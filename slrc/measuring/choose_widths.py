@@ -21,7 +21,8 @@ from slrc.measuring.latency_meter import LatencyMeter, meet_budget
 from slrc.measuring.latency_table import LatencyTable
 from slrc.passes.analysis.cut_segments import anchors
 from slrc.passes.analysis.label_indices import IndexLabels, label_indices
-from slrc.sparsity.plans import Constraint, LatencyForecast, Plan
+from slrc.sparsity.constraints import Constraint
+from slrc.sparsity.plans import LatencyForecast, Plan
 
 PROBED_SPARSITIES = (0.5, 0.75)
 """Where the parts of a program are timed, besides dense."""

@@ -35,9 +35,10 @@ from slrc.passes.forms.pack_blocks import why_not_packed
 from slrc.pipeline import apply_forms, baseline, structure
 from slrc.progress import Quiet, Reporter
 from slrc.sparsity.budget import Menu, Option
+from slrc.sparsity.constraints import Constraint
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.patterns import AnyPattern, Block
-from slrc.sparsity.plans import Constraint, Plan
+from slrc.sparsity.plans import Plan
 from slrc.sparsity.projection import project
 
 CORRECTIONS = 3

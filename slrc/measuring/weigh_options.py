@@ -16,7 +16,8 @@ from slrc.reconstruction.calibration import Inputs, calibration_inputs
 from slrc.reconstruction.errors import group_divergences, layer_errors, output_divergences
 from slrc.sparsity.budget import Menu, Option
 from slrc.sparsity.choices import Metric
-from slrc.sparsity.plans import Constraint, Plan, with_option
+from slrc.sparsity.constraints import Constraint, with_option
+from slrc.sparsity.plans import Plan
 from slrc.training.distillation import returns_logits
 from slrc.workload import Workload
 

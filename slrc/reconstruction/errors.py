@@ -20,8 +20,9 @@ from slrc.reconstruction.select import select
 from slrc.reconstruction.side_by_side import SideBySide
 from slrc.reconstruction.solve import Damped, error, refit
 from slrc.reconstruction.units import choose_units
+from slrc.sparsity.constraints import Constraint
 from slrc.sparsity.masks import Masks
-from slrc.sparsity.plans import Constraint, Plan
+from slrc.sparsity.plans import Plan
 
 
 def layer_errors(

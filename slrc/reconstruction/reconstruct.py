@@ -23,8 +23,10 @@ from slrc.reconstruction.select import select
 from slrc.reconstruction.side_by_side import SideBySide
 from slrc.reconstruction.solve import Damped, refit
 from slrc.reconstruction.units import choose_units
+from slrc.sparsity.constraints import Constraint
 from slrc.sparsity.masks import Masks
-from slrc.sparsity.plans import Constraint, Plan, Window
+from slrc.sparsity.plans import Plan
+from slrc.sparsity.windows import Window
 from slrc.training.loop import train
 from slrc.training.trained import Trained
 from slrc.workload import Workload

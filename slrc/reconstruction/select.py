@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from slrc.reconstruction.solve import Damped, Removal, eliminate, keep_in_each, share_out
+from slrc.sparsity.constraints import Constraint
 from slrc.sparsity.patterns import Block, Columns, Pattern
-from slrc.sparsity.plans import Constraint
 from slrc.sparsity.projection import project
 
 ITERATIONS, RAMP = 24, 16

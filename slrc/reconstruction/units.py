@@ -15,7 +15,8 @@ from slrc.reconstruction.calibration import Inputs
 from slrc.reconstruction.observe import Observed, first_uses, observe
 from slrc.reconstruction.side_by_side import SideBySide
 from slrc.reconstruction.solve import Damped, eliminate
-from slrc.sparsity.plans import Constraint, Slice
+from slrc.sparsity.constraints import Constraint
+from slrc.sparsity.slices import Slice
 
 Readers = list[tuple[Constraint, Slice]]
 """The groups that a layer reads, and where their units lie in its weight."""

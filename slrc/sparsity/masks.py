@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from slrc.errors import OutputError, PlanError
+from slrc.sparsity.constraints import Constraint, check_order, check_slice
 from slrc.sparsity.patterns import Channel
-from slrc.sparsity.plans import Constraint, Plan, check_order, check_slice
+from slrc.sparsity.plans import Plan
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from slrc.measuring.weigh_options import weigh_options, weigh_widths, weighed
 from slrc.reconstruction.calibration import Inputs, calibration_inputs
 from slrc.reconstruction.errors import group_divergences, layer_errors, output_divergences
 from slrc.sparsity.choices import Metric
+from slrc.sparsity.constraints import with_option
 from slrc.sparsity.patterns import Block
-from slrc.sparsity.plans import Plan, with_option
+from slrc.sparsity.plans import Plan
 
 
 class TwoPaths(nn.Module):

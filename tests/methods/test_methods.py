@@ -29,9 +29,11 @@ from slrc.methods.settings import (
     TighteningSettings,
 )
 from slrc.methods.slr import SLR
+from slrc.sparsity.constraints import Constraint
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.patterns import parse_pattern
-from slrc.sparsity.plans import Constraint, Plan, Slice
+from slrc.sparsity.plans import Plan
+from slrc.sparsity.slices import Slice
 
 
 def plan_of(*constraints: Constraint) -> Plan:

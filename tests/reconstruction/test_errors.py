@@ -12,7 +12,7 @@ from slrc.methods.settings import ReconstructSettings
 from slrc.reconstruction import select as selecting
 from slrc.reconstruction.calibration import calibration_inputs
 from slrc.reconstruction.errors import group_divergences, layer_errors
-from slrc.sparsity.plans import Constraint
+from slrc.sparsity.constraints import Constraint
 
 SETTINGS = ReconstructSettings(positions=64, damping=1e-4)
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from slrc.reconstruction.select import select
 from slrc.reconstruction.solve import Damped, Removal, damp, eliminate, error, keep_in_each, refit, share_out
 from slrc.reconstruction.statistics import Moments, Statistics
+from slrc.sparsity.constraints import Constraint
 from slrc.sparsity.patterns import NM, Block, Columns, Pattern, Unstructured
-from slrc.sparsity.plans import Constraint, Slice
 from slrc.sparsity.projection import obeys, project
+from slrc.sparsity.slices import Slice
 
 
 def correlated(samples: int, columns: int, seed: int = 0) -> Tensor:

@@ -10,9 +10,12 @@ import torch
 
 from slrc.errors import PlanError
 from slrc.sparsity.budget import TICKS, Budget, Menu, Option, choose_options
+from slrc.sparsity.constraints import Constraint
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.patterns import Block, Channel
-from slrc.sparsity.plans import Constraint, Plan, Slice, Window
+from slrc.sparsity.plans import Plan
+from slrc.sparsity.slices import Slice
+from slrc.sparsity.windows import Window
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from slrc.errors import OutputError, PlanError
 from slrc.sparsity.choices import LayerNorm
+from slrc.sparsity.constraints import Constraint
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.patterns import NM, Block, Channel, Columns, Unstructured
-from slrc.sparsity.plans import PLAN_SCHEMA_VERSION, Constraint, LeftOut, Plan, Slice
+from slrc.sparsity.plans import PLAN_SCHEMA_VERSION, LeftOut, Plan
+from slrc.sparsity.slices import Slice
 
 SHUFFLED = (5, 0, 3, 6, 1, 7, 2, 4)
 

@@ -20,8 +20,10 @@ from slrc.config import CompileConfig, make_config
 from slrc.errors import OutputError, SlrcError, TrainingError, WorkloadError
 from slrc.methods.settings import MethodName
 from slrc.sparsity.budget import Budget, Menu, Option
+from slrc.sparsity.constraints import Constraint
 from slrc.sparsity.patterns import Block
-from slrc.sparsity.plans import Constraint, Plan, Slice
+from slrc.sparsity.plans import Plan
+from slrc.sparsity.slices import Slice
 from slrc.training.checkpoints import CheckpointFolder
 from slrc.training.choose_method import choose_method
 from slrc.training.loop import RETRAIN, train

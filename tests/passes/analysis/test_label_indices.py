@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slrc.ir.program import capture
 from slrc.passes.analysis.index_rules import RULES
 from slrc.passes.analysis.label_indices import IndexLabels, label_indices
-from slrc.sparsity.plans import Slice
+from slrc.sparsity.slices import Slice
 
 
 def labels_of(model: nn.Module, *shape: int) -> IndexLabels:

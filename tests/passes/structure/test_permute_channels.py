@@ -21,9 +21,10 @@ from slrc.passes.analysis.label_indices import label_indices
 from slrc.passes.analysis.unit_layout import UnitLayout
 from slrc.passes.structure.apply_masks import ApplyMasks
 from slrc.passes.structure.permute_channels import PermuteChannels, check_orders
+from slrc.sparsity.constraints import Constraint
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.patterns import Block, Channel, Unstructured
-from slrc.sparsity.plans import Constraint, Plan
+from slrc.sparsity.plans import Plan
 from slrc.verify import compare, outputs_of
 
 TOLERANCE = 1e-9

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver
@@ -20,7 +21,16 @@ from torch.export import exported_program
 from torch.utils.data import DataLoader, TensorDataset
 
 import slrc
+from slrc import cli
 from slrc.measuring import timing
+
+
+class Result(NamedTuple):
+    """What a command printed, and the code that it ended with."""
+
+    code: int
+    out: str
+    err: str
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -33,6 +43,25 @@ def _one_thread() -> None:
 def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget afterwards that a test has run the command line with `--debug`, which lets torch log."""
     monkeypatch.setenv("SLRC_DEBUG", "")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Runs `slrc` with arguments, in this process."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["slrc", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return Result(code, out, err)
+
+    return call
 
 
 @pytest.fixture(autouse=True, scope="module")

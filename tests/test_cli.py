@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import typer
@@ -20,32 +20,7 @@ from slrc.measuring.clock import Clock, Timing
 pytestmark = pytest.mark.usefixtures("quick_timing")
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """Runs `slrc` with arguments, in this process."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-
-    def call(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["slrc", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return Result(code, out, err)
-
-    return call
-
-
-Run = Callable[..., Result]
+Run = Callable[..., Any]
 
 
 @pytest.fixture
@@ -253,7 +228,7 @@ def test_as_a_module() -> None:
     assert found.stdout == f"slrc {slrc.__version__}\n"
 
 
-def assert_mistake(result: Result, message: str, hint: str) -> None:
+def assert_mistake(result: Any, message: str, hint: str) -> None:
     """Exit code 2, `error: …`, a blank line, `hint: …`; nothing on stdout, and no trace."""
     assert result.code == 2, result.err
     assert result.out == ""

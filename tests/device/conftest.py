@@ -6,15 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 
 import slrc
-from slrc import cli
 from slrc.device.ssh_device import SshDevice
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -68,30 +66,6 @@ def arm64_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         except subprocess.CalledProcessError as error:
             pytest.skip(f"an arm64 root cannot be made: {error.stderr.decode()[-200:] or error}")
     return root
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """Runs `slrc` with arguments, in this process."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["slrc", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return Result(code, out, err)
-
-    return call
 
 
 def small_workload() -> slrc.Workload:

@@ -1,46 +1,60 @@
-"""Widths chosen for a latency: what was predicted, and what the slim network then takes.
+"""Plans for a share of the dense latency: what was predicted, and what the network then takes, here or on a device.
 
-    python benchmarks/latency_budget.py                                  # five networks, three budgets
-    python benchmarks/latency_budget.py torchvision:resnet50 --budget 0.4
+    python benchmarks/latency_budget.py                                  # five networks, three budgets, channels
+    python benchmarks/latency_budget.py torchvision:resnet50 --budget 0.4 --pattern auto
+    python benchmarks/latency_budget.py torchvision:resnet18 --budget 0.5 --device pi@raspberrypi
+    python benchmarks/latency_budget.py torchvision:resnet18 --budget 0.5 --device loopback    # an sshd on this machine
 
 One thread of ONNX Runtime, random weights. The parts of a network are timed once (`--cache`), each plan is then timed
-as a whole against the dense network, in turns. Rows go to `benchmarks/results/latency_budget.json` as they come, and
-a second run goes on with what is missing or out of date. The whole list takes about twenty minutes on a quiet core.
+as a whole against the dense network, in turns; with `--device` both are timed there. Rows go to
+`benchmarks/results/latency_budget.json` as they come, and a second run goes on with what is missing or out of date. The
+whole list takes about twenty minutes on a quiet core.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from results import Rows
-from zoo import load, load_dense, make
+from results import ROOT, Rows
+from zoo import make
 
-import slrc
+from slrc.api import plan_from
+from slrc.backends import parse_target
+from slrc.config import make_config
 from slrc.ir.program import Program, capture
 from slrc.machine.cache import cache_folder
-from slrc.measuring.timing import measure
-from slrc.pipeline import structure
+from slrc.measuring.choose_forms import choose_forms
+from slrc.measuring.devices import Device, local_device
+from slrc.pipeline import apply_forms, baseline, lower, structure
 from slrc.sparsity.masks import Masks
 
 MODELS = [f"torchvision:{n}" for n in ("resnet18", "resnet50", "vgg16", "mobilenet_v2", "swin_t")]
 BUDGETS = (0.7, 0.5, 0.35)
+HERE, LOOPBACK = "here", "loopback"
 
 
-def measure_budget(program: Program, dense: Any, budget: float, cache: Path) -> dict[str, Any]:
-    """Plan for a budget, then measure."""
+def measure_budget(program: Program, pattern: str, budget: float, device: Device, cache: Path) -> dict[str, Any]:
+    """Plan for a budget, then measure, both on a device."""
     started = time.perf_counter()
-    plan = slrc.plan(program, "channel", latency_budget=budget, threads=1, cache=cache)
+    config = make_config({"pattern": pattern, "latency_budget": budget, "threads": 1})
+    plan = plan_from(program, config, cache=cache, device=device)
     planned = time.perf_counter() - started
     assert plan.latency is not None
-    slim = structure(program, plan, Masks.project(plan, program.tensors))
-    inputs = slim.flat_inputs()
-    with tempfile.TemporaryDirectory() as folder:
-        timed = measure("ort", dense, load(slim, Path(folder)), inputs, threads=1)
-    measured = timed.compiled_ms.p50 / timed.dense_ms.p50
+    slim, target = structure(program, plan, Masks.project(plan, program.tensors)), device.resolve(parse_target("ort"))
+    choice = choose_forms(slim, target, threads=1, device=device)
+    with tempfile.TemporaryDirectory() as place:
+        dense = lower(baseline(program), target, Path(place) / "dense")
+        compiled = lower(apply_forms(slim, choice.forms), target, Path(place) / "compiled")
+        timed = device.latency(dense, compiled, slim.flat_inputs(), threads=1).latency
+    measured = 1 / timed.speedup
     return {
         "planning_s": planned,
         "predicted": plan.latency.predicted,
@@ -54,26 +68,54 @@ def measure_budget(program: Program, dense: Any, budget: float, cache: Path) -> 
     }
 
 
+@contextmanager
+def opened(host: str) -> Iterator[Device]:
+    """Open a device: this machine, one that ssh reaches, or an sshd on loopback that is started for it."""
+    if host == HERE:
+        yield local_device()
+        return
+    from slrc.device.ssh_device import SshDevice
+
+    with tempfile.TemporaryDirectory() as folder:
+        server = None
+        if host == LOOPBACK:
+            sys.path.insert(1, str(ROOT / "tests" / "device"))
+            import rig
+
+            server, host = rig.Device(Path(folder) / "device", python=sys.executable), rig.NAME
+            server.start()
+            os.environ["SLRC_SSH_CONFIG"] = str(server.config)
+        try:
+            with SshDevice(host) as device:
+                yield device
+        finally:
+            if server is not None:
+                server.stop()
+
+
 def main() -> None:
     """Run what is missing, print the table, write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=MODELS, help="torchvision:NAME or timm:NAME")
     parser.add_argument("--budget", type=float, nargs="+", default=list(BUDGETS))
+    parser.add_argument("--pattern", default="channel")
+    parser.add_argument("--device", default=HERE, help="a host that ssh reaches, or `loopback`")
     parser.add_argument("--again", action="store_true", help="also rows that there are already")
     parser.add_argument("--cache", type=Path, default=cache_folder())
     parser.add_argument("--results", type=Path)
     args = parser.parse_args()
     rows = Rows(__file__, args.results)
-    print(f"{'model':28} {'budget':>7} {'predicted':>10} {'measured':>9} {'off':>7} {'MACs':>6} {'planned':>9}")
+    print(f"{'network':28} {'budget':>7} {'predicted':>10} {'measured':>9} {'off':>7} {'MACs':>6} {'planned':>9}")
     for name in args.models:
-        missing = [b for b in args.budget if args.again or not rows.has(f"{name} {b:g}")]
-        program = capture(*make(name), name) if missing else None
-        dense = load_dense(program) if missing else None
-        for budget in args.budget:
-            if budget in missing:
-                assert program is not None
-                rows.add(f"{name} {budget:g}", measure_budget(program, dense, budget, args.cache))
-            row = rows[f"{name} {budget:g}"]
+        keys = {budget: f"{name} {budget:g} {args.pattern} {args.device}" for budget in args.budget}
+        missing = [budget for budget, key in keys.items() if args.again or not rows.has(key)]
+        if missing:
+            program = capture(*make(name), name)
+            with opened(args.device) as device:
+                for budget in missing:
+                    rows.add(keys[budget], measure_budget(program, args.pattern, budget, device, args.cache))
+        for budget, key in keys.items():
+            row = rows[key]
             print(
                 f"{name:28} {budget:7.0%} {row['predicted']:10.1%} {row['measured']:9.1%} {row['off']:+7.1%} "
                 f"{row['macs']:6.1%} {row['planning_s']:7.0f} s",

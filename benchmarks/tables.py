@@ -157,10 +157,10 @@ def latency_budget() -> str:
     """Predicted and measured latencies."""
     rows, lines = read("latency_budget"), []
     for name, row in rows.items():
-        model, budget = name.split()
+        model, budget, pattern, device = name.split()
         shares = [f"{row[part]:.1%}" for part in ("predicted", "measured", "macs", "parameters")]
-        lines.append([model.partition(":")[2], f"{float(budget):.0%}", *shares])
-    titles = ("network", "budget", "predicted", "measured", "multiply-accumulates left", "parameters left")
+        lines.append([model.partition(":")[2], f"`{pattern}`", device, f"{float(budget):.0%}", *shares])
+    titles = ("network", "pattern", "where", "budget", "predicted", "measured", "multiply-accumulates", "parameters")
     return table(titles, lines) + made(rows.values())
 
 

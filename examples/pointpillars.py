@@ -153,10 +153,10 @@ class PointPillars(nn.Module):
             enlarge = nn.ConvTranspose2d(width, up, 2**i, 2**i, bias=False)
             self.ups.append(nn.Sequential(enlarge, nn.BatchNorm2d(up, eps=1e-3, momentum=0.01), nn.ReLU()))
         anchors = len(CLASSES) * len(YAWS)
-        self.scores = nn.Conv2d(up * len(widths), anchors * len(CLASSES), 1)
-        self.boxes = nn.Conv2d(up * len(widths), anchors * 7, 1)
-        self.directions = nn.Conv2d(up * len(widths), anchors * DIRECTIONS, 1)
-        nn.init.constant_(self.scores.bias, -float(np.log(99)))  # a probability of 1 %
+        self.parts = tuple(anchors * numbers for numbers in (len(CLASSES), 7, DIRECTIONS))
+        self.heads = nn.Conv2d(up * len(widths), sum(self.parts), 1)  # one reads its input once, and takes blocks of 8
+        assert self.heads.bias is not None
+        nn.init.constant_(self.heads.bias[: self.parts[0]], -float(np.log(99)))  # a probability of 1 %
 
     def canvas(self, features: Tensor, cells: Tensor) -> Tensor:
         """Return what the pillars say where they stand, `(n, width, rows, columns)`; zeros in empty cells."""
@@ -180,7 +180,8 @@ class PointPillars(nn.Module):
             x = each(x)
             found.append(up(x))
         x = torch.cat(found, 1)
-        return self.scores(x), self.boxes(x), self.directions(x)
+        scores, boxes, directions = self.heads(x).split(self.parts, dim=1)
+        return scores, boxes, directions
 
 
 def make_anchors(grid: Grid) -> NDArray[np.float64]:

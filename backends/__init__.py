@@ -26,10 +26,17 @@ def _tensorrt_rtx() -> Backend:
     return TensorRTRTX()
 
 
+def _torch() -> Backend:
+    from slrc.backends.torch import TorchInductor
+
+    return TorchInductor()
+
+
 BACKENDS: dict[str, Callable[[], Backend]] = {
     "ort": _ort,
     "tensorrt": _tensorrt,
     "tensorrt-rtx": _tensorrt_rtx,
+    "torch": _torch,
 }
 
 

@@ -44,7 +44,8 @@ FileName = Annotated[str, AfterValidator(bare_name)]
 class Target:
     """Where a compiled model runs: a backend and what to build for.
 
-    `text` forms: `ort`, `tensorrt`, `tensorrt:10.3+fp16`, `tensorrt-rtx`, `tensorrt-rtx:sm86+sm89+fp16`.
+    `text` forms: `ort`, `tensorrt`, `tensorrt:10.3+fp16`, `tensorrt-rtx`, `tensorrt-rtx:sm86+sm89+fp16`,
+    `torch:cuda+bf16`.
     """
 
     backend: str
@@ -138,6 +139,10 @@ class Backend(ABC):
     def why_not_packed(self, target: Target) -> str:
         """Return why layers with packed blocks cannot run fast on the target; empty if they can."""
         return f"{self.name} has no kernels for packed blocks"
+
+    def why_not_timed(self, target: Target) -> str:
+        """Return why programs cannot be timed by the hundred on the target; empty if they can."""
+        return ""
 
     @abstractmethod
     def check_target(self, target: Target) -> None:

@@ -307,7 +307,7 @@ def plan_from(
         made = allocate(Channel(), Allocation.UNIFORM, None)
         return _but(made, f"half of the channels are pruned, for whatever speed that gives: {why}")
 
-    if config.leaves_all_open and (why_not := device.why_not_run(target)):
+    if config.leaves_all_open and (why_not := device.why_not_choose(target)):
         return channels_by_half(f"{target}: {why_not}")
     if budget is None:
         assert not isinstance(pattern, str)

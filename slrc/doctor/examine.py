@@ -22,6 +22,7 @@ from slrc.ir.program import Program, capture
 from slrc.machine.cache import cache_folder
 from slrc.machine.cores import usable_cores
 from slrc.measuring.clock import Clock
+from slrc.measuring.devices import local_device
 from slrc.measuring.timing import environment
 from slrc.passes.analysis.label_indices import label_indices
 from slrc.progress import Quiet, Reporter
@@ -82,7 +83,7 @@ class _Examination:
             for target in targets:
                 self._attempt(f"operators, {target}", partial(_taken, program, target))
             reach = self._attempt("what can be pruned", lambda: self._reach(program, targets)) or []
-            if targets and not get_backend(targets[0]).available(targets[0]).why_not_run:
+            if targets and not local_device().why_not_choose(targets[0]):
                 parts = self._attempt("where the time goes", lambda: self._parts(program, targets[0])) or []
                 speedups = self._attempt("speed-ups", lambda: self._speedups(program, targets[0])) or []
         return Diagnosis(
@@ -121,12 +122,13 @@ class _Examination:
             self._find(f"target {text}", Status.FAILS, error.message, error.hint)
             return None
         backend = get_backend(target)
-        emits, runs = backend.available(target)
+        emits = backend.available(target).why_not_emit
         if emits:
             self._find(f"target {target}", Status.FAILS, f"cannot be built here: {emits}", "see `slrc targets`")
             return None
         kernels = backend.why_not_packed(target)
-        notes = [f"cannot run here, so nothing is timed: {runs}"] if runs else []
+        not_timed = local_device().why_not_choose(target)
+        notes = [f"nothing is timed: {not_timed}"] if not_timed else []
         notes += [f"no fast blocks: {kernels}"] if kernels else []
         self._find(f"target {target}", Status.NOTE if notes else Status.OK, "; ".join(notes) or "builds and runs here")
         return target

@@ -1,4 +1,4 @@
-"""Choosing the form of every layer: by timing on the target where it runs here, else by a cost model.
+"""Choosing the form of every layer: by timing on the target where that can be, else by a cost model.
 
 A layer is timed with the operators that follow it, in each form that its zeros allow. The choices are then tried on
 the whole network, beside all layers dense, all split, all grouped and all packed: neighbours share layouts, so that a
@@ -60,7 +60,7 @@ def choose_forms(
     candidates, lost = form_candidates(program, backend.why_not_packed(target))
     if not candidates:
         return FormChoice(target=str(target), threads=count, dropped=_notes(lost, target))
-    if device.why_not_run(target):
+    if device.why_not_choose(target):
         return _by_cost(program, target, count, candidates, lost)
     clock = Clock(target, count, cache or cache_folder(), device)
     reporter = reporter or Quiet()

@@ -1,7 +1,7 @@
 """Where programs are timed: this machine, another one that is reached from here, or none at all.
 
-Whatever is chosen by time asks a `Device`. Where it cannot run a target (`why_not_run`), forms are chosen by the cost
-model, and a latency budget cannot be met.
+Whatever is chosen by time asks a `Device`. Where it cannot run a target, or where that takes too long to emit
+(`why_not_choose`), forms are chosen by the cost model, and a latency budget cannot be met.
 """
 
 from __future__ import annotations
@@ -64,6 +64,10 @@ class Device(ABC):
     @abstractmethod
     def why_not_run(self, target: Target) -> str:
         """Return why a target does not run there; empty if it does."""
+
+    def why_not_choose(self, target: Target) -> str:
+        """Return why nothing is chosen by time there: a target does not run, or takes too long to emit."""
+        return self.why_not_run(target) or get_backend(target).why_not_timed(target)
 
     def resolve(self, target: Target) -> Target:
         """Return the target that is meant, where one does not say for which processor."""

@@ -157,14 +157,14 @@ class LatencyMeter:
 
     Args:
         program: the captured model.
-        target: where to measure; it must run on the device.
+        target: where to measure; it must be one that can be timed on the device.
         threads: of the runtime; all cores by default.
         cache: a folder for measured times; `cache_folder()` by default.
         reporter: where progress goes.
         device: what to measure on; this machine by default.
 
     Raises:
-        BackendError: the target does not run there.
+        BackendError: the target cannot be timed there.
     """
 
     def __init__(
@@ -178,11 +178,11 @@ class LatencyMeter:
         device: Device | None = None,
     ) -> None:
         self._device = device or local_device()
-        if why_not := self._device.why_not_run(target):
+        if why_not := self._device.why_not_choose(target):
             where = f"on `{self._device.name}`" if self._device.name else "here"
             raise BackendError(
-                f"a latency budget is measured on the target, and {target} cannot run {where}: {why_not}",
-                hint="give a target that runs here, a `--device` for it, or `--sparsity` in place of the budget",
+                f"a latency budget is measured on the target, and {target} cannot be timed {where}: {why_not}",
+                hint="give one that can be timed here, a `--device` for it, or `--sparsity` in place of the budget",
             )
         self.target, self.threads = target, threads or self._device.cores
         self._program, self._cache, self._reporter = program, cache or cache_folder(), reporter or Quiet()

@@ -85,7 +85,7 @@ def test_a_device_that_cannot_run_the_target_leaves_it_to_the_cost_model(tmp_pat
     board = Board("Conv", why_not="it has no runtime")
     assert choose_forms(pruned(), ORT, cache=tmp_path, device=board).taken == "cost model"
     assert not board.asked
-    with pytest.raises(BackendError, match="cannot run on `board`: it has no runtime"):
+    with pytest.raises(BackendError, match="cannot be timed on `board`: it has no runtime"):
         LatencyMeter(pruned(), ORT, device=board)
 
 

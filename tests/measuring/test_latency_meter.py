@@ -67,7 +67,7 @@ def test_a_target_that_cannot_run_here_is_refused(
     monkeypatch.setattr(
         OnnxRuntime, "available", lambda self, target=None: slrc.backends.Availability("", "it is not installed")
     )
-    with pytest.raises(BackendError, match="cannot run here: it is not installed"):
+    with pytest.raises(BackendError, match="cannot be timed here: it is not installed"):
         meter(program, tmp_path)
 
 

@@ -17,11 +17,13 @@ from slrc.backends.torch.package import DEVICE, build_package, check_package, wh
 from slrc.backends.torch.precision import in_half
 from slrc.errors import BackendError
 from slrc.ir.program import Program
+from slrc.sparsity.patterns import NM
 from slrc.user_code import first_line
 
-MODEL_FILE = "model.pt2"
+MODEL_FILE = "package.pt2"
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Of the largest value."""
+PAIRS = NM(2, 4)
 
 
 class TorchInductor(Backend):
@@ -51,7 +53,7 @@ class TorchInductor(Backend):
         return "a package takes many seconds to compile, too long for every layer in every form"
 
     def lower(self, program: Program, target: Target, out: Path, *, portable: bool = True) -> Artifact:
-        """Write `model.pt2` and the manifest."""
+        """Write `package.pt2` and the manifest."""
         options = parse_options(target)
         if reason := self.available(target).why_not_emit:
             raise BackendError(f"`{target}` cannot be built here: {reason}", hint="see `slrc targets`")
@@ -75,6 +77,7 @@ class TorchInductor(Backend):
             max_batch=None if program.batch_is_dynamic else program.batch,
             inputs=tuple(n.name for n in inputs),
             outputs=tuple(n.name for n in outputs),
+            warnings=_dense_pairs(program),
             properties=properties,
         )
         artifact.write(out)
@@ -99,3 +102,11 @@ class TorchInductor(Backend):
         check_package(folder / artifact.model_file, artifact.properties)
         device, count = artifact.properties[DEVICE], len(artifact.inputs)
         return PackageRunner(folder / artifact.model_file, device, count, threads)
+
+
+def _dense_pairs(program: Program) -> tuple[str, ...]:
+    """Return what is to be said of 2:4 weights, where there are any."""
+    weights = [(layer, program.tensors[name]) for name, layer in program.layers.items()]
+    views = [PAIRS.group_view(w) for layer, w in weights if not PAIRS.why_not(layer.shape, layer.groups)]
+    count = sum(bool(((view != 0).sum(1) <= PAIRS.n).all()) for view in views)
+    return (f"{count} layers with {PAIRS} weights run dense: a package has no kernels for them",) if count else ()

@@ -15,7 +15,7 @@ import slrc
 from slrc.backends import Artifact, Target, get_backend, parse_target
 from slrc.backends.base import MANIFEST
 from slrc.backends.runner_module import RunnerModule
-from slrc.backends.torch import TorchInductor
+from slrc.backends.torch import TorchInductor, backend
 from slrc.backends.torch.package import why_no_compiler
 from slrc.backends.torch.precision import in_half
 from slrc.errors import BackendError
@@ -93,7 +93,7 @@ def test_a_compile_is_proven_and_measured(compiled: tuple[Report, Path]) -> None
     assert (latency.target, latency.threads) == ("torch", 1)
     assert latency.compiled_ms.p50 > 0
     (target,) = report.targets
-    assert target.size_bytes.compiled == (out / "torch" / "compiled" / "model.pt2").stat().st_size
+    assert target.size_bytes.compiled == (out / "torch" / "compiled" / "package.pt2").stat().st_size
     assert bench_output(out, 1, Quiet()).latency[0].target == "torch"
 
 
@@ -133,7 +133,7 @@ def test_only_the_package_that_the_manifest_describes_is_loaded(
     import torch._inductor
 
     monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda *_: pytest.fail("it was loaded"))
-    package = own_copy / "model.pt2"
+    package = own_copy / "package.pt2"
     package.write_bytes(package.read_bytes()[:-1] + b"!")
     with pytest.raises(BackendError, match="is not the one that its manifest describes"):
         TorchInductor().load(own_copy)
@@ -213,6 +213,16 @@ def test_forms_are_chosen_by_cost_and_blocks_run_dense(program: Program, monkeyp
         assert choice.taken == "cost model"
         assert {layer.form.kind for layer in choice.layers} == {FormKind.SPLIT}
     assert "torch has no kernels for packed blocks" in choice.dropped[0]
+
+
+def test_weights_that_run_dense_are_told(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "build_package", lambda *_: {})
+    monkeypatch.setattr(backend, "why_no_compiler", lambda: "")
+    plan = slrc.plan(program, "2:4")
+    pruned, _ = ApplyMasks(slrc.Masks.project(plan, program.tensors))(program)
+    assert TorchInductor().lower(program, TORCH, tmp_path).warnings == ()
+    (warning,) = TorchInductor().lower(pruned, TORCH, tmp_path).warnings
+    assert warning == f"{len(list(plan))} layers with 2:4 weights run dense: a package has no kernels for them"
 
 
 def test_a_latency_budget_is_refused(program: Program) -> None:

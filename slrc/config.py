@@ -116,7 +116,7 @@ class CompileConfig(MethodSettings):
     )
     target: tuple[str, ...] = _option(
         ("ort",),
-        "ort, ort:aarch64, ort:stock, tensorrt-rtx:sm86 or tensorrt, see `targets`; repeatable (default: ort)",
+        "ort, ort:aarch64, ort:stock, tensorrt-rtx:sm86, tensorrt, torch, see `targets`; repeatable (default: ort)",
     )
     device: str | None = _option(
         None,

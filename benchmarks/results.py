@@ -115,6 +115,16 @@ FILES = (
         kernels=True,
     ),
     ResultsFile(
+        "torch_target.json",
+        "taskset -c 1 python benchmarks/torch_target.py",
+        ("benchmarks/torch_target.py", "backends/torch", "passes/structure", TIMING),
+    ),
+    ResultsFile(
+        "gpu_latency.json",
+        "python benchmarks/gpu_latency.py",
+        ("benchmarks/gpu_latency.py", "benchmarks/gpu_networks.py", "backends/torch", "passes/structure", TIMING),
+    ),
+    ResultsFile(
         "analysis_growth.json",
         "python benchmarks/analysis_growth.py",
         ("benchmarks/analysis_growth.py", "passes/analysis"),

@@ -22,11 +22,13 @@ import answers
 from analysis_growth import slope
 from front_page import CASES
 from frontier import points
+from gpu_networks import NETWORKS as GPU_NETWORKS
 from reconstruct import CASES as RECONSTRUCTED
 from reconstruct import NAMES as RECONSTRUCTED_NAMES
 from reconstruct import more, row_key
 from results import FILES, ROOT, Row, file_of, rows_of
 from sparse_latency import NETWORKS, SPARSITIES, key
+from torch_target import NETWORKS as TORCHVISION
 from zoo import EXACT
 
 TO_FILL = "TO-FILL"
@@ -223,6 +225,44 @@ def _titles(rows: Mapping[str, Row]) -> dict[str, str]:
     return {key.split()[0]: row["title"] for key, row in rows.items()}
 
 
+def torch_target() -> str:
+    """Packages of AOTInductor, half of the channels against dense."""
+    rows, lines = read("torch_target"), []
+    for name in TORCHVISION:
+        row = rows.get(name)
+        if row is None:
+            lines.append([f"`{name}`", *[TO_FILL] * 5])
+            continue
+        megabytes = " → ".join(f"{row[size] / 1e6:.1f}" for size in ("dense_bytes", "compiled_bytes"))
+        times = f"{row['dense_ms']:.1f} → {row['compiled_ms']:.1f} ms"
+        cells = (f"{row['macs_left']:.0%}", times, ranged(row["speedup"], row["spread"]), f"{row['max_rel_error']:.0e}")
+        lines.append([f"`{name}`", *cells, f"{megabytes} MB"])
+    titles = ("network", "multiply-accumulates left", "time of a run", "speed-up (range)", "error", "package")
+    return table(titles, lines) + made(rows.values())
+
+
+def gpu_latency() -> str:
+    """Networks on a GPU."""
+    rows, lines = read("gpu_latency"), []
+    if not rows:
+        return "Nothing was run: no CUDA GPU was at hand.\n"
+    for name, row in rows.items():
+        network, label, precision, batch, runtime = name.split(", ")
+        figures = [f"not run: {row['why_not']}", "–", "–"] if "why_not" in row else _on_gpu(row)
+        cells = (label, precision, batch.removeprefix("batch "), f"`{runtime}`")
+        lines.append([GPU_NETWORKS[network].title, *cells, *figures])
+    titles = ("network", "pruned by", "precision", "batch", "runtime", "time of a run", "speed-up", "error")
+    gpus = ", ".join(sorted({row["gpu"] for row in rows.values()}))
+    return table(titles, lines) + made(rows.values()).replace("Measured on: ", f"Measured on: {gpus}; ")
+
+
+def _on_gpu(row: Row) -> list[str]:
+    times = f"{row['dense_ms']:.3f} → {row['ms']:.3f} ms"
+    if "added" in row:
+        return [times, f"{row['added']:+.1%}", "–"]
+    return [times, f"{row['speedup']:.2f}×", f"{row['error']:.0e}" + ("" if row["right"] else ", wrong")]
+
+
 def analysis_growth() -> str:
     """How the analysis grows."""
     rows = read("analysis_growth")
@@ -348,7 +388,7 @@ TABLES: dict[str, Callable[[], str]] = {
     f.__name__.replace("_", "-"): f
     for f in (
         *(front_page, sparse_latency, sparse_latency_other, kernel_latency, latency_budget, zoo),
-        *(detectors, tasks_latency, tasks_pipeline),
+        *(detectors, tasks_latency, tasks_pipeline, torch_target, gpu_latency),
         *(analysis_growth, step_cost, split_copies, channel_permutation, reconstruct, pareto),
         *(methods, methods_against, methods_parts, methods_budgets, methods_large, methods_inside, methods_settings),
     )

@@ -44,11 +44,13 @@ def build_package(exported: ExportedProgram, path: Path, device: str) -> Mapping
     """
     import torch._inductor
     from torch.export.passes import move_to_device_pass
+    from torch.fx.experimental import _config
 
     if device == "cuda":
         exported = move_to_device_pass(copy.deepcopy(exported), "cuda")
-    # Without gradients weights are frozen, and then stored in the layout that oneDNN multiplies them in.
-    with quiet_torch(), torch.no_grad():
+    # Without gradients weights are frozen, and then stored in the layout that oneDNN multiplies them in. Not to look at
+    # the example's batch keeps choices that depend on it, as at 16 for a convolution, from bounding all others.
+    with quiet_torch(), torch.no_grad(), _config.patch(backed_size_oblivious=True):
         torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=_settings(device))
     family = family_of(platform.machine())
     return {DIGEST: digest(path), TORCH: torch.__version__, DEVICE: device, FAMILY: family, **_needs(device)}

@@ -50,7 +50,7 @@ def build_package(exported: ExportedProgram, path: Path, device: str) -> Mapping
         exported = move_to_device_pass(copy.deepcopy(exported), "cuda")
     # Without gradients weights are frozen, and then stored in the layout that oneDNN multiplies them in. Not to look at
     # the example's batch keeps choices that depend on it, as at 16 for a convolution, from bounding all others.
-    with quiet_torch(), torch.no_grad(), _config.patch(backed_size_oblivious=True):
+    with quiet_torch(), torch.no_grad(), _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=_settings(device))
     family = family_of(platform.machine())
     return {DIGEST: digest(path), TORCH: torch.__version__, DEVICE: device, FAMILY: family, **_needs(device)}

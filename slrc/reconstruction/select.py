@@ -18,9 +18,13 @@ ITERATIONS, RAMP = 24, 16
 
 
 class Grid(NamedTuple):
-    """A pattern whose outputs share their columns: blocks of outputs `(blocks, R)`, and consecutive columns each."""
+    """A pattern whose outputs share their columns: blocks of outputs `(blocks, R)`, and `size` columns each.
+
+    `columns` `(K,)` are in an order that has those of a group side by side.
+    """
 
     rows: Tensor
+    columns: Tensor
     size: int
     choose: Callable[[Removal, int], Tensor]
 
@@ -28,11 +32,12 @@ class Grid(NamedTuple):
 def grid_of(pattern: Pattern, shape: tuple[int, ...], order: Sequence[int] | None) -> Grid | None:
     """Return a pattern's grid on a weight of `shape`; `None` for patterns of single weights."""
     rows = torch.arange(shape[0]) if order is None else torch.tensor(order)
+    columns, kernel = torch.arange(torch.Size(shape[1:]).numel()), torch.Size(shape[2:]).numel()
     if isinstance(pattern, Block):
-        return Grid(rows.reshape(-1, pattern.rows), pattern.cols, share_out)
+        by_position = columns.reshape(-1, pattern.cols, kernel).transpose(1, 2).flatten()
+        return Grid(rows.reshape(-1, pattern.rows), by_position, pattern.cols, share_out)
     if isinstance(pattern, Columns):
-        kernel = torch.Size(shape[2:]).numel()
-        return Grid(rows.reshape(pattern.groups, -1), kernel, keep_in_each)
+        return Grid(rows.reshape(pattern.groups, -1), columns, kernel, keep_in_each)
     return None
 
 
@@ -49,12 +54,12 @@ def select(constraints: Sequence[Constraint], damped: Damped, shape: tuple[int, 
     grid = grid_of(first.pattern, shape, first.order)
     if grid is None:
         return [_alternate(c, damped, shape) for c in constraints]
-    removal = eliminate(damped, grid.rows, grid.size, rate)
+    removal = eliminate(damped.ordered(grid.columns), grid.rows, grid.size, rate)
     masks = []
     for c in constraints:
         kept = grid.choose(removal, c.keep).repeat_interleave(grid.size, dim=1)
         mask = torch.empty(shape[0], damped.columns, dtype=torch.bool)
-        mask[grid.rows.flatten()] = kept.repeat_interleave(grid.rows.shape[1], dim=0)
+        mask[grid.rows.flatten().unsqueeze(1), grid.columns] = kept.repeat_interleave(grid.rows.shape[1], dim=0)
         masks.append(mask)
     return masks
 

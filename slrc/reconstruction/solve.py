@@ -37,6 +37,12 @@ class Damped(NamedTuple):
         """Return H⁻¹, `(g, K, K)`."""
         return torch.cholesky_inverse(torch.linalg.cholesky(self.hessian))
 
+    def ordered(self, columns: Tensor) -> Damped:
+        """Return the same with the columns in another order, `(K,)`."""
+        if torch.equal(columns, torch.arange(self.columns)):
+            return self  # they are large
+        return Damped(self.hessian[:, columns][:, :, columns], self.cross[:, columns])
+
     def group_of_row(self) -> Tensor:
         """Return the convolution group of each output, `(out,)`."""
         out, groups = len(self.cross), len(self.hessian)

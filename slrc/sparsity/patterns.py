@@ -68,7 +68,7 @@ class Unstructured:
 
 @dataclass(frozen=True)
 class Block:
-    """`block:RxC`: blocks of R consecutive outputs × C consecutive columns of the GEMM view `(out, in·kh·kw)`."""
+    """`block:RxC`: blocks of R consecutive outputs × C consecutive input channels at one kernel position."""
 
     rows: int
     cols: int
@@ -79,26 +79,30 @@ class Block:
         return f"block:{self.rows}x{self.cols}"
 
     def why_not(self, shape: tuple[int, ...], conv_groups: int = 1) -> str | None:
-        """Outputs (of each convolution group) must divide by R, columns by C."""
-        out, columns = shape[0] // conv_groups, _numel(shape[1:])
+        """Outputs (of each convolution group) must divide by R, input channels by C."""
+        out, channels = shape[0] // conv_groups, _numel(shape[1:2])
         if conv_groups > 1 and shape[1] == 1:
             return "a depthwise weight has one input channel per output: its blocks cannot be skipped"
         if out % self.rows:
             return f"outputs must be a multiple of {self.rows}, got {out}"
-        if columns % self.cols:
-            return f"columns (in·kh·kw) must be a multiple of {self.cols}, got {columns}"
+        if channels % self.cols:
+            return f"input channels must be a multiple of {self.cols}, got {channels}"
         return None
 
     def group_view(self, weight: Tensor) -> Tensor:
-        """`(1, out/R · columns/C, R·C)`."""
-        rows, cols = weight.shape[0] // self.rows, _numel(weight.shape[1:]) // self.cols
-        blocks = weight.reshape(rows, self.rows, cols, self.cols).transpose(1, 2)
-        return blocks.reshape(1, rows * cols, self.rows * self.cols)
+        """`(1, out/R · in/C · kh·kw, R·C)`."""
+        rows, cols, taps = self._counts(tuple(weight.shape))
+        blocks = weight.reshape(rows, self.rows, cols, self.cols, taps).permute(0, 2, 4, 1, 3)
+        return blocks.reshape(1, -1, self.rows * self.cols)
 
     def from_group_view(self, view: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Back to `shape`."""
-        rows, cols = shape[0] // self.rows, _numel(shape[1:]) // self.cols
-        return view.reshape(rows, cols, self.rows, self.cols).transpose(1, 2).reshape(shape)
+        rows, cols, taps = self._counts(shape)
+        return view.reshape(rows, cols, taps, self.rows, self.cols).permute(0, 3, 1, 4, 2).reshape(shape)
+
+    def _counts(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """Return out/R, in/C and kh·kw."""
+        return shape[0] // self.rows, _numel(shape[1:2]) // self.cols, _numel(shape[2:])
 
 
 @dataclass(frozen=True)

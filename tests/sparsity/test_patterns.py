@@ -28,8 +28,9 @@ SMALL: list[tuple[AnyPattern, tuple[int, ...]]] = [
     (Unstructured(), (2, 3)),
     (Unstructured(), (2, 1, 2, 2)),
     (Block(2, 1), (4, 3)),
-    (Block(2, 3), (4, 2, 1, 3)),
+    (Block(2, 3), (4, 3, 1, 2)),
     (Block(1, 2), (2, 2, 1, 2)),
+    (Block(2, 2), (2, 4)),
     (Columns(1), (2, 4)),
     (Columns(2), (4, 3)),
     (Columns(2), (2, 4, 2, 1)),
@@ -78,6 +79,15 @@ def test_from_group_view_inverts_group_view(case: tuple[AnyPattern, tuple[int, .
     view = pattern.group_view(weight)
     assert view.dim() == 3
     assert torch.equal(pattern.from_group_view(view, shape), weight)
+
+
+def test_a_block_is_of_input_channels_at_one_kernel_position() -> None:
+    weight = torch.zeros(4, 4, 3, 3)
+    weight[2:, :2, 1, 2] = 1  # one block
+    weight[:2, 2, 0, :2] = 2  # parts of two
+    energies = Block(2, 2).group_view(weight).square().sum(dim=2).flatten()
+    assert sorted(energies[energies > 0].tolist()) == [4.0, 8.0, 8.0]
+    assert obeys(Block(2, 2), weight[2:] != 0, 1)
 
 
 def admissible_masks(pattern: AnyPattern, shape: tuple[int, ...], keep: int) -> list[Tensor]:
@@ -155,7 +165,7 @@ def test_obeys_counts_whole_groups(case: tuple[AnyPattern, tuple[int, ...]]) -> 
         (Block(8, 1), (16, 3, 3, 3), 1, None),
         (Block(8, 1), (12, 3, 3, 3), 1, "outputs must be a multiple of 8, got 12"),
         (Block(8, 1), (16, 4, 3, 3), 4, "outputs must be a multiple of 8, got 4"),
-        (Block(1, 4), (8, 3, 3, 3), 1, r"columns \(in·kh·kw\) must be a multiple of 4, got 27"),
+        (Block(1, 4), (8, 3, 3, 3), 1, "input channels must be a multiple of 4, got 3"),
         (Block(2, 3), (8, 1, 3, 3), 8, "a depthwise weight has one input channel per output"),
         (Columns(2), (6, 5), 1, None),
         (Columns(2), (5, 5), 1, "outputs must be a multiple of 2, got 5"),

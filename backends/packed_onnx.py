@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from slrc.backends import int8_onnx
+from slrc.backends.packed_weight_onnx import PLACES
 from slrc.forms import packed_ops  # noqa: F401, registers the operators
 from slrc.forms.activations import ACTIVATIONS
 
@@ -32,36 +34,9 @@ DOMAIN = "ai.slrc"
 VERSION = 1
 CONV, GEMM, MLP, POOL = "BlockSparseConv", "BlockSparseGemm", "BlockSparseMlp", "MaxPool2x2"
 
-# The block row of a packed block is the number of row pointers, the first one left out, that are not above its place:
-# no two are equal, since each block row has a block. The weight's shape is an attribute, so that a runtime can fold the
-# weight to a constant and TensorRT's parser knows its sizes.
-_WEIGHT = """
-    shape = Constant <value_ints: ints = @weight_shape> ()
-    one = Constant <value_ints = [1]> ()
-    zero = Constant <value_ints = [0]> ()
-    end = Constant <value_ints = [9]> ()
-    outputs = Slice (shape, zero, one)
-    tail = Slice (shape, one, end)
-    minus_one = Constant <value_ints = [-1]> ()
-    first = Constant <value_int = 0> ()
-    block = Shape <start = 1> (values)
-    count = Shape (columns)
+_WEIGHT = f"""
+    {PLACES}
     width = ReduceProd (tail)
-    pointers = Shape (row_pointers)
-    block_rows = Sub (pointers, one)
-    inner = Slice (row_pointers, one, minus_one)
-    ends = Cast <to = 7> (inner)
-    end_count = Shape (ends)
-    steps = Expand (one, end_count)
-    places = Add (count, one)
-    none = Expand (zero, places)
-    marks = ScatterElements <axis = 0> (none, ends, steps)
-    rows_and_end = CumSum (marks, first)
-    rows = Slice (rows_and_end, zero, count)
-    row = Unsqueeze (rows, minus_one)
-    columns_long = Cast <to = 7> (columns)
-    column = Unsqueeze (columns_long, minus_one)
-    where = Concat <axis = 1> (row, column)
     blocks_shape = Concat <axis = 0> (block_rows, width, block)
     empty = ConstantOfShape (blocks_shape)
     blocks = ScatterND (empty, where, values)
@@ -193,6 +168,8 @@ def attach_functions(model: onnx_ir.Model, opset: int) -> bool:
         if node.domain == DOMAIN:
             if node.op_type == POOL:
                 function = pool_function(opset)
+            elif node.op_type.startswith((int8_onnx.QCONV, int8_onnx.QGEMM)):
+                function = int8_onnx.function_of(node.op_type, opset)
             else:
                 activation = node.attributes["activation"].as_string()
                 residual = len(node.inputs) > len(_OPERANDS[node.op_type])

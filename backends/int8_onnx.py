@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slrc.backends.packed_weight_onnx import PLACES
 
@@ -90,7 +90,7 @@ def node_of(layer: Int8Layer, x: str, y: str, name: str) -> tuple[onnx.NodeProto
     tensors = {**vars(layer.packed), "bias": layer.bias, "scale": layer.scale}
     initializers = [numpy_helper.from_array(t.detach().numpy(), f"{name}.{part}") for part, t in tensors.items()]
     inputs = [x, *(i.name for i in initializers), *([layer.residual.value] if layer.residual else [])]
-    attributes: dict[str, object] = {
+    attributes: dict[str, Any] = {
         "block": int(layer.packed.values.shape[1]),
         "weight_shape": list(layer.weight_shape),
         "x_zero_point": layer.x_zero_point,

@@ -67,6 +67,12 @@ FILES = (
         kernels=True,
     ),
     ResultsFile(
+        "int8_kernel_latency.json",
+        "taskset -c 1 python benchmarks/int8_kernel_latency.py",
+        ("benchmarks/int8_kernel_latency.py", "benchmarks/kernel_latency.py"),
+        kernels=True,
+    ),
+    ResultsFile(
         "split_copies.json",
         "taskset -c 1 python benchmarks/split_copies.py",
         ("benchmarks/split_copies.py", "benchmarks/kernel_latency.py"),

@@ -36,6 +36,21 @@ TILE_SETS = {
     "aarch64": {"Neon": ("-DSLRC_TILE_NEON",), "Portable": ()},
 }
 """The compiler's flags for each instruction set of a family, the best first; processors run the last one always."""
+INT8_SETS = {
+    "x86_64": {
+        "Avx512Vnni": (*TILE_SETS["x86_64"]["Avx512"], "-mavx512vnni"),
+        "Avx512": TILE_SETS["x86_64"]["Avx512"],
+        "Avx2Vnni": (*TILE_SETS["x86_64"]["Avx2"], "-mavxvnni"),
+        "Avx2": TILE_SETS["x86_64"]["Avx2"],
+        "Portable": (),
+    },
+    "aarch64": {
+        "NeonDot": ("-DSLRC_TILE_NEON", "-march=armv8.2-a+dotprod"),
+        "Neon": ("-DSLRC_TILE_NEON",),
+        "Portable": (),
+    },
+}
+"""The same of int8 layers; the name of each begins with that of the set that float32 layers then use."""
 OLDEST_GLIBC = "2.28"
 
 
@@ -111,13 +126,20 @@ def compile_library(
 
     `sets` are the instruction sets, best first, if they are not to be all of `TILE_SETS`.
     """
-    left_out = {"tile"} if main is None else {"tile", "ort_ops"}
+    left_out = {"tile"} if main is None else {"tile", "ort_ops", "ort_int8_ops"}
     sets = sets or TILE_SETS[family]
-    listed = (f"-DSLRC_TILE_SETS={','.join(f'&k{name}' for name in sets)}",)
+    int8 = {n: flags for n, flags in INT8_SETS[family].items() if any(n.startswith(name) for name in sets)}
+    listed = (
+        f"-DSLRC_TILE_SETS={','.join(f'&k{name}' for name in sets)}",
+        f"-DSLRC_INT8_SETS={','.join(f'&k{name}Int8' for name in int8)}",
+    )
     units: list[tuple[str, Path, tuple[str, ...]]] = [(f.stem, f, listed) for f in _sources() if f.stem not in left_out]
     for name, flags in sets.items():
         defines = (f"-DSLRC_TILE_SET=k{name}", f'-DSLRC_TILE_NAME="{name.lower()}"')
         units.append((f"tile_{name}", SOURCES / "tile.cpp", (*flags, *defines)))
+    for name, flags in int8.items():
+        defines = (f"-DSLRC_TILE_SET=k{name}Int8", f'-DSLRC_TILE_NAME="{name.lower()}"', "-DSLRC_TILE_INT8")
+        units.append((f"int8_{name}", SOURCES / "tile.cpp", (*flags, *defines)))
     if main is not None:
         units.append((main.stem, main, (f"-I{SOURCES}",)))
     objects = [folder / f"{name}.o" for name, _, _ in units]
@@ -167,7 +189,13 @@ def _sources() -> list[Path]:
 
 
 def _key(family: str, compiler: Compiler) -> str:
-    parts = [*compiler.command, compiler.version, *FLAGS, repr(TILE_SETS[family]), sources_digest()]
+    parts = [
+        *compiler.command,
+        compiler.version,
+        *FLAGS,
+        repr((TILE_SETS[family], INT8_SETS[family])),
+        sources_digest(),
+    ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

@@ -6,6 +6,7 @@
 
 #include "conv.h"
 #include "gemm.h"
+#include "int8.h"
 #include "pool.h"
 #include "processor.h"
 #include "window.h"
@@ -30,6 +31,27 @@ int Guarded(char* error, size_t error_size, const Body& body) {
   }
 }
 
+double Peak(const TileLoops& loops, double seconds) {
+  using Clock = std::chrono::steady_clock;
+  double best = 0;
+  const auto end = Clock::now() + std::chrono::duration<double>(seconds);
+  do {
+    const auto begin = Clock::now();
+    const double operations = loops.spin(100000);
+    best = std::max(best, operations / std::chrono::duration<double>(Clock::now() - begin).count() / 1e9);
+  } while (Clock::now() < end);
+  return best;
+}
+
+void CheckShape(const Conv& conv, const int64_t x_shape[4], const int64_t y_shape[4]) {
+  int64_t expected[4];
+  conv.OutputShape(x_shape, expected);
+  for (int d = 0; d < 4; ++d)
+    if (y_shape[d] != expected[d])
+      throw Error("dimension " + std::to_string(d) + " of y must be " + std::to_string(expected[d]) + ", got " +
+                  std::to_string(y_shape[d]));
+}
+
 }  // namespace
 }  // namespace slrc
 
@@ -38,13 +60,8 @@ extern "C" {
 int slrc_block_sparse_conv(const SlrcBlocks* blocks, const SlrcWindow* window, const float* x, const int64_t x_shape[4],
                            const float* residual, float* y, const int64_t y_shape[4], char* error, size_t error_size) {
   return slrc::Guarded(error, error_size, [&] {
-    const slrc::Conv conv(*blocks, *window);
-    int64_t expected[4];
-    conv.OutputShape(x_shape, expected);
-    for (int d = 0; d < 4; ++d)
-      if (y_shape[d] != expected[d])
-        throw slrc::Error("dimension " + std::to_string(d) + " of y must be " + std::to_string(expected[d]) + ", got " +
-                          std::to_string(y_shape[d]));
+    const slrc::FloatConv conv(*blocks, *window);
+    slrc::CheckShape(conv.conv(), x_shape, y_shape);
     conv.Run(x, x_shape, residual, y, slrc::kSerial);
   });
 }
@@ -59,6 +76,21 @@ int slrc_block_sparse_mlp(const SlrcBlocks* up, const SlrcBlocks* down, const fl
                           const float* residual, float* y, char* error, size_t error_size) {
   return slrc::Guarded(error, error_size,
                        [&] { slrc::Mlp(*up, *down).Run(x, rows, inputs, residual, y, slrc::kSerial); });
+}
+
+int slrc_int8_conv(const SlrcInt8Blocks* blocks, const SlrcWindow* window, const uint8_t* x, const int64_t x_shape[4],
+                   const uint8_t* residual, void* y, const int64_t y_shape[4], char* error, size_t error_size) {
+  return slrc::Guarded(error, error_size, [&] {
+    const slrc::Int8Conv conv(*blocks, *window);
+    slrc::CheckShape(conv.conv(), x_shape, y_shape);
+    conv.Run(x, x_shape, residual, y, slrc::kSerial);
+  });
+}
+
+int slrc_int8_gemm(const SlrcInt8Blocks* blocks, const uint8_t* x, int64_t rows, int64_t inputs,
+                   const uint8_t* residual, void* y, char* error, size_t error_size) {
+  return slrc::Guarded(error, error_size,
+                       [&] { slrc::Int8Gemm(*blocks).Run(x, rows, inputs, residual, y, slrc::kSerial); });
 }
 
 void slrc_max_pool_2x2(const float* x, const int64_t x_shape[4], float* y) {
@@ -89,9 +121,10 @@ const char* slrc_needed_feature(const char* instruction_set, int64_t index) {
   return nullptr;
 }
 
-int slrc_would_run(const char* instruction_set, uint32_t leaf1_ecx, uint32_t leaf7_ebx, uint32_t saved) {
+int slrc_would_run(const char* instruction_set, uint32_t leaf1_ecx, uint32_t leaf7_ebx, uint32_t leaf7_ecx,
+                    uint32_t leaf71_eax, uint32_t saved) {
   const slrc::TileLoops* loops = slrc::FindSet(instruction_set);
-  return loops && slrc::Runs({leaf1_ecx, leaf7_ebx, saved}, *loops);
+  return loops && slrc::Runs({leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf71_eax, saved, 0}, *loops);
 }
 
 const char* slrc_instruction_set(void) {
@@ -102,16 +135,16 @@ const char* slrc_instruction_set(void) {
   }
 }
 
-double slrc_peak_gflops(double seconds) {
-  using Clock = std::chrono::steady_clock;
-  double best = 0;
-  const auto end = Clock::now() + std::chrono::duration<double>(seconds);
-  do {
-    const auto begin = Clock::now();
-    const double operations = slrc::Loops().spin(100000);
-    best = std::max(best, operations / std::chrono::duration<double>(Clock::now() - begin).count() / 1e9);
-  } while (Clock::now() < end);
-  return best;
+const char* slrc_int8_instruction_set(void) {
+  try {
+    return slrc::Int8Loops().name;
+  } catch (const slrc::Error&) {
+    return "none";
+  }
 }
+
+double slrc_peak_gflops(double seconds) { return slrc::Peak(slrc::Loops(), seconds); }
+
+double slrc_int8_peak_gops(double seconds) { return slrc::Peak(slrc::Int8Loops(), seconds); }
 
 }  // extern "C"

@@ -74,7 +74,7 @@ bool TakesMasks(const Weight& weight, const SlrcWindow& window, const Image& ima
   for (int axis = 0; axis < 2; ++axis)
     keeps_size = keeps_size && window.strides[axis] == 1 &&
                  window.pads[axis] + window.pads[axis + 2] == (window.kernel[axis] - 1) * window.dilations[axis];
-  return keeps_size && Loops().masks && weight.block > 1 && weight.sorted && image.Taps() > 1 &&
+  return keeps_size && weight.loops->masks && weight.block > 1 && weight.sorted && image.Taps() > 1 &&
          image.Taps() <= kMostTaps && image.Pixels() >= Loops().lanes &&
          image.per_group * image.Pixels() <= CacheFloats() / 2;
 }
@@ -152,7 +152,7 @@ Geometry ChooseGeometry(const Weight& weight, const SlrcWindow& window, const in
     return on_planes(Reading::kColumnPlanes);
   }
   if (weight.block == 1 && !image.pointwise && columns.pitch != columns.out) return on_planes(Reading::kRows);
-  const int64_t widest = WidestTile(weight.block, rows, columns);
+  const int64_t widest = WidestTile(weight, rows, columns);
   Store tiles = StoreTiles(rows, columns, widest, image.pointwise);
   if (RepaysTiles(weight, image, widest, tiles.floats)) {
     chosen.reading = Reading::kTiles;

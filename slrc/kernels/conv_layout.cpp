@@ -63,7 +63,7 @@ SliceTable CutSlices(const Geometry& g, const Weight& weight) {
   SliceTable slices;
   const bool on_plane = g.reading == Reading::kPlane || g.reading == Reading::kColumnPlanes;
   if (!on_plane || ReadsPlanes() || !weight.sorted) return slices;
-  const int64_t read = g.per_group * TileReads(g.rows, g.columns, WidestTile(weight.block, g.rows, g.columns));
+  const int64_t read = g.per_group * TileReads(g.rows, g.columns, WidestTile(weight, g.rows, g.columns));
   const int64_t most = static_cast<int64_t>(weight.columns.size()) / weight.BlockRows() / kLeastBlocks;
   const int64_t count = std::min({CeilDiv(read, kTileReads), most, g.per_group});
   if (count < 2) return slices;
@@ -151,8 +151,8 @@ void Layout::Copy(const float* x, int64_t readable, int64_t band, int64_t count,
   const CopyRun* const runs = copies.runs.data() + copies.begins[band];
   const bool tiled = g.reading == Reading::kTiles;
   Loops().copy({runs, static_cast<int64_t>(copies.begins[band + 1] - copies.begins[band]), x, readable,
-                g.columns.stride, g.rows.in * g.columns.in, g.store.floats, to, count, tiled});
-  if (!tiled) std::fill_n(to + count * g.store.floats, Slack(), 0.0f);
+                g.columns.stride, g.rows.in * g.columns.in, g.store.floats, to, count, tiled, weight->padding});
+  if (!tiled) std::fill_n(to + count * g.store.floats, Slack(), weight->padding);
 }
 
 }  // namespace slrc

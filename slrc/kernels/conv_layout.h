@@ -121,7 +121,7 @@ int64_t TapOrder(const SlrcWindow& window, int32_t column);
 
 // conv_store.cpp: where a channel's parts stand.
 std::vector<Phase> PhasesRead(const Axis& rows, const Axis& columns);
-int64_t WidestTile(int64_t block, const Axis& rows, const Axis& columns);
+int64_t WidestTile(const Weight& weight, const Axis& rows, const Axis& columns);
 // The floats that a tile of `widest` pixels reads of a plane's channel, with half a cache line on each side of a row.
 int64_t TileReads(const Axis& rows, const Axis& columns, int64_t widest);
 Store StoreTiles(const Axis& rows, const Axis& columns, int64_t widest, bool pointwise);

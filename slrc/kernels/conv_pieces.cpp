@@ -8,31 +8,31 @@ namespace {
 
 // One row's, repeated on all: they never cross a seam. Blocks of one row have no rows to share what is loaded, so their
 // tiles take the same pixels of several rows of the image.
-std::vector<Piece> CutRepeated(const Geometry& g, int64_t block, int64_t height) {
+std::vector<Piece> CutRepeated(const Geometry& g, const Weight& weight, int64_t height) {
   std::vector<Piece> pieces;
-  Cut(block, 0, g.columns.out, g.columns.out >= Loops().lanes, &pieces);
+  Cut(weight, 0, g.columns.out, g.columns.out >= Loops().lanes, &pieces);
   for (Piece& piece : pieces) piece.repeats = height;
   return pieces;
 }
 
 // Each row's own, if that hardly leaves lanes idle: tiles are then stored where they belong. None if it does.
-std::vector<Piece> CutRowByRow(const Geometry& g, int64_t block, int64_t height) {
+std::vector<Piece> CutRowByRow(const Geometry& g, const Weight& weight, int64_t height) {
   const int64_t lanes = Loops().lanes, out = g.columns.out, pitch = g.store.pitch;
-  const int64_t sums = kTileRows[LoopsFor(block)];  // for each vector
+  const int64_t sums = kTileRows[LoopsFor(*weight.loops, weight.block)];  // for each vector
   std::vector<Piece> row, pieces;
   if (out < 2 * lanes || RoundUp(out, lanes) - pitch > pitch / 16) return {};
-  Cut(block, 0, out, true, &row);
+  Cut(weight, 0, out, true, &row);
   for (const Piece& piece : row)
     if (sums * piece.vectors < kBusySums) return {};
-  for (int64_t r = 0; r < height; ++r) Cut(block, r * pitch, out, true, &pieces);
+  for (int64_t r = 0; r < height; ++r) Cut(weight, r * pitch, out, true, &pieces);
   return pieces;
 }
 
-std::vector<Piece> CutRows(const Geometry& g, int64_t block, bool sliced, int64_t height) {
-  if (g.reading == Reading::kRows) return CutRepeated(g, block, height);
+std::vector<Piece> CutRows(const Geometry& g, const Weight& weight, bool sliced, int64_t height) {
+  if (g.reading == Reading::kRows) return CutRepeated(g, weight, height);
   std::vector<Piece> pieces;
-  if (!g.IsSeamless() && !sliced) pieces = CutRowByRow(g, block, height);
-  if (pieces.empty()) Cut(block, 0, (height - 1) * g.store.pitch + g.columns.out, IsInPlace(g.reading), &pieces);
+  if (!g.IsSeamless() && !sliced) pieces = CutRowByRow(g, weight, height);
+  if (pieces.empty()) Cut(weight, 0, (height - 1) * g.store.pitch + g.columns.out, IsInPlace(g.reading), &pieces);
   return pieces;
 }
 
@@ -90,7 +90,7 @@ std::vector<TapLanes> FindTapLanes(const Geometry& g, const SlrcWindow& window, 
 
 PieceTable CutPieces(const Geometry& g, const Weight& weight, const SlrcWindow& window, bool sliced, int64_t height) {
   PieceTable table;
-  table.pieces = CutRows(g, weight.block, sliced, height);
+  table.pieces = CutRows(g, weight, sliced, height);
   if (g.reading == Reading::kMasked) {
     EndWithVector(g.rows.in * g.columns.in, &table.pieces);
     for (Piece& piece : table.pieces) {
@@ -99,7 +99,7 @@ PieceTable CutPieces(const Geometry& g, const Weight& weight, const SlrcWindow& 
       piece.tap_lanes_count = static_cast<int64_t>(found.size());
     }
   }
-  const bool leaves_gaps = Loops().masks && !sliced && IsCheap(weight.activation);
+  const bool leaves_gaps = weight.loops->masks && !sliced && IsCheap(weight.activation);
   if (leaves_gaps && !g.IsSeamless() && g.reading != Reading::kRows) LeaveGaps(g, &table);
   return table;
 }

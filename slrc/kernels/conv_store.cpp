@@ -18,8 +18,8 @@ std::vector<Phase> PhasesRead(const Axis& rows, const Axis& columns) {
   return phases;
 }
 
-int64_t WidestTile(int64_t block, const Axis& rows, const Axis& columns) {
-  return WidestPiece(block, (rows.out - 1) * columns.pitch + columns.out);
+int64_t WidestTile(const Weight& weight, const Axis& rows, const Axis& columns) {
+  return WidestPiece(weight, (rows.out - 1) * columns.pitch + columns.out);
 }
 
 int64_t TileReads(const Axis& rows, const Axis& columns, int64_t widest) {

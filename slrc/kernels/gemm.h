@@ -8,16 +8,20 @@ namespace slrc {
 
 class Gemm {
  public:
-  explicit Gemm(const SlrcBlocks& blocks);
+  explicit Gemm(Weight weight);
+  explicit Gemm(const SlrcBlocks& blocks) : Gemm(Weight(blocks, 1)) {}
   int64_t out_channels() const { return weight_.out_channels; }
   void Run(const float* x, int64_t rows, int64_t inputs, const float* residual, float* y,
            const Parallel& parallel) const;
+  // The same in words; output.From(token) is the Output of RunPanel on the tokens from that one on.
+  template <class Output>
+  void RunTokens(const Word* x, int64_t rows, int64_t inputs, const Output& output, const Parallel& parallel) const;
 
  private:
   friend class Mlp;
   // Computes block rows [first, last) on the tokens of a panel; see Scratch::Get for owner and key.
   template <class Output>
-  void RunPart(const float* x, int64_t tokens, int64_t inputs, const Output& output, uint64_t owner, int64_t key,
+  void RunPart(const Word* x, int64_t tokens, int64_t inputs, const Output& output, uint64_t owner, int64_t key,
                int64_t first, int64_t last) const;
 
   Weight weight_;

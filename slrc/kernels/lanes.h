@@ -16,6 +16,7 @@ template <int N>
 struct Lanes {
   typedef float Float __attribute__((vector_size(4 * N)));
   typedef uint32_t Bits __attribute__((vector_size(4 * N)));
+  typedef int32_t Signed __attribute__((vector_size(4 * N)));
   typedef float Loose __attribute__((vector_size(4 * N), aligned(4), may_alias));
 };
 
@@ -32,6 +33,14 @@ inline void Store(float* p, typename Lanes<N>::Float v) {
 template <int N>
 inline typename Lanes<N>::Float All(float v) {
   return v - typename Lanes<N>::Float{};
+}
+
+// The bits of a word in every lane.
+template <int N>
+inline typename Lanes<N>::Bits AllBits(Word word) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &word, sizeof bits);
+  return bits - typename Lanes<N>::Bits{};
 }
 
 // Both keep a NaN in v. (x86's instructions return the second operand then; compilers make two of the comparison.)

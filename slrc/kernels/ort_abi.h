@@ -29,7 +29,7 @@ namespace slrc {
 constexpr uint32_t kOrtVersion = 17;
 
 enum OrtCode { kOrtFail = 1, kOrtInvalidArgument = 2 };
-enum OrtElement { kOrtFloat = 1, kOrtInt32 = 6 };
+enum OrtElement { kOrtFloat = 1, kOrtUint8 = 2, kOrtInt8 = 3, kOrtInt32 = 6 };
 enum OrtPresence { kOrtRequired = 0, kOrtOptional = 1 };
 
 #define SLRC_ORT_ENTRIES(ENTRY)                                                                                    \

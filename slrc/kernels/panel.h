@@ -83,8 +83,8 @@ PanelLoop<Output>::PanelLoop(const Weight& weight, int64_t first, int64_t last, 
     : weight_(weight),
       panel_(panel),
       output_(output),
-      loops_(Loops()),
-      wide_(LoopsFor(weight.block)),
+      loops_(*weight.loops),
+      wide_(LoopsFor(loops_, weight.block)),
       first_(first),
       channel_(weight.FirstChannel(first)),
       sliced_(panel.slices.count > 1) {
@@ -93,6 +93,7 @@ PanelLoop<Output>::PanelLoop(const Weight& weight, int64_t first, int64_t last, 
   strip_.block = weight.block;
   strip_.channels = weight.FirstChannel(last) - channel_;
   strip_.slope = weight.slope;
+  strip_.padding = weight.padding;
   strip_.taps = panel.taps;
   strip_.tap_ends = panel.tap_ends ? panel.tap_ends + first * panel.taps : nullptr;
   strip_.more.offsets = panel.more_x ? panel.more_offsets : panel.offsets;

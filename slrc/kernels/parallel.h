@@ -55,6 +55,10 @@ class Scratch {
     static thread_local Scratch sums;
     return sums;
   }
+  static Scratch& Words() {
+    static thread_local Scratch words;
+    return words;
+  }
   static Scratch& Hidden() {
     static thread_local Scratch hidden;
     return hidden;

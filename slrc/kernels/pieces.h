@@ -49,13 +49,15 @@ inline Piece NextPiece(int64_t start, int64_t end, int64_t rows, int64_t lanes, 
 }
 
 // Which loops a weight of this block runs on, as an index into TileLoops.
-inline int LoopsFor(int64_t block) { return block == 1 ? 0 : block >= 8 && Loops().max_vectors[2] ? 2 : 1; }
+inline int LoopsFor(const TileLoops& loops, int64_t block) {
+  return block == 1 ? 0 : block >= 8 && loops.max_vectors[2] ? 2 : 1;
+}
 
 // Cuts `length` pixels from `origin` on into pieces.
 template <class Pieces>
-void Cut(int64_t block, int64_t origin, int64_t length, bool exact, Pieces* pieces) {
-  const TileLoops& loops = Loops();
-  const int wide = LoopsFor(block);
+void Cut(const Weight& weight, int64_t origin, int64_t length, bool exact, Pieces* pieces) {
+  const TileLoops& loops = *weight.loops;
+  const int wide = LoopsFor(loops, weight.block);
   for (int64_t start = 0; start < length;) {
     Piece piece = NextPiece(start, length, kTileRows[wide], loops.lanes, loops.max_vectors[wide],
                             loops.strip[kHalf][wide][0], loops.strip[kPixelMore][wide][0], exact);
@@ -66,12 +68,12 @@ void Cut(int64_t block, int64_t origin, int64_t length, bool exact, Pieces* piec
 }
 
 // Returns the pixels of the widest of those pieces.
-inline int64_t WidestPiece(int64_t block, int64_t length) {
+inline int64_t WidestPiece(const Weight& weight, int64_t length) {
   struct Widest {
     void push_back(const Piece& piece) { width = std::max(width, piece.width); }
     int64_t width = 0;
   } widest;
-  Cut(block, 0, length, false, &widest);
+  Cut(weight, 0, length, false, &widest);
   return widest.width;
 }
 

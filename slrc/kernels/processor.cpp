@@ -6,6 +6,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__)
+#include <sys/auxv.h>
 #endif
 
 #include "weight.h"
@@ -15,11 +17,16 @@ namespace {
 
 // Best first; the last one runs everywhere. (build.py names them.)
 const TileLoops* const kTileSets[] = {SLRC_TILE_SETS};
+const TileLoops* const kInt8Sets[] = {SLRC_INT8_SETS};
+
+bool BeginsWith(const char* name, const char* beginning) { return !strncmp(name, beginning, strlen(beginning)); }
 
 }  // namespace
 
 const TileLoops* FindSet(const char* name) {
   for (const TileLoops* loops : kTileSets)
+    if (!strcmp(loops->name, name)) return loops;
+  for (const TileLoops* loops : kInt8Sets)
     if (!strcmp(loops->name, name)) return loops;
   return nullptr;
 }
@@ -32,8 +39,8 @@ bool Runs(const Processor& processor, const TileLoops& loops) {
   SLRC_FEATURES(SLRC_HAS)
 #undef SLRC_HAS
   uint32_t saved = 0;
-  if (loops.features >> kBitOfAVX & 1) saved |= kVectors;
-  if (loops.features >> kBitOfAVX512F & 1) saved |= kMasksAndWideVectors;
+  if (loops.features >> kBitOf__AVX__ & 1) saved |= kVectors;
+  if (loops.features >> kBitOf__AVX512F__ & 1) saved |= kMasksAndWideVectors;
   if (saved && !(processor.leaf1_ecx & kSavesRegisters)) return false;
   return (loops.features & ~has) == 0 && (saved & ~processor.saved) == 0;
 }
@@ -47,27 +54,48 @@ Processor ThisProcessor() {
   unsigned a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d)) return processor;
   processor.leaf1_ecx = c;
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) processor.leaf7_ebx = b;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
+    processor.leaf7_ebx = b;
+    processor.leaf7_ecx = c;
+    if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) processor.leaf71_eax = a;
+  }
   unsigned high;
   if (processor.leaf1_ecx >> 27 & 1) asm volatile("xgetbv" : "=a"(processor.saved), "=d"(high) : "c"(0));
+#elif defined(__aarch64__)
+  processor.hwcap = static_cast<uint32_t>(getauxval(AT_HWCAP));
 #endif
   return processor;
 }
 
-const TileLoops* Choose() {
+// The sets of both kinds of layers.
+struct Chosen {
+  const TileLoops* loops = nullptr;
+  const TileLoops* int8 = nullptr;
+};
+
+Chosen Choose() {
   const Processor processor = ThisProcessor();
-  const char* wanted = getenv("SLRC_KERNEL_ISA");
+  const char* named = getenv("SLRC_KERNEL_ISA");
+  const char* wanted = named && *named ? named : nullptr;
   for (const TileLoops* loops : kTileSets)
-    if ((!wanted || !*wanted || !strcmp(loops->name, wanted)) && Runs(processor, *loops)) return loops;
-  return nullptr;
+    for (const TileLoops* int8 : kInt8Sets)
+      if (BeginsWith(int8->name, loops->name) && (!wanted || !strcmp(int8->name, wanted)) && Runs(processor, *loops) &&
+          Runs(processor, *int8))
+        return {loops, int8};
+  return {};
+}
+
+const Chosen& Sets() {
+  static const Chosen chosen = Choose();
+  if (!chosen.loops)
+    throw Error("SLRC_KERNEL_ISA names an instruction set that this processor or library does not have");
+  return chosen;
 }
 
 }  // namespace
 
-const TileLoops& Loops() {
-  static const TileLoops* const chosen = Choose();
-  if (!chosen) throw Error("SLRC_KERNEL_ISA names an instruction set that this processor or library does not have");
-  return *chosen;
-}
+const TileLoops& Loops() { return *Sets().loops; }
+
+const TileLoops& Int8Loops() { return *Sets().int8; }
 
 }  // namespace slrc

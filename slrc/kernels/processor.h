@@ -8,27 +8,31 @@
 
 namespace slrc {
 
-// CPUID's words that tell of features, and which registers the operating system saves (XCR0); zeros if unknown.
+// CPUID's words that tell of features, and which registers the operating system saves (XCR0); of aarch64 what Linux says
+// of the hardware (AT_HWCAP). Zeros if unknown.
 struct Processor {
-  uint32_t leaf1_ecx, leaf7_ebx, saved;
+  uint32_t leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf71_eax, saved, hwcap;
 };
 
-// X(name in the compiler's flags, the same in its macros, word of Processor, bit there). A set of features is a word
-// with the bit k for the k-th of these.
-#define SLRC_FEATURES(X)             \
-  X("sse3", SSE3, leaf1_ecx, 0)      \
-  X("ssse3", SSSE3, leaf1_ecx, 9)    \
-  X("fma", FMA, leaf1_ecx, 12)       \
-  X("sse4.1", SSE4_1, leaf1_ecx, 19) \
-  X("sse4.2", SSE4_2, leaf1_ecx, 20) \
-  X("popcnt", POPCNT, leaf1_ecx, 23) \
-  X("avx", AVX, leaf1_ecx, 28)       \
-  X("f16c", F16C, leaf1_ecx, 29)     \
-  X("avx2", AVX2, leaf7_ebx, 5)      \
-  X("avx512f", AVX512F, leaf7_ebx, 16)   \
-  X("avx512dq", AVX512DQ, leaf7_ebx, 17) \
-  X("avx512bw", AVX512BW, leaf7_ebx, 30) \
-  X("avx512vl", AVX512VL, leaf7_ebx, 31)
+// X(name in the compiler's flags, its macro, word of Processor, bit there). A set of features is a word with the bit k
+// for the k-th of these.
+#define SLRC_FEATURES(X)                               \
+  X("sse3", __SSE3__, leaf1_ecx, 0)                    \
+  X("ssse3", __SSSE3__, leaf1_ecx, 9)                  \
+  X("fma", __FMA__, leaf1_ecx, 12)                     \
+  X("sse4.1", __SSE4_1__, leaf1_ecx, 19)               \
+  X("sse4.2", __SSE4_2__, leaf1_ecx, 20)               \
+  X("popcnt", __POPCNT__, leaf1_ecx, 23)               \
+  X("avx", __AVX__, leaf1_ecx, 28)                     \
+  X("f16c", __F16C__, leaf1_ecx, 29)                   \
+  X("avx2", __AVX2__, leaf7_ebx, 5)                    \
+  X("avx512f", __AVX512F__, leaf7_ebx, 16)             \
+  X("avx512dq", __AVX512DQ__, leaf7_ebx, 17)           \
+  X("avx512bw", __AVX512BW__, leaf7_ebx, 30)           \
+  X("avx512vl", __AVX512VL__, leaf7_ebx, 31)           \
+  X("avx512vnni", __AVX512VNNI__, leaf7_ecx, 11)       \
+  X("avxvnni", __AVXVNNI__, leaf71_eax, 4)             \
+  X("dotprod", __ARM_FEATURE_DOTPROD, hwcap, 20)
 
 #define SLRC_BIT_OF(name, macro, word, bit) kBitOf##macro,
 enum { SLRC_FEATURES(SLRC_BIT_OF) kFeatures };

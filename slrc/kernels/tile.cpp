@@ -4,6 +4,9 @@
 
 #include "processor.h"
 #include "tile_copy.h"
+#if defined(SLRC_TILE_INT8)
+#include "tile_int8.h"
+#endif
 #include "tile_move.h"
 #include "tile_set.h"
 #include "tile_strip.h"
@@ -11,6 +14,25 @@
 namespace slrc {
 namespace {
 
+#if defined(SLRC_TILE_INT8)
+// (What is multiplied differs each time, or the compiler would multiply once.)
+double Spin(int64_t rounds) {
+  using V = Lanes<kLanes>::Float;
+  constexpr int kSums = 10;
+  V sums[kSums];
+  const V value = Repeat<kLanes>(2.5f);
+  Unroll<kSums>([&](int s) SLRC_INLINE { sums[s] = Repeat<kLanes>(0.1f * s); });
+  for (int64_t r = 0; r < rounds; ++r)
+    Unroll<kSums>([&](int s) SLRC_INLINE {
+      sums[s] = MultiplyAdd<kLanes>(sums[s], sums[(s + 1) % kSums], value);
+    });
+  V all = sums[0];
+  for (int s = 1; s < kSums; ++s) all = Add<kLanes>(all, sums[s]);
+  volatile float used = all[0];
+  (void)used;
+  return 8.0 * kSums * kLanes * static_cast<double>(rounds);
+}
+#else
 double Spin(int64_t rounds) {
   using V = Lanes<kLanes>::Float;
   constexpr int kSums = 10;
@@ -22,6 +44,13 @@ double Spin(int64_t rounds) {
   volatile float used = all[0];
   return 2.0 * kSums * kLanes * static_cast<double>(rounds) + 0.0 * used;
 }
+#endif
+
+#if defined(SLRC_TILE_INT8)
+constexpr bool kHasPixelMore = false;  // their sums would not be with the others
+#else
+constexpr bool kHasPixelMore = true;
+#endif
 
 // A last half costs half where a vector is executed in two halves, elsewhere no more than a whole one. A pixel more
 // needs registers of its own.
@@ -30,14 +59,14 @@ constexpr StripLoop Loop() {
   if constexpr (Vectors > Most) return nullptr;
   else if constexpr (End == kWhole) return RunStrip<Rows, Vectors - 1, kLanes, 0>;
   else if constexpr (End == kHalf && kLanes == 16) return RunStrip<Rows, Vectors - 1, kLanes / 2, 0>;
-  else if constexpr (End == kPixelMore && kManyRegisters && Rows > 1) return RunStrip<Rows, Vectors - 1, kLanes, 1>;
+  else if constexpr (End == kPixelMore && kManyRegisters && Rows > 1 && kHasPixelMore) return RunStrip<Rows, Vectors - 1, kLanes, 1>;
   return nullptr;
 }
 
 // The features that the compiler may use here: their macros are then 1, not themselves.
 #define SLRC_TEXT_OF(text) #text
 #define SLRC_EXPANDED(macro) SLRC_TEXT_OF(macro)
-#define SLRC_USED(name, macro, word, bit) | (SLRC_EXPANDED(__##macro##__)[0] == '1' ? 1u << kBitOf##macro : 0u)
+#define SLRC_USED(name, macro, word, bit) | (SLRC_EXPANDED(macro)[0] == '1' ? 1u << kBitOf##macro : 0u)
 constexpr uint32_t kCompiledFor = 0 SLRC_FEATURES(SLRC_USED);
 
 #define SLRC_SIX(End, Rows, Most)                                                                    \
@@ -56,12 +85,21 @@ extern const TileLoops SLRC_TILE_SET = {
     kMasks,
     {kVectors1, kVectors4, kVectors8},
     {SLRC_ROWS(kWhole), SLRC_ROWS(kHalf), SLRC_ROWS(kPixelMore)},
-    {RunPixel<1>, RunPixel<4>, RunPixel<8>},
+    {kVectors1 ? RunPixel<1> : nullptr, RunPixel<4>, RunPixel<8>},
     Copy,
     CopyEachRow,
     Transpose,
     MaxPool2x2,
     Spin,
+#if defined(SLRC_TILE_INT8)
+    MakeResults,
+    Interleave,
+    kFlip,
+#else
+    nullptr,
+    nullptr,
+    0,
+#endif
 };
 
 }  // namespace slrc

@@ -11,6 +11,10 @@
 
 namespace slrc {
 
+// A Word is four bytes that vectors hold side by side, one for each pixel: a float, or, in int8 layers, the bytes of
+// four input channels, and int32 sums. What handles words without computing moves either.
+using Word = float;
+
 constexpr int kParts = 3;
 constexpr int kRowSizes = 3;
 constexpr int kTileRows[kRowSizes] = {1, 4, 8};
@@ -52,8 +56,7 @@ struct Outputs {
 };
 
 // Some taps of the kernel, in the order of TapOrder: from the end of the TapLanes before these up to `end`. Of what
-// their columns read of x for a run, the lanes of each vector that are read; the others are padding, count as zero and
-// are not touched.
+// their columns read of x for a run, the lanes of each vector that are read; the others are padding and not touched.
 struct TapLanes {
   int32_t end;
   uint16_t read[kMaxVectors + 1];
@@ -88,20 +91,21 @@ struct Strip {
   int64_t parts;  // 1, or kParts of each block row's columns, all alike, each of them x_step after the one before
   Activation activation;
   float slope;  // of kLeakyRelu
+  Word padding;  // what lanes count as that are padding
 };
 
 using StripLoop = void (*)(const Strip&);
 
 // Rows of a copy, `from_step` and `to_step` apart. Of the first: to[to + i] = x[from + i * stride] for i < floats, and
-// zero from there up to `written`.
+// padding from there up to `written`.
 struct CopyRun {
   int32_t from, to, floats, written;
   int32_t rows = 1, from_step = 0, to_step = 0;
 };
 
 // The same runs of every channel, in order and in whole vectors: a later one overwrites what an earlier one wrote past
-// its end. The last channel's last run may be written past its end as well. Where every run is one row and only zeros
-// that come first are written past a channel's end, some channels go `together`, one run of all of them after the
+// its end. The last channel's last run may be written past its end as well. Where every run is one row and only padding
+// that comes first is written past a channel's end, some channels go `together`, one run of all of them after the
 // other, and nothing is written past the last one.
 struct CopyJob {
   const CopyRun* runs;
@@ -113,6 +117,7 @@ struct CopyJob {
   float* to;
   int64_t channels;
   bool together;
+  Word padding;
 };
 
 using CopyLoop = void (*)(const CopyJob&);
@@ -122,6 +127,26 @@ using MoveRows = void (*)(const float* from, int64_t from_pitch, int64_t rows, i
 
 // y (height / 2, width / 2) = the maxima of 2 x 2 windows of x (height, width), side by side.
 using PoolLoop = void (*)(const float* x, int64_t height, int64_t width, float* y);
+
+// What becomes of the sums of an int8 layer (see SlrcInt8Blocks): some rows of `count` each, `sums_pitch` apart. Of a
+// row all have one scale, or (`by_lane`) each its own.
+struct Int8Results {
+  const Word* sums;
+  int64_t sums_pitch;
+  const float* scale;
+  bool by_lane;
+  const uint8_t* residual;  // null if there is none
+  uint8_t* y;               // null if y is float32
+  float* y_float;
+  int64_t pitch;  // of the rows of residual and y
+  int64_t rows, count;
+  float residual_scale, residual_zero_point, y_zero_point;
+};
+
+using ResultLoop = void (*)(const Int8Results&);
+// Words of four rows of bytes each, `pitch` apart: byte k of word i is from[k * pitch + i] ^ flip, or `flip` where row k
+// is past the last of `rows`.
+using InterleaveLoop = void (*)(const uint8_t* from, int64_t pitch, int64_t rows, int64_t count, uint8_t flip, Word* to);
 
 // What a run ends with: a whole vector, one half as wide, or a whole one and a pixel.
 enum Ending { kWhole, kHalf, kPixelMore, kEndings };
@@ -138,10 +163,15 @@ struct TileLoops {
   CopyLoop copy;
   MoveRows copy_rows, transpose;
   PoolLoop max_pool_2x2;
-  double (*spin)(int64_t rounds);  // independent multiply-adds only; returns the floating-point operations done
+  double (*spin)(int64_t rounds);  // independent multiply-adds only; returns the operations done, two for each
+  // Of int8 layers alone:
+  ResultLoop results;
+  InterleaveLoop interleave;
+  uint8_t flip;  // what x's bytes are flipped by: 0x80 where they are multiplied as signed ones
 };
 
 // Those of one processor family are linked.
 extern const TileLoops kAvx512, kAvx2, kNeon, kPortable;
+extern const TileLoops kAvx512VnniInt8, kAvx512Int8, kAvx2VnniInt8, kAvx2Int8, kNeonDotInt8, kNeonInt8, kPortableInt8;
 
 }  // namespace slrc

@@ -32,7 +32,7 @@ SLRC_INLINE inline Lanes<kLanes>::Bits FirstLanes(int64_t count) {
 
 // One channel's rows of a run, in whole vectors: reads past their end.
 template <int Stride>
-SLRC_INLINE inline void CopyRows(const float* source, float* target, const CopyRun& run) {
+SLRC_INLINE inline void CopyRows(const float* source, float* target, const CopyRun& run, Lanes<kLanes>::Bits padding) {
   using Bits = typename Lanes<kLanes>::Bits;
   const int64_t whole = run.floats / kLanes * kLanes, rest = run.floats - whole;
   const Bits mask = FirstLanes(rest);
@@ -40,17 +40,19 @@ SLRC_INLINE inline void CopyRows(const float* source, float* target, const CopyR
     int64_t i = 0;
     for (; i < whole; i += kLanes) Store<kLanes>(target + i, LoadApart<Stride>(source + i * Stride));
     if (rest) {
-      const auto last = reinterpret_cast<Bits>(LoadApart<Stride>(source + i * Stride)) & mask;
+      const auto last = (reinterpret_cast<Bits>(LoadApart<Stride>(source + i * Stride)) & mask) | (padding & ~mask);
       Store<kLanes>(target + i, reinterpret_cast<typename Lanes<kLanes>::Float>(last));
       i += kLanes;
     }
-    for (; i < run.written; i += kLanes) Store<kLanes>(target + i, All<kLanes>(0.0f));
+    for (; i < run.written; i += kLanes)
+      Store<kLanes>(target + i, reinterpret_cast<typename Lanes<kLanes>::Float>(padding));
   }
 }
 
 template <int Stride>
 inline void CopyChannels(const CopyJob& given) {
   const CopyJob job = given;
+  const auto padding = AllBits<kLanes>(job.padding);
   // Of so many channels whole vectors may be read (and written); of the others as many as there are floats for.
   const int64_t readable = Stride ? (job.readable - Stride * kLanes) / job.x_step : 0;
   const int64_t most = job.channels - job.together, free = readable < most ? readable : most;
@@ -66,14 +68,14 @@ inline void CopyChannels(const CopyJob& given) {
         all.rows = kTogether;
         all.from_step = static_cast<int32_t>(job.x_step);
         all.to_step = static_cast<int32_t>(job.to_step);
-        CopyRows<Stride>(x + run->from, to + run->to, all);
+        CopyRows<Stride>(x + run->from, to + run->to, all, padding);
       }
   }
   for (; c < job.channels; ++c, x += job.x_step, to += job.to_step) {
     for (const CopyRun* run = job.runs; run != job.runs + job.run_count; ++run) {
       if constexpr (Stride > 0)
         if (c < free) {
-          CopyRows<Stride>(x + run->from, to + run->to, *run);
+          CopyRows<Stride>(x + run->from, to + run->to, *run, padding);
           continue;
         }
       for (int64_t row = 0; row < run->rows; ++row) {
@@ -84,7 +86,7 @@ inline void CopyChannels(const CopyJob& given) {
           for (; i + kLanes <= run->floats && source + (i + kLanes) * Stride <= job.x + job.readable; i += kLanes)
             Store<kLanes>(target + i, LoadApart<Stride>(source + i * Stride));
         for (; i < run->floats; ++i) target[i] = source[i * job.stride];
-        for (; i < run->written; ++i) target[i] = 0.0f;
+        for (; i < run->written; ++i) target[i] = job.padding;
       }
     }
   }

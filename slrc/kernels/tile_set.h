@@ -14,19 +14,30 @@ namespace {
 #define SLRC_INLINE __attribute__((always_inline))
 #endif
 
+// Where bytes are multiplied in pairs (see tile_arithmetic.h), x and the values take registers twice.
+#if defined(SLRC_TILE_INT8) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
+constexpr bool kInPairs = true;
+#else
+constexpr bool kInPairs = false;
+#endif
+
 // With a sanitizer's checks compilers take many minutes for tiles of so many sizes; fewer go through the same lines.
 #if defined(__AVX512F__) && defined(__SANITIZE_ADDRESS__)
 constexpr int kLanes = 16, kVectors4 = 1, kVectors8 = 2;
 #elif defined(__AVX512F__)
-constexpr int kLanes = 16, kVectors4 = 6, kVectors8 = 3;
+constexpr int kLanes = 16, kVectors4 = kInPairs ? 4 : 6, kVectors8 = kInPairs ? 2 : 3;
 #elif defined(__AVX2__)
-constexpr int kLanes = 8, kVectors4 = 3, kVectors8 = 0;
+constexpr int kLanes = 8, kVectors4 = kInPairs ? 2 : 3, kVectors8 = 0;
 #elif defined(SLRC_TILE_NEON)
 constexpr int kLanes = 4, kVectors4 = 6, kVectors8 = 3;
 #else
-constexpr int kLanes = 4, kVectors4 = 3, kVectors8 = 0;
+constexpr int kLanes = 4, kVectors4 = kInPairs ? 2 : 3, kVectors8 = 0;
 #endif
+#if defined(SLRC_TILE_INT8)
+constexpr int kVectors1 = 0;
+#else
 constexpr int kVectors1 = 2;  // of several runs
+#endif
 constexpr bool kManyRegisters = kVectors8 > 0;  // 32, not 16
 
 // How many runs a tile takes: one row alone keeps too few sums for multiply-adds not to wait for each other.
@@ -85,11 +96,18 @@ SLRC_INLINE inline typename Lanes<N>::Float LoadKept(const float* p, uint32_t ke
   if constexpr (N == 16) return _mm512_maskz_expand_ps(kept, _mm512_maskz_loadu_ps(first, p));
   else return _mm256_maskz_expand_ps(kept, _mm256_maskz_loadu_ps(first, p));
 }
-// Zeros for the lanes that `read` has no bit of.
+// Padding for the lanes that `read` has no bit of.
 template <int N>
-SLRC_INLINE inline typename Lanes<N>::Float LoadLanes(const float* p, uint32_t read) {
+SLRC_INLINE inline typename Lanes<N>::Float LoadLanes(const Word* p, uint32_t read, Word padding) {
+#if defined(SLRC_TILE_INT8)
+  const auto other = reinterpret_cast<typename Lanes<N>::Float>(AllBits<N>(padding));
+  if constexpr (N == 16) return _mm512_mask_loadu_ps(other, read, p);
+  else return _mm256_mask_loadu_ps(other, read, p);
+#else
+  (void)padding;  // zero, which costs no register
   if constexpr (N == 16) return _mm512_maskz_loadu_ps(read, p);
   else return _mm256_maskz_loadu_ps(read, p);
+#endif
 }
 #else
 constexpr bool kMasks = false;
@@ -98,7 +116,7 @@ void StoreKept(float*, typename Lanes<N>::Float, uint32_t);
 template <int N>
 typename Lanes<N>::Float LoadKept(const float*, uint32_t);
 template <int N>
-typename Lanes<N>::Float LoadLanes(const float*, uint32_t);
+typename Lanes<N>::Float LoadLanes(const Word*, uint32_t, Word);
 #endif
 
 }  // namespace

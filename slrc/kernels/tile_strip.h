@@ -127,11 +127,19 @@ void RunPixel(const Strip& s) {
     for (; t + 4 <= count; t += 4) {
       const float* values = tile.values + t * s.block;
       for (int64_t line = 0; line < 4 * s.block; line += kLine) __builtin_prefetch(values + kValuesAhead + line);
-      for (int k = 0; k < 4; ++k) sums[k] += Load<Rows>(values + k * s.block) * tile.x[tile.offsets[t + k]];
+      for (int k = 0; k < 4; ++k)
+        sums[k] = MultiplyAdd<Rows>(sums[k], Repeat<Rows>(tile.x[tile.offsets[t + k]]),
+                                    Load<Rows>(values + k * s.block));
     }
-    for (; t < count; ++t) sums[0] += Load<Rows>(tile.values + t * s.block) * tile.x[tile.offsets[t]];
-    V sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    for (int i = 0; tile.start && i < tile.rows; ++i) sum[i] += tile.start[i * tile.start_pitch];
+    for (; t < count; ++t)
+      sums[0] = MultiplyAdd<Rows>(sums[0], Repeat<Rows>(tile.x[tile.offsets[t]]),
+                                  Load<Rows>(tile.values + t * s.block));
+    V sum = Add<Rows>(Add<Rows>(sums[0], sums[1]), Add<Rows>(sums[2], sums[3]));
+    if (tile.start) {
+      V start = {};
+      for (int i = 0; i < tile.rows; ++i) start[i] = tile.start[i * tile.start_pitch];
+      sum = Add<Rows>(sum, start);
+    }
     sum = Activate<Rows>(sum, s.activation, s.slope);
     for (int i = 0; i < tile.rows; ++i) tile.y[i * tile.pitch] = sum[i];
   });

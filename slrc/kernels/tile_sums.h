@@ -1,7 +1,7 @@
 // One tile (README.md draws it): the sums of some rows and pixels, in registers. For tile.cpp alone.
 #pragma once
 
-#include "tile_set.h"
+#include "tile_arithmetic.h"
 
 namespace slrc {
 namespace {
@@ -74,8 +74,8 @@ SLRC_INLINE inline void BeginWithBias(const Tile& tile, Sums<Size>& sums) {
     Unroll<Size::kSides>([&](int q) SLRC_INLINE { sums.more[q] = Load<Size::kSide>(tile.bias + q * Size::kSide); });
   Unroll<Size::kSums>([&](int s) SLRC_INLINE {
     const float bias = tile.bias[Size::kRows == 1 ? 0 : s];
-    Unroll<Size::kWhole>([&](int v) SLRC_INLINE { sums.whole[s][v] = All<kLanes>(bias); });
-    sums.last[s] = All<Size::kLast>(bias);
+    Unroll<Size::kWhole>([&](int v) SLRC_INLINE { sums.whole[s][v] = Repeat<kLanes>(bias); });
+    sums.last[s] = Repeat<Size::kLast>(bias);
   });
 }
 
@@ -87,19 +87,27 @@ SLRC_INLINE inline void AddStart(const Tile& tile, const Outputs* outputs, Sums<
       Unroll<Size::kSums>([&](int s) SLRC_INLINE {
         const float* start = tile.start + s * tile.start_pitch;
         Unroll<Size::kWhole>([&](int v) SLRC_INLINE {
-          sums.whole[s][v] += LoadKept<kLanes>(start + outputs->at[v], outputs->kept[v]);
+          sums.whole[s][v] =
+              Add<kLanes>(sums.whole[s][v], LoadKept<kLanes>(start + outputs->at[v], outputs->kept[v]));
         });
-        sums.last[s] += LoadKept<Size::kLast>(start + outputs->at[Size::kWhole], outputs->kept[Size::kWhole]);
+        sums.last[s] = Add<Size::kLast>(
+            sums.last[s], LoadKept<Size::kLast>(start + outputs->at[Size::kWhole], outputs->kept[Size::kWhole]));
       });
   if (tile.start && !outputs)
     Unroll<Size::kSums>([&](int s) SLRC_INLINE {
       const float* start = tile.start + s * StartStep<Size>(tile);
-      Unroll<Size::kWhole>([&](int v) SLRC_INLINE { sums.whole[s][v] += Load<kLanes>(start + v * kLanes); });
-      sums.last[s] += Load<Size::kLast>(start + Size::kWhole * kLanes);
+      Unroll<Size::kWhole>([&](int v) SLRC_INLINE {
+        sums.whole[s][v] = Add<kLanes>(sums.whole[s][v], Load<kLanes>(start + v * kLanes));
+      });
+      sums.last[s] = Add<Size::kLast>(sums.last[s], Load<Size::kLast>(start + Size::kWhole * kLanes));
     });
   if (Size::kHasMore && tile.more.start)
-    Unroll<Size::kSums>([&](int s) SLRC_INLINE {
-      sums.more[s / Size::kSide][s % Size::kSide] += tile.more.start[s * tile.more.start_pitch];
+    Unroll<Size::kSides>([&](int q) SLRC_INLINE {
+      typename Size::Side start = {};
+      Unroll<Size::kSide>([&](int i) SLRC_INLINE {
+        start[i] = tile.more.start[(q * Size::kSide + i) * tile.more.start_pitch];
+      });
+      sums.more[q] = Add<Size::kSide>(sums.more[q], start);
     });
 }
 
@@ -120,8 +128,10 @@ SLRC_INLINE inline void MultiplyRuns(const Tile& tile, int64_t stride, Sums<Size
       Unroll<Parts>([&](int k) SLRC_INLINE {
         const int s = r - k;
         if (s < 0 || s >= Size::kRuns) return;
-        Unroll<Size::kWhole>([&](int v) SLRC_INLINE { sums.whole[s][v] += column[v] * value[k]; });
-        sums.last[s] += last * value[k];
+        Unroll<Size::kWhole>([&](int v) SLRC_INLINE {
+          sums.whole[s][v] = MultiplyAdd<kLanes>(sums.whole[s][v], column[v], Repeat<kLanes>(value[k]));
+        });
+        sums.last[s] = MultiplyAdd<Size::kLast>(sums.last[s], last, Repeat<Size::kLast>(value[k]));
       });
       x += tile.x_step;
     });
@@ -130,8 +140,9 @@ SLRC_INLINE inline void MultiplyRuns(const Tile& tile, int64_t stride, Sums<Size
 
 // Of several rows: the v-th vector of a column, or the lanes of it that its taps read.
 template <int N, Reads Read>
-SLRC_INLINE inline typename Lanes<N>::Float LoadColumn(const float* x, int v, const TapLanes* taps) {
-  if constexpr (Read == kSome) return LoadLanes<N>(x + v * kLanes, taps->read[v]);
+SLRC_INLINE inline typename Lanes<N>::Float LoadColumn(const Word* x, int v, const TapLanes* taps,
+                                                             Word padding) {
+  if constexpr (Read == kSome) return LoadLanes<N>(x + v * kLanes, taps->read[v], padding);
   else return Load<N>(x + v * kLanes);
 }
 
@@ -139,6 +150,7 @@ SLRC_INLINE inline typename Lanes<N>::Float LoadColumn(const float* x, int v, co
 template <Reads Read, class Size>
 SLRC_INLINE inline void MultiplyRows(const Tile& tile, const Strip& strip, Sums<Size>& sums) {
   const int64_t stride = strip.block, ahead = strip.ahead;
+  const Word padding = strip.padding;
   const float* values = tile.values;
   const int32_t *offset = tile.offsets, *more_offset = tile.more.offsets;
   const int64_t count = Read == kSome ? strip.tap_lanes_count : 1;
@@ -148,20 +160,23 @@ SLRC_INLINE inline void MultiplyRows(const Tile& tile, const Strip& strip, Sums<
     for (; offset != end; ++offset, ++more_offset, values += stride) {
       const float* x = tile.x + *offset;
       typename Size::V column[Size::kWhole ? Size::kWhole : 1];
-      Unroll<Size::kWhole>([&](int v) SLRC_INLINE { column[v] = LoadColumn<kLanes, Read>(x, v, taps); });
-      const typename Size::L last = LoadColumn<Size::kLast, Read>(x, Size::kWhole, taps);
+      Unroll<Size::kWhole>([&](int v) SLRC_INLINE { column[v] = LoadColumn<kLanes, Read>(x, v, taps, padding); });
+      const typename Size::L last = LoadColumn<Size::kLast, Read>(x, Size::kWhole, taps, padding);
       __builtin_prefetch(values + kValuesAhead);
       if constexpr (Read == kAhead)
         Unroll<Size::kLines>([&](int line) SLRC_INLINE { __builtin_prefetch(x + ahead + line * kLine); });
       SLRC_LOAD_VALUES(Size::kRows, values);
       Unroll<Size::kRows>([&](int i) SLRC_INLINE {
-        Unroll<Size::kWhole>([&](int v) SLRC_INLINE { sums.whole[i][v] += column[v] * SLRC_VALUE(i); });
-        sums.last[i] += last * SLRC_VALUE(i);
+        Unroll<Size::kWhole>([&](int v) SLRC_INLINE {
+          sums.whole[i][v] = MultiplyAdd<kLanes>(sums.whole[i][v], column[v], Repeat<kLanes>(SLRC_VALUE(i)));
+        });
+        sums.last[i] = MultiplyAdd<Size::kLast>(sums.last[i], last, Repeat<Size::kLast>(SLRC_VALUE(i)));
       });
       if constexpr (Size::kHasMore) {
-        const float pixel = Read != kSome || taps->read[Size::kWhole + 1] ? tile.more.x[*more_offset] : 0.0f;
+        const Word pixel = Read != kSome || taps->read[Size::kWhole + 1] ? tile.more.x[*more_offset] : padding;
         Unroll<Size::kSides>([&](int q) SLRC_INLINE {
-          sums.more[q] += Load<Size::kSide>(values + q * Size::kSide) * pixel;
+          sums.more[q] = MultiplyAdd<Size::kSide>(sums.more[q], Repeat<Size::kSide>(pixel),
+                                                  Load<Size::kSide>(values + q * Size::kSide));
         });
       }
     }

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "layer_limits.h"
 
@@ -31,18 +32,52 @@ void Expect(bool condition, const char* what, int64_t expected, int64_t got) {
 
 }  // namespace
 
-void CheckSizes(const SlrcBlocks& blocks, int64_t group) {
-  const int64_t block = blocks.block, out_channels = blocks.out_channels, count = blocks.column_count;
-  if (block != 1 && block != 4 && block != 8 && block != 16)
-    throw Error("block must be 1, 4, 8 or 16, got " + std::to_string(block));
+namespace {
+
+void CheckCounts(int64_t block, int64_t out_channels, int64_t group, int64_t row_pointers, int64_t columns,
+                 int64_t values, int64_t values_each) {
   if (out_channels < 1 || out_channels > kMostChannels || group < 1 || out_channels % group)
     throw Error("out_channels must be a positive multiple of group, got " + std::to_string(out_channels) + " and " +
                 std::to_string(group));
   const int64_t rows = CeilDiv(out_channels / group, block) * group;
-  Expect(blocks.row_pointer_count == rows + 1, "row pointers", rows + 1, blocks.row_pointer_count);
-  Expect(count >= 0 && count <= kMostBlocks && blocks.value_count == count * block, "values",
-         std::clamp<int64_t>(count, 0, kMostBlocks) * block, blocks.value_count);
-  if (blocks.bias) Expect(blocks.bias_count == out_channels, "bias values", out_channels, blocks.bias_count);
+  Expect(row_pointers == rows + 1, "row pointers", rows + 1, row_pointers);
+  Expect(columns >= 0 && columns <= kMostBlocks && values == columns * values_each, "values",
+         std::clamp<int64_t>(columns, 0, kMostBlocks) * values_each, values);
+}
+
+void CheckZeroPoint(const char* name, int64_t value, int64_t least) {
+  if (value < least || value > 255)
+    throw Error(std::string(name) + " must be " + std::to_string(least) + " to 255, got " + std::to_string(value));
+}
+
+}  // namespace
+
+void CheckSizes(const SlrcBlocks& blocks, int64_t group) {
+  const int64_t block = blocks.block;
+  if (block != 1 && block != 4 && block != 8 && block != 16)
+    throw Error("block must be 1, 4, 8 or 16, got " + std::to_string(block));
+  CheckCounts(block, blocks.out_channels, group, blocks.row_pointer_count, blocks.column_count, blocks.value_count,
+              block);
+  if (blocks.bias) Expect(blocks.bias_count == blocks.out_channels, "bias values", blocks.out_channels,
+                          blocks.bias_count);
+}
+
+void CheckInt8(const SlrcInt8Blocks& blocks, int64_t group) {
+  const int64_t block = blocks.block;
+  if (block != 4 && block != 8 && block != 16) throw Error("block must be 4, 8 or 16, got " + std::to_string(block));
+  CheckCounts(block, blocks.out_channels, group, blocks.row_pointer_count, blocks.column_count, blocks.value_count,
+              block * kQuad);
+  Expect(blocks.bias_count == blocks.out_channels, "bias values", blocks.out_channels, blocks.bias_count);
+  Expect(blocks.scale_count == blocks.out_channels, "scales", blocks.out_channels, blocks.scale_count);
+  CheckZeroPoint("x_zero_point", blocks.x_zero_point, 0);
+  CheckZeroPoint("y_zero_point", blocks.y_zero_point, -1);
+  CheckZeroPoint("residual_zero_point", blocks.residual_zero_point, 0);
+  if (!std::isfinite(blocks.residual_scale)) throw Error("residual_scale must be finite");
+  for (int64_t i = 0; i < blocks.scale_count; ++i)
+    if (!std::isfinite(blocks.scale[i])) throw Error("scales must be finite, unlike that of out channel " +
+                                                     std::to_string(i));
+  for (int64_t i = 0; i < blocks.value_count; ++i)
+    if (blocks.values[i] == -128) throw Error("values must be -127 to 127, got -128");
 }
 
 void CheckColumns(int64_t columns) {
@@ -52,36 +87,65 @@ void CheckColumns(int64_t columns) {
 }
 
 Weight::Weight(const SlrcBlocks& blocks, int64_t groups)
-    : block(blocks.block),
+    : loops(&Loops()),
+      block(blocks.block),
       out_channels(blocks.out_channels),
       group(groups),
       activation(ParseActivation(blocks.activation)),
-      slope(blocks.slope) {
+      slope(blocks.slope),
+      padding(0.0f) {
   CheckSizes(blocks, group);
-  rows_per_group = CeilDiv(out_channels / group, block);
-  const int64_t rows = rows_per_group * group, count = blocks.column_count;
+  TakePlaces(blocks.columns, blocks.column_count, blocks.row_pointers);
+  values.assign(blocks.values, blocks.values + blocks.value_count);
+  bias.assign(BlockRows() * block, 0.0f);
+  const int64_t per_group = out_channels / group;
+  for (int64_t g = 0; blocks.bias && g < group; ++g)
+    std::copy_n(blocks.bias + g * per_group, per_group, bias.begin() + g * rows_per_group * block);
+}
 
-  const int32_t* pointers = blocks.row_pointers;
+// weight x (x - zero point) is what weight x x gives, with another bias. Sums wrap as the loops' do.
+Weight::Weight(const SlrcInt8Blocks& blocks, int64_t groups)
+    : loops(&Int8Loops()),
+      block(blocks.block),
+      out_channels(blocks.out_channels),
+      group(groups),
+      activation(kNone),
+      slope(0.0f) {
+  CheckInt8(blocks, group);
+  TakePlaces(blocks.columns, blocks.column_count, blocks.row_pointers);
+  const uint8_t zero = static_cast<uint8_t>(blocks.x_zero_point ^ loops->flip);
+  memset(&padding, zero, sizeof padding);
+  values.resize(blocks.column_count * block);
+  if (!values.empty()) memcpy(values.data(), blocks.values, blocks.value_count);
+  const int32_t as_read = loops->flip ? static_cast<int8_t>(zero) : zero;
+  const int64_t per_group = out_channels / group;
+  bias.assign(BlockRows() * block, 0.0f);
+  for (int64_t r = 0; r < BlockRows(); ++r)
+    for (int64_t i = 0; i < block; ++i) {
+      const int64_t channel = r % rows_per_group * block + i;
+      uint32_t sum = channel < per_group ? blocks.bias[r / rows_per_group * per_group + channel] : 0;
+      for (int64_t t = row_pointers[r]; t < row_pointers[r + 1]; ++t)
+        for (int64_t k = 0; k < kQuad; ++k) sum -= as_read * blocks.values[(t * block + i) * kQuad + k];
+      memcpy(&bias[r * block + i], &sum, sizeof sum);
+    }
+}
+
+void Weight::TakePlaces(const int32_t* from_columns, int64_t count, const int32_t* pointers) {
+  rows_per_group = CeilDiv(out_channels / group, block);
+  const int64_t rows = BlockRows();
   Expect(pointers[0] == 0, "the first row pointer", 0, pointers[0]);
   Expect(pointers[rows] == count, "the last row pointer", count, pointers[rows]);
   for (int64_t r = 0; r < rows; ++r)
     if (pointers[r] > pointers[r + 1]) throw Error("row pointers must not fall, as after " + std::to_string(r));
   for (int64_t t = 0; t < count; ++t) {
-    if (blocks.columns[t] < 0) throw Error("columns must not be negative, got " + std::to_string(blocks.columns[t]));
-    largest_column = std::max<int64_t>(largest_column, blocks.columns[t]);
+    if (from_columns[t] < 0) throw Error("columns must not be negative, got " + std::to_string(from_columns[t]));
+    largest_column = std::max<int64_t>(largest_column, from_columns[t]);
   }
   CheckColumns(largest_column + 1);
-
   for (int64_t r = 0; r < rows; ++r)
-    sorted = sorted && std::is_sorted(blocks.columns + pointers[r], blocks.columns + pointers[r + 1]);
-
-  values.assign(blocks.values, blocks.values + count * block);
-  columns.assign(blocks.columns, blocks.columns + count);
+    sorted = sorted && std::is_sorted(from_columns + pointers[r], from_columns + pointers[r + 1]);
+  columns.assign(from_columns, from_columns + count);
   row_pointers.assign(pointers, pointers + rows + 1);
-  bias.assign(rows * block, 0.0f);
-  const int64_t per_group = out_channels / group;
-  for (int64_t g = 0; blocks.bias && g < group; ++g)
-    std::copy_n(blocks.bias + g * per_group, per_group, bias.begin() + g * rows_per_group * block);
 }
 
 }  // namespace slrc

@@ -21,19 +21,24 @@ struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Returns the loops of the best instruction set, or of the one that the environment names in SLRC_KERNEL_ISA.
+// Returns the loops of the best instruction set, or of the one that the environment names in SLRC_KERNEL_ISA; those of
+// int8 layers have as many lanes and move words alike.
 const TileLoops& Loops();
+const TileLoops& Int8Loops();
 
 // Of SLRC_ACTIVATIONS; then null.
 extern const char* const kActivationNames[];
 
 // What a packed weight's sizes alone tell of it, and how many columns an out channel may have (see layer_limits.h).
 void CheckSizes(const SlrcBlocks& blocks, int64_t group);
+// The same of int8, and that all numbers are in range.
+void CheckInt8(const SlrcInt8Blocks& blocks, int64_t group);
 void CheckColumns(int64_t columns);
 
 // A packed weight, checked and copied.
 struct Weight {
   Weight(const SlrcBlocks& blocks, int64_t group);
+  Weight(const SlrcInt8Blocks& blocks, int64_t group);
 
   int64_t BlockRows() const { return rows_per_group * group; }
   // Returns the out channel that a block row begins with.
@@ -45,16 +50,22 @@ struct Weight {
   template <class Key>
   Weight SortedBy(const Key& key) const;
 
+  const TileLoops* loops;
   int64_t block, out_channels, group;
   int64_t rows_per_group;  // block rows
   int64_t largest_column = -1;
   bool sorted = true;  // whether columns rose within each block row, as they were given
   Activation activation;
   float slope;
-  std::vector<float> values;
+  Word padding;  // of the input
+  std::vector<Word> values;
   std::vector<int32_t> columns;
   std::vector<int32_t> row_pointers;
-  std::vector<float> bias;  // zeros if there is none; padded to whole blocks
+  std::vector<Word> bias;  // zeros if there is none; padded to whole blocks
+
+ private:
+  // Checks and takes what does not depend on the type of the values.
+  void TakePlaces(const int32_t* from_columns, int64_t count, const int32_t* pointers);
 };
 
 template <class Key>

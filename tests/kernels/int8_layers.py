@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
+from kernel_layers import Window as CWindow
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
@@ -178,3 +181,78 @@ def qmodel(layers: dict[str, QLayer], functions: bool) -> onnx.ModelProto:
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("ai.slrc", 1)]
     meanings = [function_of(op_type, 18) for op_type in used] if functions else []
     return helper.make_model(graph, opset_imports=opsets, ir_version=8, functions=meanings)
+
+
+class Int8Blocks(ctypes.Structure):
+    """`SlrcInt8Blocks`."""
+
+    _fields_ = (
+        ("values", ctypes.c_void_p),
+        ("value_count", ctypes.c_int64),
+        ("columns", ctypes.c_void_p),
+        ("column_count", ctypes.c_int64),
+        ("row_pointers", ctypes.c_void_p),
+        ("row_pointer_count", ctypes.c_int64),
+        ("bias", ctypes.c_void_p),
+        ("bias_count", ctypes.c_int64),
+        ("scale", ctypes.c_void_p),
+        ("scale_count", ctypes.c_int64),
+        ("block", ctypes.c_int64),
+        ("out_channels", ctypes.c_int64),
+        ("x_zero_point", ctypes.c_int64),
+        ("y_zero_point", ctypes.c_int64),
+        ("residual_zero_point", ctypes.c_int64),
+        ("residual_scale", ctypes.c_float),
+    )
+
+
+class Int8Kernels:
+    """The C functions of a built library."""
+
+    def __init__(self, path: Path) -> None:
+        self.library = ctypes.CDLL(str(path))
+        self.library.slrc_int8_instruction_set.restype = ctypes.c_char_p
+        self.library.slrc_instruction_set.restype = ctypes.c_char_p
+
+    @property
+    def instruction_set(self) -> str:
+        """The set that the library chose when it was first asked."""
+        return str(self.library.slrc_int8_instruction_set().decode())
+
+    @property
+    def float32_instruction_set(self) -> str:
+        """The set that float32 layers use."""
+        return str(self.library.slrc_instruction_set().decode())
+
+    def run(self, layer: QLayer) -> NDArray[Any]:
+        """Compute a layer; the result stands between two guard zones, which are checked."""
+        error, emitted, expected = ctypes.create_string_buffer(512), layer.emitted, layer.expected
+        arrays = [*(t.numpy() for t in vars(emitted.packed).values()), layer.bias, layer.scale]
+        zero_point = -1 if layer.y_zero_point is None else layer.y_zero_point
+        blocks = Int8Blocks(
+            *(part for array in arrays for part in (array.ctypes.data, array.size)),
+            layer.block, layer.weight.shape[0], layer.x_zero_point, zero_point, layer.residual_zero_point,
+            layer.residual_scale,
+        )  # fmt: skip
+        guard, size = 64, expected.size
+        held = np.full(size + 2 * guard, 77, expected.dtype)
+        y = held[guard : guard + size]
+        y[:] = 99
+        x, residual = (None if a is None else ctypes.c_void_p(a.ctypes.data) for a in (layer.x, layer.residual))
+        to, error_size = ctypes.c_void_p(y.ctypes.data), ctypes.c_size_t(512)
+        if layer.weight.ndim == 2:
+            tokens, inputs = (ctypes.c_int64(d) for d in layer.x.shape)
+            failed = self.library.slrc_int8_gemm(
+                ctypes.byref(blocks), x, tokens, inputs, residual, to, error, error_size
+            )
+        else:
+            window = CWindow(layer.weight.shape[2:], layer.strides, layer.pads, layer.dilations, layer.groups)
+            shapes = [(ctypes.c_int64 * 4)(*s) for s in (layer.x.shape, expected.shape)]
+            failed = self.library.slrc_int8_conv(
+                ctypes.byref(blocks), ctypes.byref(window), x, shapes[0], residual, to, shapes[1], error, error_size
+            )
+        if failed:
+            raise ValueError(error.value.decode())
+        assert (held[:guard] == 77).all()
+        assert (held[guard + size :] == 77).all()
+        return y.reshape(expected.shape)

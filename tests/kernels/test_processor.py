@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from slrc.kernels.build import TILE_SETS
+from slrc.kernels.build import INT8_SETS, TILE_SETS
 
 BITS = {
     "sse3": (0, 0),
@@ -25,18 +25,28 @@ BITS = {
     "avx512dq": (1, 17),
     "avx512bw": (1, 30),
     "avx512vl": (1, 31),
+    "avx512vnni": (2, 11),
+    "avxvnni": (3, 4),
 }
-"""Which of leaf 1's ECX and leaf 7's EBX has a feature, and its bit, as Intel's manual lists them."""
+"""Which of leaf 1's ECX, leaf 7's EBX and ECX and leaf 7.1's EAX has a feature, and its bit, as Intel's manual says."""
 OSXSAVE = 1 << 27
 SSE, AVX, ZMM = 0x2, 0x6, 0xE6
 """What the operating system may save."""
 
 OLD = ("sse3", "ssse3", "sse4.1", "sse4.2", "popcnt")
 HASWELL = (*OLD, "avx", "f16c", "fma", "avx2")
+SKYLAKE_X = (*HASWELL, "avx512f", "avx512dq", "avx512bw", "avx512vl")
 PROCESSORS = {
-    "Skylake-X": ((*HASWELL, "avx512f", "avx512dq", "avx512bw", "avx512vl"), ZMM, {"avx512", "avx2"}),
+    "Ice Lake": ((*SKYLAKE_X, "avx512vnni"), ZMM, {"avx512vnni", "avx512", "avx2"}),
+    "Alder Lake": ((*HASWELL, "avxvnni"), AVX, {"avx2vnni", "avx2"}),
+    "Sapphire Rapids": (
+        (*SKYLAKE_X, "avx512vnni", "avxvnni"),
+        ZMM,
+        {"avx512vnni", "avx512", "avx2vnni", "avx2"},
+    ),
+    "Skylake-X": (SKYLAKE_X, ZMM, {"avx512", "avx2"}),
     "Skylake-X whose system does not save zmm": (
-        (*HASWELL, "avx512f", "avx512dq", "avx512bw", "avx512vl"),
+        SKYLAKE_X,
         AVX,
         {"avx2"},
     ),
@@ -66,7 +76,7 @@ class Processors:
             yield feature.decode()
 
     def runs(self, name: str, features: set[str], saved: int, other: int = OSXSAVE) -> bool:
-        words = [other, 0]
+        words = [other, 0, 0, 0]
         for word, bit in (BITS[feature] for feature in features):
             words[word] |= 1 << bit
         return bool(self.library.slrc_would_run(name.encode(), *map(ctypes.c_uint32, (*words, saved))))
@@ -83,11 +93,11 @@ def processors(library: Path) -> Processors:
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_known_processors(processors: Processors, name: str) -> None:
     features, saved, expected = PROCESSORS[name]
-    sets = ("avx512", "avx2", "portable", "sse9")
+    sets = ("avx512vnni", "avx512", "avx2vnni", "avx2", "portable", "sse9")
     assert {s for s in sets if processors.runs(s, set(features), saved)} == expected | {"portable"}
 
 
-@pytest.mark.parametrize("name", ["avx512", "avx2"])
+@pytest.mark.parametrize("name", ["avx512vnni", "avx512", "avx2vnni", "avx2"])
 def test_every_needed_feature_is_asked_for(processors: Processors, name: str) -> None:
     needs = set(processors.needs(name))
     assert processors.runs(name, needs, ZMM)
@@ -96,9 +106,10 @@ def test_every_needed_feature_is_asked_for(processors: Processors, name: str) ->
     assert not processors.runs(name, needs, ZMM, other=0)  # the system's registers cannot be asked for
 
 
-@pytest.mark.parametrize("name", TILE_SETS["x86_64"])
+@pytest.mark.parametrize("name", TILE_SETS["x86_64"] | INT8_SETS["x86_64"])
 def test_a_set_needs_what_it_is_compiled_with(processors: Processors, name: str) -> None:
-    flags = [flag.removeprefix("-m") for flag in TILE_SETS["x86_64"][name] if flag.startswith("-m")]
+    all_flags = (TILE_SETS["x86_64"] | INT8_SETS["x86_64"])[name]
+    flags = [flag.removeprefix("-m") for flag in all_flags if flag.startswith("-m")]
     features = {flag for flag in flags if not flag.startswith("prefer-")}
     needs = set(processors.needs(name.lower()))
     assert features <= needs if features else not needs

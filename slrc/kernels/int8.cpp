@@ -1,0 +1,112 @@
+#include "int8.h"
+
+#include "conv_run.h"
+#include "gemm_run.h"
+#include "layer_limits.h"
+
+namespace slrc {
+namespace {
+
+// Sums of a piece are results once they are complete, never before: none is written where it belongs.
+struct Int8PlaneOutput : PlanePlaces {
+  const Int8Rule& rule;
+  const uint8_t* residual;
+  void* y;
+
+  Int8PlaneOutput(const PlanePlaces& places, const Int8Rule& rule, const uint8_t* residual, void* y)
+      : PlanePlaces(places), rule(rule), residual(residual), y(y) {}
+
+  bool Find(int64_t, const Piece&, Place* place) const {
+    *place = {};
+    return false;
+  }
+  void Gather(int64_t, int64_t, const Piece&, Word*) const {}
+  void Scatter(int64_t channel, int64_t channels, const Piece& piece, const Word* sums) const {
+    ForRuns(piece, [&](int64_t first, int64_t p, int64_t count) {
+      rule.Apply(sums + p, piece.repeats * piece.width, channel, false, channel * channel_stride + first,
+                 channel_stride, channels, count, residual, y);
+    });
+  }
+};
+
+// y is (tokens, channels), the tile (rows, tokens).
+struct Int8TokenOutput {
+  static constexpr bool kMoreApart = false;
+  const Int8Rule& rule;
+  const uint8_t* residual;
+  void* y;
+  int64_t channels;
+  int64_t token;  // the first one's
+
+  Int8TokenOutput From(int64_t other) const { return {rule, residual, y, channels, other}; }
+  bool Find(int64_t, const Piece&, Place* place) const {
+    *place = {};
+    return false;
+  }
+  void Gather(int64_t, int64_t, const Piece&, Word*) const {}
+  void Scatter(int64_t channel, int64_t count, const Piece& piece, const Word* sums) const {
+    Word* const turned = Scratch::Hidden().Get(piece.pixels * count);
+    Loops().transpose(sums, piece.width, count, piece.pixels, turned, count);
+    rule.Apply(turned, count, channel, true, (token + piece.start) * channels + channel, channels, piece.pixels, count,
+               residual, y);
+  }
+};
+
+}  // namespace
+
+void Int8Rule::Apply(const Word* sums, int64_t sums_pitch, int64_t channel, bool by_lane, int64_t at, int64_t pitch,
+                     int64_t rows, int64_t count, const uint8_t* residual, void* y) const {
+  Int8Results job = {};
+  job.sums = sums;
+  job.sums_pitch = sums_pitch;
+  job.scale = scale_.data() + channel;
+  job.by_lane = by_lane;
+  job.residual = residual ? residual + at : nullptr;
+  if (is_float_) job.y_float = static_cast<float*>(y) + at;
+  else job.y = static_cast<uint8_t*>(y) + at;
+  job.pitch = pitch;
+  job.rows = rows;
+  job.count = count;
+  job.residual_scale = residual_scale_;
+  job.residual_zero_point = residual_zero_point_;
+  job.y_zero_point = y_zero_point_;
+  Int8Loops().results(job);
+}
+
+Int8Conv::Int8Conv(const SlrcInt8Blocks& blocks, const SlrcWindow& window)
+    : group_(window.group), conv_(Weight(blocks, window.group), window), rule_(blocks) {}
+
+void Int8Conv::Run(const uint8_t* x, const int64_t x_shape[4], const uint8_t* residual, void* y,
+                   const Parallel& parallel) const {
+  const int64_t images = x_shape[0], channels = x_shape[1], pixels = x_shape[2] * x_shape[3];
+  const int64_t per_group = channels / group_, quads = CeilDiv(per_group, kQuad);
+  if (per_group * group_ != channels)
+    throw Error("group does not divide the input's " + std::to_string(channels) + " channels");
+  Word* const words = Scratch::Words().Get(images * group_ * quads * pixels + kMaxLanes);
+  const TileLoops& loops = Int8Loops();
+  const double work = static_cast<double>(images * channels) * pixels;
+  RunTasks(parallel, images * group_, quads, 1, work, [&](int64_t panel, int64_t first, int64_t last) {
+    for (int64_t q = first; q < last; ++q)
+      loops.interleave(x + (panel * per_group + q * kQuad) * pixels, pixels, std::min(kQuad, per_group - q * kQuad),
+                       pixels, loops.flip, words + (panel * quads + q) * pixels);
+  });
+  const int64_t in_words[4] = {images, group_ * quads, x_shape[2], x_shape[3]};
+  const auto output = [&](const PlanePlaces& places) { return Int8PlaneOutput(places, rule_, residual, y); };
+  conv_.Run(words, in_words, output, parallel);
+}
+
+void Int8Gemm::Run(const uint8_t* x, int64_t rows, int64_t inputs, const uint8_t* residual, void* y,
+                   const Parallel& parallel) const {
+  const int64_t quads = CeilDiv(inputs, kQuad), filling = quads * kQuad - inputs;
+  CheckColumns(inputs);
+  Word* const words = Scratch::Words().Get(rows * quads + kMaxLanes);
+  const uint8_t flip = Int8Loops().flip;
+  uint8_t* to = reinterpret_cast<uint8_t*>(words);
+  for (int64_t r = 0; r < rows; ++r, x += inputs, to += quads * kQuad) {
+    for (int64_t i = 0; i < inputs; ++i) to[i] = x[i] ^ flip;
+    std::fill_n(to + inputs, filling, flip);
+  }
+  gemm_.RunTokens(words, rows, quads, Int8TokenOutput{rule_, residual, y, out_channels(), 0}, parallel);
+}
+
+}  // namespace slrc

@@ -1,0 +1,56 @@
+// Convolution and matrix multiplication in int8: four input channels' bytes are brought side by side as a word, sums are
+// made results (see SlrcInt8Blocks), and all between is as in float32.
+#pragma once
+
+#include "conv.h"
+#include "gemm.h"
+
+namespace slrc {
+
+// How sums become results.
+class Int8Rule {
+ public:
+  explicit Int8Rule(const SlrcInt8Blocks& blocks)
+      : scale_(blocks.scale, blocks.scale + std::max<int64_t>(0, blocks.scale_count)),
+        residual_scale_(blocks.residual_scale),
+        residual_zero_point_(static_cast<float>(blocks.residual_zero_point)),
+        y_zero_point_(static_cast<float>(blocks.y_zero_point)),
+        is_float_(blocks.y_zero_point < 0) {}
+
+  // Writes rows of `count` results, from where `at` and `channel` say.
+  void Apply(const Word* sums, int64_t sums_pitch, int64_t channel, bool by_lane, int64_t at, int64_t pitch,
+             int64_t rows, int64_t count, const uint8_t* residual, void* y) const;
+
+ private:
+  std::vector<float> scale_;
+  float residual_scale_, residual_zero_point_, y_zero_point_;
+  bool is_float_;
+};
+
+class Int8Conv {
+ public:
+  Int8Conv(const SlrcInt8Blocks& blocks, const SlrcWindow& window);
+  const Conv& conv() const { return conv_; }
+  // y is of the type that the blocks say.
+  void Run(const uint8_t* x, const int64_t x_shape[4], const uint8_t* residual, void* y,
+           const Parallel& parallel) const;
+
+ private:
+  const int64_t group_;
+  Conv conv_;
+  Int8Rule rule_;
+};
+
+class Int8Gemm {
+ public:
+  explicit Int8Gemm(const SlrcInt8Blocks& blocks) : gemm_(Weight(blocks, 1)), rule_(blocks) {}
+  int64_t out_channels() const { return gemm_.out_channels(); }
+  void Run(const uint8_t* x, int64_t rows, int64_t inputs, const uint8_t* residual, void* y,
+           const Parallel& parallel) const;
+
+ private:
+  Gemm gemm_;
+  Int8Rule rule_;
+};
+
+}  // namespace slrc

@@ -1,0 +1,132 @@
+// What a tile's words are and how they are multiplied and added: floats, or (SLRC_TILE_INT8) the bytes of four input
+// channels and int32 sums, which wrap. For tile.cpp alone.
+//
+// Four products of bytes are added to a sum exactly: by VNNI or NEON's dot product; otherwise products of 16 bits, which
+// hold any unsigned byte times any signed one, are added in pairs to 32 bits. NEON multiplies signed bytes: x comes to it
+// flipped (see TileLoops), and no sum of two products is as much as 2 x 128 x 127.
+#pragma once
+
+#include "tile_set.h"
+
+#if defined(SLRC_TILE_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace slrc {
+namespace {
+
+#if !defined(SLRC_TILE_INT8)
+
+template <int N, typename V = typename Lanes<N>::Float>
+SLRC_INLINE inline V Repeat(Word word) {
+  return All<N>(word);
+}
+
+template <int N, typename V = typename Lanes<N>::Float>
+SLRC_INLINE inline V Add(V a, V b) {
+  return a + b;
+}
+
+template <int N, typename V = typename Lanes<N>::Float>
+SLRC_INLINE inline V MultiplyAdd(V sum, V x, V value) {
+  return sum + x * value;
+}
+
+#else
+
+template <int N, typename V = typename Lanes<N>::Float>
+SLRC_INLINE inline V Repeat(Word word) {
+  return reinterpret_cast<V>(AllBits<N>(word));
+}
+
+template <int N, typename V = typename Lanes<N>::Float>
+SLRC_INLINE inline V Add(V a, V b) {
+  using Bits = typename Lanes<N>::Bits;
+  return reinterpret_cast<V>(reinterpret_cast<Bits>(a) + reinterpret_cast<Bits>(b));
+}
+
+#if defined(SLRC_TILE_NEON)
+constexpr uint8_t kFlip = 0x80;
+#else
+constexpr uint8_t kFlip = 0;
+#endif
+
+// Byte k of every lane, of x (unsigned unless flipped) and of a value (signed).
+template <int N>
+SLRC_INLINE inline typename Lanes<N>::Signed Byte(typename Lanes<N>::Float v, int k, bool is_signed) {
+  using Signed = typename Lanes<N>::Signed;
+  const auto high = reinterpret_cast<typename Lanes<N>::Bits>(v) << (24 - 8 * k);
+  return is_signed ? reinterpret_cast<Signed>(high) >> 24 : reinterpret_cast<Signed>(high >> 24);
+}
+
+#if defined(__x86_64__)
+// The even bytes of every lane as 16 bits, and the odd ones. (Compilers compute them once for all that use them.)
+#define SLRC_PAIRS(M, bits)                                                                                    \
+  SLRC_INLINE inline __m##M##i DotPairs(__m##M##i sum, __m##M##i x, __m##M##i value) {                         \
+    const __m##M##i low = bits##_set1_epi32(0x00ff00ff);                                                       \
+    const __m##M##i even = bits##_madd_epi16(SLRC_AND(M)(x, low),                                              \
+                                             bits##_srai_epi16(bits##_slli_epi16(value, 8), 8));               \
+    const __m##M##i odd = bits##_madd_epi16(bits##_srli_epi16(x, 8), bits##_srai_epi16(value, 8));             \
+    return bits##_add_epi32(sum, bits##_add_epi32(even, odd));                                                 \
+  }
+#define SLRC_AND(M) SLRC_AND_##M
+#define SLRC_AND_128 _mm_and_si128
+#define SLRC_AND_256 _mm256_and_si256
+#define SLRC_AND_512 _mm512_and_si512
+SLRC_PAIRS(128, _mm)
+#if defined(__AVX2__)
+SLRC_PAIRS(256, _mm256)
+#endif
+#if defined(__AVX512BW__)
+SLRC_PAIRS(512, _mm512)
+#endif
+#endif
+
+// sum + the products of x's four bytes and the value's.
+template <int N, typename V = typename Lanes<N>::Float>
+SLRC_INLINE inline V MultiplyAdd(V sum, V x, V value) {
+  if constexpr (N > kLanes) {
+    using Half = typename Lanes<N / 2>::Float;
+    Half part[3][2];
+    __builtin_memcpy(part[0], &sum, sizeof sum);
+    __builtin_memcpy(part[1], &x, sizeof x);
+    __builtin_memcpy(part[2], &value, sizeof value);
+    for (int h = 0; h < 2; ++h) part[0][h] = MultiplyAdd<N / 2>(part[0][h], part[1][h], part[2][h]);
+    __builtin_memcpy(&sum, part[0], sizeof sum);
+    return sum;
+  }
+#if defined(__x86_64__)
+#if defined(__AVX512VNNI__)
+#define SLRC_DOT(bits) bits##_dpbusd_epi32
+#elif defined(__AVXVNNI__)
+#define SLRC_DOT(bits) bits##_dpbusd_avx_epi32
+#else
+#define SLRC_DOT(bits) DotPairs
+#endif
+#define SLRC_CALL(M, bits) (V) SLRC_DOT(bits)((__m##M##i)sum, (__m##M##i)x, (__m##M##i)value)
+#if defined(__AVX512F__)
+  if constexpr (N == 16) return SLRC_CALL(512, _mm512);
+#endif
+#if defined(__AVX2__)
+  if constexpr (N == 8) return SLRC_CALL(256, _mm256);
+#endif
+  if constexpr (N == 4) return SLRC_CALL(128, _mm);
+#elif defined(__ARM_FEATURE_DOTPROD) && defined(SLRC_TILE_NEON)
+  if constexpr (N == 4) return (V)vdotq_s32((int32x4_t)sum, (int8x16_t)x, (int8x16_t)value);
+#elif defined(SLRC_TILE_NEON)
+  if constexpr (N == 4) {
+    const int8x16_t a = (int8x16_t)x, b = (int8x16_t)value;
+    const int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b)), high = vmull_high_s8(a, b);
+    return (V)vpadalq_s16((int32x4_t)sum, vpaddq_s16(low, high));
+  }
+#endif
+  auto total = reinterpret_cast<typename Lanes<N>::Bits>(sum);
+  for (int k = 0; k < 4; ++k)
+    total += reinterpret_cast<typename Lanes<N>::Bits>(Byte<N>(x, k, kFlip) * Byte<N>(value, k, true));
+  return reinterpret_cast<V>(total);
+}
+
+#endif
+
+}  // namespace
+}  // namespace slrc

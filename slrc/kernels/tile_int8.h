@@ -1,0 +1,147 @@
+// What an int8 layer needs beside strips: four channels' bytes brought side by side, and sums made results (see tile.h).
+// For tile.cpp alone.
+#pragma once
+
+#include "tile_arithmetic.h"
+
+namespace slrc {
+namespace {
+
+typedef uint8_t Bytes16 __attribute__((vector_size(16)));
+typedef uint8_t LooseBytes16 __attribute__((vector_size(16), aligned(1), may_alias));
+typedef uint16_t Pairs8 __attribute__((vector_size(16)));
+
+// Of both, byte by byte in turn, the first half and the second.
+SLRC_INLINE inline Bytes16 LowInTurn(Bytes16 a, Bytes16 b) {
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+SLRC_INLINE inline Bytes16 HighInTurn(Bytes16 a, Bytes16 b) {
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+SLRC_INLINE inline void StoreInTurn(Bytes16 a, Bytes16 b, uint8_t* to) {
+  const Pairs8 low = reinterpret_cast<Pairs8>(a), high = reinterpret_cast<Pairs8>(b);
+  const Pairs8 first = __builtin_shufflevector(low, high, 0, 8, 1, 9, 2, 10, 3, 11);
+  const Pairs8 second = __builtin_shufflevector(low, high, 4, 12, 5, 13, 6, 14, 7, 15);
+  *reinterpret_cast<LooseBytes16*>(to) = reinterpret_cast<Bytes16>(first);
+  *reinterpret_cast<LooseBytes16*>(to + 16) = reinterpret_cast<Bytes16>(second);
+}
+
+void Interleave(const uint8_t* from, int64_t pitch, int64_t rows, int64_t count, uint8_t flip, Word* to) {
+  uint8_t* bytes = reinterpret_cast<uint8_t*>(to);
+  const Bytes16 flips = flip - Bytes16{};
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16, bytes += 64) {
+    Bytes16 row[4];
+    Unroll<4>([&](int k) SLRC_INLINE {
+      row[k] = flips;
+      if (k < rows) row[k] ^= *reinterpret_cast<const LooseBytes16*>(from + k * pitch + i);
+    });
+    const Bytes16 low[2] = {LowInTurn(row[0], row[1]), LowInTurn(row[2], row[3])};
+    const Bytes16 high[2] = {HighInTurn(row[0], row[1]), HighInTurn(row[2], row[3])};
+    StoreInTurn(low[0], low[1], bytes);
+    StoreInTurn(high[0], high[1], bytes + 32);
+  }
+  for (; i < count; ++i, bytes += 4)
+    for (int64_t k = 0; k < 4; ++k) bytes[k] = k < rows ? from[k * pitch + i] ^ flip : flip;
+}
+
+// Returns v, rounded: no compiler may go on with its exact value.
+template <class V>
+SLRC_INLINE inline V Rounded(V v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
+
+using Real = Lanes<kLanes>::Float;
+using Integers = Lanes<kLanes>::Signed;
+
+SLRC_INLINE inline Real LoadBytes(const uint8_t* from) {
+#if defined(__AVX512F__)
+  return (Real)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__AVX2__)
+  return (Real)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+  return Real{static_cast<float>(from[0]), static_cast<float>(from[1]), static_cast<float>(from[2]),
+              static_cast<float>(from[3])};
+#endif
+}
+
+SLRC_INLINE inline void StoreBytes(uint8_t* to, Integers v) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)v));
+#elif defined(__AVX2__)
+  const __m128i pairs = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(pairs, pairs));
+#else
+  for (int i = 0; i < 4; ++i) to[i] = static_cast<uint8_t>(v[i]);
+#endif
+}
+
+// One vector of a row. Adding 1.5 x 2^23 rounds what is small to an integer, halves to even, and leaves it in the low
+// bits.
+template <bool Residual, bool Quantized>
+SLRC_INLINE inline void Finish(const Int8Results& job, const Word* sums, Real scale, const uint8_t* residual,
+                               uint8_t* y, float* y_float) {
+  constexpr float kRound = 12582912.0f;
+  constexpr int32_t kRoundBits = 0x4b400000;
+  Real real = __builtin_convertvector(reinterpret_cast<Integers>(Load<kLanes>(sums)), Real) * scale;
+  if constexpr (Residual) {
+    const Real shifted = LoadBytes(residual) - job.residual_zero_point;
+    real = Rounded(real) + Rounded(shifted * job.residual_scale);
+  }
+  if constexpr (!Quantized) return Store<kLanes>(y_float, real);
+  real = AtMost<kLanes>(AtLeast<kLanes>(Rounded(real), -job.y_zero_point), 255.0f - job.y_zero_point);
+  const Integers rounded = reinterpret_cast<Integers>(Rounded(real + kRound));
+  StoreBytes(y, rounded - (kRoundBits - static_cast<int32_t>(job.y_zero_point)));
+}
+
+// A row of fewer than a vector's: computed aside.
+template <bool Residual, bool Quantized>
+void FinishFew(const Int8Results& job, int64_t row) {
+  Word sums[kLanes] = {};
+  float scale[kLanes] = {}, y_float[kLanes];
+  uint8_t residual[kLanes] = {}, y[kLanes];
+  for (int64_t i = 0; i < job.count; ++i) {
+    sums[i] = job.sums[row * job.sums_pitch + i];
+    scale[i] = job.scale[job.by_lane ? i : row];
+    if (Residual) residual[i] = job.residual[row * job.pitch + i];
+  }
+  Finish<Residual, Quantized>(job, sums, Load<kLanes>(scale), residual, y, y_float);
+  for (int64_t i = 0; i < job.count; ++i)
+    if constexpr (Quantized) job.y[row * job.pitch + i] = y[i];
+    else job.y_float[row * job.pitch + i] = y_float[i];
+}
+
+// The last vector ends with the row: some results are computed twice.
+template <bool Residual, bool Quantized>
+void FinishRows(const Int8Results& given) {
+  const Int8Results job = given;
+  for (int64_t row = 0; row < job.rows; ++row) {
+    if (job.count < kLanes) {
+      FinishFew<Residual, Quantized>(job, row);
+      continue;
+    }
+    const Word* const sums = job.sums + row * job.sums_pitch;
+    const int64_t at = row * job.pitch;
+    const Real of_row = job.by_lane ? Real{} : All<kLanes>(job.scale[row]);
+    for (int64_t i = 0; i < job.count;) {
+      const int64_t from = i + kLanes <= job.count ? i : job.count - kLanes;
+      Finish<Residual, Quantized>(job, sums + from, job.by_lane ? Load<kLanes>(job.scale + from) : of_row,
+                                  Residual ? job.residual + at + from : nullptr, Quantized ? job.y + at + from : nullptr,
+                                  Quantized ? nullptr : job.y_float + at + from);
+      i = from + kLanes;
+    }
+  }
+}
+
+void MakeResults(const Int8Results& job) {
+  if (job.y) return job.residual ? FinishRows<true, true>(job) : FinishRows<false, true>(job);
+  return job.residual ? FinishRows<true, false>(job) : FinishRows<false, false>(job);
+}
+
+}  // namespace
+}  // namespace slrc

@@ -1,0 +1,125 @@
+"""The int8 kernels against exact integers and against their functions, bit by bit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from int8_layers import Int8Kernels, QLayer, qmodel, quantized_weight, random_qconv, random_qgemm
+from kernel_models import session
+
+CASES = min(1000, int(os.environ.get("SLRC_FUZZ", "3000")) // 30)  # all stay in memory
+SETS = {
+    "portable": "portable",
+    "avx2": "avx2",
+    "avx2vnni": "avx2",
+    "avx512": "avx512",
+    "avx512vnni": "avx512",
+    "neon": "neon",
+    "neondot": "neon",
+}
+"""The instruction sets of int8 layers, and those that float32 layers then use."""
+
+
+def random_layer(seed: int) -> QLayer:
+    random = np.random.default_rng(seed)
+    return random_qconv(random) if seed % 3 else random_qgemm(random)
+
+
+@pytest.fixture(scope="module")
+def layers() -> list[QLayer]:
+    return [random_layer(seed) for seed in range(CASES)]
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("name", SETS)
+def test_each_instruction_set_gives_the_exact_bits(
+    library: Path, layers: list[QLayer], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLRC_KERNEL_ISA", name)
+    copy = shutil.copy(library, tmp_path)  # a library chooses the set once, when it is first asked
+    kernels = Int8Kernels(Path(copy))
+    if kernels.instruction_set == "none":
+        pytest.skip(f"this processor has no {name}")
+    assert kernels.instruction_set == name
+    assert kernels.float32_instruction_set == SETS[name]
+    for seed, layer in enumerate(layers):
+        np.testing.assert_array_equal(kernels.run(layer), layer.expected, err_msg=f"seed {seed}")
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_kernels_and_functions_give_the_same_bits_in_onnxruntime(library: Path, threads: int) -> None:
+    layers = {f"n{seed}_": random_layer(seed) for seed in range(60)}
+    feeds = {key: x for name, layer in layers.items() for key, x in layer.feed(name).items()}
+    model = qmodel(layers, functions=True)
+    stock = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feeds)
+    running = session(model, library, threads)
+    for _ in range(2):  # the second run finds its layouts and scratch memory
+        for (name, layer), ours, theirs in zip(layers.items(), running.run(None, feeds), stock, strict=True):
+            np.testing.assert_array_equal(ours, theirs, err_msg=name)
+            np.testing.assert_array_equal(ours, layer.expected, err_msg=name)
+
+
+# (weight, block, sparsity, input's size, stride, padding): each is laid out in another way.
+LAYOUTS = {
+    "a plane without seams, in bands": ((8, 160, 1, 1), 8, 0.5, (101, 103), 2, 0),
+    "a plane with seams, in bands and slices": ((24, 360, 3, 3), 8, 0.5, (31, 33), 1, 1),
+    "phases of a plane, in bands": ((24, 240, 3, 3), 4, 0.5, (61, 59), 2, 1),
+    "tiles of rows": ((256, 256, 3, 3), 8, 0.5, (21, 23), 1, 1),
+    "tiles of phases": ((320, 192, 3, 3), 8, 0.25, (21, 23), 2, 1),
+    "tiles of pixels": ((64, 1200, 1, 1), 8, 0.5, (15, 17), 1, 0),
+    "tiles of every third pixel": ((64, 1040, 1, 1), 4, 0.5, (31, 29), 3, 0),
+    "a plane for each kernel column": ((160, 160, 3, 3), 8, 0.5, (7, 7), 1, 1),
+    "phases of a plane for each kernel column": ((160, 160, 3, 3), 4, 0.5, (15, 13), 2, 1),
+    "in place": ((64, 80, 1, 1), 8, 0.5, (33, 31), 1, 0),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout(library: Path, layout: str) -> None:
+    shape, block, sparsity, size, stride, pad = LAYOUTS[layout]
+    random = np.random.default_rng(7)
+    layer = QLayer(
+        block=block,
+        weight=quantized_weight(random, shape, block, sparsity),
+        x=random.integers(0, 256, (2, shape[1], *size)).astype(np.uint8),
+        bias=random.integers(-1000, 1000, shape[0]).astype(np.int32),
+        scale=np.full(shape[0], 1e-4, np.float32),
+        x_zero_point=100,
+        y_zero_point=90,
+        strides=(stride, stride),
+        pads=(pad, pad, pad, pad),
+    )
+    np.testing.assert_array_equal(Int8Kernels(library).run(layer), layer.expected)
+
+
+def test_the_largest_products_do_not_saturate(library: Path) -> None:
+    for x, zero_point, value in ((255, 0, 127), (255, 0, -127), (0, 255, 127), (0, 255, -127)):
+        layer = QLayer(
+            block=8,
+            weight=np.full((8, 64), value, np.int8),
+            x=np.full((40, 64), x, np.uint8),
+            bias=np.zeros(8, np.int32),
+            scale=np.ones(8, np.float32),
+            x_zero_point=zero_point,
+            y_zero_point=None,
+        )
+        assert abs(layer.expected).min() == 255 * 127 * 64
+        np.testing.assert_array_equal(Int8Kernels(library).run(layer), layer.expected)
+
+
+def test_halves_are_rounded_to_even_and_what_is_too_large_saturates(library: Path) -> None:
+    bias = np.array([1, 3, 5, -1, -3, 2**31 - 1, -(2**31) + 1, 0], np.int32)
+    layer = QLayer(
+        block=8,
+        weight=np.zeros((8, 4), np.int8),
+        x=np.zeros((1, 4), np.uint8),
+        bias=bias,
+        scale=np.full(8, 0.5, np.float32),
+        y_zero_point=10,
+    )
+    assert Int8Kernels(library).run(layer).tolist() == [[10, 12, 12, 10, 8, 255, 0, 10]]

@@ -27,7 +27,7 @@ from slrc.machine.cache import cache_folder
 
 SOURCES = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi")
-TILE_SETS = {
+TILE_SETS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "Avx512": ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"),
         "Avx2": ("-mavx2", "-mfma"),
@@ -36,7 +36,7 @@ TILE_SETS = {
     "aarch64": {"Neon": ("-DSLRC_TILE_NEON",), "Portable": ()},
 }
 """The compiler's flags for each instruction set of a family, the best first; processors run the last one always."""
-INT8_SETS = {
+INT8_SETS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "Avx512Vnni": (*TILE_SETS["x86_64"]["Avx512"], "-mavx512vnni"),
         "Avx512": TILE_SETS["x86_64"]["Avx512"],
@@ -45,7 +45,7 @@ INT8_SETS = {
         "Portable": (),
     },
     "aarch64": {
-        "NeonDot": ("-DSLRC_TILE_NEON", "-march=armv8.2-a+dotprod"),
+        "NeonDot": ("-DSLRC_TILE_NEON", "-DSLRC_TILE_DOT"),
         "Neon": ("-DSLRC_TILE_NEON",),
         "Portable": (),
     },
@@ -138,8 +138,8 @@ def compile_library(
         defines = (f"-DSLRC_TILE_SET=k{name}", f'-DSLRC_TILE_NAME="{name.lower()}"')
         units.append((f"tile_{name}", SOURCES / "tile.cpp", (*flags, *defines)))
     for name, flags in int8.items():
-        defines = (f"-DSLRC_TILE_SET=k{name}Int8", f'-DSLRC_TILE_NAME="{name.lower()}"', "-DSLRC_TILE_INT8")
-        units.append((f"int8_{name}", SOURCES / "tile.cpp", (*flags, *defines)))
+        defines = (f"-DSLRC_TILE_SET=k{name}Int8", f'-DSLRC_TILE_NAME="{name.lower()}"')
+        units.append((f"int8_{name}", SOURCES / "tile.cpp", (*flags, *defines, "-DSLRC_TILE_INT8")))
     if main is not None:
         units.append((main.stem, main, (f"-I{SOURCES}",)))
     objects = [folder / f"{name}.o" for name, _, _ in units]

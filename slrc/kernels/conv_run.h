@@ -10,7 +10,7 @@ namespace slrc {
 
 // The outputs of a band on a flat plane: pixel p is row p / pitch, column p % pitch.
 struct PlanePlaces {
-  static constexpr bool kMoreApart = false;
+  static constexpr bool kMoreApart = false, kInParts = false;
   int64_t at;  // the band's first row in the image's first channel
   int64_t channel_stride, width, pitch;
   bool may_stand_out = false;  // rows over the next ones, which are written later

@@ -14,7 +14,7 @@ constexpr int64_t kHiddenFloats = 1 << 17;  // half of a second-level cache, for
 
 // y is (tokens, channels), the tile (rows, tokens).
 struct TokenOutput {
-  static constexpr bool kMoreApart = true;
+  static constexpr bool kMoreApart = true, kInParts = false;
   float* y;
   const float* residual;
   int64_t channels;
@@ -39,7 +39,7 @@ struct TokenOutput {
 
 // y is (channels, pitch): what the next matrix multiplication reads.
 struct PlaneOutput {
-  static constexpr bool kMoreApart = false;
+  static constexpr bool kMoreApart = false, kInParts = false;
   float* y;
   int64_t pitch;
 

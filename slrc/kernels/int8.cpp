@@ -9,6 +9,7 @@ namespace {
 
 // Sums of a piece are results once they are complete, never before: none is written where it belongs.
 struct Int8PlaneOutput : PlanePlaces {
+  static constexpr bool kInParts = true;
   const Int8Rule& rule;
   const uint8_t* residual;
   void* y;
@@ -23,15 +24,29 @@ struct Int8PlaneOutput : PlanePlaces {
   void Gather(int64_t, int64_t, const Piece&, Word*) const {}
   void Scatter(int64_t channel, int64_t channels, const Piece& piece, const Word* sums) const {
     ForRuns(piece, [&](int64_t first, int64_t p, int64_t count) {
-      rule.Apply(sums + p, piece.repeats * piece.width, channel, false, channel * channel_stride + first,
-                 channel_stride, channels, count, residual, y);
+      Int8Results job = rule.At(channel, false, channel * channel_stride + first, residual, y);
+      job.sums = sums + p;
+      job.sums_pitch = piece.repeats * piece.width;
+      job.pitch = channel_stride;
+      job.rows = channels;
+      job.count = count;
+      Int8Loops().results(job);
     });
+  }
+  // Whether the results of a piece stand side by side, and where.
+  bool Fuse(int64_t channel, const Piece& piece, Int8Results* job) const {
+    const int64_t row = piece.start / pitch, column = piece.start % pitch;
+    if (column + piece.pixels > width || piece.repeats > 1) return false;
+    *job = rule.At(channel, false, channel * channel_stride + at + row * width + column, residual, y);
+    job->pitch = channel_stride;
+    job->count = piece.pixels;
+    return job->y;
   }
 };
 
 // y is (tokens, channels), the tile (rows, tokens).
 struct Int8TokenOutput {
-  static constexpr bool kMoreApart = false;
+  static constexpr bool kMoreApart = false, kInParts = true;
   const Int8Rule& rule;
   const uint8_t* residual;
   void* y;
@@ -47,34 +62,36 @@ struct Int8TokenOutput {
   void Scatter(int64_t channel, int64_t count, const Piece& piece, const Word* sums) const {
     Word* const turned = Scratch::Hidden().Get(piece.pixels * count);
     Loops().transpose(sums, piece.width, count, piece.pixels, turned, count);
-    rule.Apply(turned, count, channel, true, (token + piece.start) * channels + channel, channels, piece.pixels, count,
-               residual, y);
+    Int8Results job = rule.At(channel, true, (token + piece.start) * channels + channel, residual, y);
+    job.sums = turned;
+    job.sums_pitch = job.count = count;
+    job.pitch = channels;
+    job.rows = piece.pixels;
+    Int8Loops().results(job);
   }
+  bool Fuse(int64_t, const Piece&, Int8Results*) const { return false; }
 };
 
 }  // namespace
 
-void Int8Rule::Apply(const Word* sums, int64_t sums_pitch, int64_t channel, bool by_lane, int64_t at, int64_t pitch,
-                     int64_t rows, int64_t count, const uint8_t* residual, void* y) const {
+Int8Results Int8Rule::At(int64_t channel, bool by_lane, int64_t at, const uint8_t* residual, void* y) const {
   Int8Results job = {};
-  job.sums = sums;
-  job.sums_pitch = sums_pitch;
   job.scale = scale_.data() + channel;
   job.by_lane = by_lane;
   job.residual = residual ? residual + at : nullptr;
   if (is_float_) job.y_float = static_cast<float*>(y) + at;
   else job.y = static_cast<uint8_t*>(y) + at;
-  job.pitch = pitch;
-  job.rows = rows;
-  job.count = count;
   job.residual_scale = residual_scale_;
   job.residual_zero_point = residual_zero_point_;
   job.y_zero_point = y_zero_point_;
-  Int8Loops().results(job);
+  return job;
 }
 
 Int8Conv::Int8Conv(const SlrcInt8Blocks& blocks, const SlrcWindow& window)
-    : group_(window.group), conv_(Weight(blocks, window.group), window), rule_(blocks) {}
+    : group_(window.group),
+      filling_(static_cast<uint8_t>(blocks.x_zero_point)),
+      conv_(Weight(blocks, window.group), window),
+      rule_(blocks) {}
 
 void Int8Conv::Run(const uint8_t* x, const int64_t x_shape[4], const uint8_t* residual, void* y,
                    const Parallel& parallel) const {
@@ -88,7 +105,7 @@ void Int8Conv::Run(const uint8_t* x, const int64_t x_shape[4], const uint8_t* re
   RunTasks(parallel, images * group_, quads, 1, work, [&](int64_t panel, int64_t first, int64_t last) {
     for (int64_t q = first; q < last; ++q)
       loops.interleave(x + (panel * per_group + q * kQuad) * pixels, pixels, std::min(kQuad, per_group - q * kQuad),
-                       pixels, loops.flip, words + (panel * quads + q) * pixels);
+                       pixels, filling_, words + (panel * quads + q) * pixels);
   });
   const int64_t in_words[4] = {images, group_ * quads, x_shape[2], x_shape[3]};
   const auto output = [&](const PlanePlaces& places) { return Int8PlaneOutput(places, rule_, residual, y); };
@@ -104,7 +121,7 @@ void Int8Gemm::Run(const uint8_t* x, int64_t rows, int64_t inputs, const uint8_t
   uint8_t* to = reinterpret_cast<uint8_t*>(words);
   for (int64_t r = 0; r < rows; ++r, x += inputs, to += quads * kQuad) {
     for (int64_t i = 0; i < inputs; ++i) to[i] = x[i] ^ flip;
-    std::fill_n(to + inputs, filling, flip);
+    std::fill_n(to + inputs, filling, static_cast<uint8_t>(filling_ ^ flip));
   }
   gemm_.RunTokens(words, rows, quads, Int8TokenOutput{rule_, residual, y, out_channels(), 0}, parallel);
 }

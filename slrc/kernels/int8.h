@@ -17,9 +17,8 @@ class Int8Rule {
         y_zero_point_(static_cast<float>(blocks.y_zero_point)),
         is_float_(blocks.y_zero_point < 0) {}
 
-  // Writes rows of `count` results, from where `at` and `channel` say.
-  void Apply(const Word* sums, int64_t sums_pitch, int64_t channel, bool by_lane, int64_t at, int64_t pitch,
-             int64_t rows, int64_t count, const uint8_t* residual, void* y) const;
+  // Returns results of channels from `channel` on (`by_lane`: of them in every row), from `at` on in y and the residual.
+  Int8Results At(int64_t channel, bool by_lane, int64_t at, const uint8_t* residual, void* y) const;
 
  private:
   std::vector<float> scale_;
@@ -37,18 +36,21 @@ class Int8Conv {
 
  private:
   const int64_t group_;
+  const uint8_t filling_;  // of a last quad: its zero point, which adds nothing
   Conv conv_;
   Int8Rule rule_;
 };
 
 class Int8Gemm {
  public:
-  explicit Int8Gemm(const SlrcInt8Blocks& blocks) : gemm_(Weight(blocks, 1)), rule_(blocks) {}
+  explicit Int8Gemm(const SlrcInt8Blocks& blocks)
+      : filling_(static_cast<uint8_t>(blocks.x_zero_point)), gemm_(Weight(blocks, 1)), rule_(blocks) {}
   int64_t out_channels() const { return gemm_.out_channels(); }
   void Run(const uint8_t* x, int64_t rows, int64_t inputs, const uint8_t* residual, void* y,
            const Parallel& parallel) const;
 
  private:
+  const uint8_t filling_;
   Gemm gemm_;
   Int8Rule rule_;
 };

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 BLOCKS = (1, 4, 8, 16)
 """Consecutive outputs of a block."""
+INT8_BLOCKS = (4, 8, 16)
+INT8_CHANNELS = 4
+"""Consecutive input channels of an int8 block."""
 MOST_STRIDE = 64
 MOST_WINDOW = 2**15
 """Of a kernel's size, a dilation and a padding, along each axis."""
@@ -20,6 +24,16 @@ MOST_INPUT = 2**30
 """Floats of an image's padded input, of one group; each step of the strides counts as `STRIDE_MARGIN` rows and columns
 more, the room between the parts that a stride splits it into."""
 STRIDE_MARGIN = (3, 17)
+
+
+def why_not_int8(weight_shape: Sequence[int], block: int, **layer: Any) -> str:
+    """Return why the int8 kernels do not take a layer whose blocks all survive, or `""` if they do; as `why_not`."""
+    if block not in INT8_BLOCKS:
+        return f"int8 blocks of {block} outputs (the kernels take 4, 8 or 16)"
+    out_channels, channels, *kernel = weight_shape
+    if kernel:
+        channels = -(-channels // INT8_CHANNELS)
+    return why_not((out_channels, channels, *kernel), block, **layer)
 
 
 def why_not(

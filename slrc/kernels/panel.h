@@ -44,6 +44,8 @@ struct Place {
   const Outputs* outputs;  // as in Strip
 };
 
+constexpr int64_t kPartSums = 3 * 1024;
+
 // See RunPanel.
 template <class Output>
 class PanelLoop {
@@ -56,6 +58,7 @@ class PanelLoop {
   // Runs block rows on the index-th piece, and on some after it if one strip can; returns on how many. `waiting` are
   // the piece's sums between slices.
   int64_t RunPieces(int64_t index, float* waiting);
+  void RunParts(const Piece& piece, StripLoop loop, const Word* sums);
   int64_t CountTogether(int64_t index) const;
   void SetReads(int64_t index, const Piece& piece, int64_t together);
   void SetMore(const Piece& piece, const Place& place, bool direct);
@@ -152,9 +155,39 @@ int64_t PanelLoop<Output>::RunPieces(int64_t index, float* waiting) {
   strip_.y = done ? place.y : sums;
   strip_.pitch = done ? place.pitch : width;
   SetMore(piece, place, direct);
-  (piece.vectors ? loops_.strip[piece.ending][wide_][piece.vectors - 1] : loops_.pixel[wide_])(strip_);
+  const StripLoop loop = piece.vectors ? loops_.strip[piece.ending][wide_][piece.vectors - 1] : loops_.pixel[wide_];
+  if constexpr (Output::kInParts)
+    if (!sliced_) {
+      RunParts(piece, loop, sums);
+      return together;
+    }
+  loop(strip_);
   if (is_last_slice_ && !direct) output_.Scatter(channel_, strip_.channels, piece, sums);
   return together;
+}
+
+// In registers, if the piece's results stand side by side; else some block rows at a time, whose sums stay in the
+// first-level cache until they are scattered.
+template <class Output>
+void PanelLoop<Output>::RunParts(const Piece& piece, StripLoop loop, const Word* sums) {
+  Int8Results results;
+  if (loops_.fuses && piece.vectors && output_.Fuse(channel_, piece, &results)) {
+    strip_.results = &results;
+    loop(strip_);
+    strip_.results = nullptr;
+    return;
+  }
+  const int64_t rows = std::max<int64_t>(1, kPartSums / (SumsWidth(piece) * strip_.block)), step = rows * strip_.block;
+  for (int64_t first = 0; first < strip_.channels; first += step) {
+    Strip part = strip_;
+    part.begins += first / strip_.block;
+    part.ends += first / strip_.block;
+    part.bias += first;
+    if (part.tap_ends) part.tap_ends += first / strip_.block * strip_.taps;
+    part.channels = std::min(step, strip_.channels - first);
+    loop(part);
+    output_.Scatter(channel_ + first, part.channels, piece, sums);
+  }
 }
 
 // Returns how many pieces from the index-th on are alike, one after the other, and may be written where they belong.
@@ -208,7 +241,7 @@ void PanelLoop<Output>::SetMore(const Piece& piece, const Place& place, bool dir
 // Computes block rows [first, last), of one group or of groups that they fill, on a panel. Output finds the place of a
 // piece, and says whether a tile may be written there; if not, it gathers the residual and scatters sums that are
 // (channels, repeats, piece.width). If `Output::kMoreApart`, a pixel more is written to its place in any case, and no
-// sums have it.
+// sums have it. If `Output::kInParts`, every piece is scattered, and no residual gathered.
 template <class Output>
 void RunPanel(const Weight& weight, int64_t first, int64_t last, const Panel& panel, const Output& output) {
   PanelLoop<Output>(weight, first, last, panel, output).Run();

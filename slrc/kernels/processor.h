@@ -32,7 +32,7 @@ struct Processor {
   X("avx512vl", __AVX512VL__, leaf7_ebx, 31)           \
   X("avx512vnni", __AVX512VNNI__, leaf7_ecx, 11)       \
   X("avxvnni", __AVXVNNI__, leaf71_eax, 4)             \
-  X("dotprod", __ARM_FEATURE_DOTPROD, hwcap, 20)
+  X("dotprod", SLRC_TILE_DOT, hwcap, 20)
 
 #define SLRC_BIT_OF(name, macro, word, bit) kBitOf##macro,
 enum { SLRC_FEATURES(SLRC_BIT_OF) kFeatures };

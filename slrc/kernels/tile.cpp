@@ -23,11 +23,9 @@ double Spin(int64_t rounds) {
   const V value = Repeat<kLanes>(2.5f);
   Unroll<kSums>([&](int s) SLRC_INLINE { sums[s] = Repeat<kLanes>(0.1f * s); });
   for (int64_t r = 0; r < rounds; ++r)
-    Unroll<kSums>([&](int s) SLRC_INLINE {
-      sums[s] = MultiplyAdd<kLanes>(sums[s], sums[(s + 1) % kSums], value);
-    });
+    Unroll<kSums>([&](int s) SLRC_INLINE { sums[s] = MultiplyAdd<kLanes>(sums[s], sums[s], value); });
   V all = sums[0];
-  for (int s = 1; s < kSums; ++s) all = Add<kLanes>(all, sums[s]);
+  Unroll<kSums - 1>([&](int s) SLRC_INLINE { all = Add<kLanes>(all, sums[s + 1]); });
   volatile float used = all[0];
   (void)used;
   return 8.0 * kSums * kLanes * static_cast<double>(rounds);
@@ -94,10 +92,12 @@ extern const TileLoops SLRC_TILE_SET = {
 #if defined(SLRC_TILE_INT8)
     MakeResults,
     Interleave,
+    kFuses,
     kFlip,
 #else
     nullptr,
     nullptr,
+    false,
     0,
 #endif
 };

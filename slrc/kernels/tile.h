@@ -92,6 +92,7 @@ struct Strip {
   Activation activation;
   float slope;  // of kLeakyRelu
   Word padding;  // what lanes count as that are padding
+  const struct Int8Results* results;  // of loops that fuse: what becomes of the sums of the one run; null: y is
 };
 
 using StripLoop = void (*)(const Strip&);
@@ -144,9 +145,10 @@ struct Int8Results {
 };
 
 using ResultLoop = void (*)(const Int8Results&);
-// Words of four rows of bytes each, `pitch` apart: byte k of word i is from[k * pitch + i] ^ flip, or `flip` where row k
-// is past the last of `rows`.
-using InterleaveLoop = void (*)(const uint8_t* from, int64_t pitch, int64_t rows, int64_t count, uint8_t flip, Word* to);
+// Words of four rows of bytes each, `pitch` apart: byte k of word i is from[k * pitch + i], or `filling` where row k is
+// past the last of `rows`; all are flipped (see TileLoops).
+using InterleaveLoop = void (*)(const uint8_t* from, int64_t pitch, int64_t rows, int64_t count, uint8_t filling,
+                                Word* to);
 
 // What a run ends with: a whole vector, one half as wide, or a whole one and a pixel.
 enum Ending { kWhole, kHalf, kPixelMore, kEndings };
@@ -167,6 +169,7 @@ struct TileLoops {
   // Of int8 layers alone:
   ResultLoop results;
   InterleaveLoop interleave;
+  bool fuses;    // whether a strip may have `results`, whose y is not null
   uint8_t flip;  // what x's bytes are flipped by: 0x80 where they are multiplied as signed ones
 };
 

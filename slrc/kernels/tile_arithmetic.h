@@ -111,8 +111,11 @@ SLRC_INLINE inline V MultiplyAdd(V sum, V x, V value) {
   if constexpr (N == 8) return SLRC_CALL(256, _mm256);
 #endif
   if constexpr (N == 4) return SLRC_CALL(128, _mm);
-#elif defined(__ARM_FEATURE_DOTPROD) && defined(SLRC_TILE_NEON)
-  if constexpr (N == 4) return (V)vdotq_s32((int32x4_t)sum, (int8x16_t)x, (int8x16_t)value);
+#elif defined(SLRC_TILE_DOT)  // (Compilers disagree on the flag that allows the intrinsic.)
+  if constexpr (N == 4) {
+    asm(".arch_extension dotprod\n\tsdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(x), "w"(value));
+    return sum;
+  }
 #elif defined(SLRC_TILE_NEON)
   if constexpr (N == 4) {
     const int8x16_t a = (int8x16_t)x, b = (int8x16_t)value;

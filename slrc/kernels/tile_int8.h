@@ -2,7 +2,7 @@
 // For tile.cpp alone.
 #pragma once
 
-#include "tile_arithmetic.h"
+#include "tile_results.h"
 
 namespace slrc {
 namespace {
@@ -26,15 +26,15 @@ SLRC_INLINE inline void StoreInTurn(Bytes16 a, Bytes16 b, uint8_t* to) {
   *reinterpret_cast<LooseBytes16*>(to + 16) = reinterpret_cast<Bytes16>(second);
 }
 
-void Interleave(const uint8_t* from, int64_t pitch, int64_t rows, int64_t count, uint8_t flip, Word* to) {
+void Interleave(const uint8_t* from, int64_t pitch, int64_t rows, int64_t count, uint8_t filling, Word* to) {
   uint8_t* bytes = reinterpret_cast<uint8_t*>(to);
-  const Bytes16 flips = flip - Bytes16{};
+  const Bytes16 flips = kFlip - Bytes16{}, filled = static_cast<uint8_t>(filling ^ kFlip) - Bytes16{};
   int64_t i = 0;
   for (; i + 16 <= count; i += 16, bytes += 64) {
     Bytes16 row[4];
     Unroll<4>([&](int k) SLRC_INLINE {
-      row[k] = flips;
-      if (k < rows) row[k] ^= *reinterpret_cast<const LooseBytes16*>(from + k * pitch + i);
+      row[k] = filled;
+      if (k < rows) row[k] = *reinterpret_cast<const LooseBytes16*>(from + k * pitch + i) ^ flips;
     });
     const Bytes16 low[2] = {LowInTurn(row[0], row[1]), LowInTurn(row[2], row[3])};
     const Bytes16 high[2] = {HighInTurn(row[0], row[1]), HighInTurn(row[2], row[3])};
@@ -42,27 +42,48 @@ void Interleave(const uint8_t* from, int64_t pitch, int64_t rows, int64_t count,
     StoreInTurn(high[0], high[1], bytes + 32);
   }
   for (; i < count; ++i, bytes += 4)
-    for (int64_t k = 0; k < 4; ++k) bytes[k] = k < rows ? from[k * pitch + i] ^ flip : flip;
+    for (int64_t k = 0; k < 4; ++k) bytes[k] = (k < rows ? from[k * pitch + i] : filling) ^ kFlip;
 }
 
-// Returns v, rounded: no compiler may go on with its exact value.
-template <class V>
-SLRC_INLINE inline V Rounded(V v) {
-#if defined(__x86_64__)
-  asm("" : "+v"(v));
-#elif defined(__aarch64__)
-  asm("" : "+w"(v));
-#endif
-  return v;
+#if defined(__AVX512F__)
+
+// Up to four vectors of a row; `left` results are.
+template <bool Residual, bool Quantized, int Vectors>
+SLRC_INLINE inline void FinishGroup(const Int8Results& job, int64_t row, int64_t at, int64_t left, __m512 of_row) {
+  const uint64_t bits = FirstBits<Vectors>(left);
+  const Word* const sums = job.sums + row * job.sums_pitch + at;
+  const int64_t there = row * job.pitch + at;
+  __m512 real[Vectors];
+  Unroll<Vectors>([&](int v) SLRC_INLINE {
+    const __mmask16 mask = static_cast<__mmask16>(bits >> 16 * v);
+    const __m512 scale = job.by_lane ? _mm512_maskz_loadu_ps(mask, job.scale + at + 16 * v) : of_row;
+    real[v] = RealOf<Residual>(job, _mm512_maskz_loadu_epi32(mask, sums + 16 * v), scale, mask, there + 16 * v);
+    if constexpr (!Quantized) _mm512_mask_storeu_ps(job.y_float + there + 16 * v, mask, real[v]);
+  });
+  if constexpr (Quantized) StoreQuantized<Vectors>(job, real, bits, there);
 }
+
+template <bool Residual, bool Quantized>
+void FinishRows(const Int8Results& given) {
+  const Int8Results job = given;
+  for (int64_t row = 0; row < job.rows; ++row) {
+    const __m512 of_row = _mm512_set1_ps(job.scale[job.by_lane ? 0 : row]);
+    int64_t at = 0;
+    for (; job.count - at > 48; at += 64) FinishGroup<Residual, Quantized, 4>(job, row, at, job.count - at, of_row);
+    const int64_t left = job.count - at;
+    if (left > 32) FinishGroup<Residual, Quantized, 3>(job, row, at, left, of_row);
+    else if (left > 16) FinishGroup<Residual, Quantized, 2>(job, row, at, left, of_row);
+    else if (left > 0) FinishGroup<Residual, Quantized, 1>(job, row, at, left, of_row);
+  }
+}
+
+#else
 
 using Real = Lanes<kLanes>::Float;
 using Integers = Lanes<kLanes>::Signed;
 
 SLRC_INLINE inline Real LoadBytes(const uint8_t* from) {
-#if defined(__AVX512F__)
-  return (Real)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
   return (Real)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 #else
   return Real{static_cast<float>(from[0]), static_cast<float>(from[1]), static_cast<float>(from[2]),
@@ -71,9 +92,7 @@ SLRC_INLINE inline Real LoadBytes(const uint8_t* from) {
 }
 
 SLRC_INLINE inline void StoreBytes(uint8_t* to, Integers v) {
-#if defined(__AVX512F__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)v));
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
   const __m128i pairs = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(pairs, pairs));
 #else
@@ -137,6 +156,8 @@ void FinishRows(const Int8Results& given) {
     }
   }
 }
+
+#endif
 
 void MakeResults(const Int8Results& job) {
   if (job.y) return job.residual ? FinishRows<true, true>(job) : FinishRows<false, true>(job);

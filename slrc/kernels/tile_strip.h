@@ -30,7 +30,8 @@ SLRC_INLINE inline void ForTiles(const Strip& s, const Run& run) {
                    s.x_step,
                    s.y_step,
                    s.more,
-                   s.tap_ends ? s.tap_ends + r * s.taps : nullptr};
+                   s.tap_ends ? s.tap_ends + r * s.taps : nullptr,
+                   channel};
       tile.more.offsets += begin;
       tile.more.y += channel * s.more.pitch;
       if (tile.more.start) tile.more.start += channel * s.more.start_pitch;
@@ -107,7 +108,7 @@ void RunStrip(const Strip& strip) {
   const Strip s = strip;  // a copy that no store can reach
   constexpr int kRuns = RunsOf(Rows, Whole + 1);
   ForTiles<Rows, kRuns>(s, [&](const Tile& tile, int64_t runs) SLRC_INLINE {
-    if (tile.rows == Rows) return RunTiles<Rows, kRuns, Whole, Last, Pixel>(tile, runs, s);
+    if (tile.rows == Rows || (kFuses && s.results)) return RunTiles<Rows, kRuns, Whole, Last, Pixel>(tile, runs, s);
     Aside<Rows, Whole * kLanes + Last, Pixel> aside;
     Strip plain = s;
     plain.outputs = nullptr;

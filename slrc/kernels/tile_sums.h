@@ -1,7 +1,7 @@
 // One tile (README.md draws it): the sums of some rows and pixels, in registers. For tile.cpp alone.
 #pragma once
 
-#include "tile_arithmetic.h"
+#include "tile_results.h"
 
 namespace slrc {
 namespace {
@@ -28,6 +28,7 @@ struct Tile {
   int64_t x_step, y_step;  // as in Strip
   PixelMore more;
   const int32_t* tap_ends;  // of the block row
+  int64_t channel;          // of the strip's
 };
 
 // A tile's size, known to the compiler: rows (of one run) or runs (of one row), by `Whole` vectors, a last one of
@@ -243,6 +244,14 @@ SLRC_INLINE inline void RunTile(const Tile& tile, const Strip& strip) {
   AddStart(tile, outputs, sums);
   if constexpr (Size::kRows == 1) MultiplyRuns<Parts>(tile, strip.block, sums);
   else MultiplyRows<Read>(tile, strip, sums);
+  if constexpr (kFuses && Size::kRows > 1)
+    if (strip.results) {
+      Unroll<Size::kRows>([&](int i) SLRC_INLINE {
+        if (i < tile.rows)
+          FinishInRegisters<Size::kWhole, Size::kLast>(*strip.results, tile.channel + i, sums.whole[i], sums.last[i]);
+      });
+      return;
+    }
   ActivateCheaply(activation, slope, sums);
   StoreSums(tile, outputs, sums);
   const bool has_more = Size::kHasMore && (!outputs || outputs->kept[Size::kWhole + 1]);

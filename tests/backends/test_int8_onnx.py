@@ -15,6 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 from int8_layers import QLayer, qmodel, quantized_weight, random_qconv, random_qgemm
 
 from slrc.forms.packed_int8 import PackedInt8, int8_density
+from slrc.forms.packed_weight import block_density
+from slrc.sparsity.patterns import parse_pattern
+from slrc.sparsity.projection import project
 
 
 def run(layers: dict[str, QLayer]) -> list[np.ndarray]:
@@ -61,6 +64,14 @@ def test_a_block_row_of_zeros_keeps_one_block() -> None:
 def test_weights_are_symmetric_bytes(weight: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="−127 to 127"):
         PackedInt8.of(weight, 8)
+
+
+def test_a_weight_pruned_to_8x4_is_packed_in_both_types() -> None:
+    pattern, weight = parse_pattern("block:8x4"), torch.randn(16, 12, 3, 3, generator=torch.Generator().manual_seed(0))
+    groups = pattern.group_view(weight).shape[1]
+    pruned = weight * project(pattern, weight, groups // 3)
+    int8 = (pruned * 20).round().clamp(-127, 127).to(torch.int8)
+    assert block_density(pruned, 8) == int8_density(int8, 8) == pytest.approx(1 / 3)
 
 
 def test_a_network_pruned_to_8x1_packs_whole_quads() -> None:

@@ -34,6 +34,12 @@ struct Random {
 
 constexpr float kSlope = 0.1f;
 
+}  // namespace
+
+#include "fuzz_int8.h"
+
+namespace {
+
 double Activate(double v, int64_t activation) {
   switch (activation) {
     case slrc::kRelu:
@@ -297,11 +303,12 @@ int main(int argc, char** argv) {
     if (!PoolAgrees(seed)) return printf("pool %llu differs\n", (unsigned long long)seed), 1;
     for (bool broken : {false, true})
       if (!MlpAgrees(seed, broken, &refused)) return printf("mlp %llu differs\n", (unsigned long long)seed), 1;
+    if (!Int8Agrees(seed, &refused)) return printf("int8 %llu differs\n", (unsigned long long)seed), 1;
     Case broken(seed);
     broken.Break();
     refused += broken.Run(error, sizeof error);
   }
-  printf("%s: worst difference %g, %ld of %llu broken cases refused\n", slrc_instruction_set(), worst, refused,
-         (unsigned long long)(2 * count));
+  printf("%s: worst difference %g, %ld of %llu broken cases refused\n", slrc_int8_instruction_set(), worst, refused,
+         (unsigned long long)(3 * count));
   return 0;
 }

@@ -11,22 +11,25 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from slrc.kernels.build import SOURCES, TILE_SETS, Compiler, compile_library, find_compiler, sources_digest
+from slrc.kernels.build import INT8_SETS, SOURCES, TILE_SETS, Compiler, compile_library, find_compiler, sources_digest
 from slrc.machine.cache import cache_folder
 
 CASES = int(os.environ.get("SLRC_FUZZ", "3000"))
 SOURCE = Path(__file__).parent / "fuzz.cpp"
+INT8 = Path(__file__).parent / "fuzz_int8.h"
+ALL_SETS = INT8_SETS["x86_64"] | TILE_SETS["x86_64"]
 SANITIZERS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
 def sets_of_this_machine() -> dict[str, tuple[str, ...]]:
-    """Return the part of `TILE_SETS` that this x86-64 processor runs."""
-    features = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
+    """Return the sets that this x86-64 processor runs, those of int8 layers alone among them."""
+    said = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0]
+    features = set(said.replace("_", "").split())
     needed = {
         name: {flag.removeprefix("-m") for flag in flags if not flag.startswith("-mprefer")}
-        for name, flags in TILE_SETS["x86_64"].items()
+        for name, flags in ALL_SETS.items()
     }
-    return {name: TILE_SETS["x86_64"][name] for name, needs in needed.items() if needs <= features}
+    return {name: ALL_SETS[name] for name, needs in needed.items() if needs <= features}
 
 
 def linked(library: Path) -> Path:
@@ -43,7 +46,7 @@ def linked(library: Path) -> Path:
 
 def sanitized() -> Path:
     """Return a program with the address and undefined-behaviour sanitizers, of the sets that this machine runs."""
-    sets = sets_of_this_machine()
+    sets = {name: flags for name, flags in sets_of_this_machine().items() if name in TILE_SETS["x86_64"]}
     return _compiled(find_compiler("x86_64"), "x86_64", SANITIZERS, sets)
 
 
@@ -68,7 +71,7 @@ def _compiled(compiler: Compiler, family: str, flags: Sequence[str], sets: Mappi
 
 
 def _cached(compiler: Compiler, flags: Sequence[str], make: Callable[[Path, Path], None]) -> Path:
-    parts = (*compiler.command, compiler.version, *flags, sources_digest(), SOURCE.read_text())
+    parts = (*compiler.command, compiler.version, *flags, sources_digest(), SOURCE.read_text(), INT8.read_text())
     path = cache_folder() / f"fuzz_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
     # The workers of a test run need it at the same time.
     with FileLock(path.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=path.parent) as folder:

@@ -13,7 +13,16 @@ import numpy as np
 import pytest
 from kernel_layers import Blocks, Kernels, Layer, Window
 
-from slrc.kernels.limits import BLOCKS, MOST_BLOCKS, MOST_COLUMNS, MOST_INPUT, MOST_STRIDE, MOST_WINDOW, why_not
+from slrc.kernels.limits import (
+    BLOCKS,
+    MOST_BLOCKS,
+    MOST_COLUMNS,
+    MOST_INPUT,
+    MOST_STRIDE,
+    MOST_WINDOW,
+    why_not,
+    why_not_int8,
+)
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,16 @@ def test_python_and_the_library_take_the_same_sizes(library: Path) -> None:
         taken.append(not said)
     assert any(taken)
     assert sum(a != b for a, b in pairwise(taken)) > 20  # limits are crossed
+
+
+def test_int8_layers_count_four_channels_as_one() -> None:
+    most = MOST_INPUT // (4 * 18)
+    assert why_not((8, most + 1, 1, 1), 8)
+    assert why_not_int8((8, 4 * most, 1, 1), 8) == ""
+    assert "an input of" in why_not_int8((8, 4 * most + 1, 1, 1), 8)
+    assert "weights of each output" in why_not_int8((8, MOST_COLUMNS + 1), 8)
+    assert "int8 blocks of 1 outputs" in why_not_int8((8, 8), 1)
+    assert "stride" in why_not_int8((8, 8, 3, 3), 8, strides=(MOST_STRIDE + 1, 1))
 
 
 @pytest.mark.parametrize(

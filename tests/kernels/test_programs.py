@@ -10,9 +10,9 @@ import fuzz_programs as programs
 import pytest
 
 from slrc.errors import BackendError
-from slrc.kernels.build import TILE_SETS, Compiler, find_compiler
+from slrc.kernels.build import Compiler, find_compiler
 
-SETS = list(TILE_SETS["x86_64"])
+SETS = list(programs.ALL_SETS)
 
 
 def compiler_for(family: str) -> Compiler:
@@ -53,5 +53,5 @@ def test_on_an_emulated_aarch64() -> None:
     # Zig links statically with musl alone; the emulated system has no libraries of its own.
     command = tuple(part.replace("-linux-gnu.", "-linux-musl#").partition("#")[0] for part in compiler.command)
     program = programs.static(Compiler(command, compiler.version), "aarch64")
-    for name in ("neon", "portable"):
+    for name in ("neondot", "neon", "portable"):
         assert programs.run([emulator, str(program)], name, 60).startswith(f"{name}: ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from slrc.backends.base import Artifact, Availability, Backend, LoweredProgram, Runner, Target
@@ -46,12 +47,13 @@ def get_backend(target: Target) -> Backend:
 
 
 def parse_target(text: str) -> Target:
-    """Return the target that `text` names, such as `ort` or `tensorrt-rtx:sm86`.
+    """Return the target that `text` names, such as `ort`, `ort+int8` or `tensorrt-rtx:sm86+fp16`.
 
     Raises:
         BackendError: there is no such backend, or it does not know an option.
     """
-    name, _, options = text.strip().partition(":")
+    parts = re.fullmatch(r"([^:+]*)(?:[:+](.*))?", text.strip())
+    name, options = (parts[1], parts[2] or "") if parts else ("", "")
     if name not in BACKENDS:
         raise BackendError(
             f"unknown target `{text}`: expected one of {', '.join(BACKENDS)}",

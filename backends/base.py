@@ -18,10 +18,16 @@ from torch import Tensor
 from slrc.backends.engine_summary import EngineSummary
 from slrc.errors import BackendError
 from slrc.forms.packed_weight import PackedWeight
+from slrc.forms.quantization import Scheme
 from slrc.ir.program import Program
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION: Final = 1
+INT8 = "int8"
+"""The option of targets for layers in integers, and the precision of what is emitted for them."""
+INT8_TOLERANCE: Final = 5e-2
+"""What a whole int8 network may differ by on two machines, of the largest value. A sum that lies between two steps is
+rounded up on one and down on the other, and what reads it differs by more."""
 
 
 def bare_name(name: str) -> str:
@@ -44,7 +50,7 @@ FileName = Annotated[str, AfterValidator(bare_name)]
 class Target:
     """Where a compiled model runs: a backend and what to build for.
 
-    `text` forms: `ort`, `tensorrt`, `tensorrt:10.3+fp16`, `tensorrt-rtx`, `tensorrt-rtx:sm86+sm89+fp16`,
+    `text` forms: `ort`, `ort+int8`, `tensorrt`, `tensorrt:10.3+fp16`, `tensorrt-rtx`, `tensorrt-rtx:sm86+sm89+fp16`,
     `torch:cuda+bf16`.
     """
 
@@ -53,6 +59,16 @@ class Target:
 
     def __str__(self) -> str:
         return f"{self.backend}:{'+'.join(self.options)}" if self.options else self.backend
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether layers are to run in int8."""
+        return INT8 in self.options
+
+    @property
+    def in_float(self) -> Target:
+        """The same target with layers in float32."""
+        return Target(self.backend, tuple(o for o in self.options if o != INT8))
 
     @property
     def folder(self) -> str:
@@ -131,6 +147,8 @@ class Backend(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    scheme: ClassVar[Scheme]
+    """How integers are laid out in what the backend runs."""
 
     @abstractmethod
     def available(self, target: Target | None = None) -> Availability:

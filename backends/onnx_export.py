@@ -14,7 +14,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument
 from torch.fx import Node
 
-from slrc.backends.packed_onnx import attach_functions, translation_table
+from slrc.backends import packed_onnx, quantized_onnx
+from slrc.backends.packed_onnx import attach_functions
 from slrc.errors import BackendError
 from slrc.ir.export_memory import listed_once
 from slrc.ir.program import Program
@@ -49,7 +50,7 @@ def export_onnx(program: Program, path: Path, opset: int = OPSET) -> bool:
                 opset_version=opset,
                 optimize=True,
                 verbose=False,
-                custom_translation_table=translation_table(),
+                custom_translation_table={**packed_onnx.translation_table(), **quantized_onnx.translation_table()},
             )
     except Exception as error:
         reason = str(error.__cause__ or error).strip().splitlines()
@@ -58,6 +59,7 @@ def export_onnx(program: Program, path: Path, opset: int = OPSET) -> bool:
             hint="an operator of the model has no ONNX form in this version of torch; `--debug` shows which",
         ) from error
     assert exported is not None
+    quantized_onnx.write_integers(exported.model)
     is_packed = attach_functions(exported.model, opset)
     exported.save(path, external_data=_bytes(program) > EXTERNAL_DATA_BYTES)
     onnx.checker.check_model(str(path))

@@ -33,7 +33,7 @@ from slrc.probes import make_probes
 from slrc.progress import Quiet, Reporter
 from slrc.reconstruction.reconstruct import reconstruct
 from slrc.reporting.assemble import accuracy_of, assemble
-from slrc.reporting.report import Pair, Report, TargetResult
+from slrc.reporting.report import Int8Result, Pair, Report, TargetResult
 from slrc.sparsity.choices import Allocation
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.patterns import AnyPattern, Channel
@@ -194,6 +194,9 @@ def _compile(
         latency = [
             run.measure(slim, pair, chosen.latency, check) for pair in emitted if not run.why_not_run(pair.target)
         ]
+        rounded = [run.int8_result(pair, metric, trained.dense, check) for pair in emitted]
+        if (in_int8 := _rounded_metric(rounded)) is not None:
+            final = in_int8
         report = assemble(
             model=workload.name,
             config=config.model_dump(mode="json"),
@@ -203,7 +206,7 @@ def _compile(
             trained=trained,
             macs=emitted[0].program.macs,
             accuracy=accuracy_of(metric, trained, final),
-            targets=[_result(pair, run) for pair in emitted],
+            targets=[_result(pair, run, own) for pair, own in zip(emitted, rounded, strict=True)],
             latency=latency,
             checks=run.checks(check),
             notes=run.notes,
@@ -219,19 +222,24 @@ def _value(metric: tuple[str, float] | None) -> float | None:
     return None if metric is None else metric[1]
 
 
-def _result(pair: Emitted, run: Compilation) -> TargetResult:
-    dense, compiled = (
-        there or made.artifact.engine
-        for there, made in zip(run.engines.get(pair.target, (None, None)), (pair.dense, pair.compiled), strict=True)
-    )
+def _rounded_metric(rounded: Sequence[Int8Result | None]) -> float | None:
+    """Return the compiled int8 model's metric, where the last target is one."""
+    return rounded[-1].corners[-1].metric if rounded and rounded[-1] is not None else None
+
+
+def _result(pair: Emitted, run: Compilation, int8: Int8Result | None) -> TargetResult:
+    dense, compiled = pair.own
+    built = run.engines.get(pair.target, (None, None))
+    dense_engine, compiled_engine = built[0] or dense.artifact.engine, built[1] or compiled.artifact.engine
     return TargetResult(
         target=str(pair.target),
         folder=pair.target.folder,
-        size_bytes=Pair(dense=pair.dense.size_bytes, compiled=pair.compiled.size_bytes),
-        precision=pair.compiled.artifact.precision,
+        size_bytes=Pair(dense=dense.size_bytes, compiled=compiled.size_bytes),
+        precision=compiled.artifact.precision,
         not_run=run.why_not_run(pair.target),
-        engine=Pair(dense=dense, compiled=compiled) if dense and compiled else None,
+        engine=Pair(dense=dense_engine, compiled=compiled_engine) if dense_engine and compiled_engine else None,
         forms=pair.choice,
+        int8=int8,
     )
 
 

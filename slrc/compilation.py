@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import partial
+from functools import cached_property, partial
 from importlib.util import find_spec
 from typing import TypeVar
 
@@ -24,22 +24,25 @@ from slrc.forms.form import FormChoice
 from slrc.ir.program import Program
 from slrc.measuring.choose_forms import choose_forms
 from slrc.measuring.devices import Device, local_device
-from slrc.measuring.timing import Latency
+from slrc.measuring.timing import Latency, Percentiles
 from slrc.methods.settings import MethodName
 from slrc.pipeline import Checker as ProgramChecker
 from slrc.pipeline import apply_forms, lower
 from slrc.probes import FirstCall, Probe
 from slrc.progress import Reporter
+from slrc.quantization.choose import Calibration
+from slrc.quantized_targets import IntegerTargets, Rounded
 from slrc.reconstruction.reconstruct import reconstruct
 from slrc.reporting.bench import INPUTS
 from slrc.reporting.page import write_page
-from slrc.reporting.report import Report
+from slrc.reporting.report import Corner, Int8Result, Pair, Report
 from slrc.sparsity.plans import LatencyForecast, Plan
 from slrc.training.batch_norm import constant_channels
+from slrc.training.checkpoints import EpochRecord
 from slrc.training.choose_method import choose_method
 from slrc.training.loop import train
 from slrc.training.trained import Trained
-from slrc.verify import Check, Checker, compare_metric
+from slrc.verify import Check, Checker, compare_metric, compare_rounded
 from slrc.workload import Workload
 from slrc.workspace import Workspace
 
@@ -52,13 +55,34 @@ ILL_CONDITIONED = 1e-3
 
 @dataclass(frozen=True)
 class Emitted:
-    """The dense and the compiled model for one target; `program` is what the compiled one was lowered from."""
+    """The dense and the compiled model for one target; `program` is what the compiled one was lowered from.
+
+    Of an int8 target these are in float32, for what it computes is compared with them; `integers` are its own, dense
+    and compiled, and `choice` is theirs.
+    """
 
     target: Target
     dense: LoweredProgram
     compiled: LoweredProgram
     program: Program
     choice: FormChoice
+    integers: tuple[Rounded, Rounded] | None = None
+
+    @property
+    def own(self) -> tuple[LoweredProgram, LoweredProgram]:
+        """The target's own dense and compiled model: in int8 where it asks for that."""
+        if self.integers is None:
+            return self.dense, self.compiled
+        dense, compiled = self.integers
+        return dense.lowered, compiled.lowered
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """The dense model for one target, in float32, and in int8 where the target asks for it."""
+
+    lowered: LoweredProgram
+    rounded: Rounded | None = None
 
 
 @dataclass
@@ -75,6 +99,8 @@ class Compilation:
     dense_checks: tuple[Check, ...] = ()
     engines: dict[Target, tuple[EngineSummary | None, EngineSummary | None]] = field(default_factory=dict)
     """Of dense and compiled, where a device built them."""
+    corner_ms: dict[Target, list[Percentiles]] = field(default_factory=dict)
+    """Of int8 targets that were timed: dense in float32 and int8, compiled in float32 and int8."""
 
     def __post_init__(self) -> None:
         for text in self.workload.warnings:
@@ -100,7 +126,12 @@ class Compilation:
             )
         self.workload.model.load_state_dict(kept, strict=False)
 
-    def lower_dense(self, program: Program, dense: Program, probes: Sequence[Probe]) -> list[LoweredProgram]:
+    @cached_property
+    def integers(self) -> IntegerTargets:
+        """What rounds for int8 targets."""
+        return IntegerTargets(self.workload, self.config, self.note, self.reporter)
+
+    def lower_dense(self, program: Program, dense: Program, probes: Sequence[Probe]) -> list[DenseModel]:
         """Check the capture against the eager module, and emit it: what a target cannot take is said before training.
 
         `dense` is the program with all that the compiled one gets besides sparsity.
@@ -108,13 +139,20 @@ class Compilation:
         check = Checker(self.workload.model.cpu(), probes)
         check("eager module = captured program", program.module())
         self.workspace.new_result()
-        lowered = []
+        self.dense_program = dense
+        models = []
         for target in self.targets:
-            lowered.append(self._emit(dense, target, "dense"))
-            if runs := _runs_here(lowered[-1]):
-                self._prove_as(runs, f"eager module = dense on {target}", lowered[-1], dense, check)
+            lowered = self._emit(dense, target.in_float, _in_float("dense", target), target.folder)
+            if runs := _runs_here(lowered):
+                self._prove_as(runs, f"eager module = dense on {target.in_float}", lowered, dense, check)
+            rounded = None
+            if target.is_integer:
+                quantized = self.integers.round(dense, target)
+                rounded = self._emit_rounded(quantized.program(), target, "dense", quantized.calibration)
+                check.checks += self.integers.prove("dense, rounded", rounded, probes)
+            models.append(DenseModel(lowered, rounded))
         self.dense_checks = tuple(check.checks)
-        return lowered
+        return models
 
     def train(self, program: Program, plan: Plan) -> Trained:
         """Train the workload's model in place under the plan, or refit its layers."""
@@ -166,47 +204,111 @@ class Compilation:
             )
         return check, metric
 
-    def lower(self, dense: Sequence[LoweredProgram], slim: Program, check: ProgramChecker) -> list[Emitted]:
+    def lower(self, dense: Sequence[DenseModel], slim: Program, check: ProgramChecker) -> list[Emitted]:
         """Emit the slim program for every target, with its layers in their forms there."""
         emitted = []
         for target, beside in zip(self.targets, dense, strict=True):
-            choice = choose_forms(slim, target, threads=self.config.threads, reporter=self.reporter, device=self.device)
-            for text in choice.dropped:
-                self.note(text)
-            formed = apply_forms(slim, choice.forms, check)
-            compiled = self._emit(formed, target, "compiled")
-            for text in compiled.artifact.warnings:
+            choice, formed = self._form(slim, target.in_float, check)
+            compiled = self._emit(formed, target.in_float, _in_float("compiled", target), target.folder)
+            integers = None
+            if beside.rounded is not None:
+                choice, formed_for_integers = self._form(slim, target, check)
+                integers = beside.rounded, self._lower_rounded(formed_for_integers, target)
+            pair = Emitted(target, beside.lowered, compiled, formed, choice, integers)
+            for text in pair.own[1].artifact.warnings:
                 self.note(f"on {target} {text}")
-            emitted.append(Emitted(target, beside, compiled, formed, choice))
+            emitted.append(pair)
         return emitted
+
+    def _form(self, slim: Program, target: Target, check: ProgramChecker) -> tuple[FormChoice, Program]:
+        choice = choose_forms(slim, target, threads=self.config.threads, reporter=self.reporter, device=self.device)
+        for text in choice.dropped:
+            self.note(text)
+        return choice, apply_forms(slim, choice.forms, check)
+
+    def _lower_rounded(self, formed: Program, target: Target) -> Rounded:
+        quantized = self.integers.round(formed, target)
+        folder = self.workspace.work / f"qat-{target.folder}"
+        program, training = self.integers.train(quantized, self.dense_program, folder, self.workspace.resumed)
+        return self._emit_rounded(program, target, "compiled", quantized.calibration, training)
+
+    def _emit_rounded(
+        self,
+        program: Program,
+        target: Target,
+        name: str,
+        calibration: Calibration,
+        training: tuple[EpochRecord, ...] = (),
+    ) -> Rounded:
+        return Rounded(self._emit(program, target, name, target.folder), program, calibration, training)
 
     def prove(self, slim: Program, pair: Emitted, metric: tuple[str, float] | None, check: Checker) -> float | None:
         """Run what was emitted where it runs here: compare its outputs and its metric; return the metric."""
+        if pair.integers is not None:
+            check.checks += self.integers.prove("compiled, rounded", pair.integers[1], check.probes)
         if reason := self.why_not_run(pair.target):
             self.note(f"{pair.target} was not run {f'on {self.device.name}' if self.device.name else 'here'}: {reason}")
-        artifact, runs = pair.compiled.artifact, _runs_here(pair.compiled)
+        artifact, target, runs = pair.compiled.artifact, pair.compiled.target, _runs_here(pair.compiled)
         if not runs:
             return None
-        module = self._prove_as(runs, f"masked module = {pair.target}", pair.compiled, slim, check)
+        module = self._prove_as(runs, f"masked module = {target}", pair.compiled, slim, check)
         if runs is Runs.WHOLE and artifact.kernels is not None:
-            self._prove(f"masked module = {pair.target} without kernels", pair.compiled, slim, check, stock=True)
+            self._prove(f"masked module = {target} without kernels", pair.compiled, slim, check, stock=True)
         if module is None or metric is None:
             return None
         measured = self.workload.measure(module)
         if measured is None or not math.isfinite(measured[1]):
             raise WorkloadError(f"`evaluate` returned {measured} for the compiled model")
-        check.checks.append(compare_metric(f"{metric[0]}: masked module = {pair.target}", metric[1], measured[1]))
+        check.checks.append(compare_metric(f"{metric[0]}: masked module = {target}", metric[1], measured[1]))
         return measured[1]
 
+    def int8_result(
+        self, pair: Emitted, metric: tuple[str, float] | None, dense_metric: float | None, check: Checker
+    ) -> Int8Result | None:
+        """Measure the metric of an int8 target's models, and compare it with that of the float32 ones.
+
+        Raises:
+            VerificationError: the compiled one lost more than `--max-drop`.
+        """
+        if pair.integers is None:
+            return None
+        own = [self.workload.measure(x.runner(self.config.threads)) for x in pair.integers]
+        found = [None if m is None else m[1] for m in own]
+        if metric is not None and found[1] is not None:
+            step = f"{metric[0]}: masked module ~ {pair.target}"
+            check.checks.append(compare_rounded(step, metric[1], found[1], self.config.max_drop))
+        metrics = (dense_metric, found[0], None if metric is None else metric[1], found[1])
+        latencies = self.corner_ms.get(pair.target, [None] * 4)
+        lowered = (pair.dense, pair.integers[0].lowered, pair.compiled, pair.integers[1].lowered)
+        names = [(m, p) for m in ("dense", "compiled") for p in ("float32", "int8")]
+        corners = [
+            Corner(model=m, precision=p, metric=x, size_bytes=low.size_bytes, latency_ms=ms)  # type: ignore[arg-type]
+            for (m, p), x, low, ms in zip(names, metrics, lowered, latencies, strict=True)
+        ]
+        dense, compiled = pair.integers
+        return Int8Result(
+            corners=tuple(corners),
+            calibration=Pair(dense=dense.calibration, compiled=compiled.calibration),
+            training=compiled.training,
+        )
+
     def measure(self, slim: Program, pair: Emitted, forecast: LatencyForecast | None, check: Checker) -> Latency:
-        """Time the dense and the compiled model in turns; another device also compares what they return there."""
+        """Time the dense and the compiled model in turns; another device also compares what they return there.
+
+        Of an int8 target the float32 models take their turns too.
+        """
         inputs, threads = slim.flat_inputs(), self.config.threads
         forms = {weight: str(form) for weight, form in pair.choice.forms.items()}
-        latency, compared, engines = self.device.latency(
-            pair.dense, pair.compiled, inputs, threads, forms, self.reporter
-        )
-        self.engines[pair.target] = engines
-        check.checks += compared
+        names = [_in_float(name, pair.target) for name in ("dense", "compiled")]
+        others = {} if pair.integers is None else dict(zip(names, (pair.dense, pair.compiled), strict=True))
+        measured = self.device.latency(*pair.own, inputs, threads, forms, self.reporter, others)
+        latency = measured.latency
+        self.engines[pair.target] = measured.engines
+        if others:
+            in_float = (measured.others[name] for name in names)
+            rounded = (latency.dense_ms, latency.compiled_ms)
+            self.corner_ms[pair.target] = [ms for both in zip(in_float, rounded, strict=True) for ms in both]
+        check.checks += measured.checks
         if forecast and (forecast.target, forecast.threads) == (str(pair.target), latency.threads):
             predicted = forecast.predicted * latency.dense_ms.p50
             latency = latency.model_copy(update={"predicted_ms": predicted})
@@ -253,9 +355,9 @@ class Compilation:
             self.note(f"`{name}` was not written: {str(error).partition(chr(10))[0]}")
             return None
 
-    def _emit(self, program: Program, target: Target, name: str) -> LoweredProgram:
+    def _emit(self, program: Program, target: Target, name: str, folder: str) -> LoweredProgram:
         self.reporter.note(f"emitting {target} ({name})")
-        return lower(program, target, self.workspace.result / target.folder / name)
+        return lower(program, target, self.workspace.result / folder / name)
 
     def _prove_as(
         self, runs: Runs, step: str, lowered: LoweredProgram, program: Program, check: Checker
@@ -292,6 +394,11 @@ def _runs_here(lowered: LoweredProgram) -> Runs | None:
     if not get_backend(lowered.target).available(lowered.target).why_not_run:
         return Runs.WHOLE
     return Runs.STOCK if find_spec("onnxruntime") else None
+
+
+def _in_float(name: str, target: Target) -> str:
+    """Return the folder of a model in float32, which lies beside an int8 target's own."""
+    return f"{name}-float32" if target.is_integer else name
 
 
 def _archive(program: Program) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from enum import StrEnum
@@ -42,6 +43,21 @@ class RecipeSettings(BaseModel):
     average: float = Field(
         default=0.0, ge=0, lt=1, description="decay of an average of the weights over the last tenth, 0 for none"
     )
+
+
+class Int8Settings(BaseModel):
+    """How the scales of an int8 target are found, and trained."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    samples: int = Field(default=256, ge=1, description="of calibration; a quarter of them tell what is best")
+    ranges: Literal["best", "minmax", "percentile", "mse"] = Field(default="best", description="of values")
+    percentile: float = Field(default=99.99, gt=50, le=100, description="of numbers that a range holds")
+    equalize: bool | None = Field(default=None, description="channels across layers; `None` for where it helps")
+    correct_bias: bool | None = Field(default=None, description="for rounded weights; `None` for where it helps")
+    loss: float = Field(default=0.05, gt=0, description="most that outputs may move before layers stay in float")
+    qat_lr: float = Field(default=0.1, gt=0, le=1, description="learning rate of --qat-epochs over that of training")
+    learn_scales: bool = Field(default=True, description="whether --qat-epochs moves scales too; SGD alone can")
 
 
 def _option(default: Any, told: str, *, plans: bool = False, **limits: Any) -> Any:
@@ -116,7 +132,8 @@ class CompileConfig(MethodSettings):
     )
     target: tuple[str, ...] = _option(
         ("ort",),
-        "ort, ort:aarch64, ort:stock, tensorrt-rtx:sm86, tensorrt, torch, see `targets`; repeatable (default: ort)",
+        "ort, ort:aarch64, ort:stock, tensorrt-rtx:sm86, tensorrt or torch, see `targets`; with +int8 in integers; "
+        "repeatable (default: ort)",
     )
     device: str | None = _option(
         None,
@@ -153,16 +170,26 @@ class CompileConfig(MethodSettings):
         plans=True,
         flags="--permute/--no-permute",
     )
+    int8_skip: tuple[str, ...] = _option(
+        ("auto",),
+        "int8 targets: layers to leave in float, auto for those that hurt, none, or globs; repeatable (default: auto)",
+        metavar="NAME",
+    )
+    max_drop: float | None = _option(
+        None, "int8 targets: most of the metric that rounding may lose, such as 0.01 (default: shown alone)", ge=0
+    )
+    qat_epochs: int = _option(0, "int8 targets: epochs of quantisation-aware training, masks held (default: 0)", ge=0)
     plan: Path | None = _option(None, "a plan to use instead of --pattern and --sparsity")
     threads: int | None = _option(None, "threads of the runtime (default: all cores)", ge=1)
     seed: int = _option(0, "of every random choice (default: 0)", ge=0, lt=2**32)
     recipe: RecipeSettings = RecipeSettings()
+    int8: Int8Settings = Int8Settings()
     budget_metric: Metric = Metric.DIVERGENCE
     updates_per_epoch: Annotated[int, Field(ge=1)] = 2
     probe_batches: Annotated[int, Field(ge=1)] = 4
     recalibration_batches: Annotated[int, Field(ge=0)] = 20
 
-    @field_validator("target", "skip", mode="before")
+    @field_validator("target", "skip", "int8_skip", mode="before")
     @classmethod
     def _one_or_more(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
@@ -175,6 +202,24 @@ class CompileConfig(MethodSettings):
         if len(set(value)) < len(value):
             raise ValueError("a target is given twice")
         return value
+
+    @field_validator("int8_skip")
+    @classmethod
+    def _auto_or_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or (len(value) > 1 and {"auto", "none"} & set(value)):
+            raise ValueError("either `auto`, `none`, or names of layers")
+        return value
+
+    @model_validator(mode="after")
+    def _int8_options_need_an_int8_target(self) -> CompileConfig:
+        given = {"int8_skip", "max_drop", "qat_epochs"} & self.model_fields_set
+        if given and not any("int8" in re.split(r"[:+]", target) for target in self.target):
+            option = sorted(given)[0].replace("_", "-")
+            raise ConfigError(
+                f"`--{option}` is for int8 targets, got `--target {' --target '.join(self.target)}`",
+                hint="use `--target ort+int8`, or leave it out",
+            )
+        return self
 
     @model_validator(mode="after")
     def _budget_decides(self) -> CompileConfig:
@@ -321,6 +366,7 @@ def _extra(field: FieldInfo) -> dict[str, Any]:
 
 TABLES: Mapping[str, type[BaseModel]] = {
     "recipe": RecipeSettings,
+    "int8": Int8Settings,
     **{name: type(settings) for name, settings in MethodSettings()},
 }
 

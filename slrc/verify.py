@@ -114,6 +114,11 @@ class Checker:
         self(f"masked module = {transform}", program.module())
 
     @property
+    def probes(self) -> list[Probe]:
+        """The inputs that are compared on."""
+        return [r.probe for r in self._references]
+
+    @property
     def largest_loss(self) -> float:
         """The largest share of an output that the model itself loses in its own precision."""
         return max((loss for r in self._references for loss in r.losses), default=0.0)
@@ -203,5 +208,28 @@ def compare_metric(step: str, reference: float, value: float) -> Check:
         raise VerificationError(
             f"check `{step}` failed: the metric was {reference:.4f}, now {value:.4f}",
             hint="the outputs agree on the example inputs: does `evaluate` use few samples, or random ones?",
+        )
+    return check
+
+
+def compare_rounded(step: str, reference: float, value: float, most: float | None) -> Check:
+    """Compare the metric of a program with that of its rounded form. Both errors are what was lost; a gain is none.
+
+    Raises:
+        VerificationError: more than `most` is lost; `None` for any loss.
+    """
+    lost = max(0.0, reference - value)
+    check = Check(
+        step=step,
+        inputs=("evaluation data",),
+        max_abs_error=lost,
+        max_rel_error=lost,
+        tolerance=1.0 if most is None else most,
+        passed=most is None or lost <= most,
+    )
+    if not check.passed:
+        raise VerificationError(
+            f"check `{step}` failed: the metric was {reference:.4f}, rounded {value:.4f}, and may lose {most}",
+            hint="try `--qat-epochs 2`, leave layers in float with `--int8-skip NAME`, or allow more with `--max-drop`",
         )
     return check

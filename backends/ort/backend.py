@@ -9,17 +9,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
-from slrc.backends.base import Artifact, Availability, Backend, Runner, Target
+from slrc.backends.base import INT8, INT8_TOLERANCE, Artifact, Availability, Backend, Runner, Target
 from slrc.backends.onnx_export import OPSET, export_onnx
 from slrc.backends.packed_onnx import replace_blocks
 from slrc.errors import BackendError
 from slrc.forms.packed_weight import PackedWeight
+from slrc.forms.quantization import ASYMMETRIC, Scheme
 from slrc.ir.program import Program
 from slrc.kernels.build import TILE_SETS, build, family_of, find_compiler
 
 MODEL_FILE = "model.onnx"
 STOCK = "stock"
 """The target's option for a runtime that is to load no library."""
+NOT_FAMILIES = (STOCK, INT8)
 KERNELS_FILE = "libslrc_kernels_{family}.so"
 
 
@@ -27,7 +29,10 @@ class OnnxRuntime(Backend):
     """ONNX, run by ONNX Runtime on the CPU; packed layers by kernels of slrc, in a library beside the model."""
 
     name: ClassVar[str] = "ort"
-    summary: ClassVar[str] = "ONNX Runtime on the CPU; ort:aarch64 for another processor, ort:stock without kernels"
+    summary: ClassVar[str] = (
+        "ONNX Runtime on the CPU; ort:aarch64 for another processor, ort:stock without kernels, ort+int8 in integers"
+    )
+    scheme: ClassVar[Scheme] = ASYMMETRIC
 
     def available(self, target: Target | None = None) -> Availability:
         """ONNX Runtime comes with slrc, but may have been removed; a target may name another processor."""
@@ -38,12 +43,12 @@ class OnnxRuntime(Backend):
         return Availability("", missing)
 
     def check_target(self, target: Target) -> None:
-        """Options are one processor family, and `stock` to do without kernels of slrc."""
-        families = [option for option in target.options if option != STOCK]
+        """Options are one processor family, `stock` to do without kernels of slrc, and `int8`."""
+        families = [option for option in target.options if option not in NOT_FAMILIES]
         if len(families) > 1 or any(option not in TILE_SETS for option in families):
             raise BackendError(
-                f"target `{target}`: `ort` takes a processor, {' or '.join(TILE_SETS)}, and `{STOCK}`",
-                hint="use `--target ort` for this machine, `--target ort:aarch64`, or `--target ort:stock`",
+                f"target `{target}`: `ort` takes a processor, {' or '.join(TILE_SETS)}, `{STOCK}` and `{INT8}`",
+                hint="use `--target ort` for this machine, `--target ort:aarch64`, `ort:stock`, or `ort+int8`",
             )
 
     def check(self, program: Program) -> list[str]:
@@ -54,6 +59,8 @@ class OnnxRuntime(Backend):
         """Kernels need a compiler for the target's processor, and a runtime that may load them."""
         if STOCK in target.options:
             return "the target is a stock runtime"
+        if target.is_integer:
+            return "packed blocks are in float32, and the target is int8"
         try:
             find_compiler(family_of_target(target))
         except BackendError as error:
@@ -77,6 +84,7 @@ class OnnxRuntime(Backend):
         artifact = Artifact(
             target=str(target),
             model_file=MODEL_FILE,
+            precision=INT8 if target.is_integer else "float32",
             dynamic_batch=program.batch_is_dynamic,
             max_batch=None if program.batch_is_dynamic else program.batch,
             inputs=tuple(i.name for i in model.graph.input),
@@ -99,8 +107,8 @@ class OnnxRuntime(Backend):
         onnx.save(model, out / artifact.model_file)
 
     def tolerance(self, artifact: Artifact) -> float:
-        """Return 1e-4: float32 throughout, summed in another order."""
-        return 1e-4
+        """Return 1e-4 for float32 throughout, summed in another order, and `INT8_TOLERANCE` in int8."""
+        return INT8_TOLERANCE if artifact.precision == INT8 else 1e-4
 
     def load(self, folder: Path, *, threads: int | None = None, stock: bool = False) -> Runner:
         """Open an inference session on the CPU, with the artifact's kernels unless `stock`."""
@@ -113,4 +121,4 @@ class OnnxRuntime(Backend):
 
 def family_of_target(target: Target) -> str:
     """Return the processor family that a target is for: the one it names, else this machine's."""
-    return next((option for option in target.options if option != STOCK), family_of(platform.machine()))
+    return next((option for option in target.options if option not in NOT_FAMILIES), family_of(platform.machine()))

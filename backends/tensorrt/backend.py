@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from slrc.backends.base import Artifact, Availability, Backend, Runner, Target
+from slrc.backends.base import INT8, INT8_TOLERANCE, Artifact, Availability, Backend, Runner, Target
 from slrc.backends.engine_summary import EngineSummary
 from slrc.backends.onnx_export import OLDEST_OPSET, export_onnx
 from slrc.backends.onnx_opset import rewrite_opset
@@ -30,6 +30,7 @@ from slrc.backends.tensorrt.precision import convert_to_float16
 from slrc.backends.tensorrt.run import TensorRTRunner
 from slrc.backends.tensorrt.sparse_layers import sparse_layers, warnings_of
 from slrc.errors import BackendError
+from slrc.forms.quantization import SYMMETRIC, Scheme
 from slrc.ir.program import Program
 from slrc.ir.tracing import source_line
 
@@ -37,7 +38,7 @@ ONNX_FILE = "model.onnx"
 ENGINE_FILE = "model.engine"
 MAX_DIMENSIONS = 8
 """The most dimensions that a tensor of TensorRT can have."""
-TOLERANCES = {"float32": 1e-4, "float16": 1e-2}
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2, INT8: INT8_TOLERANCE}
 """Of the largest value. Float16 networks differed by 1e-3 on a CPU; a GPU may also sum in float16."""
 UNSUPPORTED_DTYPES = (torch.float64, torch.complex64, torch.complex128)
 
@@ -48,9 +49,10 @@ class _TensorRTBackend(Backend):
     module: ClassVar[str]
     install: ClassVar[str]
     names_gpus: ClassVar[bool]
+    scheme: ClassVar[Scheme] = SYMMETRIC
 
     def check_target(self, target: Target) -> None:
-        """Options are `fp32` or `fp16`, and GPUs, or a device's version and `dla`: see `parse_options`.
+        """Options are `fp32`, `fp16` or `int8`, and GPUs, or a device's version and `dla`: see `parse_options`.
 
         Without the package any well-formed compute capability passes: which exist is the package's to say.
         """
@@ -108,7 +110,7 @@ class _TensorRTBackend(Backend):
         return self._options(target).channel_multiple
 
     def tolerance(self, artifact: Artifact) -> float:
-        """Return 1e-4 in float32, which is not narrowed to TF32, and 1e-2 in float16."""
+        """Return 1e-4 in float32, which is not narrowed to TF32, 1e-2 in float16, and `INT8_TOLERANCE` in int8."""
         return TOLERANCES[artifact.precision]
 
     def load(self, folder: Path, *, threads: int | None = None, stock: bool = False) -> Runner:

@@ -1,4 +1,4 @@
-"""The options of a TensorRT target: `fp32` or `fp16`, GPUs by name, and, for a device, its version and the DLA."""
+"""The options of a TensorRT target: `fp32`, `fp16` or `int8`, GPUs by name, and a device's version and its DLA."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from slrc.backends.base import Target
+from slrc.backends.base import INT8, Target
 from slrc.backends.onnx_export import OPSET
 from slrc.errors import BackendError
 
-PRECISIONS = {"fp32": "float32", "fp16": "float16"}
+PRECISIONS = {"fp32": "float32", "fp16": "float16", INT8: INT8}
 DLA = "dla"
 MULTIPLE, DLA_MULTIPLE = 8, 32
 """What channels are best a multiple of: tensor cores take 8 numbers of float16 at a time, a DLA 32."""
@@ -92,7 +92,7 @@ def parse_options(target: Target, *, names_gpus: bool) -> Options:
     if unknown := [o for o in given if o not in known]:
         others = "compute capabilities such as `sm86`" if names_gpus else "a version such as `10.3`, `dla`"
         raise BackendError(
-            f"target `{target}`: unknown option `{unknown[0]}`: expected `fp32` or `fp16`, {others}",
+            f"target `{target}`: unknown option `{unknown[0]}`: expected `fp32`, `fp16` or `int8`, {others}",
             hint=f"such as `--target {target.backend}:{'sm86' if names_gpus else '10.3'}+fp16`",
         )
     for what, several in (("an engine has one precision", precisions), ("a device has one version", versions)):
@@ -118,8 +118,9 @@ def _check_device(target: Target, options: Options) -> None:
             hint="on a Jetson that is JetPack 5",
         )
     if options.dla and options.precision != "float16":
+        named = next(o for o in target.options if o in PRECISIONS)
         raise BackendError(
-            f"target `{target}`: a DLA computes in float16, got `fp32`", hint="leave `fp32` out: `tensorrt:dla`"
+            f"target `{target}`: a DLA computes in float16, got `{named}`", hint=f"leave `{named}` out: `tensorrt:dla`"
         )
     if options.dla and NO_DLA[0] <= options.version < NO_DLA[1]:
         raise BackendError(

@@ -26,7 +26,7 @@ from slrc.errors import DeviceError
 from slrc.kernels.build import TILE_SETS
 from slrc.measuring import timing
 from slrc.measuring.devices import Candidate, Device, Measured, Timing
-from slrc.measuring.timing import Budget, Latency, latency_of
+from slrc.measuring.timing import Budget, Latency, latency_of, percentiles
 from slrc.progress import Quiet, Reporter
 from slrc.verify import Check
 
@@ -124,18 +124,22 @@ class SshDevice(Device):
         threads: int | None,
         forms: Mapping[str, str] | None = None,
         reporter: Reporter | None = None,
+        others: Mapping[str, LoweredProgram] | None = None,
     ) -> Measured:
-        """Send both in a bundle, prove them equal there, and time them."""
+        """Send all in a bundle, prove them equal there, and time them."""
         count, target = threads or self.cores, compiled.target
-        sources = [Source("dense", dense.folder, inputs), Source("compiled", compiled.folder, inputs)]
+        sent = {"dense": dense, "compiled": compiled, **(others or {})}
+        sources = [Source(name, lowered.folder, inputs) for name, lowered in sent.items()]
+        run = reported().model_copy(update={"models": tuple(sent)})
         with tempfile.TemporaryDirectory() as folder:
-            manifest = self.make_bundle(Path(folder), "pair", target, sources, [reported()], threads=count)
+            manifest = self.make_bundle(Path(folder), "pair", target, sources, [run], threads=count)
             stage = Stage(Path(folder), manifest)
             result = self.prove(stage, sources, target, forms or {}, reporter)
             self.remote.forget(stage.passing())
         compared = [_check(f"{target}, {output.model}: here = on {self.name}", output) for output in result.outputs]
         engines = result.engine("dense"), result.engine("compiled")
-        return Measured(self.latency_of(result, str(target), inputs, count), tuple(compared), engines)
+        beside = {name: percentiles(result.runs[0].ms(name)) for name in others or {}}
+        return Measured(self.latency_of(result, str(target), inputs, count), tuple(compared), engines, beside)
 
     def prove(
         self,

@@ -16,7 +16,7 @@ from slrc.forms.cost import cheapest_form
 from slrc.forms.form import DENSE, Form, FormKind, Forms
 from slrc.ir.program import Program
 from slrc.measuring.choose_forms import form_candidates
-from slrc.measuring.clock import Clock, Job
+from slrc.measuring.clock import Clock, Job, to_be_timed
 from slrc.measuring.timing import BLOCKS, Budget, measure
 from slrc.passes.analysis.cut_segments import cut_segments
 from slrc.pipeline import apply_forms, baseline, structure
@@ -128,7 +128,7 @@ def _emitted(program: Program, target: Target, threads: int, folder: Path) -> Ru
     if reasons := backend.check(program):
         raise BackendError(f"{target} cannot take {program.name}: {reasons[0]}")
     folder.mkdir()
-    backend.lower(program, target, folder, portable=False)
+    backend.lower(to_be_timed(program, target), target, folder, portable=False)
     return backend.load(folder, threads=threads)
 
 

@@ -21,6 +21,7 @@ from slrc.kernels.build import sources_digest
 from slrc.measuring.devices import Candidate, Device, Timing, first_line, local_device
 from slrc.measuring.timing import Budget
 from slrc.passes.analysis.cut_segments import Segment
+from slrc.quantization.choose import rounded_anyhow
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,14 @@ class Job:
     def of_segment(segment: Segment) -> Job:
         """Return the job of a segment as it is."""
         return Job(digest(segment.module, segment.inputs), segment.program, segment.inputs)
+
+
+def to_be_timed(program: Program, target: Target) -> Program:
+    """Return what is emitted of a program to be timed: for an int8 target one that rounds.
+
+    Its scales are whatever suits the example inputs: times do not depend on them.
+    """
+    return rounded_anyhow(program, get_backend(target).scheme) if target.is_integer else program
 
 
 def digest(module: GraphModule, inputs: Sequence[Tensor], *others: object) -> str:
@@ -94,7 +103,8 @@ class Clock:
             if job.emit is not None:
                 job.emit(folder)
             else:
-                get_backend(self.target).lower(job.make(), self.target, folder, portable=False)
+                program = to_be_timed(job.make(), self.target)
+                get_backend(self.target).lower(program, self.target, folder, portable=False)
         except Exception as error:  # whatever a pass or the exporter makes of a program
             return first_line(error)
         return folder

@@ -18,7 +18,7 @@ from torch import Tensor
 from slrc.backends import LoweredProgram, Target, get_backend
 from slrc.backends.engine_summary import EngineSummary
 from slrc.machine.cores import usable_cores
-from slrc.measuring.timing import Budget, Latency, environment, medians, time_in_turns, time_pair
+from slrc.measuring.timing import Budget, Latency, Percentiles, environment, medians, time_in_turns, time_with
 from slrc.progress import Reporter
 from slrc.verify import Check
 
@@ -44,6 +44,8 @@ class Measured(NamedTuple):
     checks: tuple[Check, ...] = ()
     engines: tuple[EngineSummary | None, EngineSummary | None] = (None, None)
     """Of dense and compiled, where they were built for it."""
+    others: Mapping[str, Percentiles] = {}
+    """What was timed beside the two, by name."""
 
 
 class Device(ABC):
@@ -86,8 +88,9 @@ class Device(ABC):
         threads: int | None,
         forms: Mapping[str, str] | None = None,
         reporter: Reporter | None = None,
+        others: Mapping[str, LoweredProgram] | None = None,
     ) -> Measured:
-        """Time two artifacts of a target in turns, as it is reported.
+        """Time two artifacts of a target in turns, as it is reported; others, of the same backend, in the same turns.
 
         Where outputs differ, an error names the layer and its form, of those in `forms` by the name of the weight.
         """
@@ -128,9 +131,11 @@ class LocalDevice(Device):
         threads: int | None,
         forms: Mapping[str, str] | None = None,
         reporter: Reporter | None = None,
+        others: Mapping[str, LoweredProgram] | None = None,
     ) -> Measured:
-        """Load both and time them in this process."""
-        return Measured(time_pair(dense, compiled, inputs, threads, reporter))
+        """Load all and time them in this process."""
+        latency, beside = time_with(dense, compiled, others or {}, inputs, threads, reporter)
+        return Measured(latency, others=beside)
 
 
 @cache

@@ -152,10 +152,14 @@ def measure(
     """Time two loaded artifacts on the same inputs, in `BLOCKS` rounds at least. See `time_in_turns`."""
     calls = (dense.prepare(*inputs), compiled.prepare(*inputs))
     slow, fast = time_in_turns(calls, budget, f"timing {target}", reporter)
+    return latency_of(target, in_blocks(slow, fast), inputs, threads)
+
+
+def in_blocks(slow: Sequence[float], fast: Sequence[float]) -> list[tuple[Sequence[float], Sequence[float]]]:
+    """Return the milliseconds of two calls that took `BLOCKS` turns at least, in so many blocks."""
     size = len(slow) // BLOCKS
     ends = [*range(size, BLOCKS * size, size), len(slow)]
-    blocks = [(slow[start:end], fast[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
-    return latency_of(target, blocks, inputs, threads)
+    return [(slow[start:end], fast[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def latency_of(
@@ -171,7 +175,7 @@ def latency_of(
     """Return what the milliseconds of dense and compiled turns, in blocks, say of two artifacts."""
     slow, fast = ([ms for block in blocks for ms in block[k]] for k in (0, 1))
     ratios = [statistics.median(a) / statistics.median(b) for a, b in blocks]
-    dense_ms, compiled_ms = _percentiles(slow), _percentiles(fast)
+    dense_ms, compiled_ms = percentiles(slow), percentiles(fast)
     return Latency(
         target=target,
         threads=threads,
@@ -195,10 +199,24 @@ def time_pair(
     reporter: Reporter | None = None,
 ) -> Latency:
     """Load both artifacts of a target and time them in turns."""
-    backend = get_backend(compiled.target)
-    count = threads or usable_cores()
-    runners = [backend.load(p.folder, threads=count) for p in (dense, compiled)]
-    return measure(str(compiled.target), runners[0], runners[1], inputs, count, reporter)
+    return time_with(dense, compiled, {}, inputs, threads, reporter)[0]
+
+
+def time_with(
+    dense: LoweredProgram,
+    compiled: LoweredProgram,
+    others: Mapping[str, LoweredProgram],
+    inputs: Sequence[Tensor],
+    threads: int | None,
+    reporter: Reporter | None = None,
+) -> tuple[Latency, dict[str, Percentiles]]:
+    """Load both artifacts of a target, and others by name, and time all in turns; return what the others take too."""
+    target, count = compiled.target, threads or usable_cores()
+    runners = [get_backend(x.target).load(x.folder, threads=count) for x in (dense, compiled, *others.values())]
+    calls = [runner.prepare(*inputs) for runner in runners]
+    slow, fast, *rest = time_in_turns(calls, REPORT, f"timing {target}", reporter)
+    latency = latency_of(str(target), in_blocks(slow, fast), inputs, count)
+    return latency, dict(zip(others, map(percentiles, rest), strict=True))
 
 
 def environment() -> dict[str, Any]:
@@ -231,7 +249,8 @@ def _time_ms(call: Callable[[], Any]) -> float:
     return (time.perf_counter() - started) * 1e3
 
 
-def _percentiles(times: list[float]) -> Percentiles:
+def percentiles(times: Sequence[float]) -> Percentiles:
+    """Return the percentiles of some milliseconds."""
     return Percentiles(p50=statistics.median(times), p90=statistics.quantiles(times, n=10)[-1])
 
 

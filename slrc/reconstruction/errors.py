@@ -202,14 +202,14 @@ class _Outputs:
         for name, value in changed.items():
             self._changed.tensors[name].data.copy_(value)
         both = zip(self._dense, self._run(), strict=True)
-        parts = [_divergence(before, after, self._logits) for before, after in both]
+        parts = [divergence(before, after, self._logits) for before, after in both]
         for name in changed:
             self._changed.tensors[name].data.copy_(self._original[name])
         return sum(parts) / len(parts)
 
     def _run(self) -> list[list[Tensor]]:
         with torch.no_grad():
-            return [_tensors(self._runs.run(*batch)) for batch in self._inputs]
+            return [output_tensors(self._runs.run(*batch)) for batch in self._inputs]
 
 
 def _damped(seen: Observed, settings: ReconstructSettings) -> Damped:
@@ -231,11 +231,13 @@ def _refitted(seen: Observed, damped: Damped, mask: Tensor, both: SideBySide) ->
     return made
 
 
-def _tensors(outputs: object) -> list[Tensor]:
+def output_tensors(outputs: object) -> list[Tensor]:
+    """Return the numbers among a network's outputs."""
     return [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor) and x.is_floating_point()]
 
 
-def _divergence(dense: Sequence[Tensor], pruned: Sequence[Tensor], logits: bool) -> float:
+def divergence(dense: Sequence[Tensor], pruned: Sequence[Tensor], logits: bool) -> float:
+    """Return how far outputs have moved, see `output_divergences`."""
     total = 0.0
     for a, b in zip(dense, pruned, strict=True):
         if (a.dim() == 2 or (logits and a.dim() > 2)) and a.shape[1] > 1:

@@ -11,8 +11,9 @@ from slrc.backends.base import FileName
 from slrc.backends.engine_summary import EngineSummary
 from slrc.errors import OutputError
 from slrc.forms.form import FormChoice
-from slrc.measuring.timing import Latency
+from slrc.measuring.timing import Latency, Percentiles
 from slrc.methods.base import Iteration
+from slrc.quantization.choose import Calibration
 from slrc.training.checkpoints import EpochRecord
 from slrc.training.steps import StepCost
 from slrc.verify import Check
@@ -63,6 +64,27 @@ class LayerSparsity(_Data):
     weights: int
 
 
+class Corner(_Data):
+    """One of the four models of an int8 target; `None` for what was not measured."""
+
+    model: Literal["dense", "compiled"]
+    precision: Literal["float32", "int8"]
+    metric: float | None
+    size_bytes: int
+    latency_ms: Percentiles | None
+
+
+class Int8Result(_Data):
+    """What rounding did: the four corners, dense and compiled, in float32 and in int8, and how each was rounded.
+
+    `training` are the epochs of quantisation-aware training, the first before any step.
+    """
+
+    corners: tuple[Corner, ...]
+    calibration: Pair[Calibration]
+    training: tuple[EpochRecord, ...] = ()
+
+
 class TargetResult(_Data):
     """What was emitted for a target; `not_run` says why it was not run here, `forms` how each layer is run.
 
@@ -76,6 +98,7 @@ class TargetResult(_Data):
     not_run: str = ""
     engine: Pair[EngineSummary] | None = None
     forms: FormChoice | None = None
+    int8: Int8Result | None = None
 
 
 class Report(_Data):

@@ -14,7 +14,7 @@ from slrc.measuring.timing import Latency
 from slrc.passes.allocation.allocate_sparsity import what_last_layer_holds
 from slrc.passes.analysis.label_indices import IndexLabels
 from slrc.reporting.bench import BenchResult
-from slrc.reporting.report import Report
+from slrc.reporting.report import Report, TargetResult
 from slrc.sparsity.plans import Plan
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def report_table(report: Report) -> Table:
         )
     add_latency(table, report.latency)
     for target in report.targets:
+        _add_corners(table, target, report.accuracy.metric if report.accuracy else "metric")
         if target.forms is not None and target.forms.layers:
             kinds = Counter(x.form.kind for x in target.forms.layers)
             counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
@@ -132,6 +133,24 @@ def _layers_table(program: Program, plan: Plan) -> Table:
         shape = "x".join(map(str, layer.shape))
         table.add_row(layer.name, operator, shape, f"{params:,}", f"{layer.macs:,}", state)
     return table
+
+
+def _add_corners(table: Table, target: TargetResult, metric: str) -> None:
+    """Add the four models of an int8 target: dense and compiled, in float32 and in int8."""
+    if target.int8 is None:
+        return
+    for precision in ("float32", "int8"):
+        dense, compiled = (c for c in target.int8.corners if c.precision == precision)
+        figures = []
+        for corner in (dense, compiled):
+            ms = f", {corner.latency_ms.p50:.3f} ms" if corner.latency_ms else ""
+            value = f"{corner.metric:.4f}, " if corner.metric is not None else ""
+            figures.append(f"{value}{corner.size_bytes / 1e6:.3f} MB{ms}")
+        table.add_row(f"{metric}, size, latency in {precision}", *figures, target.target)
+    rounded = target.int8.calibration.compiled
+    spared = f", {len(rounded.skipped)} in float" if rounded.skipped else ""
+    trained = f", {len(target.int8.training) - 1} epochs trained" if target.int8.training else ""
+    table.add_row("layers in int8", "", str(rounded.quantized_layers), f"ranges by {rounded.ranges}{spared}{trained}")
 
 
 def add_latency(table: Table, latency: Sequence[Latency]) -> None:

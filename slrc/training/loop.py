@@ -86,6 +86,7 @@ def train(
     reporter: Reporter | None = None,
     make: MethodMaker = make_method,
     prune: Pruner | None = None,
+    teacher: nn.Module | None = None,
 ) -> Trained:
     """Train the workload's model in place so that it obeys the plan, then prune it hard.
 
@@ -98,12 +99,13 @@ def train(
         reporter: where progress goes.
         make: makes the method, for one that has no name here.
         prune: prunes without training, in place of a method; masked retraining may follow.
+        teacher: teaches in place of the model as it was given.
 
     Raises:
         TrainingError: the loss is not finite, or a checkpoint does not fit.
         WorkloadError: there is no data though the method needs it, or the user's functions fail.
     """
-    trainer = _Trainer(workload, plan, config, checkpoints, resume, reporter or Quiet(), make, prune)
+    trainer = _Trainer(workload, plan, config, checkpoints, resume, reporter or Quiet(), make, prune, teacher)
     try:
         return trainer.run()
     finally:
@@ -123,8 +125,9 @@ class _Trainer:
         reporter: Reporter,
         make: MethodMaker,
         prune: Pruner | None,
+        teacher: nn.Module | None,
     ) -> None:
-        self.make, self.prune = make, prune
+        self.make, self.prune, self.given_teacher = make, prune, teacher
         self.workload, self.plan, self.config, self.reporter = workload, plan, config, reporter
         self.method_name = choose_method(config, workload, plan)
         AcceleratorState._reset_state()  # else the first run's precision holds for the whole process
@@ -153,7 +156,9 @@ class _Trainer:
             within = f", step {self.snapshot.part.steps} of the next" if self.snapshot.part.steps else ""
             self.reporter.note(f"going on after {self.snapshot.phase} epoch {self.snapshot.epochs_done}{within}")
         if self._has_steps and self.config.distill:
-            self.teacher = Teacher(self.evaluation.twin(self.model), self.workload, self.config.recipe)
+            given = self.given_teacher
+            taught_by = self.evaluation.twin(self.model) if given is None else given.to(self.accelerator.device)
+            self.teacher = Teacher(taught_by, self.workload, self.config.recipe)
         in_retraining = self.snapshot is not None and self.snapshot.phase == RETRAIN
         if self.snapshot:
             assert self.resume_from is not None

@@ -82,10 +82,11 @@ def lower(program: Program, text: str, out: Path) -> Artifact:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("tensorrt:foo", "unknown option `foo`: expected `fp32` or `fp16`, a version such as `10.3`, `dla`"),
+        ("tensorrt:foo", "unknown option `foo`: expected `fp32`, `fp16` or `int8`, a version such as `10.3`, `dla`"),
         ("tensorrt:8.4", "TensorRT 8.5 is the oldest"),
         ("tensorrt:8.6+10.3", "one version, got 8.6 and 10.3"),
         ("tensorrt:dla+fp32", "a DLA computes in float16, got `fp32`"),
+        ("tensorrt:dla+int8", "a DLA computes in float16, got `int8`"),
         ("tensorrt:10.13+dla", "10.8 to 11.4.0 builds nothing for a DLA"),
         ("tensorrt-rtx:10.3", "unknown option `10.3`"),
         ("tensorrt-rtx:dla", "unknown option `dla`"),

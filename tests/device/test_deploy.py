@@ -155,6 +155,22 @@ def test_a_budget_is_measured_over_ssh(device: Device, tmp_path: Path, monkeypat
     assert list((tmp_path / "cache" / "latency").rglob("*.json"))
 
 
+def test_the_four_models_of_an_int8_target_are_timed_on_the_device(device: Device, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = torch.nn.Conv2d(8, 16, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(16, 16, 3, padding=1)
+    workload = slrc.Workload(model=torch.nn.Sequential(*layers), example_inputs=(torch.randn(1, 8, 8, 8),))
+    options = {"target": "ort+int8", "sparsity": 0.5, "epochs": 0, "threads": 1}
+    report = slrc.compile(workload, tmp_path / "build", device=NAME, **options)
+    int8 = report.targets[0].int8
+    assert int8 is not None
+    assert all(corner.latency_ms is not None for corner in int8.corners)
+    assert (report.latency[0].device, report.latency[0].target) == (NAME, "ort:int8")
+    assert report.latency[0].compiled_ms == int8.corners[3].latency_ms
+    compared = {c.step for c in report.checks if "here = on" in c.step}
+    models = ("dense", "compiled", "dense-float32", "compiled-float32")
+    assert compared == {f"ort:int8, {model}: here = on {NAME}" for model in models}
+
+
 def test_clocks_are_locked_after_a_yes_alone_and_set_back(
     device: Device, output: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

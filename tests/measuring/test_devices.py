@@ -57,6 +57,7 @@ class Board(Device):
         threads: int | None,
         forms: Mapping[str, str] | None = None,
         reporter: Reporter | None = None,
+        others: Mapping[str, LoweredProgram] | None = None,
     ) -> Measured:
         raise NotImplementedError
 

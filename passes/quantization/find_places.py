@@ -1,0 +1,222 @@
+"""Which layers of a program can run in integers under a scheme, and which values are rounded for it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from slrc.forms.activations import activation_of
+from slrc.forms.quantization import Scheme
+from slrc.ir.nodes import CONVOLUTIONS, argument, is_transposed, layer_weight, op_name
+from slrc.passes.graph_edits import layer_bias, only_user
+
+SHARING = frozenset(
+    [
+        "max_pool2d",
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "flatten",
+        "permute",
+        "transpose",
+        "squeeze",
+        "unsqueeze",
+        "slice",
+        "select",
+        "index_select",
+        "expand",
+        "clone",
+        "contiguous",
+        "relu",
+        "upsample_nearest2d",
+        "constant_pad_nd",
+        "pad",
+        "getitem",
+        "split",
+        "split_with_sizes",
+        "chunk",
+    ]
+)
+"""Operators whose results are some of their input's numbers, or zero: they have its steps."""
+POOLS = frozenset({"avg_pool2d", "adaptive_avg_pool2d", "mean"})
+ADDITIONS = frozenset({"add", "cat", "mul"})
+CLIPPING = frozenset({"relu", "relu6"})
+
+
+@dataclass(frozen=True)
+class Place:
+    """A value that is rounded: `like` names the value whose range it has, `readers` those that read it rounded.
+
+    `readers` is `None` for a value that an integer operator computes: nobody has it otherwise.
+    """
+
+    value: str
+    like: str
+    readers: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Places:
+    """The nodes of layers that run in integers, and the values that are rounded, in order."""
+
+    layers: tuple[str, ...]
+    values: tuple[Place, ...]
+
+
+def find_places(module: GraphModule, scheme: Scheme, skipped: Collection[str] = ()) -> Places:
+    """Return what is rounded in a graph with parameters as `get_attr` nodes.
+
+    1. Convolutions and linear layers, whose weights and biases are parameters, are integer; those in `skipped`, by the
+       name of their weight, are not.
+    2. What they read is rounded; a pad with zeros before convolutions belongs to them.
+    3. Everywhere: what convolutions return is rounded, behind a ReLU or ReLU6 that alone reads it. So is the sum,
+       product, concatenation or mean of rounded values, and what linear layers return, where an integer operator reads
+       it. Operators that move numbers share the range of what they move.
+    4. Not everywhere: what is added to a layer's result is rounded, the result itself is not.
+    """
+    layers = [n for n in module.graph.nodes if is_quantizable(n) and layer_weight(n) not in skipped]
+    values = _Everywhere(layers).places(module) if scheme.everywhere else tuple(_read_by_layers(layers))
+    return Places(tuple(n.name for n in layers), values)
+
+
+def is_quantizable(node: Node) -> bool:
+    """Whether an operator is a convolution or linear layer that has an integer form."""
+    if layer_weight(node) is None or not _is_float(node) or not isinstance(node.args[0], Node):
+        return False
+    if op_name(node) in CONVOLUTIONS:
+        known = not is_transposed(node) and node.meta["val"].dim() == node.args[1].meta["val"].dim()  # type: ignore[union-attr]
+    else:
+        known = op_name(node) == "linear"
+    bias = layer_bias(node)
+    return known and (bias is None or bias.op == "get_attr")
+
+
+def clipping_of(node: Node) -> str:
+    """Return `relu` or `relu6` where an operator is one, which rounding from zero on does too; else an empty text."""
+    found = activation_of(node)
+    return found if found in CLIPPING else ""
+
+
+def _is_float(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dtype == torch.float32
+
+
+def _is_zero_pad(node: Node) -> bool:
+    if op_name(node) not in ("constant_pad_nd", "pad"):
+        return False
+    mode = argument(node, 2, "mode", "constant") if op_name(node) == "pad" else "constant"
+    value = argument(node, 3 if op_name(node) == "pad" else 2, "value", 0)
+    return mode == "constant" and (value is None or value == 0)
+
+
+def _operands(node: Node) -> list[Node]:
+    if op_name(node) == "cat":
+        return [a for a in node.args[0] if isinstance(a, Node)]  # type: ignore[union-attr]
+    return [a for a in node.args[:2] if isinstance(a, Node)]
+
+
+def _is_join(node: Node) -> bool:
+    name = op_name(node)
+    if not _is_float(node):
+        return False
+    if name in POOLS:
+        dims = argument(node, 1, "dim", None) if name == "mean" else None
+        return name != "mean" or (isinstance(dims, (list, tuple)) and sorted(int(d) % 4 for d in dims) == [2, 3])
+    two = len(node.args) >= 2 and all(isinstance(a, Node) for a in node.args[:2])
+    return name == "cat" or bool(name in ADDITIONS and two and node.kwargs.get("alpha", 1) == 1)
+
+
+@dataclass
+class _Everywhere:
+    """`source` says of every rounded value whose range it has; `made` which operator computed it, in integers."""
+
+    layers: list[Node]
+    source: dict[Node, Node] = field(default_factory=dict)
+    made: dict[Node, Node] = field(default_factory=dict)
+
+    def places(self, module: GraphModule) -> tuple[Place, ...]:
+        for node in module.graph.nodes:
+            if node in self.layers:
+                self._mark_read(node)
+                self._mark_made(node)
+            elif node in self.source:
+                continue
+            elif _is_join(node) and all(a in self.source for a in _operands(node)):
+                self._mark_made(node)
+            elif self._shares(node):
+                self.source[node] = self.source[node.args[0]]  # type: ignore[index]
+                self.made[node] = node
+        readers = self._readers(module)
+        return tuple(
+            Place(value.name, self.source[value].name, None if value in self.made else tuple(readers[value]))
+            for value in module.graph.nodes
+            if value in readers and _is_float(value)
+        )
+
+    def _mark_read(self, layer: Node) -> None:
+        value = layer.args[0]
+        assert isinstance(value, Node)
+        if self._is_inside(value):
+            value = value.args[0]
+            assert isinstance(value, Node)
+        self.source.setdefault(value, value)
+
+    def _mark_made(self, node: Node) -> None:
+        follower = only_user(node)
+        end = follower if follower is not None and clipping_of(follower) else node
+        self.source[end], self.made[end] = end, node
+
+    def _is_inside(self, node: Node) -> bool:
+        """Whether a node is a pad that is part of the convolutions behind it."""
+        readers = [n for n in node.users if n in self.layers and op_name(n) in CONVOLUTIONS]
+        return _is_zero_pad(node) and len(readers) == len(node.users)
+
+    def _shares(self, node: Node) -> bool:
+        name = op_name(node)
+        if name not in SHARING or not node.args or not isinstance(node.args[0], Node):
+            return False
+        if name in ("constant_pad_nd", "pad") and (not _is_zero_pad(node) or self._is_inside(node)):
+            return False
+        return node.args[0] in self.source and (_is_float(node) or name in ("split", "split_with_sizes", "chunk"))
+
+    def _readers(self, module: GraphModule) -> dict[Node, list[str]]:
+        """Return which operators read a value in integers, of all that are read so, or that a convolution returns."""
+        found: dict[Node, list[str]] = {}
+        ends = {maker: end for end, maker in self.made.items()}
+        for value in reversed(list(module.graph.nodes)):
+            if value not in self.source:
+                continue
+            maker = self.made.get(value)
+            returned = maker in self.layers and maker is not None and op_name(maker) in CONVOLUTIONS
+            readers = [
+                user.name
+                for user in value.users
+                if (user in self.layers and user.args[0] is value) or self._is_inside(user) or ends.get(user) in found
+            ]
+            if returned or readers:
+                found[value] = readers
+        return found
+
+
+def _read_by_layers(layers: list[Node]) -> Iterator[Place]:
+    """Yield what layers read, and what is added to their results; an addition is fused with the last of two layers."""
+    readers: dict[Node, list[str]] = {}
+    for layer in layers:
+        value = layer.args[0]
+        assert isinstance(value, Node)
+        readers.setdefault(value, []).append(layer.name)
+    fused: set[Node] = set()
+    for layer in reversed(layers):
+        follower = only_user(layer)
+        if follower is None or op_name(follower) != "add" or not _is_join(follower) or follower in fused:
+            continue
+        fused.add(follower)
+        others = [a for a in _operands(follower) if a is not layer]
+        if len(others) == 1 and others[0].op != "get_attr":
+            readers.setdefault(others[0], []).append(follower.name)
+    return (Place(value.name, value.name, tuple(names)) for value, names in readers.items())

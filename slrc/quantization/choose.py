@@ -1,0 +1,260 @@
+"""Choosing how a program is rounded: ranges, rewrites and layers that stay in float, by what held inputs say."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+from torch.fx import GraphModule, Interpreter
+
+from slrc.config import Int8Settings
+from slrc.errors import ConfigError
+from slrc.forms.quantization import Quantization, Scheme
+from slrc.ir.nodes import layer_weight
+from slrc.ir.program import Program
+from slrc.passes.quantization.find_places import find_places, is_quantizable
+from slrc.passes.quantization.insert_quantizers import InsertQuantizers, QuantizeBiases
+from slrc.progress import Quiet, Reporter
+from slrc.quantization.equalize import corrected_biases, equalized
+from slrc.quantization.observe import Observed, observe
+from slrc.quantization.ranges import RangeMethod, range_of
+from slrc.reconstruction.calibration import Inputs
+from slrc.reconstruction.errors import divergence, output_tensors
+
+HELD = 4
+"""One of so many batches is held: it tells what is best, and has no say in the ranges."""
+BETTER = 0.98
+"""A rewrite is taken where it leaves less than this share of the loss."""
+
+
+class LayerLoss(BaseModel):
+    """What rounding one layer alone moves the outputs by, and whether the layer stays in float for it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    loss: float
+    in_float: bool
+
+
+class Calibration(BaseModel):
+    """How a program was rounded.
+
+    Losses are how far the outputs move on held inputs: the divergence of probabilities in nats for logits, else the
+    mean squared difference as a share of the variance. `tried` has those of all that was tried, by what it was.
+    `layers` are empty unless it was asked which of them hurt.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scheme: str
+    samples: int
+    ranges: str
+    equalized: bool
+    biases_corrected: bool
+    loss: float
+    tried: Mapping[str, float]
+    layers: tuple[LayerLoss, ...] = ()
+    skipped: tuple[str, ...] = ()
+    quantized_layers: int
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A program in floating point as it was rewritten for rounding, how it is rounded, and how that was found."""
+
+    source: Program
+    quantization: Quantization
+    scheme: Scheme
+    calibration: Calibration
+
+    def program(self, *, biases: bool = True) -> Program:
+        """Return the program that rounds; with `biases` as it is emitted, without for training."""
+        rounded = InsertQuantizers(self.scheme, self.quantization)(self.source).program
+        return QuantizeBiases()(rounded).program if biases and self.scheme.integer_bias else rounded
+
+
+@dataclass
+class _Search:
+    program: Program
+    scheme: Scheme
+    inputs: Sequence[Inputs]
+    settings: Int8Settings
+    logits: bool
+    tried: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        held = list(self.inputs[::HELD])
+        self.held = held
+        self.observed_on = [b for i, b in enumerate(self.inputs) if i % HELD] or held
+        self.outputs = self._run(self.program.graph_module)
+        self.seen = self.observe(self.program)
+
+    def observe(self, program: Program) -> Mapping[str, Observed]:
+        places = find_places(program.graph_module, self.scheme).values
+        names = {p.value for p in places} | {p.like for p in places}
+        return observe(program, names, self.observed_on)
+
+    def quantization(self, seen: Mapping[str, Observed], method: str, skipped: Sequence[str] = ()) -> Quantization:
+        chosen = RangeMethod(method)
+        ranges = {n: range_of(s, chosen, self.scheme, self.settings.percentile) for n, s in seen.items()}
+        return Quantization(ranges=ranges, skipped=tuple(skipped))
+
+    def loss(self, program: Program, quantization: Quantization, what: str = "") -> float:
+        found = self._moved(rounding_module(program, self.scheme, quantization))
+        if what:
+            self.tried[what] = found
+        return found
+
+    def _moved(self, module: GraphModule) -> float:
+        pairs = zip(self.outputs, self._run(module), strict=True)
+        parts = [divergence(a, b, self.logits) for a, b in pairs]
+        return sum(parts) / len(parts)
+
+    def _run(self, module: GraphModule) -> list[list[torch.Tensor]]:
+        with torch.no_grad():
+            return [output_tensors(Interpreter(module).run(*batch)) for batch in self.held]
+
+
+def rounding_module(program: Program, scheme: Scheme, quantization: Quantization) -> GraphModule:
+    """Return a module that runs a program rounded, made without exporting it anew."""
+    module = copy.deepcopy(program.graph_module)
+    InsertQuantizers(scheme, quantization).edit(module)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
+def rounded_anyhow(program: Program, scheme: Scheme) -> Program:
+    """Return a program rounded by the extremes of its values on its example inputs: to be timed."""
+    places = find_places(program.graph_module, scheme).values
+    names = {p.value for p in places} | {p.like for p in places}
+    seen = observe(program, names, [program.flat_inputs()])
+    quantization = Quantization(ranges={n: s.limits for n, s in seen.items()})
+    rounded = InsertQuantizers(scheme, quantization)(program).program
+    return QuantizeBiases()(rounded).program if scheme.integer_bias else rounded
+
+
+def quantize(
+    program: Program,
+    scheme: Scheme,
+    inputs: Sequence[Inputs],
+    settings: Int8Settings,
+    *,
+    skip: Sequence[str] = ("auto",),
+    logits: bool = False,
+    acceptable: Callable[[nn.Module], bool] | None = None,
+    reporter: Reporter | None = None,
+) -> Quantized:
+    """Find how a program loses least by rounding.
+
+    1. Ranges by minimum and maximum, by percentile and by squared error are tried on held inputs; the best is taken.
+    2. So are equalised channels and corrected biases, see `slrc.quantization.equalize`.
+    3. With `skip` of `auto`, if outputs move by more than `settings.loss`, or `acceptable` refuses, layers stay in
+       float: those that move the outputs most when they alone are rounded, as few of them as will do, at most half.
+
+    Args:
+        program: in floating point, with its batch norms folded and its layers in their forms.
+        scheme: of the target.
+        inputs: calibration batches, one of four is held.
+        settings: what to try.
+        skip: `auto`, `none`, or globs of layers' names.
+        logits: whether outputs are logits over dimension 1, whatever other dimensions they have.
+        acceptable: says whether a rounding module will do, in place of `settings.loss`.
+        reporter: where progress goes.
+
+    Raises:
+        ConfigError: a name in `skip` is that of no layer.
+        WorkloadError: a value is not finite.
+    """
+    reporter = reporter or Quiet()
+    weights = [w for n in program.graph_module.graph.nodes if is_quantizable(n) and (w := layer_weight(n))]
+    given = _named(skip, weights) if skip[0] not in ("auto", "none") else ()
+    search = _Search(program, scheme, inputs, settings, logits)
+    methods = [str(m) for m in RangeMethod] if settings.ranges == "best" else [settings.ranges]
+    losses = {m: search.loss(program, search.quantization(search.seen, m, given), m) for m in methods}
+    method = min(losses, key=lambda m: losses[m])
+    source, seen, loss = program, search.seen, losses[method]
+    is_equalized = is_corrected = False
+    if settings.equalize is not False and (tensors := equalized(source, seen)):
+        other = source.with_tensors(tensors)
+        other_seen = search.observe(other)
+        found = search.loss(other, search.quantization(other_seen, method, given), f"{method}, equalized")
+        if settings.equalize or found < BETTER * loss:
+            source, seen, loss, is_equalized = other, other_seen, found, True
+    if settings.correct_bias is not False and (tensors := corrected_biases(source, seen, given)):
+        other = source.with_tensors(tensors)
+        found = search.loss(other, search.quantization(seen, method, given), f"{method}, biases corrected")
+        if settings.correct_bias or found < BETTER * loss:
+            source, loss, is_corrected = other, found, True
+    layers: tuple[LayerLoss, ...] = ()
+    skipped = given
+    if skip[0] == "auto":
+
+        def will_do(left_out: Sequence[str]) -> bool:
+            rounding = search.quantization(seen, method, left_out)
+            if acceptable is not None:
+                return acceptable(rounding_module(source, scheme, rounding))
+            return search.loss(source, rounding) <= settings.loss
+
+        layers, skipped = _spare(search, source, seen, method, weights, will_do, reporter)
+        loss = search.loss(source, search.quantization(seen, method, skipped)) if skipped else loss
+    quantization = search.quantization(seen, method, skipped)
+    calibration = Calibration(
+        scheme=scheme.name,
+        samples=sum(len(b[0]) if b[0].dim() else 1 for b in inputs),
+        ranges=method,
+        equalized=is_equalized,
+        biases_corrected=is_corrected,
+        loss=loss,
+        tried=search.tried,
+        layers=layers,
+        skipped=skipped,
+        quantized_layers=len(weights) - len([w for w in weights if w in skipped]),
+    )
+    return Quantized(source, quantization, scheme, calibration)
+
+
+def _named(globs: Sequence[str], weights: Sequence[str]) -> tuple[str, ...]:
+    names = {w.removesuffix(".weight"): w for w in weights}
+    for glob in globs:
+        if not fnmatch.filter(names, glob):
+            raise ConfigError(
+                f"`--int8-skip {glob}` names no layer that runs in int8",
+                hint=f"there are {', '.join(list(names)[:4])}, …: see `slrc inspect`",
+            )
+    return tuple(w for name, w in names.items() if any(fnmatch.fnmatch(name, glob) for glob in globs))
+
+
+def _spare(
+    search: _Search,
+    source: Program,
+    seen: Mapping[str, Observed],
+    method: str,
+    weights: Sequence[str],
+    will_do: Callable[[Sequence[str]], bool],
+    reporter: Reporter,
+) -> tuple[tuple[LayerLoss, ...], tuple[str, ...]]:
+    """Return what each layer alone moves the outputs by, and the fewest of the worst that will do in float."""
+    if will_do(()):
+        return (), ()
+    alone = {}
+    distinct = list(dict.fromkeys(weights))
+    with reporter.task("layers alone in int8", len(distinct)) as task:
+        for weight in distinct:
+            others = [w for w in distinct if w != weight]
+            alone[weight] = search.loss(source, search.quantization(seen, method, others))
+            task.advance(weight)
+    worst = sorted(distinct, key=lambda w: -alone[w])
+    low, high = 0, max(1, len(distinct) // 2)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if will_do(worst[:middle]) else (middle, high)
+    spared = set(worst[:high])
+    table = tuple(LayerLoss(name=w.removesuffix(".weight"), loss=alone[w], in_float=w in spared) for w in worst)
+    return table, tuple(w for w in distinct if w in spared)

@@ -1,0 +1,115 @@
+"""Where roundings stand, under each scheme, and what the passes that place them leave alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from slrc import pipeline
+from slrc.forms.quantization import ASYMMETRIC, SYMMETRIC, Quantization, Range, Scheme
+from slrc.ir.nodes import op_name
+from slrc.ir.program import Program, capture
+from slrc.passes.quantization.find_places import Place, find_places
+from slrc.passes.quantization.insert_quantizers import InsertQuantizers, QuantizeBiases
+
+
+class Block(nn.Module):
+    """A convolution with a ReLU6, a residual block on it, and logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.relu6(self.a(nn.functional.pad(x, (0, 1, 0, 1))))
+        return self.head((self.b(x) + x).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    torch.manual_seed(0)
+    return pipeline.baseline(capture(Block().eval(), (torch.randn(2, 4, 6, 6),)))
+
+
+def added(program: Program) -> str:
+    return next(n.name for n in program.nodes if op_name(n) == "add" and n.meta["val"].dim() == 4)
+
+
+def rounded(program: Program, scheme: Scheme, high: float = 6.0, skipped: tuple[str, ...] = ()) -> Program:
+    places = find_places(program.graph_module, scheme, skipped).values
+    ranges = {
+        p.like: Range(0.0, high) if "hardtanh" in p.like or "relu6" in p.like else Range(-3.0, 3.0) for p in places
+    }
+    return InsertQuantizers(scheme, Quantization(ranges=ranges, skipped=skipped))(program).program
+
+
+def test_everywhere_what_integer_operators_return_is_rounded(program: Program) -> None:
+    found = find_places(program.graph_module, ASYMMETRIC)
+    assert len(found.layers) == 3
+    clipped = next(p.value for p in found.values if "tanh" in p.value or "relu6" in p.value or "clamp" in p.value)
+    # The pad belongs to the convolution; the logits are no integers.
+    assert found.values == (
+        Place("x", "x", found.values[0].readers),
+        Place(clipped, clipped),
+        Place("conv2d_1", "conv2d_1"),
+        Place(added(program), added(program)),
+        Place("mean", "mean"),
+    )
+
+
+def test_for_a_compiler_what_layers_read_and_what_is_added(program: Program) -> None:
+    found = {p.value: p.readers for p in find_places(program.graph_module, SYMMETRIC).values}
+    clipped = next(name for name in found if name not in ("x", "mean") and "pad" not in name)
+    assert found[clipped] == ("conv2d_1", added(program))
+    assert "conv2d_1" not in found
+    assert added(program) not in found
+
+
+@pytest.mark.parametrize(("high", "stays"), [(6.0, 0), (5.0, 0), (7.0, 1)])
+def test_a_relu6_is_dropped_where_the_integers_clip_alike(program: Program, high: float, stays: int) -> None:
+    names = [op_name(n) for n in rounded(program, ASYMMETRIC, high).nodes]
+    assert sum(n in ("relu6", "hardtanh", "clamp") for n in names) == stays
+
+
+def test_symmetric_integers_keep_the_activation_and_the_bias(program: Program) -> None:
+    nodes = list(rounded(program, SYMMETRIC).nodes)
+    assert sum(op_name(n) in ("relu6", "hardtanh", "clamp") for n in nodes) == 1
+    biases = [n.args[2] for n in nodes if op_name(n) in ("conv2d", "linear")]
+    assert all(b.op == "get_attr" for b in biases)  # type: ignore[union-attr]
+
+
+def test_biases_are_rounded_in_steps_of_input_times_weight(program: Program) -> None:
+    once = QuantizeBiases()(rounded(program, ASYMMETRIC))
+    assert once.modified
+    tensors = once.program.tensors
+    steps = tensors["x_scale"] * tensors["a.scale"]
+    torch.testing.assert_close(tensors["a.bias_scale"], steps)
+    assert not QuantizeBiases()(once.program).modified
+
+
+def test_a_program_that_rounds_is_left_alone(program: Program) -> None:
+    once = rounded(program, ASYMMETRIC)
+    assert not InsertQuantizers(ASYMMETRIC, Quantization(ranges={}))(once).modified
+
+
+def test_a_skipped_layer_reads_and_returns_floats(program: Program) -> None:
+    found = rounded(program, ASYMMETRIC, skipped=("b.weight",))
+    layer = next(n for n in found.nodes if op_name(n) == "conv2d" and str(n.args[1].target) == "b.weight")  # type: ignore[union-attr]
+    assert [op_name(user) for user in layer.users] == ["add"]
+
+
+def test_tied_weights_share_their_scale() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(torch.relu(self.layer(x)))
+
+    program = capture(Tied().eval(), (torch.randn(2, 4),))
+    places = find_places(program.graph_module, ASYMMETRIC).values
+    quantization = Quantization(ranges={p.like: Range(-2.0, 2.0) for p in places})
+    found = InsertQuantizers(ASYMMETRIC, quantization)(program).program
+    assert sum(name.endswith("layer.scale") for name in found.tensors) == 1

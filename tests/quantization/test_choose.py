@@ -1,0 +1,123 @@
+"""Ranges, rewrites and layers in float: what is tried, what is taken, and that rewrites compute the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import slrc
+from slrc import pipeline
+from slrc.config import Int8Settings
+from slrc.errors import ConfigError, WorkloadError
+from slrc.forms.quantization import ASYMMETRIC, SYMMETRIC, Range
+from slrc.ir.nodes import op_name
+from slrc.ir.program import Program, capture
+from slrc.quantization.choose import quantize
+from slrc.quantization.equalize import corrected_biases, equalized
+from slrc.quantization.observe import Observed, observe
+from slrc.quantization.ranges import RangeMethod, range_of
+
+MakeWorkload = Callable[..., slrc.Workload]
+
+
+class Uneven(nn.Module):
+    """Two layers whose channels in between differ by a factor of a thousand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.second(torch.relu(self.first(x)))).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def uneven() -> tuple[Program, list[list[Tensor]]]:
+    torch.manual_seed(0)
+    model, factor = Uneven().eval(), torch.logspace(-1.5, 1.5, 8)
+    with torch.no_grad():
+        model.first.weight.mul_(factor.reshape(-1, 1, 1, 1))
+        model.first.bias.mul_(factor)
+        model.second.weight.div_(factor.reshape(1, -1, 1, 1))
+    return pipeline.baseline(capture(model, (torch.randn(2, 4, 8, 8),))), [
+        [x] for x in torch.randn(32, 4, 8, 8).split(4)
+    ]
+
+
+def observed(values: Tensor, bins: int = 512) -> Observed:
+    low, high = float(values.min()), float(values.max())
+    return Observed(Range(min(low, 0.0), high), torch.histc(values, bins, min(low, 0.0), high).double(), None, None)
+
+
+def test_ranges_of_a_value_with_an_outlier() -> None:
+    values = torch.cat([torch.linspace(0, 1, 9999), torch.tensor([100.0])])
+    seen = observed(values)
+    assert range_of(seen, RangeMethod.MINMAX, ASYMMETRIC, 99.99) == Range(0.0, 100.0)
+    assert range_of(seen, RangeMethod.PERCENTILE, ASYMMETRIC, 99.9).high < 2
+    assert 0.5 < range_of(seen, RangeMethod.MSE, ASYMMETRIC, 99.9).high <= 100
+
+
+@pytest.mark.parametrize("scheme", [ASYMMETRIC, SYMMETRIC], ids=str)
+def test_zero_is_exact_and_a_constant_has_a_scale(scheme: Any) -> None:
+    for limits in (Range(0.0, 0.0), Range(-1.0, 3.0), Range(2.0, 3.0), Range(-5.0, -4.0)):
+        scale, zero_point = scheme.scale_of(limits)
+        assert float(scale) > 0
+        assert scheme.lowest <= zero_point <= scheme.highest
+
+
+def test_equalised_channels_compute_the_same_and_lose_less(uneven: Any) -> None:
+    program, inputs = uneven
+    names = {n.name for n in program.nodes if op_name(n) == "relu"} | {"x"}
+    tensors = equalized(program, observe(program, names, inputs))
+    assert {"first.weight", "first.bias", "second.weight"} <= tensors.keys()
+    other = program.with_tensors(tensors)
+    torch.testing.assert_close(other.module()(*inputs[0]), program.module()(*inputs[0]), rtol=1e-4, atol=1e-5)
+    found = quantize(program, ASYMMETRIC, inputs, Int8Settings(), skip=("none",))
+    assert found.calibration.equalized
+    assert found.calibration.loss < 0.5 * min(found.calibration.tried[m] for m in RangeMethod)
+
+
+def test_a_bias_makes_up_for_rounded_weights(uneven: Any) -> None:
+    program, inputs = uneven
+    seen = observe(program, {"x", "relu", "relu_1", "mean"}, [[x.abs() + 1] for batch in inputs for x in batch])
+    tensors = corrected_biases(program, seen, ("head.weight",))
+    assert tensors.keys() == {"first.bias", "second.bias"}
+    assert not torch.equal(tensors["first.bias"], program.tensors["first.bias"])
+
+
+def test_the_worst_layer_stays_in_float(uneven: Any) -> None:
+    program, inputs = uneven
+    settings = Int8Settings(equalize=False, correct_bias=False, ranges="minmax", loss=1e-12)
+    found = quantize(program, ASYMMETRIC, inputs, settings)
+    layers = found.calibration.layers
+    assert {x.name for x in layers} == {"first", "second", "head"}
+    assert [x.loss for x in layers] == sorted((x.loss for x in layers), reverse=True)
+    assert found.calibration.skipped == (f"{layers[0].name}.weight",)
+    rounded = [n for n in found.program().nodes if op_name(n) in ("conv2d", "linear")]
+    in_float = [n for n in rounded if n.args[1].op == "get_attr"]  # type: ignore[union-attr]
+    assert [str(n.args[1].target) for n in in_float] == list(found.calibration.skipped)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("skip", "left"), [(("none",), 3), (("second",), 2), (("*",), 0), (("f*", "head"), 1)])
+def test_layers_that_are_named_stay_in_float(uneven: Any, skip: Sequence[str], left: int) -> None:
+    program, inputs = uneven
+    found = quantize(program, ASYMMETRIC, inputs[:2], Int8Settings(ranges="minmax"), skip=tuple(skip))
+    assert found.calibration.quantized_layers == left
+
+
+def test_a_name_of_no_layer(uneven: Any) -> None:
+    program, inputs = uneven
+    with pytest.raises(ConfigError, match="`--int8-skip third` names no layer") as caught:
+        quantize(program, ASYMMETRIC, inputs[:1], Int8Settings(), skip=("third",))
+    assert "first" in str(caught.value.hint)
+
+
+def test_values_that_are_not_finite() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)).eval()
+    program = capture(model, (torch.ones(2, 2),))
+    with pytest.raises(WorkloadError, match="is not finite on the calibration data"):
+        quantize(program, ASYMMETRIC, [[torch.full((2, 2), float("inf"))]], Int8Settings())

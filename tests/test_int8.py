@@ -1,0 +1,241 @@
+"""Compiles for int8 targets, end to end: four corners, the proof in steps, `--max-drop`, training, and refusals."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from torch import nn
+
+import slrc
+from slrc import pipeline
+from slrc.backends import LoweredProgram, get_backend, parse_target
+from slrc.backends.ort.backend import OnnxRuntime
+from slrc.backends.ort.run import OnnxRuntimeRunner
+from slrc.backends.runner_module import RunnerModule
+from slrc.config import make_config
+from slrc.doctor.diagnosis import Deadline
+from slrc.doctor.times import time_speedups
+from slrc.errors import BackendError, ConfigError, VerificationError
+from slrc.ir.nodes import op_name
+from slrc.measuring.clock import Clock, Job
+from slrc.measuring.timing import BLOCKS, Budget
+from slrc.progress import Quiet
+from slrc.quantization.choose import rounded_anyhow
+from slrc.reporting.page import render_page
+from slrc.reporting.report import Report
+from slrc.reporting.tables import report_table
+from slrc.sparsity.patterns import Channel
+
+MakeWorkload = Callable[..., slrc.Workload]
+OPTIONS: dict[str, Any] = {"target": "ort+int8", "method": "magnitude", "epochs": 0, "keep_ends": False, "threads": 1}
+
+
+@pytest.mark.usefixtures("quick_timing")
+def test_the_four_corners(tiny_workload: MakeWorkload, tmp_path: Path) -> None:
+    report = slrc.compile(
+        tiny_workload(), tmp_path / "out", sparsity=0.25, round_to=4, qat_epochs=1, max_drop=1.0, **OPTIONS
+    )
+    assert report == Report.load(tmp_path / "out")
+    (target,) = report.targets
+    assert (target.target, target.precision) == ("ort:int8", "int8")
+    assert target.int8 is not None
+    corners = {(c.model, c.precision): c for c in target.int8.corners}
+    assert len(corners) == 4
+    assert all(c.metric is not None and c.latency_ms is not None and c.size_bytes > 0 for c in corners.values())
+    assert report.accuracy is not None
+    assert report.accuracy.final == corners["compiled", "int8"].metric
+    assert report.latency[0].dense_ms.p50 == corners["dense", "int8"].latency_ms.p50  # type: ignore[union-attr]
+    assert [r.epoch for r in target.int8.training] == [0, 1]
+    steps = [c for c in report.checks if "in steps" in c.step]
+    assert [c.step.split(" = ")[0] for c in steps] == ["dense, rounded", "compiled, rounded"]
+    assert all(c.max_abs_error <= c.tolerance == 1 for c in steps)
+    assert [c.tolerance for c in report.checks if "~ ort:int8" in c.step] == [1.0]
+    folders = {p.name for p in (tmp_path / "out" / target.folder).iterdir()}
+    assert folders == {"dense", "compiled", "dense-float32", "compiled-float32"}
+    text = render_page(report)
+    assert "Float32 against int8" in text
+    assert "compiled, int8" in text
+    assert report_table(report).row_count
+
+
+@pytest.mark.usefixtures("quick_timing")
+def test_a_drop_that_is_too_great(tiny_workload: MakeWorkload, tmp_path: Path) -> None:
+    in_runtimes: list[nn.Module] = []
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        if not isinstance(model, RunnerModule):
+            return {"accuracy": 1.0}
+        in_runtimes.append(model)  # the first is the compiled model in float32
+        return {"accuracy": 1.0 if len(in_runtimes) == 1 else 0.5}
+
+    with pytest.raises(VerificationError, match=r"was 1\.0000, rounded 0\.5000, and may lose 0\.1") as caught:
+        slrc.compile(tiny_workload(evaluate=evaluate), tmp_path / "out", sparsity=0.25, max_drop=0.1, **OPTIONS)
+    assert "--qat-epochs" in str(caught.value.hint)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [("ort+int8", "ort:int8"), ("ort:int8", "ort:int8"), ("ort:aarch64+int8", "ort:aarch64+int8")],
+)
+def test_int8_targets_of_onnx_runtime(text: str, named: str) -> None:
+    target = parse_target(text)
+    assert (str(target), target.is_integer) == (named, True)
+    assert str(target.in_float) == named.replace("+int8", "").replace(":int8", "")
+    assert get_backend(target).why_not_packed(target)
+
+
+def test_int8_targets_of_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slrc.backends.tensorrt.backend.find_spec", lambda name: None)
+    assert parse_target("tensorrt:int8").is_integer
+    assert str(parse_target("tensorrt-rtx:sm86+int8").in_float) == "tensorrt-rtx:sm86"
+    with pytest.raises(BackendError, match="one precision, got fp16 and int8"):
+        parse_target("tensorrt:fp16+int8")
+
+
+@pytest.mark.parametrize("text", ["ort+int4", "ort:aarch64+x86_64+int8", "ort+int8x", "+int8"])
+def test_targets_that_are_none(text: str) -> None:
+    with pytest.raises(BackendError) as caught:
+        parse_target(text)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"qat_epochs": 2}, "`--qat-epochs` is for int8 targets"),
+        ({"max_drop": 0.1}, "`--max-drop` is for int8 targets"),
+        ({"int8_skip": "head"}, "`--int8-skip` is for int8 targets"),
+        ({"target": "ort+int8", "int8_skip": ("auto", "head")}, "either `auto`, `none`, or names"),
+        ({"target": "ort+int8", "qat_epochs": -1}, "greater than or equal to 0"),
+        ({"target": "ort+int8", "max_drop": -0.1}, "greater than or equal to 0"),
+        ({"target": "ort+int8", "int8": {"ranges": "median"}}, "int8.ranges"),
+        ({"target": "ort+int8", "int8": {"sample": 3}}, "there is no such option"),
+    ],
+)
+def test_options_that_do_not_fit(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        make_config(options)
+
+
+class Residual(nn.Module):
+    """A block with a shortcut, and logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(16, 16, 3, padding=1) for _ in range(3))
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.a(x))
+        return self.head(torch.relu(self.c(torch.relu(self.b(x))) + x).mean((2, 3)))
+
+
+def test_forms_for_an_int8_target_are_timed_in_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slrc.measuring.timing.PATIENCE", 0.0)
+    program = pipeline.baseline(slrc.capture(slrc.Workload(Residual().eval(), (torch.randn(1, 16, 8, 8),))))
+    lowered: list[Any] = []
+    lower = OnnxRuntime.lower
+
+    def watched(self: OnnxRuntime, program: Any, *args: Any, **kwargs: Any) -> Any:
+        lowered.append(program)
+        return lower(self, program, *args, **kwargs)
+
+    monkeypatch.setattr(OnnxRuntime, "lower", watched)
+    clock = Clock(parse_target("ort+int8"), 1, tmp_path)
+    (timing,) = clock.times([Job.of_whole(program)], Budget(0.01, 2))
+    assert 0 < timing.ms < float("inf")
+    assert any(op_name(n) == "fake_quantize" for n in lowered[0].nodes)
+
+
+def emitted(text: str, out: Path) -> LoweredProgram:
+    torch.manual_seed(0)
+    program = pipeline.baseline(slrc.capture(slrc.Workload(Residual().eval(), (torch.randn(1, 16, 8, 8),))))
+    target = parse_target(text)
+    return pipeline.lower(rounded_anyhow(program, get_backend(target).scheme), target, out)
+
+
+def test_speedups_that_doctor_shows_for_an_int8_target_are_of_rounding_networks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slrc.doctor.times.PART", Budget(0.0, 1))
+    monkeypatch.setattr("slrc.doctor.times.WHOLE", Budget(0.0, BLOCKS))
+    monkeypatch.setattr("slrc.doctor.times.SPARSITIES", (0.5,))
+    lowered: list[Any] = []
+    lower = OnnxRuntime.lower
+
+    def watched(self: OnnxRuntime, program: Any, *args: Any, **kwargs: Any) -> Any:
+        lowered.append(program)
+        return lower(self, program, *args, **kwargs)
+
+    monkeypatch.setattr(OnnxRuntime, "lower", watched)
+    program = slrc.capture(slrc.Workload(Residual().eval(), (torch.randn(1, 16, 8, 8),)))
+    config, target = make_config({"target": "ort+int8"}), parse_target("ort+int8")
+    (point,) = time_speedups(program, (Channel(),), config, target, 1, Deadline(60.0, time.monotonic), Quiet())
+    assert point.speedup is not None, point
+    assert len(lowered) == 2
+    assert all(any(op_name(n) == "fake_quantize" for n in p.nodes) for p in lowered)
+
+
+@pytest.mark.parametrize(("version", "opset"), [("8.5", 17), ("10.3", 20)])
+def test_a_tensorrt_of_a_device_is_given_integers_in_its_opset(version: str, opset: int, tmp_path: Path) -> None:
+    lowered = emitted(f"tensorrt:{version}+int8", tmp_path)
+    model = onnx.load(tmp_path / "model.onnx")
+    assert (lowered.artifact.precision, model.opset_import[0].version) == ("int8", opset)
+    assert sum(n.op_type == "DequantizeLinear" for n in model.graph.node) >= 7
+    (y,) = get_backend(lowered.target).load(tmp_path, threads=1, stock=True)(torch.randn(1, 16, 8, 8))
+    assert y.isfinite().all()
+
+
+def test_onnx_runtime_runs_layers_and_additions_in_integers(tmp_path: Path) -> None:
+    emitted("ort+int8", tmp_path)
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    ort.InferenceSession(str(tmp_path / "model.onnx"), options)
+    found = [n.op_type for n in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert (found.count("QLinearConv"), found.count("QLinearAdd"), found.count("QGemm")) == (3, 1, 1)
+    assert not {"Conv", "Gemm", "Add", "Relu"} & set(found)
+    names = {i.name for i in onnx.load(tmp_path / "model.onnx").graph.initializer}
+    assert not any(n.endswith((".weight", ".bias")) for n in names)
+
+
+def test_sums_do_not_overflow_without_vnni(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There ONNX Runtime makes weights unsigned: it has to take the file."""
+    emitted("ort+int8", tmp_path)
+    x = torch.randn(1, 16, 8, 8)
+    (plain,) = OnnxRuntimeRunner(tmp_path / "model.onnx", 1)(x)
+    monkeypatch.setattr("slrc.backends.ort.run.VNNI", frozenset())
+    (exact,) = OnnxRuntimeRunner(tmp_path / "model.onnx", 1)(x)
+    torch.testing.assert_close(plain, exact, rtol=0.05, atol=0.02)
+
+
+def test_tensorrt_rtx_builds_convolutions_in_int8_with_no_gpu(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    emitted("tensorrt-rtx:sm86+int8", tmp_path)
+    model = onnx.load(tmp_path / "model.onnx")
+    made = {o: n for n in model.graph.node for o in n.output}
+    convolutions = [n for n in model.graph.node if n.op_type == "Conv"]
+    for node in convolutions:  # input and weight are dequantised, the bias is a float, and what follows is no rounding
+        assert [made[i].op_type for i in node.input[:2]] == ["DequantizeLinear"] * 2
+        assert node.input[2] not in made
+        assert {n.op_type for n in model.graph.node if node.output[0] in n.input} <= {"Relu", "Add"}
+    (addition,) = (n for n in model.graph.node if n.op_type == "Add")
+    assert sorted(made[i].op_type for i in addition.input) == ["Conv", "DequantizeLinear"]
+    text = (tmp_path / "model.engine").read_bytes().decode("latin-1")
+    types = dict(
+        re.findall(r'tensor=\{[^{}]*(?:\{[^{}]*\}[^{}]*)*?name="([^"]+)"[^{}]*(?:\{[^{}]*\}[^{}]*)*?type=(\w+)', text)
+    )
+    inputs = re.findall(r'corrltn=\{ name="node_conv[^"]*"[^\n]*? input=\{([^}]*)\}', text)
+    assert len(inputs) == len(convolutions) == 3
+    for names in inputs:
+        value, weight = re.findall(r'"([^"]+)"', names)[:2]
+        assert (types[value], types[weight]) == ("int8", "int8")

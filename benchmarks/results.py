@@ -151,6 +151,14 @@ FILES = (
         ("benchmarks/reconstruct.py", "slrc/reconstruction", "slrc/sparsity", "passes/allocation"),
     ),
     ResultsFile(
+        "int8.json",
+        "SLRC_DATA=~/data python benchmarks/int8.py NETWORK",
+        (
+            *("benchmarks/int8.py", "benchmarks/reconstruct.py", "passes/quantization", "slrc/quantization"),
+            *("slrc/forms/quantize_ops.py", "slrc/forms/quantization.py", "backends/quantized_onnx.py"),
+        ),
+    ),
+    ResultsFile(
         "convergence.jsonl",
         "python benchmarks/convergence/run.py TIER",
         (

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 
 from torch import nn
 
 from slrc.backends import LoweredProgram, Target, get_backend
-from slrc.backends.ort.run import OnnxRuntimeRunner
 from slrc.backends.runner_module import RunnerModule
 from slrc.config import CompileConfig
+from slrc.errors import BackendError
 from slrc.ir.program import Program
 from slrc.passes.quantization.insert_quantizers import QuantizeBiases
 from slrc.probes import Probe
@@ -42,6 +43,8 @@ class Rounded:
 
     def runner(self, threads: int | None) -> RunnerModule:
         """Return the ONNX model on this CPU in the place of the user's model."""
+        from slrc.backends.ort.run import OnnxRuntimeRunner
+
         runner = OnnxRuntimeRunner(self.lowered.folder / ONNX_FILE, threads)
         free = self.lowered.artifact.model_copy(
             update={"max_batch": None if self.program.batch_is_dynamic else self.program.batch}
@@ -70,9 +73,15 @@ class IntegerTargets:
         """Find how a program of a target loses least by rounding.
 
         Raises:
+            BackendError: there is no ONNX Runtime here to prove by what is emitted.
             ConfigError: `--int8-skip` names no layer.
             WorkloadError: the calibration data does not fit.
         """
+        if not find_spec("onnxruntime"):
+            raise BackendError(
+                f"target `{target}`: what is emitted is proven by ONNX Runtime, and `onnxruntime` is not installed",
+                hint="pip install onnxruntime",
+            )
         self.reporter.note(f"calibrating {program.name} for {target}")
         quantized = quantize(
             program,

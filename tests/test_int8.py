@@ -101,6 +101,17 @@ def test_int8_targets_of_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
         parse_target("tensorrt:fp16+int8")
 
 
+def test_what_cannot_be_proven_here_is_told_before_training(
+    tiny_workload: MakeWorkload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slrc.quantized_targets.find_spec", lambda name: None)
+    trained: list[int] = []
+    monkeypatch.setattr("slrc.compilation.train", lambda *_, **__: trained.append(1))
+    with pytest.raises(BackendError, match=r"`ort:int8`: .* `onnxruntime` is not installed"):
+        slrc.compile(tiny_workload(), tmp_path / "out", sparsity=0.25, **OPTIONS)
+    assert not trained
+
+
 @pytest.mark.parametrize("text", ["ort+int4", "ort:aarch64+x86_64+int8", "ort+int8x", "+int8"])
 def test_targets_that_are_none(text: str) -> None:
     with pytest.raises(BackendError) as caught:

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from slrc.backends.ort.run import OnnxRuntimeRunner
 from slrc.backends.quantized_onnx import CODES, show_codes
 from slrc.errors import VerificationError
 from slrc.forms.quantize_ops import quantize
@@ -86,6 +85,8 @@ def prove_integers(
     Raises:
         VerificationError: a value is off by more than one step, or outputs by more than they may.
     """
+    from slrc.backends.ort.run import OnnxRuntimeRunner
+
     plain = OnnxRuntimeRunner(file, threads)
     with tempfile.TemporaryDirectory() as folder:
         names = show_codes(file, Path(folder) / file.name)

@@ -13,9 +13,9 @@ So `scale` is x's scale times the weight's, for uint8 divided by y's scale, and 
 divided by it. An activation that cuts off (ReLU, ReLU6) is the range of y, and no operator: with y_zero_point 0, the
 saturation at 0 is ReLU.
 
-An emitter calls `node_of` for each layer and adds its tensors as initializers; `attach_functions` of
-`slrc.backends.packed_onnx` then gives the model what the nodes mean, for a runtime without the kernels. Both compute
-the same bits, where the runtime's own integer products are exact (on x86-64 without VNNI ONNX Runtime's saturate).
+`slrc.backends.pack_integers` makes nodes of the layers of a model that rounds; `attach_functions` of
+`slrc.backends.packed_onnx` then gives the model what they mean, for a runtime without the kernels. Both compute the
+same bits, where the runtime's own integer products are exact (on x86-64 without VNNI ONNX Runtime's saturate).
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 DOMAIN = "ai.slrc"
 QCONV, QGEMM = "BlockSparseQConv", "BlockSparseQGemm"
+RESIDUAL = 6
+"""Which input the residual is, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,28 @@ class Int8Layer:
         """The node's, which says what its function is."""
         return name_of(QGEMM if self.window is None else QCONV, self.residual is not None, self.y_zero_point is None)
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The node's constant inputs, in order, behind x."""
+        return {**vars(self.packed), "bias": self.bias, "scale": self.scale}
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The node's: integers, floats, and lists of integers."""
+        found: dict[str, Any] = {
+            "block": int(self.packed.values.shape[1]),
+            "weight_shape": list(self.weight_shape),
+            "x_zero_point": self.x_zero_point,
+        }
+        if self.y_zero_point is not None:
+            found["y_zero_point"] = self.y_zero_point
+        if self.residual is not None:
+            found |= {"residual_scale": self.residual.scale, "residual_zero_point": self.residual.zero_point}
+        if self.window is not None:
+            window = vars(self.window)
+            found |= {key: value if isinstance(value, int) else list(value) for key, value in window.items()}
+        return found
+
 
 def name_of(op: str, residual: bool, float_output: bool) -> str:
     """Return the operator of a kind of layer."""
@@ -87,23 +111,9 @@ def node_of(layer: Int8Layer, x: str, y: str, name: str) -> tuple[onnx.NodeProto
     """Return the node that computes the value `y` of the value `x`, and its initializers, named after `name`."""
     from onnx import helper, numpy_helper
 
-    tensors = {**vars(layer.packed), "bias": layer.bias, "scale": layer.scale}
-    initializers = [numpy_helper.from_array(t.detach().numpy(), f"{name}.{part}") for part, t in tensors.items()]
+    initializers = [numpy_helper.from_array(t.detach().numpy(), f"{name}.{part}") for part, t in layer.tensors.items()]
     inputs = [x, *(i.name for i in initializers), *([layer.residual.value] if layer.residual else [])]
-    attributes: dict[str, Any] = {
-        "block": int(layer.packed.values.shape[1]),
-        "weight_shape": list(layer.weight_shape),
-        "x_zero_point": layer.x_zero_point,
-    }
-    if layer.y_zero_point is not None:
-        attributes["y_zero_point"] = layer.y_zero_point
-    if layer.residual is not None:
-        attributes |= {"residual_scale": layer.residual.scale, "residual_zero_point": layer.residual.zero_point}
-    if layer.window is not None:
-        attributes |= {
-            key: value if isinstance(value, int) else list(value) for key, value in vars(layer.window).items()
-        }
-    return helper.make_node(layer.op_type, inputs, [y], name=name, domain=DOMAIN, **attributes), initializers
+    return helper.make_node(layer.op_type, inputs, [y], name=name, domain=DOMAIN, **layer.attributes), initializers
 
 
 # Every block at its place in (block rows, quads and positions, M, 4), then the weight's own order, without the filling.

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument
 from torch.fx import Node
 
-from slrc.backends import packed_onnx, quantized_onnx
+from slrc.backends import pack_integers, packed_onnx, quantized_onnx
 from slrc.backends.packed_onnx import attach_functions
 from slrc.errors import BackendError
 from slrc.ir.export_memory import listed_once
@@ -59,6 +59,7 @@ def export_onnx(program: Program, path: Path, opset: int = OPSET) -> bool:
             hint="an operator of the model has no ONNX form in this version of torch; `--debug` shows which",
         ) from error
     assert exported is not None
+    pack_integers.pack_layers(exported.model)
     quantized_onnx.write_integers(exported.model)
     is_packed = attach_functions(exported.model, opset)
     exported.save(path, external_data=_bytes(program) > EXTERNAL_DATA_BYTES)

@@ -8,18 +8,19 @@ beforehand, so that each is read through its DequantizeLinear alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from slrc.backends.int8_onnx import DOMAIN, QCONV, QGEMM, RESIDUAL
 from slrc.forms import quantize_ops
 
 if TYPE_CHECKING:
     import onnx_ir
 
-DOMAIN = "ai.slrc"
 FAKE_QUANTIZE = "FakeQuantize"
 CODES = "{}_codes"
 """What the integers of a value are called, by the value's own name in the file."""
@@ -30,11 +31,11 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
     return {torch.ops.slrc.fake_quantize.default: _translate}
 
 
-def _translate(x: Any, scale: Any, zero_point: int, axis: int, lowest: int, highest: int) -> Any:
+def _translate(x: Any, scale: Any, zero_point: int, axis: int, lowest: int, highest: int, block: int = 0) -> Any:
     from onnx.defs import OpSchema
     from onnxscript.values import Op, Opset
 
-    names = ("zero_point", "axis", "lowest", "highest")
+    names = ("zero_point", "axis", "lowest", "highest", "block")
     schema = OpSchema(
         FAKE_QUANTIZE,
         DOMAIN,
@@ -43,7 +44,7 @@ def _translate(x: Any, scale: Any, zero_point: int, axis: int, lowest: int, high
         outputs=[OpSchema.FormalParameter("y", "tensor(float)")],
         attributes=[OpSchema.Attribute(n, OpSchema.AttrType.INT) for n in names],
     )
-    own = {"zero_point": zero_point, "axis": axis, "lowest": lowest, "highest": highest}
+    own = {"zero_point": zero_point, "axis": axis, "lowest": lowest, "highest": highest, "block": block}
     return Op(Opset(DOMAIN, 1), FAKE_QUANTIZE, schema)(x, scale, **own)
 
 
@@ -51,7 +52,7 @@ def write_integers(model: onnx_ir.Model) -> bool:
     """Replace the roundings of a model in place; return whether there were any."""
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    nodes = [n for n in model.graph if n.domain == DOMAIN and n.op_type == FAKE_QUANTIZE]
+    nodes = [n for n in model.graph if is_rounding(n)]
     constants: dict[tuple[Any, ...], onnx_ir.Value] = {}
     for node in nodes:
         _replace(model, node, constants)
@@ -64,44 +65,82 @@ def write_integers(model: onnx_ir.Model) -> bool:
     return bool(nodes)
 
 
+def is_rounding(node: onnx_ir.Node | None) -> bool:
+    """Whether a node is one that `write_integers` replaces."""
+    return node is not None and node.domain == DOMAIN and node.op_type == FAKE_QUANTIZE
+
+
+def is_packed(node: onnx_ir.Node | None) -> bool:
+    """Whether a node is a packed layer, which reads integers."""
+    return node is not None and node.domain == DOMAIN and node.op_type.startswith((QCONV, QGEMM))
+
+
+def steps_of(node: onnx_ir.Node) -> Any:
+    """Return the scale of a rounding as an array."""
+    scale = node.inputs[1]
+    assert scale is not None
+    assert scale.const_value is not None
+    return scale.const_value.numpy()
+
+
+def codes_of(node: onnx_ir.Node) -> Any:
+    """Return the integers of a constant that is rounded, as an array of their type."""
+    x = node.inputs[0]
+    assert x is not None
+    assert x.const_value is not None
+    own = _limits(node)
+    values, scale = (torch.from_numpy(np.array(array)) for array in (x.const_value.numpy(), steps_of(node)))
+    return quantize_ops.quantize(values, scale, **own).numpy().astype(_type_of(own["lowest"], own["highest"]))
+
+
+def _limits(node: onnx_ir.Node) -> dict[str, int]:
+    return {name: node.attributes[name].as_int() for name in ("zero_point", "axis", "lowest", "highest")}
+
+
 def _replace(model: onnx_ir.Model, node: onnx_ir.Node, constants: dict[tuple[Any, ...], onnx_ir.Value]) -> None:
     x, scale = node.inputs
     assert x is not None
     assert scale is not None
-    own = {name: node.attributes[name].as_int() for name in ("zero_point", "axis", "lowest", "highest")}
+    own = _limits(node)
     kind = _type_of(own["lowest"], own["highest"])
-    steps = _array(scale)
+    steps = steps_of(node)
     # Zero points are given even where they are zero: else ONNX Runtime fuses no Gemm.
     zero = np.full(steps.shape, own["zero_point"], kind)
     if x.const_value is not None:
-        codes = _codes(_array(x), steps, own).astype(kind)
-        codes, axis = _moved(node, codes, own["axis"])
+        codes, axis = _moved(node, codes_of(node), own["axis"])
         # Each layer has its own: ONNX Runtime fails to make weights unsigned, for AVX2, that two layers share.
         named = (("integer", codes), ("step", steps), ("zero", zero))
-        read = [_constant(model, {}, f"{x.name}_{what}", array) for what, array in named]
+        read = [add_constant(model, {}, f"{x.name}_{what}", array) for what, array in named]
     else:
         axis = own["axis"]
-        step = _constant(model, constants, f"{scale.name}_step", steps)
-        offset = _constant(model, constants, f"{scale.name}_zero", zero)
-        down = _node("QuantizeLinear", [x, step, offset], {})
-        down.outputs[0].name = CODES.format(node.outputs[0].name)
-        model.graph.insert_before(node, down)
-        read = [down.outputs[0], step, offset]
+        step = add_constant(model, constants, f"{scale.name}_step", steps)
+        offset = add_constant(model, constants, f"{scale.name}_zero", zero)
+        if is_packed(x.producer()):  # which returns integers
+            integers = x
+        else:
+            down = _node("QuantizeLinear", [x, step, offset], {})
+            model.graph.insert_before(node, down)
+            integers = down.outputs[0]
+        integers.name = CODES.format(node.outputs[0].name)
+        for user, index in list(node.outputs[0].uses()):
+            if is_packed(user):
+                user.replace_input_with(index, integers)
+        read = [integers, step, offset]
     up = _node("DequantizeLinear", read, {"axis": axis} if steps.shape else {})
     up.outputs[0].name, up.outputs[0].type = node.outputs[0].name, node.outputs[0].type
     up.outputs[0].shape = node.outputs[0].shape if x.const_value is None else None
     model.graph.insert_before(node, up)
-    _put_in_place(model, node, up)
+    put_in_place(model, node.outputs[0], up.outputs[0])
+    model.graph.remove(node, safe=True)
 
 
-def _put_in_place(model: onnx_ir.Model, node: onnx_ir.Node, made: onnx_ir.Node) -> None:
-    old, new = node.outputs[0], made.outputs[0]
+def put_in_place(model: onnx_ir.Model, old: onnx_ir.Value, new: onnx_ir.Value) -> None:
+    """Let all that reads a value read another one, be it an output of the model."""
     for user, index in list(old.uses()):
         user.replace_input_with(index, new)
-    for index, output in enumerate(model.graph.outputs):  # a rounded value may be an output itself
+    for index, output in enumerate(model.graph.outputs):
         if output is old:
             model.graph.outputs[index] = new
-    model.graph.remove(node, safe=True)
 
 
 def _moved(node: onnx_ir.Node, codes: Any, axis: int) -> tuple[Any, int]:
@@ -118,23 +157,13 @@ def _moved(node: onnx_ir.Node, codes: Any, axis: int) -> tuple[Any, int]:
     return np.ascontiguousarray(codes.transpose(order)), order.index(axis)
 
 
-def _codes(values: Any, steps: Any, own: Mapping[str, int]) -> Any:
-    scale = torch.from_numpy(np.array(steps))
-    return quantize_ops.quantize(torch.from_numpy(np.array(values)), scale, **own).numpy()
-
-
 def _type_of(lowest: int, highest: int) -> Any:
     if lowest >= 0:
         return np.uint8
     return np.int8 if highest < 1 << 8 else np.int32
 
 
-def _array(value: onnx_ir.Value) -> Any:
-    assert value.const_value is not None
-    return value.const_value.numpy()
-
-
-def _constant(
+def add_constant(
     model: onnx_ir.Model, constants: dict[tuple[Any, ...], onnx_ir.Value], name: str, array: Any
 ) -> onnx_ir.Value:
     """Return an initializer with these numbers; an equal one is shared."""
@@ -157,12 +186,31 @@ def _node(op_type: str, inputs: list[onnx_ir.Value], attributes: Mapping[str, in
     return onnx_ir.Node("", op_type, inputs, [onnx_ir.AttrInt64(n, v) for n, v in attributes.items()])
 
 
-def show_codes(file: Path, out: Path) -> list[str]:
-    """Write a model again with the integers of all rounded values as further outputs; return their names, in order."""
+@dataclass(frozen=True)
+class Shown:
+    """What a model returns that shows what it computes, by name.
+
+    `outputs` are all that it returns, in order, of which the first `own` are those of the model as it was. `codes` are
+    the integers of rounded values. `packed` are results of packed layers, each with the integers that the layer reads.
+    """
+
+    outputs: tuple[str, ...]
+    own: int
+    codes: tuple[str, ...]
+    packed: Mapping[str, tuple[str, ...]]
+
+
+def show_codes(file: Path, out: Path) -> Shown:
+    """Write a model again with the integers of all rounded values, and results of packed layers, as further outputs."""
     import onnx
 
     model = onnx.load(file)
-    names = [n.output[0] for n in model.graph.node if n.op_type == "QuantizeLinear"]
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    nodes = [n for n in model.graph.node if n.domain == DOMAIN and n.op_type.startswith((QCONV, QGEMM))]
+    packed = {n.output[0]: (n.input[0], *n.input[RESIDUAL:]) for n in nodes}
+    own = [o.name for o in model.graph.output]
+    made = {name: n for n in model.graph.node for name in n.output}
+    names = [name for name in made if name.endswith(CODES.format(""))]
+    further = [name for name in dict.fromkeys([*names, *packed]) if name not in own]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in further)
     onnx.save(model, out)
-    return names
+    return Shown((*own, *further), len(own), tuple(names), packed)

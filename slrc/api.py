@@ -99,8 +99,15 @@ def structure(program: Program, plan: Plan, trained: Trained | Masks, check: Pro
 def form(
     program: Program, target: str = "ort", *, threads: int | None = None, check: ProgramChecker | None = None
 ) -> Program:
-    """Give every layer of a structured program the form that is the fastest on a target. See `choose_forms`."""
-    return pipeline.apply_forms(program, choose_forms(program, parse_target(target), threads=threads).forms, check)
+    """Give every layer of a structured program the form that is the fastest on a target. See `choose_forms`.
+
+    Raises:
+        BackendError: the target is an int8 one: what layers become depends on how the program is rounded.
+    """
+    parsed = parse_target(target)
+    if parsed.is_integer:
+        raise BackendError(f"target `{parsed}`: forms for int8 are given by `slrc.compile` alone, where it rounds")
+    return pipeline.apply_forms(program, choose_forms(program, parsed, threads=threads).forms, check)
 
 
 def lower(program: Program, target: str, out: str | Path) -> LoweredProgram:
@@ -188,7 +195,7 @@ def _compile(
         chosen = trained.plan
         check, metric = run.evaluate_masked(program, trained, probes)
         slim = structure(program, chosen, trained, check.program)
-        emitted = run.lower(dense_lowered, slim, check.program)
+        emitted = run.lower(dense_lowered, slim, check)
         proven = [x for pair in emitted if (x := run.prove(slim, pair, metric, check)) is not None]
         final = proven[-1] if proven else _value(workload.measure(slim.module()))
         latency = [

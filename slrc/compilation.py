@@ -26,8 +26,7 @@ from slrc.measuring.choose_forms import choose_forms
 from slrc.measuring.devices import Device, local_device
 from slrc.measuring.timing import Latency, Percentiles
 from slrc.methods.settings import MethodName
-from slrc.pipeline import Checker as ProgramChecker
-from slrc.pipeline import apply_forms, lower
+from slrc.pipeline import apply_forms, lower, split_layers
 from slrc.probes import FirstCall, Probe
 from slrc.progress import Reporter
 from slrc.quantization.choose import Calibration
@@ -204,33 +203,46 @@ class Compilation:
             )
         return check, metric
 
-    def lower(self, dense: Sequence[DenseModel], slim: Program, check: ProgramChecker) -> list[Emitted]:
+    def lower(self, dense: Sequence[DenseModel], slim: Program, check: Checker) -> list[Emitted]:
         """Emit the slim program for every target, with its layers in their forms there."""
         emitted = []
         for target, beside in zip(self.targets, dense, strict=True):
-            choice, formed = self._form(slim, target.in_float, check)
+            choice = self._choose(slim, target.in_float)
+            formed = apply_forms(slim, choice.forms, check.program)
             compiled = self._emit(formed, target.in_float, _in_float("compiled", target), target.folder)
             integers = None
             if beside.rounded is not None:
-                choice, formed_for_integers = self._form(slim, target, check)
-                integers = beside.rounded, self._lower_rounded(formed_for_integers, target)
+                choice, rounded = self._lower_rounded(slim, target, check)
+                integers = beside.rounded, rounded
             pair = Emitted(target, beside.lowered, compiled, formed, choice, integers)
             for text in pair.own[1].artifact.warnings:
                 self.note(f"on {target} {text}")
             emitted.append(pair)
         return emitted
 
-    def _form(self, slim: Program, target: Target, check: ProgramChecker) -> tuple[FormChoice, Program]:
-        choice = choose_forms(slim, target, threads=self.config.threads, reporter=self.reporter, device=self.device)
+    def _choose(self, slim: Program, target: Target) -> FormChoice:
+        choice = choose_forms(
+            slim,
+            target,
+            threads=self.config.threads,
+            reporter=self.reporter,
+            device=self.device,
+            in_float=self.integers.in_float(slim) if target.is_integer else (),
+        )
         for text in choice.dropped:
             self.note(text)
-        return choice, apply_forms(slim, choice.forms, check)
+        return choice
 
-    def _lower_rounded(self, formed: Program, target: Target) -> Rounded:
-        quantized = self.integers.round(formed, target)
+    def _lower_rounded(self, slim: Program, target: Target, check: Checker) -> tuple[FormChoice, Rounded]:
+        choice = self._choose(slim, target)
+        split = split_layers(slim, choice.forms, check.program)
+        quantized = self.integers.round(split, target, choice.forms)
+        choice = choice.spared(quantized.spared)
         folder = self.workspace.work / f"qat-{target.folder}"
         program, training = self.integers.train(quantized, self.dense_program, folder, self.workspace.resumed)
-        return self._emit_rounded(program, target, "compiled", quantized.calibration, training)
+        packed, checks = self.integers.pack(program, choice.forms, check.probes)
+        check.checks += checks
+        return choice, self._emit_rounded(packed, target, "compiled", quantized.calibration, training)
 
     def _emit_rounded(
         self,

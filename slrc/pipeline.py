@@ -57,8 +57,21 @@ def structure(program: Program, plan: Plan, masks: Masks, check: Checker | None 
 
 
 def apply_forms(program: Program, forms: Forms, check: Checker | None = None) -> Program:
-    """Give each layer of a structured program its form on a target."""
-    return run_passes((SplitColumns(forms), PackBlocks(forms)), program, check)
+    """Give each layer of a structured program its form on a target.
+
+    Of a program that is to be rounded, layers are split before, packed after: see `split_layers` and `pack_layers`.
+    """
+    return pack_layers(split_layers(program, forms, check), forms, check)
+
+
+def split_layers(program: Program, forms: Forms, check: Checker | None = None) -> Program:
+    """Split layers with forms of row groups: what comes of them are layers like others."""
+    return run_passes((SplitColumns(forms),), program, check)
+
+
+def pack_layers(program: Program, forms: Forms, check: Checker | None = None) -> Program:
+    """Pack layers in floating point; those of a program that rounds which do not round their weights."""
+    return run_passes((PackBlocks(forms),), program, check)
 
 
 def lower(program: Program, target: Target, folder: Path) -> LoweredProgram:

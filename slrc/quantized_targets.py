@@ -14,12 +14,14 @@ from slrc.backends import LoweredProgram, Target, get_backend
 from slrc.backends.runner_module import RunnerModule
 from slrc.config import CompileConfig
 from slrc.errors import BackendError
+from slrc.forms.form import Forms
 from slrc.ir.program import Program
 from slrc.passes.quantization.insert_quantizers import QuantizeBiases
+from slrc.pipeline import pack_layers
 from slrc.probes import Probe
 from slrc.progress import Reporter
-from slrc.quantization.choose import Calibration, Quantized, quantize
-from slrc.quantization.prove import prove_integers
+from slrc.quantization.choose import Calibration, Quantized, named_layers, quantizable_weights, quantize
+from slrc.quantization.prove import prove_integers, prove_same
 from slrc.quantization.train import train_rounded
 from slrc.reconstruction.calibration import Inputs, calibration_inputs
 from slrc.training.checkpoints import EpochRecord
@@ -41,11 +43,18 @@ class Rounded:
     calibration: Calibration
     training: tuple[EpochRecord, ...] = ()
 
+    @property
+    def kernels(self) -> Path | None:
+        """The library of kernels, where the model has packed layers and is for this machine."""
+        target, library = self.lowered.target, self.lowered.artifact.kernels
+        runs_here = not get_backend(target).available(target).why_not_run
+        return self.lowered.folder / library if library is not None and runs_here else None
+
     def runner(self, threads: int | None) -> RunnerModule:
         """Return the ONNX model on this CPU in the place of the user's model."""
         from slrc.backends.ort.run import OnnxRuntimeRunner
 
-        runner = OnnxRuntimeRunner(self.lowered.folder / ONNX_FILE, threads)
+        runner = OnnxRuntimeRunner(self.lowered.folder / ONNX_FILE, threads, self.kernels)
         free = self.lowered.artifact.model_copy(
             update={"max_batch": None if self.program.batch_is_dynamic else self.program.batch}
         )
@@ -69,8 +78,16 @@ class IntegerTargets:
     reporter: Reporter
     checks: list[Check] = field(default_factory=list)
 
-    def round(self, program: Program, target: Target) -> Quantized:
-        """Find how a program of a target loses least by rounding.
+    def in_float(self, program: Program) -> tuple[str, ...]:
+        """Return the weights of the layers that `--int8-skip` names.
+
+        Raises:
+            ConfigError: a name is that of no layer.
+        """
+        return named_layers(self.config.int8_skip, quantizable_weights(program))
+
+    def round(self, program: Program, target: Target, forms: Forms | None = None) -> Quantized:
+        """Find how a program of a target loses least by rounding, its layers in their forms.
 
         Raises:
             BackendError: there is no ONNX Runtime here to prove by what is emitted.
@@ -89,11 +106,12 @@ class IntegerTargets:
             self._inputs(program),
             self.config.int8,
             skip=self.config.int8_skip,
+            forms=forms,
             logits=returns_logits(self.workload),
             acceptable=self._acceptable(program),
             reporter=self.reporter,
         )
-        if names := quantized.calibration.skipped:
+        if names := quantized.spared or self.in_float(program):
             spared = ", ".join(n.removesuffix(".weight") for n in names)
             self.note(f"on {target} {len(names)} layers stay in float32: {spared}")
         return quantized
@@ -124,6 +142,17 @@ class IntegerTargets:
             )
         return QuantizeBiases()(rounded).program if quantized.scheme.integer_bias else rounded, curve
 
+    def pack(self, rounded: Program, forms: Forms, probes: Sequence[Probe]) -> tuple[Program, list[Check]]:
+        """Pack the layers of a rounding program that stay in floating point, and compare.
+
+        Raises:
+            VerificationError: the packed program computes something else.
+        """
+        packed = pack_layers(rounded, forms)
+        if packed is rounded:
+            return rounded, []
+        return packed, [prove_same("rounded program = its float32 layers packed", rounded, packed, probes)]
+
     def prove(self, what: str, rounded: Rounded, probes: Sequence[Probe]) -> list[Check]:
         """Compare an emitted int8 model with the program that rounds.
 
@@ -132,7 +161,7 @@ class IntegerTargets:
         """
         step = f"{what} = {rounded.lowered.target}"
         file = rounded.lowered.folder / ONNX_FILE
-        return prove_integers(step, rounded.program, file, probes, self.config.threads)
+        return prove_integers(step, rounded.program, file, probes, self.config.threads, rounded.kernels)
 
     def _acceptable(self, program: Program) -> Callable[[nn.Module], bool] | None:
         """Return what `--max-drop` asks of a module that rounds, where there is a metric to ask it of."""

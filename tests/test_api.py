@@ -326,7 +326,9 @@ def _times(monkeypatch: pytest.MonkeyPatch, least: float) -> None:
     """A runtime whose time is the number of weights that it holds, and something for each run."""
 
     def made_up(clock: Any, jobs: Any, budget: Any) -> tuple[Timing, ...]:
-        sizes = [sum(t.numel() for t in job.make().tensors.values() if t.is_floating_point()) for job in jobs]
+        sizes = [
+            sum(t.numel() for t in job.program(clock.target).tensors.values() if t.is_floating_point()) for job in jobs
+        ]
         return tuple(Timing(least + size) for size in sizes)
 
     monkeypatch.setattr(Clock, "times", made_up)

@@ -134,7 +134,7 @@ def test_a_compile_for_a_latency_shows_what_was_predicted(
     run: Run, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def made_up(clock: Any, jobs: Any, budget: Any) -> tuple[Timing, ...]:
-        return tuple(Timing(float(sum(t.numel() for t in job.make().tensors.values()))) for job in jobs)
+        return tuple(Timing(float(sum(t.numel() for t in job.program(clock.target).tensors.values()))) for job in jobs)
 
     monkeypatch.setattr(Clock, "times", made_up)  # nothing is timed: any machine gives this plan
     wanted = ["--pattern", "channel", "--speedup", 1.25, "--threads", 1, "--round-to", 1, "--prune-ends"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import slrc
 from slrc import pipeline
@@ -24,8 +25,10 @@ from slrc.config import make_config
 from slrc.doctor.diagnosis import Deadline
 from slrc.doctor.times import time_speedups
 from slrc.errors import BackendError, ConfigError, VerificationError
+from slrc.forms.form import FormKind
 from slrc.ir.nodes import op_name
 from slrc.measuring.clock import Clock, Job
+from slrc.measuring.devices import Timing
 from slrc.measuring.timing import BLOCKS, Budget
 from slrc.progress import Quiet
 from slrc.quantization.choose import rounded_anyhow
@@ -90,7 +93,7 @@ def test_int8_targets_of_onnx_runtime(text: str, named: str) -> None:
     target = parse_target(text)
     assert (str(target), target.is_integer) == (named, True)
     assert str(target.in_float) == named.replace("+int8", "").replace(":int8", "")
-    assert get_backend(target).why_not_packed(target)
+    assert get_backend(target).why_not_packed(target) == get_backend(target).why_not_packed(target.in_float)
 
 
 def test_int8_targets_of_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,6 +151,46 @@ class Residual(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.relu(self.a(x))
         return self.head(torch.relu(self.c(torch.relu(self.b(x))) + x).mean((2, 3)))
+
+
+class FavoursPackedIntegers(Clock):
+    """Says that a network is the faster the more of its layers are packed in int8."""
+
+    def times(self, jobs: Sequence[Job], budget: Budget) -> tuple[Timing, ...]:
+        forms = [job.make().forms.values() for job in jobs]
+        return tuple(Timing(10.0 - sum(f.kind is FormKind.PACKED_INT8 for f in found)) for found in forms)
+
+
+@pytest.mark.usefixtures("quick_timing")
+def test_a_network_pruned_in_blocks_runs_in_packed_integers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slrc.measuring.choose_forms.Clock", FavoursPackedIntegers)
+    torch.manual_seed(0)
+    x = torch.randn(16, 16, 8, 8)
+    data = TensorDataset(x, x.mean((2, 3))[:, :3].argmax(1))
+    workload = slrc.Workload(
+        Residual(),
+        (x[:1],),
+        train_batches=DataLoader(data, batch_size=8),
+        evaluate=lambda model: {"accuracy": (model(x).argmax(1) == data.tensors[1]).float().mean().item()},
+    )
+    report = slrc.compile(
+        workload, tmp_path / "out", pattern="block:8x4", sparsity=0.75, qat_epochs=1, int8_skip="none", **OPTIONS
+    )
+    (target,) = report.targets
+    assert target.forms is not None
+    forms = {x.weight: str(x.form) for x in target.forms.layers if x.weight != "head.weight"}
+    assert forms == {f"{name}.weight": "packed-int8:4" for name in "abc"}
+    folder = tmp_path / "out" / target.folder
+    model = onnx.load(folder / "compiled" / "model.onnx")
+    nodes = [n.op_type for n in model.graph.node]
+    assert (nodes.count("BlockSparseQConv"), nodes.count("BlockSparseQConv_residual"), nodes.count("Conv")) == (2, 1, 0)
+    steps = {c.step: c for c in report.checks if c.step.startswith("compiled, rounded")}
+    assert any("in steps" in step and c.max_abs_error <= 1 for step, c in steps.items())
+    assert any("3 of 3 packed layers, bit by bit" in step for step in steps)
+    values = [i for i in model.graph.initializer if i.name in ("a.values", "b.values", "c.values")]
+    assert sum(i.dims[0] for i in values) <= 3 * 4 * 4 * 9 / 4  # a quarter of the blocks: training held the zeros
+    assert target.int8 is not None
+    assert all(c.metric is not None for c in target.int8.corners)
 
 
 def test_forms_for_an_int8_target_are_timed_in_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

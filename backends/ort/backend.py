@@ -59,8 +59,6 @@ class OnnxRuntime(Backend):
         """Kernels need a compiler for the target's processor, and a runtime that may load them."""
         if STOCK in target.options:
             return "the target is a stock runtime"
-        if target.is_integer:
-            return "packed blocks are in float32, and the target is int8"
         try:
             find_compiler(family_of_target(target))
         except BackendError as error:
@@ -75,12 +73,12 @@ class OnnxRuntime(Backend):
         import onnx
 
         is_packed = export_onnx(program, out / MODEL_FILE)
-        kernels = None
-        if is_packed:
-            kernels = KERNELS_FILE.format(family=family_of_target(target))
-            place = shutil.copy if portable else os.symlink
-            place(build(family_of_target(target)).resolve(), out / kernels)
         model = onnx.load(out / MODEL_FILE, load_external_data=False)
+        kernels, family = None, family_of_target(target)
+        if is_packed:
+            kernels = KERNELS_FILE.format(family=family)
+            place = shutil.copy if portable else os.symlink
+            place(build(family).resolve(), out / kernels)
         artifact = Artifact(
             target=str(target),
             model_file=MODEL_FILE,

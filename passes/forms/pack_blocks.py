@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from slrc.forms.form import FormKind, Forms
 from slrc.forms.packed_weight import PackedWeight
 from slrc.ir.nodes import argument, conv_groups, layer_weight, node_shape, op_name
 from slrc.ir.program import Program
-from slrc.kernels.limits import why_not
+from slrc.kernels.limits import why_not, why_not_int8
 from slrc.passes.base import PassResult, Transform
 from slrc.passes.forms.projections import cut_projections
 from slrc.passes.forms.unroll_transposed import axes_of, interleave, is_unrolled, pair, unroll_weight, why_not_unrolled
@@ -90,13 +90,36 @@ def why_not_packed(layer: Node, rows: int) -> str:
         phases = axes[0].stride * axes[1].stride
         unrolled = [phases * shape[1], shape[0], *(axis.taps for axis in axes)]
         return why_not(unrolled, rows, pads=[axis.pads for axis in axes], input_size=sizes[2:])
-    if op_name(layer) != "conv2d" or len(sizes) != 4:
+    return _why_no_window(layer) or why_not(shape, rows, **_window_of(layer))
+
+
+def why_not_packed_int8(layer: Node, rows: int) -> str:
+    """Return why a convolution or linear layer that runs in int8 cannot be packed so, or `""` if it can."""
+    shape = node_shape(layer.args[1])  # type: ignore[arg-type]
+    if op_name(layer) == "linear":
+        return why_not_int8(shape, rows)
+    if op_name(layer.args[0]) in ("constant_pad_nd", "pad"):  # type: ignore[arg-type]
+        return "what it reads is padded by an operator of its own"
+    return _why_no_window(layer) or why_not_int8(shape, rows, **_window_of(layer))
+
+
+def _why_no_window(layer: Node) -> str:
+    if op_name(layer) != "conv2d" or len(node_shape(layer.args[0])) != 4:  # type: ignore[arg-type]
         return "it is no convolution of a batch of images"
-    if isinstance(padding := argument(layer, 4, "padding", 0), str):
-        return f"its padding is `{padding}`"
+    padding = argument(layer, 4, "padding", 0)
+    return f"its padding is `{padding}`" if isinstance(padding, str) else ""
+
+
+def _window_of(layer: Node) -> dict[str, Any]:
     strides, pads, dilations = (pair(argument(layer, k, key, default)) for k, key, default in _WINDOW)
-    groups, size = conv_groups(layer), sizes[2:]
-    return why_not(shape, rows, strides=strides, pads=pads, dilations=dilations, groups=groups, input_size=size)
+    size = node_shape(layer.args[0])[2:]  # type: ignore[arg-type]
+    return {
+        "strides": strides,
+        "pads": pads,
+        "dilations": dilations,
+        "groups": conv_groups(layer),
+        "input_size": size,
+    }
 
 
 def _is_plain_pool(node: Node) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,14 @@ class Places:
     values: tuple[Place, ...]
 
 
-def find_places(module: GraphModule, scheme: Scheme, skipped: Collection[str] = ()) -> Places:
+def find_places(
+    module: GraphModule,
+    scheme: Scheme,
+    skipped: Collection[str] = (),
+    *,
+    packed: Collection[str] = (),
+    round_ends: bool = False,
+) -> Places:
     """Return what is rounded in a graph with parameters as `get_attr` nodes.
 
     1. Convolutions and linear layers, whose weights and biases are parameters, are integer; those in `skipped`, by the
@@ -75,11 +83,15 @@ def find_places(module: GraphModule, scheme: Scheme, skipped: Collection[str] = 
     2. What they read is rounded; a pad with zeros before convolutions belongs to them.
     3. Everywhere: what convolutions return is rounded, behind a ReLU or ReLU6 that alone reads it. So is the sum,
        product, concatenation or mean of rounded values, and what linear layers return, where an integer operator reads
-       it. Operators that move numbers share the range of what they move.
+       it. Operators that move numbers share the range of what they move. A layer in `packed`, by the name of its
+       weight, adds a rounded value itself: the sum is rounded, what the layer alone returns is not.
+       With `round_ends`, so are the graph's inputs and outputs, whoever reads them.
     4. Not everywhere: what is added to a layer's result is rounded, the result itself is not.
     """
     layers = [n for n in module.graph.nodes if is_quantizable(n) and layer_weight(n) not in skipped]
-    values = _Everywhere(layers).places(module) if scheme.everywhere else tuple(_read_by_layers(layers))
+    ends = [n for n in _ends(module) if _is_float(n)] if round_ends else []
+    adding = {n for n in layers if layer_weight(n) in packed}
+    values = _Everywhere(layers, ends, adding).places(module) if scheme.everywhere else tuple(_read_by_layers(layers))
     return Places(tuple(n.name for n in layers), values)
 
 
@@ -99,6 +111,10 @@ def clipping_of(node: Node) -> str:
     """Return `relu` or `relu6` where an operator is one, which rounding from zero on does too; else an empty text."""
     found = activation_of(node)
     return found if found in CLIPPING else ""
+
+
+def _shape(node: Node) -> tuple[Any, ...]:
+    return tuple(node.meta["val"].shape)
 
 
 def _is_float(node: Node) -> bool:
@@ -131,15 +147,27 @@ def _is_join(node: Node) -> bool:
     return name == "cat" or bool(name in ADDITIONS and two and node.kwargs.get("alpha", 1) == 1)
 
 
+def _ends(module: GraphModule) -> list[Node]:
+    return [*module.graph.find_nodes(op="placeholder"), *module.graph.output_node().all_input_nodes]
+
+
 @dataclass
 class _Everywhere:
-    """`source` says of every rounded value whose range it has; `made` which operator computed it, in integers."""
+    """`source` says of every rounded value whose range it has; `made` which operator computed it, in integers.
+
+    `ends` are rounded for all that read them. `adding` are the layers that add a value themselves, and `added` the
+    additions that they do, with the value that comes of each.
+    """
 
     layers: list[Node]
+    ends: list[Node]
+    adding: set[Node]
     source: dict[Node, Node] = field(default_factory=dict)
     made: dict[Node, Node] = field(default_factory=dict)
+    added: dict[Node, Node] = field(default_factory=dict)
 
     def places(self, module: GraphModule) -> tuple[Place, ...]:
+        self.source.update({n: n for n in self.ends if n.op == "placeholder"})
         for node in module.graph.nodes:
             if node in self.layers:
                 self._mark_read(node)
@@ -151,9 +179,13 @@ class _Everywhere:
             elif self._shares(node):
                 self.source[node] = self.source[node.args[0]]  # type: ignore[index]
                 self.made[node] = node
-        readers = self._readers(module)
+        for node in self.ends:
+            self.source.setdefault(node, node)
+        readers: dict[Node, list[str]] = {node: [] for node in self.ends}
+        readers.update(self._readers(module))
+        for_all = {*self.made, *self.ends}
         return tuple(
-            Place(value.name, self.source[value].name, None if value in self.made else tuple(readers[value]))
+            Place(value.name, self.source[value].name, None if value in for_all else tuple(readers[value]))
             for value in module.graph.nodes
             if value in readers and _is_float(value)
         )
@@ -167,9 +199,22 @@ class _Everywhere:
         self.source.setdefault(value, value)
 
     def _mark_made(self, node: Node) -> None:
-        follower = only_user(node)
-        end = follower if follower is not None and clipping_of(follower) else node
+        addition = self._addition(node) if node in self.adding else None
+        last = node if addition is None else addition
+        follower = only_user(last)
+        end = follower if follower is not None and clipping_of(follower) else last
         self.source[end], self.made[end] = end, node
+        if addition is not None:
+            self.added[addition] = end
+
+    def _addition(self, layer: Node) -> Node | None:
+        """Return the operator that adds a rounded value of the same shape to a layer's result, if it alone reads it."""
+        follower = only_user(layer)
+        if follower is None or op_name(follower) != "add" or not _is_join(follower) or follower in self.source:
+            return None
+        others = [a for a in _operands(follower) if a is not layer]
+        alike = len(others) == 1 and others[0] in self.source and _shape(others[0]) == _shape(layer)
+        return follower if alike else None
 
     def _is_inside(self, node: Node) -> bool:
         """Whether a node is a pad that is part of the convolutions behind it."""
@@ -187,7 +232,7 @@ class _Everywhere:
     def _readers(self, module: GraphModule) -> dict[Node, list[str]]:
         """Return which operators read a value in integers, of all that are read so, or that a convolution returns."""
         found: dict[Node, list[str]] = {}
-        ends = {maker: end for end, maker in self.made.items()}
+        ends = {maker: end for end, maker in self.made.items()} | self.added
         for value in reversed(list(module.graph.nodes)):
             if value not in self.source:
                 continue

@@ -28,7 +28,8 @@ class InsertQuantizers(Transform):
     1. A value becomes `fake_quantize(value, scale, zero point)`, for those that read it rounded. Values that share a
        range share the scale.
     2. The weight of a layer is rounded in steps of its own for each output, about zero, `(out,)`.
-    3. A ReLU or ReLU6 before a value whose integers begin at zero is dropped: the rounding clips alike.
+    3. The weight of a layer in `quantization.blocks` is marked so: it is emitted as a packed layer.
+    4. A ReLU or ReLU6 before a value whose integers begin at zero is dropped: the rounding clips alike.
 
         x ─▶ conv(w) ─▶ relu ─▶         x ─▶ fq ─▶ conv(fq(w)) ─▶ fq ─▶
 
@@ -47,7 +48,8 @@ class InsertQuantizers(Transform):
         """Round in a graph with parameters as `get_attr` nodes, in place; return whether there was anything to do."""
         if any(op_name(n) == ROUNDED for n in module.graph.nodes):
             return False
-        places = find_places(module, self.scheme, self.quantization.skipped)
+        given = self.quantization
+        places = find_places(module, self.scheme, given.skipped, packed=given.blocks, round_ends=given.round_ends)
         nodes = {n.name: n for n in module.graph.nodes}
         scales: dict[str, tuple[Tensor, int]] = {}
         for place in places.values:
@@ -58,8 +60,9 @@ class InsertQuantizers(Transform):
         for name in places.layers:
             layer = nodes[name]
             read = next((p.like for p in places.values if _feeds(p, inputs[name])), None)
-            _round_weight(module, layer, scales[read][0] if read in scales else None)
-        return bool(places.layers)
+            block = self.quantization.blocks.get(str(layer_weight(layer)), 0)
+            _round_weight(module, layer, scales[read][0] if read in scales else None, block)
+        return bool(places.layers or places.values)
 
 
 def _feeds(place: Place, value: Any) -> bool:
@@ -89,7 +92,7 @@ def _round_value(
             user.replace_input_with(value, rounded)
 
 
-def _round_weight(module: GraphModule, layer: Node, input_scale: Tensor | None) -> None:
+def _round_weight(module: GraphModule, layer: Node, input_scale: Tensor | None, block: int) -> None:
     name = str(layer_weight(layer))
     weight = get_tensor(module, name)
     scale = weight.detach().flatten(1).abs().amax(1) / WEIGHT_HIGHEST
@@ -100,7 +103,8 @@ def _round_weight(module: GraphModule, layer: Node, input_scale: Tensor | None) 
     weight_node = layer.args[1]
     assert isinstance(weight_node, Node)
     scale_node = insert_tensor(module, layer, sibling(name, "scale"), nn.Parameter(scale, requires_grad=False))
-    rounded = call_before(layer, FAKE_QUANTIZE, weight_node, scale_node, 0, 0, -WEIGHT_HIGHEST, WEIGHT_HIGHEST)
+    limits = (-WEIGHT_HIGHEST, WEIGHT_HIGHEST, *([block] if block else []))
+    rounded = call_before(layer, FAKE_QUANTIZE, weight_node, scale_node, 0, 0, *limits)
     rounded.meta["val"] = weight_node.meta["val"]
     layer.replace_input_with(weight_node, rounded)
 
@@ -111,14 +115,18 @@ class QuantizeBiases(Transform):
 
     `conv(fq(x, s), fq(w, t), b)` becomes `conv(fq(x, s), fq(w, t), fq(b, s·t))`: integers in an accumulator's steps.
     It is for the end: scales do not change behind it. Biases that are rounded are left alone, and those of linear
-    layers on sequences, which are added to a product in floating point.
+    layers on sequences, which are added to a product in floating point, unless the layer is packed.
     """
 
     name: ClassVar[str] = "quantize-biases"
 
     def __call__(self, program: Program) -> PassResult:
         """Return the program with rounded biases."""
-        return PassResult(*program.rewrite(_round_biases))
+        return PassResult(*program.rewrite(self.edit))
+
+    def edit(self, module: GraphModule) -> bool:
+        """Round biases in a graph with parameters as `get_attr` nodes, in place; return whether there were any."""
+        return _round_biases(module)
 
 
 def _round_biases(module: GraphModule) -> bool:
@@ -128,7 +136,7 @@ def _round_biases(module: GraphModule) -> bool:
         bias = layer_bias(layer) if weight is not None else None
         if not isinstance(weight, Node) or op_name(weight) != ROUNDED or bias is None or bias.op != "get_attr":
             continue
-        if op_name(layer) == "linear" and layer.meta["val"].dim() != 2:
+        if op_name(layer) == "linear" and layer.meta["val"].dim() != 2 and not argument(weight, 6, "block", 0):
             continue
         value = layer.args[0]
         while isinstance(value, Node) and op_name(value) in ("constant_pad_nd", "pad"):

@@ -16,10 +16,10 @@ from slrc.forms.cost import cheapest_form
 from slrc.forms.form import DENSE, Form, FormKind, Forms
 from slrc.ir.program import Program
 from slrc.measuring.choose_forms import form_candidates
-from slrc.measuring.clock import Clock, Job, to_be_timed
+from slrc.measuring.clock import Clock, Formed, Job, to_be_timed
 from slrc.measuring.timing import BLOCKS, Budget, measure
 from slrc.passes.analysis.cut_segments import cut_segments
-from slrc.pipeline import apply_forms, baseline, structure
+from slrc.pipeline import baseline, structure
 from slrc.progress import Reporter
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.patterns import NM, AnyPattern, Block, Channel, Columns
@@ -35,7 +35,8 @@ RUNS = 2 * BLOCKS + 6
 
 def patterns_for(target: Target) -> tuple[AnyPattern, ...]:
     """Return the patterns that may make a network faster on a target."""
-    blocks: tuple[AnyPattern, ...] = () if get_backend(target).why_not_packed(target) else (Block(8, 1),)
+    block = Block(8, 4 if target.is_integer else 1)
+    blocks: tuple[AnyPattern, ...] = () if get_backend(target).why_not_packed(target) else (block,)
     pairs: tuple[AnyPattern, ...] = (NM(2, 4),) if target.backend.startswith("tensorrt") else ()
     return (Channel(), Columns(2), *blocks, *pairs)
 
@@ -76,7 +77,7 @@ def time_speedups(
     found: dict[tuple[str, float], SpeedupPoint] = {}
     with tempfile.TemporaryDirectory() as folder, reporter.task("timing pruned networks", len(wanted)) as task:
         inputs = program.flat_inputs()
-        dense = _emitted(baseline(program), target, threads, Path(folder) / "dense")
+        dense = _emitted(Formed(baseline(program)), target, threads, Path(folder) / "dense")
         run_seconds = _seconds(dense.prepare(*inputs), deadline.now)
         longest = 0.0
         for i, (pattern, sparsity) in enumerate(wanted):
@@ -87,8 +88,8 @@ def time_speedups(
                 continue
             began = deadline.now()
             try:
-                slim, reached = _pruned(program, pattern, sparsity, config, target)
-                compiled = _emitted(slim, target, threads, Path(folder) / str(i))
+                formed, reached = _pruned(program, pattern, sparsity, config, target)
+                compiled = _emitted(formed, target, threads, Path(folder) / str(i))
                 latency = measure(str(target), dense, compiled, inputs, threads, budget=WHOLE)
                 update = {"reached": reached, "speedup": latency.speedup, "spread": latency.speedup_spread}
             except SlrcError as error:
@@ -101,11 +102,11 @@ def time_speedups(
 
 def _pruned(
     program: Program, pattern: AnyPattern, sparsity: float, config: CompileConfig, target: Target
-) -> tuple[Program, float]:
+) -> tuple[Formed, float]:
     """Return the network as a compile would make it of this plan, with forms by the cost model; and what is pruned."""
     plan = plan_uniformly(program, pattern, sparsity, config)
     slim = structure(program, plan, Masks.project(plan, program.tensors))
-    return apply_forms(slim, _forms(slim, target)), plan.sparsity
+    return Formed(slim, _forms(slim, target)), plan.sparsity
 
 
 def _forms(program: Program, target: Target) -> Forms:
@@ -113,22 +114,24 @@ def _forms(program: Program, target: Target) -> Forms:
 
     Of blocks that cost the same the larger are taken.
     """
-    candidates, _ = form_candidates(program, get_backend(target).why_not_packed(target))
+    candidates, _ = form_candidates(program, target)
+    kind = FormKind.PACKED_INT8 if target.is_integer else FormKind.PACKED
     forms: dict[str, Form] = {}
     for weight, offered in candidates.items():
-        packed = sorted((f for f in offered if f.kind is FormKind.PACKED), key=lambda form: -form.size)
+        packed = sorted((f for f in offered if f.kind is kind), key=lambda form: -form.size)
         form = cheapest_form(program.tensors[weight], packed or offered, program.layers[weight].groups)
         if form != DENSE:
             forms[weight] = form
     return forms
 
 
-def _emitted(program: Program, target: Target, threads: int, folder: Path) -> Runner:
+def _emitted(formed: Formed, target: Target, threads: int, folder: Path) -> Runner:
     backend = get_backend(target)
+    program = to_be_timed(formed, target)
     if reasons := backend.check(program):
         raise BackendError(f"{target} cannot take {program.name}: {reasons[0]}")
     folder.mkdir()
-    backend.lower(to_be_timed(program, target), target, folder, portable=False)
+    backend.lower(program, target, folder, portable=False)
     return backend.load(folder, threads=threads)
 
 

@@ -7,7 +7,7 @@ a choice is data: a form by the name of the layer's weight.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated
@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
 from torch import Tensor
 
 from slrc.errors import PlanError
+from slrc.forms.packed_int8 import int8_density
 from slrc.forms.packed_weight import block_density
 
 BLOCK_ROWS = (4, 8, 16)
@@ -34,7 +35,7 @@ ALIKE = 1.02
 
 
 class FormKind(StrEnum):
-    """What a layer becomes."""
+    """What a layer becomes. On an int8 target it is in int8, unless its form says that it is in float32."""
 
     DENSE = "dense"
     """The layer as it is, zeros and all."""
@@ -43,14 +44,19 @@ class FormKind(StrEnum):
     GROUPED = "grouped"
     """One gather, then one grouped convolution."""
     PACKED = "packed"
-    """One node with packed blocks, for the kernels of slrc."""
+    """One node with packed blocks, for the kernels of slrc, in float32."""
+    FLOAT32 = "float32"
+    """On an int8 target, the layer as it is in float32."""
+    PACKED_INT8 = "packed-int8"
+    """One node with packed blocks of integers."""
 
 
 @dataclass(frozen=True)
 class Form:
     """`dense`, `split:R` and `grouped:R` with R row groups, `packed:M` with blocks of M outputs × 1 column.
 
-    `packed:1` is for depthwise layers. They need no zeros for it, nor do layers of few columns.
+    `packed:1` is for depthwise layers. They need no zeros for it, nor do layers of few columns. For int8 targets there
+    are `float32`, and `packed-int8:M` with blocks of M outputs × 4 input channels.
     """
 
     kind: FormKind
@@ -61,7 +67,10 @@ class Form:
 
 
 DENSE = Form(FormKind.DENSE)
+FLOAT32 = Form(FormKind.FLOAT32)
 DEPTHWISE = Form(FormKind.PACKED, 1)
+IN_FLOAT = (FormKind.FLOAT32, FormKind.PACKED)
+"""What stays in floating point on an int8 target."""
 Forms = Mapping[str, Form]
 """The form of each layer, by the name of its weight; a layer that is not named stays dense."""
 
@@ -72,13 +81,25 @@ def parse_form(text: str) -> Form:
     Raises:
         PlanError: it names none.
     """
-    match = re.fullmatch(r"dense|(split|grouped|packed):([1-9]\d*)", text.strip())
+    match = re.fullmatch(r"(dense|float32)|(split|grouped|packed|packed-int8):([1-9]\d*)", text.strip())
     if match is None:
-        raise PlanError(f"unknown form `{text}`: expected dense, split:R, grouped:R or packed:M")
-    return Form(FormKind(match[1]), int(match[2])) if match[1] else DENSE
+        raise PlanError(
+            f"unknown form `{text}`: expected dense, float32, split:R, grouped:R, packed:M or packed-int8:M"
+        )
+    return Form(FormKind(match[1] or match[2]), int(match[3] or 0))
 
 
-def candidate_forms(weight: Tensor, op: str, groups: int = 1) -> list[Form]:
+def in_float(forms: Forms) -> tuple[str, ...]:
+    """Return the layers that stay in floating point on an int8 target."""
+    return tuple(weight for weight, form in forms.items() if form.kind in IN_FLOAT)
+
+
+def int8_blocks(forms: Forms) -> dict[str, int]:
+    """Return the rows of the blocks of layers that are packed in int8."""
+    return {weight: form.size for weight, form in forms.items() if form.kind is FormKind.PACKED_INT8}
+
+
+def candidate_forms(weight: Tensor, op: str, groups: int = 1, *, is_integer: bool = False) -> list[Form]:
     """Return the forms that a layer allows, `dense` first: by its zeros, or packed with none if that may be faster.
 
     Packed forms are for float32 alone.
@@ -87,7 +108,19 @@ def candidate_forms(weight: Tensor, op: str, groups: int = 1) -> list[Form]:
         weight: `(out, in/groups, *kernel)`, of transposed convolutions too.
         op: the ATen operator's bare name, such as `conv2d`.
         groups: of the convolution.
+        is_integer: whether the layer runs in int8 unless its form says otherwise.
     """
+    forms = _float_forms(weight, op, groups)
+    if not is_integer:
+        return forms
+    if op in ("conv2d", "linear") and weight.shape[1] > 1:
+        forms += _packed_forms(
+            {rows: int8_density(weight, rows, groups) for rows in BLOCK_ROWS}, kind=FormKind.PACKED_INT8
+        )
+    return [*forms, FLOAT32]
+
+
+def _float_forms(weight: Tensor, op: str, groups: int) -> list[Form]:
     forms = [DENSE]
     if op == "conv_transpose2d" and groups == 1 and weight.dtype == torch.float32:
         whole = [rows for rows in BLOCK_ROWS if weight.shape[0] % rows == 0]  # a block is of one phase of the stride
@@ -109,12 +142,14 @@ def candidate_forms(weight: Tensor, op: str, groups: int = 1) -> list[Form]:
     return forms
 
 
-def _packed_forms(density: Mapping[int, float], *, needs_zeros: bool = True) -> list[Form]:
+def _packed_forms(
+    density: Mapping[int, float], *, needs_zeros: bool = True, kind: FormKind = FormKind.PACKED
+) -> list[Form]:
     """Return the packed forms that do about the least work, of those with a density; none if that saves nothing."""
     least = min(density.values(), default=1.0)
     if needs_zeros and least > 1 - LEAST_ZEROS:
         return []
-    return [Form(FormKind.PACKED, rows) for rows, d in density.items() if d <= least * ALIKE]
+    return [Form(kind, rows) for rows, d in density.items() if d <= least * ALIKE]
 
 
 def _row_groups(weight: Tensor) -> int:
@@ -173,3 +208,14 @@ class FormChoice(BaseModel):
     def forms(self) -> Forms:
         """The form of each layer that does not stay dense."""
         return {x.weight: x.form for x in self.layers if x.form != DENSE}
+
+    def spared(self, weights: Collection[str]) -> FormChoice:
+        """Return the choice with the fastest of their forms in floating point for layers that int8 hurts."""
+
+        def in_float(layer: LayerChoice) -> LayerChoice:
+            if layer.weight not in weights or layer.form.kind in IN_FLOAT:
+                return layer
+            known = {form: ms for text, ms in layer.ms.items() if (form := parse_form(text)).kind in IN_FLOAT}
+            return layer.model_copy(update={"form": min(known, key=lambda f: known[f], default=FLOAT32)})
+
+        return self.model_copy(update={"layers": tuple(map(in_float, self.layers))})

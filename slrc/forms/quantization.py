@@ -68,10 +68,13 @@ class Quantization(BaseModel):
     """What is to be rounded in a program, and how: data, beside the program it was found on.
 
     `ranges` are those of values, by the name of their node. Layers in `skipped`, by the name of their weight, stay in
-    floating point.
+    floating point; those in `blocks` are stored in packed blocks of so many outputs × 4 input channels.
+    With `round_ends` the program is a part of one that rounds: inputs and outputs are rounded whatever reads them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     ranges: Mapping[str, Range]
     skipped: tuple[str, ...] = ()
+    blocks: Mapping[str, int] = {}
+    round_ends: bool = False

@@ -16,10 +16,14 @@ LEAST_SCALE = 1e-12
 
 
 @torch.library.custom_op("slrc::fake_quantize", mutates_args=())
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: int, axis: int, lowest: int, highest: int) -> Tensor:
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: int, axis: int, lowest: int, highest: int, block: int = 0
+) -> Tensor:
     """`(clamp(round(x / scale) + zero_point, lowest, highest) − zero_point) · scale`, ties to even.
 
-    `scale` is positive: one number `()`, or one for each index of dimension `axis` of `x`, `(x.shape[axis],)`.
+    `scale` is positive: one number `()`, or one for each index of dimension `axis` of `x`, `(x.shape[axis],)`. A weight
+    with a `block` is to be stored in packed blocks of so many outputs, see `slrc.forms.packed_int8`; to what is
+    computed that makes no difference.
     """
     spread = _spread(scale, x, axis)
     codes = torch.clamp(torch.round(x / spread) + zero_point, lowest, highest)
@@ -44,7 +48,7 @@ def _spread(scale: Tensor, x: Tensor, axis: int) -> Tensor:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, scale, *ctx.others = inputs
+    x, scale, *ctx.others, _ = inputs
     ctx.save_for_backward(x, scale)
 
 
@@ -60,7 +64,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         dims = [d for d in range(x.dim()) if not scale.dim() or d != axis]
         elements = x.numel() / max(1, scale.numel())
         for_scale = (gradient * moved).sum(dims).reshape(scale.shape) / (elements * max(highest, 1)) ** 0.5
-    return gradient * inside, for_scale, None, None, None, None
+    return gradient * inside, for_scale, None, None, None, None, None
 
 
 fake_quantize.register_autograd(_backward, setup_context=_keep)

@@ -8,25 +8,37 @@ model is never slower than the dense one by more than the noise of the clock.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from slrc.backends import Target, get_backend
 from slrc.forms.cost import cheapest_form, density_of
-from slrc.forms.form import DENSE, LEAST_ZEROS, Form, FormChoice, FormKind, Forms, LayerChoice, candidate_forms
+from slrc.forms.form import (
+    DENSE,
+    IN_FLOAT,
+    LEAST_ZEROS,
+    Form,
+    FormChoice,
+    FormKind,
+    Forms,
+    LayerChoice,
+    candidate_forms,
+)
 from slrc.ir.nodes import layer_weight
 from slrc.ir.program import Program
 from slrc.machine.cache import cache_folder
-from slrc.measuring.clock import Clock, Job, digest
+from slrc.measuring.clock import Clock, Formed, Job, digest, form_content
 from slrc.measuring.devices import Device, Timing, local_device
 from slrc.measuring.timing import PART_RACE, WHOLE_RACE
 from slrc.passes.analysis.cut_segments import Segment, cut_segments
-from slrc.passes.forms.pack_blocks import why_not_packed
-from slrc.pipeline import apply_forms
+from slrc.passes.forms.pack_blocks import why_not_packed, why_not_packed_int8
+from slrc.passes.quantization.find_places import is_quantizable
 from slrc.progress import Quiet, Reporter
 
+LIMITS = {FormKind.PACKED: why_not_packed, FormKind.PACKED_INT8: why_not_packed_int8}
+"""What says why a layer cannot have a form that is for the kernels."""
 Candidates = Mapping[str, Sequence[Form]]
 FormTimes = dict[Form, Timing]
 """What a layer takes in each of its forms."""
@@ -42,6 +54,7 @@ def choose_forms(
     cache: Path | None = None,
     reporter: Reporter | None = None,
     device: Device | None = None,
+    in_float: Collection[str] = (),
 ) -> FormChoice:
     """Return the form of every layer of a program that went through `structure`.
 
@@ -54,10 +67,11 @@ def choose_forms(
         cache: a folder for measured times; `cache_folder()` by default.
         reporter: where progress goes.
         device: what it is timed on; this machine by default.
+        in_float: weights of layers that are not to be in int8.
     """
-    backend, device = get_backend(target), device or local_device()
+    device = device or local_device()
     count = threads or device.cores
-    candidates, lost = form_candidates(program, backend.why_not_packed(target))
+    candidates, lost = form_candidates(program, target, in_float)
     if not candidates:
         return FormChoice(target=str(target), threads=count, dropped=_notes(lost, target))
     if device.why_not_choose(target):
@@ -81,28 +95,39 @@ def choose_forms(
     )
 
 
-def form_candidates(program: Program, no_kernels: str) -> tuple[dict[str, list[Form]], list[tuple[str, str, str]]]:
+def form_candidates(
+    program: Program, target: Target, in_float: Collection[str] = ()
+) -> tuple[dict[str, list[Form]], list[tuple[str, str, str]]]:
     """Return the forms of every layer that has more than one, and the packed ones that are not to be had.
 
-    What is packed with no zeros is so for other packed layers alone.
+    What is packed with no zeros is so for other packed layers alone. Layers in `in_float` have no forms in int8.
     """
-    nodes = {node.name: node for node in program.nodes}
+    nodes, no_kernels = {node.name: node for node in program.nodes}, get_backend(target).why_not_packed(target)
+    mixes = mixes_types(target)
     possible: dict[str, list[Form]] = {weight: [] for weight in program.layers}
     lost: list[tuple[str, str, str]] = []
     packs = False
     for weight, layer in program.layers.items():
         tensor = layer.outputs_first(program.tensors[weight])
-        for form in candidate_forms(tensor, layer.op, layer.groups):
-            if form.kind is FormKind.PACKED:
-                limits = (why_not_packed(nodes[name], form.size) for name in layer.nodes)
+        is_integer = mixes and all(is_quantizable(nodes[name]) for name in layer.nodes)
+        for form in candidate_forms(tensor, layer.op, layer.groups, is_integer=is_integer):
+            if is_integer and weight in in_float and form.kind not in IN_FLOAT:
+                continue
+            if form.kind in LIMITS:
+                limits = (LIMITS[form.kind](nodes[name], form.size) for name in layer.nodes)
                 has_zeros = density_of(tensor, form, layer.groups) <= 1 - LEAST_ZEROS
                 if reason := no_kernels or next(filter(None, limits), ""):
                     lost += [(weight, str(form), reason)] if has_zeros else []
                     continue
-                packs |= has_zeros
+                packs |= has_zeros and form.kind is FormKind.PACKED
             possible[weight].append(form)
     offered = {w: [f for f in forms if packs or f.kind is not FormKind.PACKED] for w, forms in possible.items()}
     return {w: forms for w, forms in offered.items() if len(forms) > 1}, lost
+
+
+def mixes_types(target: Target) -> bool:
+    """Whether a target runs each layer in int8 or in float32 as that layer's form says."""
+    return target.is_integer and get_backend(target).scheme.everywhere
 
 
 def _outputs_first(program: Program, weight: str) -> Tensor:
@@ -157,38 +182,30 @@ def _time_layers(program: Program, candidates: Candidates, clock: Clock, reporte
 def _job(segment: Segment, form: Form, weight: Tensor, groups: int) -> Job:
     """Layers alike in shape and in how many blocks or channels they keep take alike times."""
 
-    def make() -> Program:
+    def make() -> Formed:
         own = segment.program()
         anchor = next(w for n in own.nodes if (w := layer_weight(n)) is not None)
-        return apply_forms(own, {anchor: form})
+        return Formed(own, {anchor: form}, is_part=True)
 
     name = digest(segment.module, segment.inputs, form_content(form, density_of(weight, form, groups)))
     return Job(name, make, segment.inputs)
-
-
-def form_content(form: Form, density: float) -> str:
-    """Return what a form makes of a weight as far as its time depends on it."""
-    return f"{form} {density:.2f}"
 
 
 def _time_whole(
     program: Program, ms: Mapping[str, FormTimes], clock: Clock, reporter: Reporter
 ) -> dict[str, tuple[Forms, Timing]]:
     """Return the forms and times of every network that is tried, by a name."""
+    groups: dict[str, Sequence[FormKind]] = {f"all {kind}": [kind] for kind in FormKind}
+    if mixes_types(clock.target):
+        groups["each its fastest in float32"] = IN_FLOAT
+        groups["each its fastest in int8"] = [kind for kind in FormKind if kind not in IN_FLOAT]
     tried: dict[str, Forms] = {"each its fastest": _fastest(ms, list(FormKind))}
-    for kind in FormKind:
-        if (forms := _fastest(ms, [kind])) not in tried.values():
-            tried[f"all {kind}"] = forms
+    for name, kinds in groups.items():
+        if (forms := _fastest(ms, kinds)) not in tried.values():
+            tried[name] = forms
     reporter.note(f"timing {program.name} on {clock.target}: {', '.join(tried)}")
-    timings = clock.times([_whole_job(program, forms) for forms in tried.values()], WHOLE_RACE)
+    timings = clock.times([Job.of_whole(program, forms) for forms in tried.values()], WHOLE_RACE)
     return {name: (forms, timing) for (name, forms), timing in zip(tried.items(), timings, strict=True)}
-
-
-def _whole_job(program: Program, forms: Forms) -> Job:
-    groups = {w: program.layers[w].groups for w in forms}
-    contents = [(w, form_content(f, density_of(_outputs_first(program, w), f, groups[w]))) for w, f in forms.items()]
-    inputs = program.flat_inputs()
-    return Job(digest(program.graph_module, inputs, *contents), lambda: apply_forms(program, forms), inputs)
 
 
 def _fastest(ms: Mapping[str, FormTimes], kinds: Sequence[FormKind]) -> Forms:

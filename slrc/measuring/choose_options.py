@@ -25,6 +25,8 @@ def offered_patterns(target: Target) -> tuple[AnyPattern, ...]:
     """Return what layers of `--pattern auto` may be pruned by on a target: blocks where it has kernels for them."""
     if get_backend(target).why_not_packed(target):
         return (Columns(2), Columns(1), Columns(4))
+    if target.is_integer:
+        return (Block(8, 4), Block(4, 4), Block(8, 1))
     return (Block(8, 1), Block(4, 1), Block(16, 1))
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,28 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from slrc.backends import Target, get_backend
+from slrc.forms.cost import density_of
+from slrc.forms.form import Form, Forms
 from slrc.ir.program import Program
 from slrc.kernels.build import sources_digest
 from slrc.measuring.devices import Candidate, Device, Timing, first_line, local_device
 from slrc.measuring.timing import Budget
 from slrc.passes.analysis.cut_segments import Segment
+from slrc.pipeline import apply_forms, pack_layers, split_layers
 from slrc.quantization.choose import rounded_anyhow
+
+
+@dataclass(frozen=True)
+class Formed:
+    """A structured program and the forms of its layers on a target.
+
+    What `is_part` of a network stands between other layers: on an int8 target its inputs come in integers and its
+    outputs go as such, so that a layer in float32 takes what it costs to go there and back.
+    """
+
+    program: Program
+    forms: Forms = field(default_factory=dict)
+    is_part: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,28 +48,48 @@ class Job:
     """
 
     digest: str
-    make: Callable[[], Program]
+    make: Callable[[], Formed]
     inputs: Sequence[Tensor]
     emit: Callable[[Path], None] | None = None
 
+    def program(self, target: Target) -> Program:
+        """Return the program that is emitted."""
+        return to_be_timed(self.make(), target)
+
     @staticmethod
-    def of_whole(program: Program) -> Job:
-        """Return the job of a whole program."""
-        inputs = program.flat_inputs()
-        return Job(digest(program.graph_module, inputs), lambda: program, inputs)
+    def of_whole(program: Program, forms: Forms | None = None) -> Job:
+        """Return the job of a whole program, with its layers dense or in their forms."""
+        given, inputs = forms or {}, program.flat_inputs()
+        contents = []
+        for weight, form in given.items():
+            layer = program.layers[weight]
+            density = density_of(layer.outputs_first(program.tensors[weight]), form, layer.groups)
+            contents.append((weight, form_content(form, density)))
+        return Job(digest(program.graph_module, inputs, *contents), lambda: Formed(program, given), inputs)
 
     @staticmethod
     def of_segment(segment: Segment) -> Job:
         """Return the job of a segment as it is."""
-        return Job(digest(segment.module, segment.inputs), segment.program, segment.inputs)
+        name = digest(segment.module, segment.inputs)
+        return Job(name, lambda: Formed(segment.program(), is_part=True), segment.inputs)
 
 
-def to_be_timed(program: Program, target: Target) -> Program:
+def form_content(form: Form, density: float) -> str:
+    """Return what a form makes of a weight as far as its time depends on it."""
+    return f"{form} {density:.2f}"
+
+
+def to_be_timed(formed: Formed, target: Target) -> Program:
     """Return what is emitted of a program to be timed: for an int8 target one that rounds.
 
     Its scales are whatever suits the example inputs: times do not depend on them.
     """
-    return rounded_anyhow(program, get_backend(target).scheme) if target.is_integer else program
+    program, forms = formed.program, formed.forms
+    if not target.is_integer:
+        return apply_forms(program, forms)
+    split = split_layers(program, forms)
+    rounded = rounded_anyhow(split, get_backend(target).scheme, forms, round_ends=formed.is_part)
+    return pack_layers(rounded, forms)
 
 
 def digest(module: GraphModule, inputs: Sequence[Tensor], *others: object) -> str:
@@ -103,7 +139,7 @@ class Clock:
             if job.emit is not None:
                 job.emit(folder)
             else:
-                program = to_be_timed(job.make(), self.target)
+                program = job.program(self.target)
                 get_backend(self.target).lower(program, self.target, folder, portable=False)
         except Exception as error:  # whatever a pass or the exporter makes of a program
             return first_line(error)

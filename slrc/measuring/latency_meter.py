@@ -20,19 +20,20 @@ from slrc.backends import Artifact, Target, get_backend
 from slrc.errors import BackendError, PlanError
 from slrc.forms.cost import density_of
 from slrc.forms.form import BLOCK_ROWS, DENSE, Form, FormKind, candidate_forms
+from slrc.forms.packed_int8 import CHANNELS
 from slrc.forms.packed_weight import PackedWeight
 from slrc.ir.nodes import layer_weight
 from slrc.ir.program import Layer, Program
 from slrc.machine.cache import cache_folder
-from slrc.measuring.choose_forms import choose_forms, form_content
-from slrc.measuring.clock import Clock, Job, digest
+from slrc.measuring.choose_forms import LIMITS, choose_forms, mixes_types
+from slrc.measuring.clock import Clock, Formed, Job, digest, form_content, to_be_timed
 from slrc.measuring.devices import Device, local_device
 from slrc.measuring.latency_table import LatencyTable, SegmentLatency, WholeLatency, interpolate
 from slrc.measuring.timing import PART, WHOLE
 from slrc.measuring.timing import Budget as TimeBudget
 from slrc.passes.analysis.cut_segments import Segment, cut_segments
-from slrc.passes.forms.pack_blocks import why_not_packed
-from slrc.pipeline import apply_forms, baseline, structure
+from slrc.passes.quantization.find_places import is_quantizable
+from slrc.pipeline import baseline, structure
 from slrc.progress import Quiet, Reporter
 from slrc.sparsity.budget import Menu, Option
 from slrc.sparsity.constraints import Constraint
@@ -258,8 +259,8 @@ class LatencyMeter:
             reporter=self._reporter,
             device=self._device,
         )
-        formed = apply_forms(slim, choice.forms)
-        dense, compiled = self._times([Job.of_whole(self._dense), Job.of_whole(formed)], WHOLE, self._program.name)
+        jobs = [Job.of_whole(self._dense), Job.of_whole(slim, choice.forms)]
+        dense, compiled = self._times(jobs, WHOLE, self._program.name)
         return compiled / dense
 
     def _time_options(self, c: Constraint, segment: Segment, patterns: Sequence[AnyPattern]) -> SegmentTimes:
@@ -293,19 +294,23 @@ class LatencyMeter:
         self, pattern: AnyPattern, density: float, zeros: Callable[[], Tensor], layer: Layer
     ) -> list[tuple[Form, float]]:
         """Return the forms that use a pattern's zeros on the target, with the share of the work that each does."""
-        nodes = {node.name: node for node in self._program.nodes}
+        nodes = [node for node in self._program.nodes if node.name in layer.nodes]
+        is_integer = mixes_types(self.target) and all(map(is_quantizable, nodes))
 
-        def can_be_packed(rows: int) -> bool:
-            return not self._no_kernels and not any(why_not_packed(nodes[name], rows) for name in layer.nodes)
+        def can_be(form: Form) -> bool:
+            why_not = LIMITS.get(form.kind)
+            return why_not is None or not (self._no_kernels or any(why_not(node, form.size) for node in nodes))
 
-        if isinstance(pattern, Block) and pattern.rows in BLOCK_ROWS and pattern.cols == 1:
-            return [(Form(FormKind.PACKED, pattern.rows), density)] if can_be_packed(pattern.rows) else []
-        found = [form for form in candidate_forms(zeros(), layer.op, layer.groups) if form != DENSE]
-        return [
-            (form, density_of(zeros(), form, layer.groups))
-            for form in found
-            if form.kind is not FormKind.PACKED or can_be_packed(form.size)
-        ]
+        if isinstance(pattern, Block) and pattern.rows in BLOCK_ROWS and pattern.cols in (1, CHANNELS):
+            of_floats, of_integers = (Form(kind, pattern.rows) for kind in (FormKind.PACKED, FormKind.PACKED_INT8))
+            found = [(of_floats, density)] if pattern.cols == 1 or not is_integer else []
+            if is_integer:
+                exact = pattern.cols == CHANNELS
+                found.append((of_integers, density if exact else density_of(zeros(), of_integers, layer.groups)))
+        else:
+            forms = candidate_forms(zeros(), layer.op, layer.groups, is_integer=is_integer)
+            found = [(form, density_of(zeros(), form, layer.groups)) for form in forms if form != DENSE]
+        return [(form, share) for form, share in found if can_be(form)]
 
     def _slim(self, plan: Plan) -> Program:
         return structure(self._program, plan, Masks.project(plan, self._program.tensors))
@@ -348,15 +353,16 @@ class _Variants:
         """
         segment, backend = self._segment, get_backend(self._target)
 
-        def make() -> Program:
+        def make() -> Formed:
             own = segment.program()
             anchor = next(w for n in own.nodes if (w := layer_weight(n)) is not None)
-            return apply_forms(own.with_tensors({anchor: zeros()}), {anchor: form})
+            return Formed(own.with_tensors({anchor: zeros()}), {anchor: form}, is_part=True)
 
         def emit(folder: Path) -> None:
             if self._packed is None:
                 place = TemporaryDirectory()
-                self._packed = backend.lower(make(), self._target, Path(place.name), portable=False), place
+                program = to_be_timed(make(), self._target)
+                self._packed = backend.lower(program, self._target, Path(place.name), portable=False), place
             artifact, first = self._packed
             backend.repack(artifact, Path(first.name), PackedWeight.of(zeros(), form.size, self._groups), folder)
 

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Interpreter
 
 from slrc.config import Int8Settings
 from slrc.errors import ConfigError
+from slrc.forms.form import Forms, in_float, int8_blocks
 from slrc.forms.quantization import Quantization, Scheme
 from slrc.ir.nodes import layer_weight
 from slrc.ir.program import Program
@@ -66,17 +67,20 @@ class Calibration(BaseModel):
 
 @dataclass(frozen=True)
 class Quantized:
-    """A program in floating point as it was rewritten for rounding, how it is rounded, and how that was found."""
+    """A program in floating point as it was rewritten for rounding, how it is rounded, and how that was found.
+
+    `spared` are layers that stay in float since rounding them hurts.
+    """
 
     source: Program
     quantization: Quantization
     scheme: Scheme
     calibration: Calibration
+    spared: tuple[str, ...] = ()
 
     def program(self, *, biases: bool = True) -> Program:
         """Return the program that rounds; with `biases` as it is emitted, without for training."""
-        rounded = InsertQuantizers(self.scheme, self.quantization)(self.source).program
-        return QuantizeBiases()(rounded).program if biases and self.scheme.integer_bias else rounded
+        return _rounded(self.source, self.scheme, self.quantization, biases=biases)
 
 
 @dataclass
@@ -86,6 +90,7 @@ class _Search:
     inputs: Sequence[Inputs]
     settings: Int8Settings
     logits: bool
+    blocks: Mapping[str, int] = field(default_factory=dict)
     tried: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -96,14 +101,14 @@ class _Search:
         self.seen = self.observe(self.program)
 
     def observe(self, program: Program) -> Mapping[str, Observed]:
-        places = find_places(program.graph_module, self.scheme).values
+        places = find_places(program.graph_module, self.scheme, packed=self.blocks).values
         names = {p.value for p in places} | {p.like for p in places}
         return observe(program, names, self.observed_on)
 
     def quantization(self, seen: Mapping[str, Observed], method: str, skipped: Sequence[str] = ()) -> Quantization:
         chosen = RangeMethod(method)
         ranges = {n: range_of(s, chosen, self.scheme, self.settings.percentile) for n, s in seen.items()}
-        return Quantization(ranges=ranges, skipped=tuple(skipped))
+        return Quantization(ranges=ranges, skipped=tuple(skipped), blocks=self.blocks)
 
     def loss(self, program: Program, quantization: Quantization, what: str = "") -> float:
         found = self._moved(rounding_module(program, self.scheme, quantization))
@@ -130,14 +135,32 @@ def rounding_module(program: Program, scheme: Scheme, quantization: Quantization
     return module
 
 
-def rounded_anyhow(program: Program, scheme: Scheme) -> Program:
-    """Return a program rounded by the extremes of its values on its example inputs: to be timed."""
-    places = find_places(program.graph_module, scheme).values
+def rounded_anyhow(
+    program: Program, scheme: Scheme, forms: Forms | None = None, *, round_ends: bool = False
+) -> Program:
+    """Return a program rounded by the extremes of its values on its example inputs: to be timed.
+
+    Layers have the forms that they are to have; with `round_ends` inputs and outputs are rounded too.
+    """
+    given = forms or {}
+    quantization = Quantization(ranges={}, skipped=in_float(given), blocks=int8_blocks(given), round_ends=round_ends)
+    places = find_places(
+        program.graph_module, scheme, quantization.skipped, packed=quantization.blocks, round_ends=round_ends
+    ).values
     names = {p.value for p in places} | {p.like for p in places}
     seen = observe(program, names, [program.flat_inputs()])
-    quantization = Quantization(ranges={n: s.limits for n, s in seen.items()})
-    rounded = InsertQuantizers(scheme, quantization)(program).program
-    return QuantizeBiases()(rounded).program if scheme.integer_bias else rounded
+    quantization = quantization.model_copy(update={"ranges": {n: s.limits for n, s in seen.items()}})
+    return _rounded(program, scheme, quantization)
+
+
+def _rounded(program: Program, scheme: Scheme, quantization: Quantization, *, biases: bool = True) -> Program:
+    """Apply both transforms to a program that is exported once."""
+
+    def edit(module: GraphModule) -> bool:
+        modified = InsertQuantizers(scheme, quantization).edit(module)
+        return (biases and scheme.integer_bias and QuantizeBiases().edit(module)) or modified
+
+    return program.rewrite(edit)[0]
 
 
 def quantize(
@@ -147,6 +170,7 @@ def quantize(
     settings: Int8Settings,
     *,
     skip: Sequence[str] = ("auto",),
+    forms: Forms | None = None,
     logits: bool = False,
     acceptable: Callable[[nn.Module], bool] | None = None,
     reporter: Reporter | None = None,
@@ -164,6 +188,7 @@ def quantize(
         inputs: calibration batches, one of four is held.
         settings: what to try.
         skip: `auto`, `none`, or globs of layers' names.
+        forms: of the program's layers, of which those in floating point are not rounded.
         logits: whether outputs are logits over dimension 1, whatever other dimensions they have.
         acceptable: says whether a rounding module will do, in place of `settings.loss`.
         reporter: where progress goes.
@@ -173,9 +198,10 @@ def quantize(
         WorkloadError: a value is not finite.
     """
     reporter = reporter or Quiet()
-    weights = [w for n in program.graph_module.graph.nodes if is_quantizable(n) and (w := layer_weight(n))]
-    given = _named(skip, weights) if skip[0] not in ("auto", "none") else ()
-    search = _Search(program, scheme, inputs, settings, logits)
+    weights = quantizable_weights(program)
+    floating = {*in_float(forms or {}), *named_layers(skip, weights)}
+    given = tuple(w for w in weights if w in floating)
+    search = _Search(program, scheme, inputs, settings, logits, int8_blocks(forms or {}))
     methods = [str(m) for m in RangeMethod] if settings.ranges == "best" else [settings.ranges]
     losses = {m: search.loss(program, search.quantization(search.seen, m, given), m) for m in methods}
     method = min(losses, key=lambda m: losses[m])
@@ -193,17 +219,18 @@ def quantize(
         if settings.correct_bias or found < BETTER * loss:
             source, loss, is_corrected = other, found, True
     layers: tuple[LayerLoss, ...] = ()
-    skipped = given
+    skipped, spared = given, tuple[str, ...]()
     if skip[0] == "auto":
 
         def will_do(left_out: Sequence[str]) -> bool:
-            rounding = search.quantization(seen, method, left_out)
+            rounding = search.quantization(seen, method, [*given, *left_out])
             if acceptable is not None:
                 return acceptable(rounding_module(source, scheme, rounding))
             return search.loss(source, rounding) <= settings.loss
 
-        layers, skipped = _spare(search, source, seen, method, weights, will_do, reporter)
-        loss = search.loss(source, search.quantization(seen, method, skipped)) if skipped else loss
+        layers, spared = _spare(search, source, seen, method, weights, given, will_do, reporter)
+        skipped = (*given, *spared)
+        loss = search.loss(source, search.quantization(seen, method, skipped)) if spared else loss
     quantization = search.quantization(seen, method, skipped)
     calibration = Calibration(
         scheme=scheme.name,
@@ -217,10 +244,22 @@ def quantize(
         skipped=skipped,
         quantized_layers=len(weights) - len([w for w in weights if w in skipped]),
     )
-    return Quantized(source, quantization, scheme, calibration)
+    return Quantized(source, quantization, scheme, calibration, spared)
 
 
-def _named(globs: Sequence[str], weights: Sequence[str]) -> tuple[str, ...]:
+def quantizable_weights(program: Program) -> list[str]:
+    """Return the weights of layers that have an integer form, each once."""
+    found = [w for n in program.graph_module.graph.nodes if is_quantizable(n) and (w := layer_weight(n))]
+    return list(dict.fromkeys(found))
+
+
+def named_layers(skip: Sequence[str], weights: Sequence[str]) -> tuple[str, ...]:
+    """Return the weights of the layers that `--int8-skip` names.
+
+    Raises:
+        ConfigError: a name is that of no layer.
+    """
+    globs = () if skip[0] in ("auto", "none") else skip
     names = {w.removesuffix(".weight"): w for w in weights}
     for glob in globs:
         if not fnmatch.filter(names, glob):
@@ -237,17 +276,18 @@ def _spare(
     seen: Mapping[str, Observed],
     method: str,
     weights: Sequence[str],
+    given: Sequence[str],
     will_do: Callable[[Sequence[str]], bool],
     reporter: Reporter,
 ) -> tuple[tuple[LayerLoss, ...], tuple[str, ...]]:
     """Return what each layer alone moves the outputs by, and the fewest of the worst that will do in float."""
-    if will_do(()):
+    distinct = [w for w in weights if w not in given]
+    if not distinct or will_do(()):
         return (), ()
     alone = {}
-    distinct = list(dict.fromkeys(weights))
     with reporter.task("layers alone in int8", len(distinct)) as task:
         for weight in distinct:
-            others = [w for w in distinct if w != weight]
+            others = [w for w in weights if w != weight]
             alone[weight] = search.loss(source, search.quantization(seen, method, others))
             task.advance(weight)
     worst = sorted(distinct, key=lambda w: -alone[w])

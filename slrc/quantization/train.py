@@ -113,8 +113,9 @@ def _scales(rounded: Program) -> list[str]:
 
 
 def _weights(rounded: Program) -> dict[str, Tensor]:
-    """Return the weights that are rounded, by name."""
+    """Return the weights of layers, rounded or not, by name."""
     sources = (n.args[0] for n in rounded.nodes if op_name(n) == ROUNDED)
     names = [str(s.target) for s in sources if s.op == "get_attr"]  # type: ignore[union-attr]
+    names += rounded.layers
     with torch.no_grad():
         return {name: rounded.tensors[name].detach() for name in names}

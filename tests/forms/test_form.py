@@ -8,7 +8,20 @@ from torch import Tensor
 
 from slrc.errors import PlanError
 from slrc.forms.cost import cheapest_form, density_of, layer_kind
-from slrc.forms.form import DENSE, DEPTHWISE, Form, FormKind, candidate_forms, kept_channels, parse_form
+from slrc.forms.form import (
+    DENSE,
+    DEPTHWISE,
+    FLOAT32,
+    Form,
+    FormChoice,
+    FormKind,
+    LayerChoice,
+    candidate_forms,
+    in_float,
+    int8_blocks,
+    kept_channels,
+    parse_form,
+)
 from slrc.forms.packed_weight import PackedWeight, block_density, unpack
 
 
@@ -111,3 +124,52 @@ def test_the_cost_model() -> None:
         assert FormKind.PACKED not in kinds
     assert layer_kind(depthwise, 16) == "depthwise"
     assert [layer_kind(torch.ones(s)) for s in ((2, 3), (2, 3, 1, 1), (2, 3, 1, 3))] == ["linear", "1x1", "window"]
+
+
+def quads(rows: int, density: float = 0.25) -> Tensor:
+    """A weight whose blocks of `rows` outputs × 4 input channels survive by chance."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(16 // rows, 3, 9, generator=generator) < density
+    spread = mask.repeat_interleave(rows, dim=0).repeat_interleave(4, dim=1)
+    return torch.randn(16, 12, 3, 3, generator=generator) * spread.reshape(16, 12, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("weight", "op", "groups", "expected"),
+    [
+        (torch.ones(8, 8, 3, 3), "conv2d", 1, ["dense", "float32"]),
+        (quads(8), "conv2d", 1, ["dense", "packed:4", "packed:8", "packed-int8:4", "packed-int8:8", "float32"]),
+        (quads(4), "conv2d", 1, ["dense", "packed:4", "packed-int8:4", "float32"]),
+        (blocks(8, density=0.7), "conv2d", 1, ["dense", "packed:4", "packed:8", "float32"]),  # no quad of zeros
+        (torch.zeros(16, 1, 3, 3), "conv2d", 16, ["dense", "packed:1", "float32"]),
+        (torch.ones(16, 8, 3), "conv1d", 1, ["dense", "float32"]),
+    ],
+)
+def test_forms_of_layers_that_run_in_int8(weight: Tensor, op: str, groups: int, expected: list[str]) -> None:
+    assert [str(f) for f in candidate_forms(weight, op, groups, is_integer=True)] == expected
+
+
+def test_what_forms_mean_on_an_int8_target() -> None:
+    forms = {name: parse_form(name) for name in ("dense", "float32", "packed:8", "packed-int8:16", "split:2")}
+    assert in_float(forms) == ("float32", "packed:8")
+    assert int8_blocks(forms) == {"packed-int8:16": 16}
+    assert [str(f) for f in forms.values()] == list(forms)
+
+
+def test_the_cost_model_prefers_integers_at_equal_work() -> None:
+    weight = quads(8)
+    candidates = candidate_forms(weight, "conv2d", is_integer=True)
+    assert cheapest_form(weight, candidates).kind is FormKind.PACKED_INT8
+    assert density_of(weight, Form(FormKind.PACKED_INT8, 8)) == density_of(weight, Form(FormKind.PACKED, 8)) < 0.5
+    assert cheapest_form(weight, [DENSE, FLOAT32]) == DENSE
+    single = blocks(8, inputs=16, density=0.25)  # of four channels one or two survive
+    assert cheapest_form(single, candidate_forms(single, "conv2d", is_integer=True)).kind is FormKind.PACKED
+
+
+def test_a_layer_that_int8_hurts_has_its_fastest_form_in_floating_point() -> None:
+    ms = {"dense": 2.0, "packed-int8:8": 1.0, "packed:4": 1.6, "packed:8": 1.5, "float32": 3.0}
+    layers = tuple(LayerChoice(weight=w, form=parse_form("packed-int8:8"), density=0.2, ms=ms) for w in "ab")
+    untimed = LayerChoice(weight="c", form=parse_form("packed-int8:8"), density=0.2)
+    choice = FormChoice(target="ort:int8", threads=1, layers=(*layers, untimed))
+    forms = choice.spared(["b", "c"]).forms
+    assert {w: str(f) for w, f in forms.items()} == {"a": "packed-int8:8", "b": "packed:8", "c": "float32"}

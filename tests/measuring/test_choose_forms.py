@@ -17,7 +17,7 @@ from torch import nn
 import slrc
 from slrc.backends import parse_target
 from slrc.errors import CaptureError
-from slrc.forms.form import DENSE, DEPTHWISE, Form, FormChoice, FormKind
+from slrc.forms.form import DENSE, DEPTHWISE, FLOAT32, Form, FormChoice, FormKind
 from slrc.ir.nodes import op_name
 from slrc.ir.program import Program, capture
 from slrc.kernels import build as kernels
@@ -29,7 +29,7 @@ from slrc.pipeline import apply_forms, structure
 from slrc.sparsity.masks import Masks
 from slrc.verify import compare, outputs_of
 
-ORT = parse_target("ort")
+ORT, INT8 = parse_target("ort"), parse_target("ort+int8")
 
 
 def pruned(pattern: str, sparsity: float = 0.75) -> Program:
@@ -59,9 +59,13 @@ class FakeClock(clocks.Clock):
         """One number for each job, by the operators of its program."""
         found = []
         for job in jobs:
-            ops = [op_name(n) for n in job.make().nodes]
+            nodes = list(job.program(self.target).nodes)
+            ops = [op_name(n) for n in nodes]
             kind = "packed" if any(o.startswith("block_sparse") for o in ops) else "dense"
             kind = "split" if "index_select" in ops else kind
+            if self.target.is_integer and kind == "dense":
+                weights = [n for n in nodes if op_name(n) == "fake_quantize" and n.args[5] == 127]
+                kind = "packed-int8" if any(len(n.args) > 6 for n in weights) else "dense" if weights else "float32"
             found.append(clocks.Timing(self.says[kind]))
         return tuple(found)
 
@@ -100,6 +104,27 @@ def test_the_fastest_form_is_taken(clock: type[FakeClock], says: dict[str, float
     formed = apply_forms(program, choice.forms)
     reference, outputs = (outputs_of(p.module(), p.example_inputs) for p in (program, formed))
     compare("slim = formed", reference, outputs, 1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("taken", ["packed-int8", "packed", "float32", "dense"])
+def test_an_int8_target_takes_the_fastest_form_in_either_type(clock: type[FakeClock], taken: str) -> None:
+    clock.says = {**dict.fromkeys(("dense", "packed", "packed-int8", "float32", "split"), 2.0), taken: 1.0}
+    choice = choose_forms(pruned("block:8x4"), INT8, threads=1)
+    found = kinds(choice)
+    assert found["2.weight"] == taken
+    first = {"packed": "packed", "float32": "float32"}.get(taken, "dense")  # three channels are no quad
+    assert found["0.weight"] == first
+    assert set(choice.layers[1].ms) == {"dense", "packed:4", "packed:8", "packed-int8:4", "packed-int8:8", "float32"}
+
+
+@needs_compiler
+def test_layers_that_are_to_stay_in_float32_have_no_other_form(clock: type[FakeClock]) -> None:
+    clock.says = {"dense": 1.0, "packed": 3.0, "packed-int8": 1.0, "float32": 2.0, "split": 1.0}
+    choice = choose_forms(pruned("block:8x4"), INT8, threads=1, in_float=["2.weight"])
+    layer = next(x for x in choice.layers if x.weight == "2.weight")
+    assert set(layer.ms) == {"packed:4", "packed:8", "float32"}
+    assert layer.form == FLOAT32
 
 
 @needs_compiler
@@ -153,7 +178,7 @@ def test_a_form_that_fails_is_dropped_with_a_note(tmp_path: Path, monkeypatch: p
             raise CaptureError("no such layer\nand more")
         return apply_forms(program, forms)
 
-    monkeypatch.setattr(form_choice, "apply_forms", applied)
+    monkeypatch.setattr(clocks, "apply_forms", applied)
     choice = choose_forms(pruned("columns:2"), ORT, threads=1, cache=tmp_path)
     assert choice.dropped == ("on ort 2.weight and 1 more are not split:2: no such layer",)
     assert {"dense", "grouped:2"} <= set(choice.layers[1].ms)
@@ -171,7 +196,7 @@ def test_networks_that_fail_are_dropped_and_dense_remains(tmp_path: Path, monkey
             raise CaptureError("too much at once")
         return apply_forms(given, forms)
 
-    monkeypatch.setattr(form_choice, "apply_forms", applied)
+    monkeypatch.setattr(clocks, "apply_forms", applied)
     choice = choose_forms(program, ORT, threads=1, cache=tmp_path)
     assert choice.taken in ("all dense", "each its fastest")
     assert choice.forms == {}

@@ -56,7 +56,9 @@ def times_are_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A runtime whose time is the number of weights that it holds."""
 
     def made_up(clock: Any, jobs: Any, budget: Any) -> tuple[Timing, ...]:
-        sizes = [sum(t.numel() for t in job.make().tensors.values() if t.is_floating_point()) for job in jobs]
+        sizes = [
+            sum(t.numel() for t in job.program(clock.target).tensors.values() if t.is_floating_point()) for job in jobs
+        ]
         return tuple(Timing(float(size)) for size in sizes)
 
     monkeypatch.setattr(Clock, "times", made_up)
@@ -123,6 +125,24 @@ def test_options_are_timed_for_real(program: Program, tmp_path: Path) -> None:
     assert LatencyMeter(program, ORT, threads=1, cache=tmp_path).options(start, (Block(8, 1), Block(4, 1))) == times
 
 
+def test_an_int8_target_is_offered_blocks_of_four_channels_and_of_one(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: set[tuple[str, ...]] = set()
+
+    def watched(clock: Any, jobs: Any, budget: Any) -> tuple[Timing, ...]:
+        timed.update(tuple(str(form) for form in job.make().forms.values()) for job in jobs)
+        return tuple(Timing(1.0) for _ in jobs)
+
+    monkeypatch.setattr(Clock, "times", watched)
+    target = parse_target("ort+int8")
+    patterns = choose_options.offered_patterns(target)
+    assert [str(p) for p in patterns] == ["block:8x4", "block:4x4", "block:8x1"]
+    start = slrc.plan(program, "block:8x4", 0.0)
+    LatencyMeter(program, target, threads=1, cache=tmp_path).options(start, patterns)
+    assert timed == {(), ("packed-int8:8",), ("packed-int8:4",), ("packed:8",)}
+
+
 @pytest.mark.parametrize("rows", [4, 8, 16])
 def test_a_segment_that_is_repacked_is_as_if_emitted(program: Program, rows: int, tmp_path: Path) -> None:
     """Emitted once with few blocks of eight rows, then with other blocks: the numbers are those of the new ones."""
@@ -139,7 +159,7 @@ def test_a_segment_that_is_repacked_is_as_if_emitted(program: Program, rows: int
         assert job.emit is not None
         job.emit(folder)
         (found,) = get_backend(ORT).load(folder, threads=1)(*segment.inputs)
-        expected = job.make().module()(*segment.inputs)[0]
+        expected = job.program(ORT).module()(*segment.inputs)[0]
         assert torch.allclose(found, expected, atol=1e-5)
     node = next(n for n in program.nodes if n.name == "conv2d_1")
     assert not why_not_packed(node, rows)

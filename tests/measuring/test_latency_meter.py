@@ -85,7 +85,7 @@ def sizes_for_times(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def made_up(clock: Any, jobs: Any, budget: Any) -> tuple[Timing, ...]:
         asked.append(len(jobs))
-        sizes = [sum(t.numel() for t in job.make().tensors.values()) for job in jobs]
+        sizes = [sum(t.numel() for t in job.program(clock.target).tensors.values()) for job in jobs]
         return tuple(Timing(float(size)) for size in sizes)
 
     monkeypatch.setattr(Clock, "times", made_up)

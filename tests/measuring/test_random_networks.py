@@ -100,7 +100,7 @@ def network(draw: random.Random) -> nn.Module:
 
 def drawn_forms(program: Program, target: Target, draw: random.Random) -> Forms:
     """Return a form of each layer, of those that it may have on a target."""
-    candidates, lost = form_candidates(program, get_backend(target).why_not_packed(target))
+    candidates, lost = form_candidates(program, target)
     assert all("stock runtime" in reason for _, _, reason in lost)
     return {
         weight: form for weight, forms in candidates.items() if (form := draw.choice(forms[1:] * 3 + forms)) != DENSE

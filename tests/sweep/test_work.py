@@ -210,7 +210,7 @@ from pathlib import Path
 from slrc.measuring.clock import Clock, Timing
 
 Clock.times = lambda clock, jobs, budget: tuple(
-    Timing(float(sum(t.numel() for t in job.make().tensors.values()))) for job in jobs
+    Timing(float(sum(t.numel() for t in job.program(clock.target).tensors.values()))) for job in jobs
 )
 _whole = workload
 

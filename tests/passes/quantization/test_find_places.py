@@ -113,3 +113,25 @@ def test_tied_weights_share_their_scale() -> None:
     quantization = Quantization(ranges={p.like: Range(-2.0, 2.0) for p in places})
     found = InsertQuantizers(ASYMMETRIC, quantization)(program).program
     assert sum(name.endswith("layer.scale") for name in found.tensors) == 1
+
+
+def test_a_packed_layer_adds_itself_what_is_rounded_before_it(program: Program) -> None:
+    found = find_places(program.graph_module, ASYMMETRIC, packed={"b.weight"})
+    values = [p.value for p in found.values]
+    assert "conv2d_1" not in values
+    assert Place(added(program), added(program)) in found.values
+    first = find_places(program.graph_module, ASYMMETRIC, packed={"a.weight"})  # nothing is added to what it returns
+    assert first == find_places(program.graph_module, ASYMMETRIC)
+
+
+def test_the_ends_of_a_part_are_rounded_for_all_that_reads_them(program: Program) -> None:
+    weights = ("a.weight", "b.weight", "head.weight")
+    assert not find_places(program.graph_module, ASYMMETRIC, weights).values
+    found = find_places(program.graph_module, ASYMMETRIC, weights, round_ends=True)
+    (out,) = program.graph_module.graph.output_node().all_input_nodes
+    assert found.values == (Place("x", "x"), Place(out.name, out.name))
+    ranges = {"x": Range(-1.0, 1.0), out.name: Range(-1.0, 1.0)}
+    quantization = Quantization(ranges=ranges, skipped=weights, round_ends=True)
+    part, modified = InsertQuantizers(ASYMMETRIC, quantization)(program)
+    assert modified
+    assert [op_name(n) for n in part.nodes if op_name(n)].count("fake_quantize") == 2

@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
-    library = args.library or build()
+    library = args.library or build(int8=True)
     kernels = ctypes.CDLL(str(library))
     kernels.slrc_int8_peak_gops.restype = ctypes.c_double
     kernels.slrc_int8_instruction_set.restype = ctypes.c_char_p

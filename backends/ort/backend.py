@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from slrc.backends.base import INT8, INT8_TOLERANCE, Artifact, Availability, Backend, Runner, Target
+from slrc.backends.int8_onnx import QCONV, QGEMM
 from slrc.backends.onnx_export import OPSET, export_onnx
 from slrc.backends.packed_onnx import replace_blocks
 from slrc.errors import BackendError
@@ -78,7 +79,8 @@ class OnnxRuntime(Backend):
         if is_packed:
             kernels = KERNELS_FILE.format(family=family)
             place = shutil.copy if portable else os.symlink
-            place(build(family).resolve(), out / kernels)
+            int8 = any(f.name.startswith((QCONV, QGEMM)) for f in model.functions)
+            place(build(family, int8=int8).resolve(), out / kernels)
         artifact = Artifact(
             target=str(target),
             model_file=MODEL_FILE,

@@ -62,13 +62,17 @@ class Compiler:
     version: str
 
 
-def build(target: str | None = None, cache: Path | None = None) -> Path:
+def build(target: str | None = None, cache: Path | None = None, *, int8: bool = False) -> Path:
     """Return the library for `target`, compiled now unless the cache has it.
+
+    The loops of int8 layers take longer to compile than all else, and are left out where no layer needs them. What is
+    compiled of both libraries is kept for the other one.
 
     Args:
         target: a processor family or a triple that begins with one, such as `aarch64-linux-gnu`; this machine's own
             if `None`.
         cache: the folder to keep libraries in; `cache_folder()` if `None`.
+        int8: whether it is for int8 layers too.
 
     Raises:
         BackendError: there are no kernels or no compiler for the target, the compiler fails, or the library cannot be
@@ -76,16 +80,18 @@ def build(target: str | None = None, cache: Path | None = None) -> Path:
     """
     family = _family(target)
     compiler = find_compiler(family)
-    path = (cache or cache_folder()) / f"libslrc_kernels_{family}_{_key(family, compiler)}.so"
+    place, key = cache or cache_folder(), _key(family, compiler)
+    path = place / f"libslrc_kernels_{family}{'_int8' if int8 else ''}_{key}.so"
     if path.exists():
         return path
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        objects = place / f"slrc_kernels_{family}_{key}"
+        objects.mkdir(parents=True, exist_ok=True)
         # Processes that need it at the same time, as those of a test run, compile it once.
-        with FileLock(path.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        with FileLock(objects.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=path.parent) as folder:
             if not path.exists():
                 made = Path(folder) / path.name
-                compile_library(compiler, family, Path(folder), made)
+                compile_library(compiler, family, Path(folder), made, int8=int8, kept=objects)
                 made.replace(path)
     except OSError as error:
         raise BackendError(
@@ -121,31 +127,41 @@ def compile_library(
     extra: Sequence[str] = (),
     main: Path | None = None,
     sets: Mapping[str, tuple[str, ...]] | None = None,
+    *,
+    int8: bool = True,
+    kept: Path | None = None,
 ) -> None:
     """Compile and link every source; `main` is the source of a program to make in place of a shared library.
 
-    `sets` are the instruction sets, best first, if they are not to be all of `TILE_SETS`.
+    `sets` are the instruction sets, best first, if they are not to be all of `TILE_SETS`. Without `int8` it has no
+    loops for int8 layers. In the folder `kept` loops are looked for, and left, that were compiled by the same compiler
+    with the same `extra` flags.
     """
     left_out = {"tile"} if main is None else {"tile", "ort_ops", "ort_int8_ops"}
     sets = sets or TILE_SETS[family]
-    int8 = {n: flags for n, flags in INT8_SETS[family].items() if any(n.startswith(name) for name in sets)}
+    integer = {n: flags for n, flags in INT8_SETS[family].items() if int8 and any(n.startswith(name) for name in sets)}
     listed = (
-        f"-DSLRC_TILE_SETS={','.join(f'&k{name}' for name in sets)}",
-        f"-DSLRC_INT8_SETS={','.join(f'&k{name}Int8' for name in int8)}",
+        f"-DSLRC_TILE_SETS={''.join(f'&k{name},' for name in sets)}",
+        f"-DSLRC_INT8_SETS={''.join(f'&k{name}Int8,' for name in integer)}",
     )
     units: list[tuple[str, Path, tuple[str, ...]]] = [(f.stem, f, listed) for f in _sources() if f.stem not in left_out]
     for name, flags in sets.items():
         defines = (f"-DSLRC_TILE_SET=k{name}", f'-DSLRC_TILE_NAME="{name.lower()}"')
         units.append((f"tile_{name}", SOURCES / "tile.cpp", (*flags, *defines)))
-    for name, flags in int8.items():
+    for name, flags in integer.items():
         defines = (f"-DSLRC_TILE_SET=k{name}Int8", f'-DSLRC_TILE_NAME="{name.lower()}"')
         units.append((f"int8_{name}", SOURCES / "tile.cpp", (*flags, *defines, "-DSLRC_TILE_INT8")))
     if main is not None:
         units.append((main.stem, main, (f"-I{SOURCES}",)))
-    objects = [folder / f"{name}.o" for name, _, _ in units]
+    loops = SOURCES / "tile.cpp"
+    objects = [(kept if kept and source == loops else folder) / f"{name}.o" for name, source, _ in units]
 
     def compile_unit(unit: tuple[str, Path, tuple[str, ...]], made: Path) -> None:
-        _run(compiler, *FLAGS, *extra, *unit[2], "-c", str(unit[1]), "-o", str(made))
+        if made.parent == kept and made.exists():
+            return
+        aside = folder / made.name
+        _run(compiler, *FLAGS, *extra, *unit[2], "-c", str(unit[1]), "-o", str(aside))
+        aside.replace(made)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_unit, units, objects))

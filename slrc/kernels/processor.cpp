@@ -15,19 +15,19 @@
 namespace slrc {
 namespace {
 
-// Best first; the last one runs everywhere. (build.py names them.)
-const TileLoops* const kTileSets[] = {SLRC_TILE_SETS};
-const TileLoops* const kInt8Sets[] = {SLRC_INT8_SETS};
+// Best first, then null; the last one runs everywhere. There are none of int8 layers in a library that is built without
+// them. (build.py names them, with a comma behind each.)
+const TileLoops* const kTileSets[] = {SLRC_TILE_SETS nullptr};
+const TileLoops* const kInt8Sets[] = {SLRC_INT8_SETS nullptr};
 
 bool BeginsWith(const char* name, const char* beginning) { return !strncmp(name, beginning, strlen(beginning)); }
 
 }  // namespace
 
 const TileLoops* FindSet(const char* name) {
-  for (const TileLoops* loops : kTileSets)
-    if (!strcmp(loops->name, name)) return loops;
-  for (const TileLoops* loops : kInt8Sets)
-    if (!strcmp(loops->name, name)) return loops;
+  for (const TileLoops* const* sets : {kTileSets, kInt8Sets})
+    for (; *sets; ++sets)
+      if (!strcmp((*sets)->name, name)) return *sets;
   return nullptr;
 }
 
@@ -77,11 +77,14 @@ Chosen Choose() {
   const Processor processor = ThisProcessor();
   const char* named = getenv("SLRC_KERNEL_ISA");
   const char* wanted = named && *named ? named : nullptr;
-  for (const TileLoops* loops : kTileSets)
-    for (const TileLoops* int8 : kInt8Sets)
-      if (BeginsWith(int8->name, loops->name) && (!wanted || !strcmp(int8->name, wanted)) && Runs(processor, *loops) &&
-          Runs(processor, *int8))
-        return {loops, int8};
+  for (const TileLoops* const* loops = kTileSets; *loops; ++loops) {
+    if (!Runs(processor, **loops)) continue;
+    if (!*kInt8Sets && (!wanted || BeginsWith(wanted, (*loops)->name))) return {*loops, nullptr};
+    for (const TileLoops* const* int8 = kInt8Sets; *int8; ++int8)
+      if (BeginsWith((*int8)->name, (*loops)->name) && (!wanted || !strcmp((*int8)->name, wanted)) &&
+          Runs(processor, **int8))
+        return {*loops, *int8};
+  }
   return {};
 }
 
@@ -96,6 +99,9 @@ const Chosen& Sets() {
 
 const TileLoops& Loops() { return *Sets().loops; }
 
-const TileLoops& Int8Loops() { return *Sets().int8; }
+const TileLoops& Int8Loops() {
+  if (!Sets().int8) throw Error("this library of kernels was built without those of int8 layers");
+  return *Sets().int8;
+}
 
 }  // namespace slrc

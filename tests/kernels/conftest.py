@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 @pytest.fixture(scope="session")
 def library() -> Path:
     try:
-        return build()
+        return build(int8=True)
     except BackendError as error:
         if "no C++ compiler" in error.message:
             pytest.skip(error.message)

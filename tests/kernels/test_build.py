@@ -18,7 +18,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Every file that the compiler, which is a fake, has made."""
     made: list[Path] = []
 
-    def fake(compiler: Any, family: str, folder: Path, library: Path) -> None:
+    def fake(compiler: Any, family: str, folder: Path, library: Path, **_: Any) -> None:
         time.sleep(0.05)
         library.write_bytes(b"library")
         made.append(library)
@@ -33,6 +33,26 @@ def test_several_at_once_compile_it_once(compiled: list[Path], tmp_path: Path) -
         paths = set(pool.map(lambda _: build.build("x86_64", tmp_path), range(4)))
     assert [p.read_bytes() for p in paths] == [b"library"]
     assert len(compiled) == 1
+
+
+def test_loops_are_compiled_once_for_both_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def fake(compiler: Any, *arguments: str) -> None:
+        out = Path(arguments[arguments.index("-o") + 1])
+        out.write_bytes(b"object")
+        made.append(out.name)
+
+    monkeypatch.setattr(build, "find_compiler", lambda family: build.Compiler(("c++",), "1"))
+    monkeypatch.setattr(build, "_run", fake)
+    plain = build.build("x86_64", tmp_path)
+    assert {"tile_Avx512.o", "tile_Avx2.o", "tile_Portable.o"} <= set(made)
+    assert not any(name.startswith("int8_") for name in made)
+    made.clear()
+    both = build.build("x86_64", tmp_path, int8=True)
+    assert both != plain
+    assert {"int8_Avx512Vnni.o", "int8_Portable.o", "processor.o", both.name} <= set(made)
+    assert not any(name.startswith("tile_") for name in made)
 
 
 def test_a_cache_that_cannot_be_written(compiled: list[Path], tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from int8_layers import QLayer, qmodel, quantized_weight
 from kernel_models import session
 from onnx import helper, numpy_helper
 
+from slrc.kernels.build import build
+
 HUGE = 2**62
 
 
@@ -55,6 +57,11 @@ def test_the_layer_itself_runs(library: Path) -> None:
     for given in (layer(), layer((16, 8))):
         y = session(changed(given, {}, {}), library).run(None, given.feed())[0]
         np.testing.assert_array_equal(y, given.expected)
+
+
+def test_a_library_that_was_built_without_int8_says_so(library: Path) -> None:
+    with pytest.raises(Exception, match="built without those of int8 layers"):
+        session(changed(layer(), {}, {}), build())
 
 
 ATTRIBUTES = [

@@ -185,7 +185,7 @@ def test_a_target_for_another_processor(monkeypatch: pytest.MonkeyPatch) -> None
         assert backend.available(elsewhere).why_not_emit == ""
         expected = f"it is for {elsewhere.options[0]}, and this machine is {machine}"
         assert backend.available(elsewhere).why_not_run == expected
-    with pytest.raises(BackendError, match="`ort` takes a processor, x86_64 or aarch64, and `stock`"):
+    with pytest.raises(BackendError, match="`ort` takes a processor, x86_64 or aarch64, `stock` and `int8`"):
         parse_target("ort:riscv64")
 
 

@@ -186,16 +186,14 @@ def _in_float64(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def compare_metric(step: str, reference: float, value: float, tolerance: float = 0.0) -> Check:
+def compare_metric(step: str, reference: float, value: float) -> Check:
     """Compare a metric of two programs on evaluation data; of thousands of samples a few on the edge may differ.
 
-    The relative error is a share of the metric, or of 0.1 if that is more. `tolerance` is what outputs may lose in any
-    case, for an engine in another precision: the metric then may move as far.
+    The relative error is a share of the metric, or of 0.1 if that is more.
 
     Raises:
-        VerificationError: it is more than that, and more than 0.2 %.
+        VerificationError: it is more than 0.2 %.
     """
-    bound = max(METRIC_TOLERANCE, tolerance)
     error = abs(reference - value)
     relative = error / max(abs(reference), SMALL_METRIC)
     check = Check(
@@ -203,8 +201,8 @@ def compare_metric(step: str, reference: float, value: float, tolerance: float =
         inputs=("evaluation data",),
         max_abs_error=error,
         max_rel_error=relative,
-        tolerance=bound,
-        passed=relative <= bound,
+        tolerance=METRIC_TOLERANCE,
+        passed=relative <= METRIC_TOLERANCE,
     )
     if not check.passed:
         raise VerificationError(

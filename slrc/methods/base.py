@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from slrc.errors import PlanError
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.plans import Plan
+from slrc.sparsity.shards import own, share, total, whole
 
 
 class Iteration(BaseModel):
@@ -150,7 +151,8 @@ class MaskedMethod(Method):
     def prune(self, plan: Plan, scored: Mapping[str, Tensor] | None = None) -> None:
         """Put the masks of a projection on `plan` in force: that of the weights, or of what is `scored` instead."""
         live = {n: p.detach() for n, p in self.parameters.items()}
-        self.kept = {n: m.to(live[n]) for n, m in Masks.project(plan, scored or live).tensors.items()}
+        masks = Masks.project(plan, scored or live).tensors
+        self.kept = {n: share(m.to(live[n].dtype), live[n]) for n, m in masks.items()}
         MaskedMethod.after_step(self)
 
     def release(self) -> None:
@@ -163,13 +165,13 @@ class MaskedMethod(Method):
         for name, mask in self.kept.items():
             gradient = self.parameters[name].grad
             if gradient is not None:
-                gradient.mul_(mask)
+                own(gradient).mul_(own(mask))
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Clear pruned weights."""
         for name, mask in self.kept.items():
-            self.parameters[name].mul_(mask)
+            own(self.parameters[name]).mul_(own(mask))
 
     def record(self, loss: float) -> Iteration:
         """Return what an update saw, and keep it."""
@@ -179,13 +181,13 @@ class MaskedMethod(Method):
 
     def state(self) -> MethodState:
         """The masks in force, k and the history."""
-        tensors = {f"kept.{n}": m.bool().cpu() for n, m in self.kept.items()}
+        tensors = {f"kept.{n}": whole(m).bool().cpu() for n, m in self.kept.items()}
         return MethodState(tensors, {"k": float(self.k)}, tuple(self.history))
 
     def load_state(self, state: MethodState) -> None:
         """Go on from a checkpoint."""
         kept = {n.removeprefix("kept."): m for n, m in state.tensors.items() if n.startswith("kept.")}
-        self.kept = {n: m.to(self.parameters[n]) for n, m in kept.items()}
+        self.kept = {n: share(m.to(p.dtype), p) for n, m in kept.items() for p in [self.parameters[n]]}
         self.k, self.history = int(state.numbers["k"]), list(state.history)
 
 
@@ -248,11 +250,11 @@ class Splitting:
         """Make the penalty's constant parts anew, after Z, Λ or ρ changed."""
         if self.follows:
             pulled = [o * ~kept for o, kept in zip(self.owned, self.copies.support, strict=True)]
-            self._offsets = [m * p for m, p in zip(self.multipliers, pulled, strict=True)]
+            offsets = [m * p for m, p in zip(self.multipliers, pulled, strict=True)]
         else:
             pulled = self.owned
-            self._offsets = [m - self.rho * z for m, z in zip(self.multipliers, self.copies.values, strict=True)]
-        self._pulls = [p * self.rho for p in pulled]
+            offsets = [m - self.rho * z for m, z in zip(self.multipliers, self.copies.values, strict=True)]
+        self._offsets, self._pulls = [own(x) for x in offsets], [own(p * self.rho) for p in pulled]
 
     @torch.no_grad()
     def add_gradient(self) -> None:
@@ -261,10 +263,10 @@ class Splitting:
         for w in weights:
             if w.grad is None:
                 w.grad = torch.zeros_like(w)
-        gradients = [w.grad for w in weights if w.grad is not None]
+        gradients = [own(w.grad) for w in weights if w.grad is not None]
         if gradients:
             torch._foreach_add_(gradients, self._offsets)
-            torch._foreach_addcmul_(gradients, [w.data for w in weights], self._pulls)
+            torch._foreach_addcmul_(gradients, [own(w) for w in weights], self._pulls)
 
     @torch.no_grad()
     def scored(self) -> dict[str, Tensor]:
@@ -290,7 +292,7 @@ class Splitting:
     @torch.no_grad()
     def _projected(self, live: Mapping[str, Tensor]) -> Copies:
         masks = Masks.of(self.plan, live, self.plan.project(live), followers=False).tensors
-        support = [masks[n].to(live[n].device) for n in self.method.names]
+        support = [share(masks[n], live[n]) for n in self.method.names]
         values = [live[n] * kept * o for n, kept, o in zip(self.method.names, support, self.owned, strict=True)]
         return Copies(values, support)
 
@@ -308,8 +310,9 @@ class Splitting:
     @torch.no_grad()
     def penalty(self, difference: list[Tensor]) -> float:
         """Return <Λ, W − Z> + ρ/2 ‖W − Z‖², summed in float64."""
-        linear = sum(float((m.double() * d.double()).sum()) for m, d in zip(self.multipliers, difference, strict=True))
-        return linear + 0.5 * self.rho * norm(difference) ** 2
+        pairs = zip(self.multipliers, difference, strict=True)
+        linear = sum(float((own(m).double() * own(d).double()).sum()) for m, d in pairs)
+        return total(linear, difference) + 0.5 * self.rho * norm(difference) ** 2
 
     @torch.no_grad()
     def move_multipliers(self, step: float, difference: list[Tensor], copies: Copies | None = None) -> None:
@@ -321,22 +324,22 @@ class Splitting:
             scaled = [torch.where(k, min(1.0, self.rho / step), 1.0) for k in support]
             difference = [d * scale for d, scale in zip(difference, scaled, strict=True)]
         if difference:
-            torch._foreach_add_(self.multipliers, difference, alpha=step)
+            torch._foreach_add_([own(m) for m in self.multipliers], [own(d) for d in difference], alpha=step)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return Z and Λ by name, for a checkpoint."""
         state = {f"copy.{n}": z for n, z in zip(self.method.names, self.copies.values, strict=True)}
         state |= {f"support.{n}": kept for n, kept in zip(self.method.names, self.copies.support, strict=True)}
         state |= {f"multiplier.{n}": m for n, m in zip(self.method.names, self.multipliers, strict=True)}
-        return {n: t.detach().cpu().contiguous() for n, t in state.items()}
+        return {n: whole(t).detach().cpu().contiguous() for n, t in state.items()}
 
     def load_tensors(self, tensors: Mapping[str, Tensor], k: int) -> None:
         """Go on with Z and Λ from a checkpoint that was made after k updates."""
         with torch.no_grad():
             for i, n in enumerate(self.method.names):
-                self.copies.values[i].copy_(tensors[f"copy.{n}"])
-                self.copies.support[i].copy_(tensors[f"support.{n}"])
-                self.multipliers[i].copy_(tensors[f"multiplier.{n}"])
+                z, support, multiplier = self.copies.values[i], self.copies.support[i], self.multipliers[i]
+                for tensor, saved in ((z, "copy"), (support, "support"), (multiplier, "multiplier")):
+                    own(tensor).copy_(own(share(tensors[f"{saved}.{n}"], tensor)))
         self.go_on(k)
 
     def _owned(self) -> list[Tensor]:
@@ -348,15 +351,16 @@ class Splitting:
         for c in self.method.plan:
             gathered = c.gather(self.method.parameters)
             c.scatter(torch.zeros(gathered.shape, dtype=torch.bool), free, followers=False)
-        return [(~free[n]).to(w) for n, w in zip(self.method.names, self.method.weights, strict=True)]
+        pairs = zip(self.method.names, self.method.weights, strict=True)
+        return [share((~free[n]).to(w.dtype), w) for n, w in pairs]
 
 
 def norm(tensors: list[Tensor]) -> float:
     """Return the Euclidean norm over all tensors together, summed in float64."""
-    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors))
+    return math.sqrt(total(sum(float(own(t).double().square().sum()) for t in tensors), tensors))
 
 
 def dense_residual(method: Method) -> float:
     """Return the norm of what hard-pruning the weights, as they are now, would remove."""
     masks = method.masks().tensors
-    return norm([p.detach() * ~masks[n].to(p.device) for n, p in zip(method.names, method.weights, strict=True)])
+    return norm([p.detach() * share(~masks[n], p) for n, p in zip(method.names, method.weights, strict=True)])

@@ -21,6 +21,7 @@ from slrc.methods.base import Iteration, Method, MethodState, dense_residual
 from slrc.methods.gradual import cubic
 from slrc.methods.settings import GroupLassoSettings
 from slrc.sparsity.plans import Plan
+from slrc.sparsity.shards import is_shared, own, share, whole
 
 
 class GroupLasso(Method):
@@ -46,11 +47,15 @@ class GroupLasso(Method):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Shrink all groups."""
+        """Shrink all groups. Weights that are shared out are gathered for it, at every step."""
         self.steps += 1
+        live = {n: whole(self.parameters[n]) for n in (self.names if self.shrink else ())}
         for c, shrink in zip(self.plan, self.shrink, strict=False):
-            norms = c.energies(self.parameters).sqrt()
-            c.scale_(self.parameters, (1.0 - shrink / norms.clamp(min=1e-12)).clamp(min=0.0))
+            norms = c.energies(live).sqrt()
+            c.scale_(live, (1.0 - shrink / norms.clamp(min=1e-12)).clamp(min=0.0))
+        for name, shrunk in live.items():
+            if is_shared(parameter := self.parameters[name]):
+                own(parameter).copy_(own(share(shrunk, parameter)))
 
     @torch.no_grad()
     def update(self, loss: Callable[[], float]) -> Iteration:

@@ -13,6 +13,7 @@ from slrc.errors import PlanError
 from slrc.sparsity.budget import Floats, Menu, Option
 from slrc.sparsity.patterns import PatternField
 from slrc.sparsity.projection import energies, obeys, project
+from slrc.sparsity.shards import whole
 from slrc.sparsity.slices import Order, Slice
 from slrc.sparsity.windows import Window
 
@@ -39,10 +40,13 @@ class Constraint(BaseModel):
     order: Order = None
 
     def gather(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return what the pattern sees: a weight's outputs in `order`, or a coupled group as `(units, features)`."""
+        """Return what the pattern sees: a weight's outputs in `order`, or a coupled group as `(units, features)`.
+
+        Tensors that are shared out are gathered, those of this constraint alone.
+        """
         if not self.pattern.coupled:
-            return self.in_order(tensors[self.members[0].tensor])
-        return torch.cat([s.rows(tensors[s.tensor], self.groups) for s in self.members], dim=1)
+            return self.in_order(whole(tensors[self.members[0].tensor]))
+        return torch.cat([s.rows(whole(tensors[s.tensor]), self.groups) for s in self.members], dim=1)
 
     def num_weights(self, tensors: Mapping[str, Tensor]) -> int:
         """Return the number of constrained elements."""

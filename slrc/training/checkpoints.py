@@ -98,9 +98,15 @@ class CheckpointFolder:
     def save(self, accelerator: Accelerator, snapshot: Snapshot) -> None:
         """Write a checkpoint aside, then rename it; older ones are removed afterwards.
 
+        The first process writes; the others take part in gathering what is shared out among them.
+
         Raises:
             OutputError: the disk is full or the folder cannot be written.
         """
+        if not accelerator.is_main_process:
+            for part in (*accelerator._models, *accelerator._optimizers):  # in the order of `save_state`
+                part.state_dict()
+            return
         number = self._numbers()[-1] + 1 if self._numbers() else 0
         aside, final = self.root / "next.partial", self.root / f"{number:06d}"
         try:
@@ -112,7 +118,7 @@ class CheckpointFolder:
             if snapshot.masks:
                 save_file({n: m.contiguous() for n, m in snapshot.masks.items()}, aside / "masks.safetensors")
             if snapshot.average:
-                save_file({n: t.cpu().contiguous() for n, t in snapshot.average.items()}, aside / "average.safetensors")
+                save_file({n: t.contiguous() for n, t in snapshot.average.items()}, aside / "average.safetensors")
             progress = {
                 "phase": snapshot.phase,
                 "epochs_done": snapshot.epochs_done,

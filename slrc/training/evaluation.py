@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 
-import torch
+from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -15,6 +15,7 @@ from slrc.config import CompileConfig
 from slrc.errors import WorkloadError
 from slrc.training.batch_norm import adopt_statistics, recalibrate_batch_norm
 from slrc.training.batches import read, seed_epoch
+from slrc.training.sharding import copy_state, is_sharded, shard
 from slrc.training.steps import call_loss
 from slrc.workload import Workload
 
@@ -25,11 +26,11 @@ class Evaluation:
     Args:
         workload: has the data and the metric.
         config: has the seed and the number of batches for statistics.
-        device: where batches go.
+        accelerator: on whose device batches go.
     """
 
-    def __init__(self, workload: Workload, config: CompileConfig, device: torch.device) -> None:
-        self._workload, self._device = workload, device
+    def __init__(self, workload: Workload, config: CompileConfig, accelerator: Accelerator) -> None:
+        self._workload, self._accelerator = workload, accelerator
         self._seed, self._count = config.seed, config.recalibration_batches
 
     def metric(self, model: nn.Module) -> float | None:
@@ -38,7 +39,11 @@ class Evaluation:
         return None if measured is None else measured[1]
 
     def twin(self, model: nn.Module) -> nn.Module:
-        """Return a copy of a model without the wrapper that casts to the training precision."""
+        """Return a copy of a model without the wrapper that casts to the training precision; sharded if that is."""
+        if is_sharded(model):
+            sharded = shard(self.twin(self._workload.model), self._accelerator)
+            copy_state(model, sharded)
+            return sharded
         # A tensor with a gradient that `forward` kept, such as an auxiliary loss, cannot be copied as it is.
         held = [t for m in model.modules() for t in pytree.tree_leaves(vars(m)) if isinstance(t, Tensor)]
         twin = copy.deepcopy(model, {id(t): t.detach().clone() for t in held if not t.is_leaf})
@@ -58,7 +63,7 @@ class Evaluation:
         if batches is None or not self._count:
             return
         seed_epoch(batches, self._seed, "recalibrate", 0)
-        on_device = (send_to_device(batch, self._device) for batch in read(batches))
+        on_device = (send_to_device(batch, self._accelerator.device) for batch in read(batches))
         take(model, lambda model, batch: call_loss(self._workload, model, batch), on_device, self._count)
 
 

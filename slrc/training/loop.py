@@ -29,6 +29,8 @@ from slrc.methods.settings import MethodName
 from slrc.progress import Quiet, Reporter
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.plans import Plan
+from slrc.sparsity.shards import own, share, whole
+from slrc.training import sharding
 from slrc.training.batches import (
     count_steps,
     read,
@@ -131,13 +133,15 @@ class _Trainer:
         self.workload, self.plan, self.config, self.reporter = workload, plan, config, reporter
         self.method_name = choose_method(config, workload, plan)
         AcceleratorState._reset_state()  # else the first run's precision holds for the whole process
-        self.accelerator = Accelerator(
-            cpu=ON_CPU,
-            mixed_precision=MIXED_PRECISION[config.precision],
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
-        )
+        with sharding.left_to_us():
+            self.accelerator = Accelerator(
+                cpu=ON_CPU,
+                mixed_precision=MIXED_PRECISION[config.precision],
+                dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
+            )
+        self.sharded = sharding.is_asked_for() and self.accelerator.num_processes > 1
         self.model = workload.model.to(self.accelerator.device)
-        self.evaluation = Evaluation(workload, config, self.accelerator.device)
+        self.evaluation = Evaluation(workload, config, self.accelerator)
         self.folder = CheckpointFolder(checkpoints) if checkpoints else None
         found = self.folder.newest() if self.folder and resume else None
         self.resume_from = found
@@ -158,6 +162,8 @@ class _Trainer:
         if self._has_steps and self.config.distill:
             given = self.given_teacher
             taught_by = self.evaluation.twin(self.model) if given is None else given.to(self.accelerator.device)
+            if self.sharded and given is None:
+                taught_by = sharding.shard(taught_by, self.accelerator)
             self.teacher = Teacher(taught_by, self.workload, self.config.recipe)
         in_retraining = self.snapshot is not None and self.snapshot.phase == RETRAIN
         if self.snapshot:
@@ -169,9 +175,12 @@ class _Trainer:
         if in_retraining:
             assert self.snapshot is not None
             self.method.history = list(self.snapshot.method.history)
+            self._share_model_out()
         elif self.prune is not None:
             self._prune_without_training(self.prune)
+            self._share_model_out()
         else:
+            self._share_model_out()
             self._run_sparse_phase()
             self.plan, self.masks = self.method.plan, self.method.masks()
         parameters = _parameters(self.model)
@@ -183,8 +192,11 @@ class _Trainer:
         if not self._masked_steps and self.prune is None:
             unwrap(self.model)  # as the copies that were measured
             self.evaluation.recalibrate(self.model)
+        tensors = {n: t.detach().cpu().clone() for n, t in self.model.state_dict().items() if isinstance(t, Tensor)}
+        if self.model is not self.workload.model:
+            self.workload.model.load_state_dict(tensors, strict=False)
         return Trained(
-            tensors={n: t.detach().cpu().clone() for n, t in self.model.state_dict().items() if isinstance(t, Tensor)},
+            tensors=tensors,
             plan=self.plan,
             masks=self.masks,
             method=str(self.method_name),
@@ -195,6 +207,12 @@ class _Trainer:
             cost=self.stopwatch.cost(self.teacher.num_bytes if self.teacher else 0, self._method_bytes()),
             undistilled=(self.teacher and self.teacher.unfit) or "",
         )
+
+    def _share_model_out(self) -> None:
+        """Train a copy whose parameters lie in all processes, where that is asked for."""
+        if self.sharded and self._has_steps:
+            twin = self.evaluation.twin(self.workload.model.cpu())
+            self.model = sharding.shard(twin, self.accelerator)
 
     @property
     def _has_steps(self) -> bool:
@@ -282,12 +300,12 @@ class _Trainer:
     def _retrain_phase(self) -> _Phase:
         # Zeroing after each step undoes what momentum, weight decay and the gradient did to pruned weights.
         parameters = _parameters(self.model)
-        masks = [(parameters[n], m.to(self.accelerator.device)) for n, m in self.masks.tensors.items()]
+        masks = [(parameters[n], own(share(m, parameters[n]))) for n, m in self.masks.tensors.items()]
 
         def keep_pruned() -> None:
             with torch.no_grad():
                 for parameter, mask in masks:
-                    parameter.mul_(mask)
+                    own(parameter).mul_(mask)
 
         return _Phase(RETRAIN, self._masked_steps, Hooks(_nothing, keep_pruned, _nothing))
 
@@ -300,6 +318,7 @@ class _Trainer:
     def probe_loss(self) -> float:
         """Return f on the fixed probe batches, in evaluation mode and without a gradient."""
         training = self.model.training
+        self._follow_first()
         self.model.eval()
         with torch.no_grad(), self.accelerator.autocast():
             losses = [call_loss(self.workload, self.model, batch) for batch in self.probe]
@@ -312,6 +331,10 @@ class _Trainer:
                 hint="lower the learning rate or the penalty (`rho`), or check the model's running statistics",
             )
         return value
+
+    def _follow_first(self) -> None:
+        if self.sharded:  # several whole copies follow the first one's buffers at every step
+            sharding.follow_first(self.model)
 
     def _mean_of_processes(self, value: float) -> float:
         if self.accelerator.num_processes == 1:
@@ -327,7 +350,13 @@ class _Trainer:
         total = phase.steps * self.accelerator.num_processes
         optimizer, scheduler = make_optimizer(self.workload, trainable, total, recipe, phase.rho)
         self.accelerator.free_memory()
-        model, optimizer, scheduler = self.accelerator.prepare(self.model, optimizer, scheduler)
+        if self.sharded:
+            sharding.gathers_state(optimizer)
+            unwrap(self.model)
+            model = self.accelerator.prepare_model(self.model, evaluation_mode=True)  # else one more copy in each
+            optimizer, scheduler = self.accelerator.prepare(optimizer, scheduler)
+        else:
+            model, optimizer, scheduler = self.accelerator.prepare(self.model, optimizer, scheduler)
         loader = share_out(batches, self.accelerator)
         optimizer.zero_grad()  # the user's own training may have left gradients, and a resumed run has others
         average = AveragedWeights(_parameters(self.model), recipe.average, phase.steps) if recipe.average else None
@@ -380,12 +409,13 @@ class _Trainer:
                 )
             if average is not None and epoch + 1 == epochs:
                 average.store()
+            self._follow_first()
             mean_loss = self._mean_of_processes(part.summed / count)
             record = self._measure(phase.name, epoch + 1, mean_loss, time.perf_counter() - started)
             self.curve.append(record)
             self.reporter.note(_describe(record))
             part = PartOfEpoch()
-            if self.folder and self.accelerator.is_main_process:
+            if self.folder:
                 self._save(phase, epoch + 1, part, average)
                 timer.restart()
             self.accelerator.wait_for_everyone()
@@ -404,7 +434,7 @@ class _Trainer:
 
     def _save(self, phase: _Phase, epochs_done: int, part: PartOfEpoch, average: AveragedWeights | None) -> None:
         assert self.folder is not None
-        kept = average.average if average is not None else {}
+        kept = {n: whole(t).cpu() for n, t in average.average.items()} if average is not None else {}
         self.folder.save(self.accelerator, self._snapshot(phase, epochs_done, part, kept))
 
     def _measure(self, phase: str, epoch: int, loss: float | None, seconds: float) -> EpochRecord:

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from slrc.config import RecipeSettings
 from slrc.errors import WorkloadError
+from slrc.sparsity.shards import own, share
 from slrc.workload import Workload, user_error
 
 T = TypeVar("T")
@@ -132,14 +133,14 @@ class AveragedWeights:
         if not self.average:
             self.average = {n: p.detach().clone() for n, p in self.parameters.items()}
             return
-        live = [p.detach() for p in self.parameters.values()]
-        torch._foreach_lerp_(list(self.average.values()), live, 1.0 - self.decay)
+        average, live = [own(a) for a in self.average.values()], [own(p) for p in self.parameters.values()]
+        torch._foreach_lerp_(average, live, 1.0 - self.decay)
 
     @torch.no_grad()
     def store(self) -> None:
         """Write the average over the live weights."""
         for name, value in self.average.items():
-            self.parameters[name].copy_(value)
+            own(self.parameters[name]).copy_(own(value))
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from a checkpoint.
@@ -148,7 +149,7 @@ class AveragedWeights:
             KeyError: the average is of other parameters.
         """
         if tensors:
-            self.average = {n: tensors[n].to(p.device).clone() for n, p in self.parameters.items()}
+            self.average = {n: share(tensors[n], p.detach()).clone() for n, p in self.parameters.items()}
 
 
 def _made(name: str, kind: type[T], make: Callable[[], T]) -> T:

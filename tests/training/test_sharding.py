@@ -1,0 +1,156 @@
+"""FSDP on two processes of the CPU: what they train is what one does; checkpoints hold whole tensors."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import slrc
+
+# Each process takes half of a batch. Interrupted, it resumes in the same process.
+SCRIPT = """
+import gc, os, sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import slrc
+from slrc.config import CompileConfig
+from slrc.sparsity.plans import Plan
+from slrc.training.loop import train
+
+torch.set_num_threads(1)
+processes, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
+METHODS = ("slr-tightening", "group-lasso")
+
+
+class Stop(slrc.SlrcError):
+    pass
+
+
+def make(norm=False, stop_at=0):
+    torch.manual_seed(0)
+    x = torch.randn(24, 4, 6, 6)
+    y = x.mean(dim=(2, 3))[:, :3].argmax(1)
+    layers = [nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)]
+    done = 0
+
+    def loss(model, batch):
+        nonlocal done
+        done += model.training
+        if done == stop_at > 0:
+            raise Stop("stopped")
+        return slrc.cross_entropy(model, batch)
+
+    return slrc.Workload(
+        model=nn.Sequential(*layers[:1], *([nn.BatchNorm2d(8)] if norm else []), *layers[1:]),
+        example_inputs=(x[:1],),
+        train_batches=DataLoader(TensorDataset(x, y), batch_size=8 // processes, shuffle=True),
+        loss=loss,
+        evaluate=lambda m: {"accuracy": (m(x).argmax(1) == y).float().mean().item()},
+    )
+
+
+def run(folder, method, plan="plan", checkpoints=None, resume=False, **options):
+    workload = make(**options)
+    config = CompileConfig(method=method, epochs=2, retrain_epochs=1, distill=not checkpoints, checkpoint_minutes=60)
+    return train(workload, Plan.load(folder / f"{plan}.json"), config, checkpoints=checkpoints, resume=resume)
+
+
+def save(folder, name, trained):
+    assert not any(hasattr(t, "to_local") for t in trained.tensors.values())
+    save_file(dict(trained.tensors), folder / f"{name}.tensors{rank or ''}")
+    if rank == 0:
+        save_file(dict(trained.masks.tensors), folder / f"{name}.masks")
+
+
+def stop(folder, name, step):
+    try:
+        run(folder, "slr", checkpoints=folder / name, stop_at=step)
+    except Stop:
+        return
+    raise AssertionError
+
+
+def main(folder):
+    gc.freeze()  # else each phase of training collects all that was imported
+    for method in METHODS:
+        save(folder, method, run(folder, method))
+    save(folder, "norm", run(folder, "slr", "norm", norm=True))
+    stop(folder, "resumed", 5)
+    save(folder, "resumed", run(folder, "slr", checkpoints=folder / "resumed", resume=True))
+    stop(folder, "left", 8)  # within retraining's first epoch
+    os.environ["ACCELERATE_USE_FSDP"] = "false"
+    save(folder, "whole-copies", run(folder, "slr", "norm", norm=True))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+"""
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+TOLERANCE = 1e-5
+"""Of the largest weight: gradients of two halves are summed in another order than those of the whole."""
+
+
+@pytest.fixture(scope="module")
+def one() -> Any:
+    """The script, as a module of this process."""
+    module = ModuleType("one")
+    exec(SCRIPT, module.__dict__)
+    return module
+
+
+@pytest.fixture(scope="module")
+def two(one: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with what two processes made."""
+    folder = tmp_path_factory.mktemp("sharded")
+    (folder / "script.py").write_text(SCRIPT)
+    for name, workload in (("plan", one.make()), ("norm", one.make(norm=True))):
+        slrc.plan(slrc.capture(workload), pattern="block:4x1", sparsity=0.5, round_to=1).save(folder / f"{name}.json")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_FSDP": "true"}
+    command = [*LAUNCHER, "script.py", str(folder)]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def assert_same(folder: Path, name: str, masks: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
+    ours, found = load_file(folder / f"{name}.masks"), load_file(folder / f"{name}.tensors")
+    assert ours.keys() == masks.keys()
+    assert all(torch.equal(mask, masks[n]) for n, mask in ours.items()), name
+    assert found.keys() == tensors.keys()
+    for n, tensor in tensors.items():
+        assert (found[n] - tensor).abs().max() <= TOLERANCE * tensor.abs().max(), (name, n)
+
+
+@pytest.mark.parametrize("method", ["slr-tightening", "group-lasso"])
+def test_sharded_processes_train_what_one_does(one: Any, two: Path, method: str) -> None:
+    alone = one.run(two, method)
+    assert_same(two, method, dict(alone.masks.tensors), alone.tensors)
+
+
+def test_batch_norm_follows_the_first_process_as_with_whole_copies(two: Path) -> None:
+    whole = load_file(two / "whole-copies.masks"), load_file(two / "whole-copies.tensors")
+    assert_same(two, "norm", *whole)
+    second = load_file(two / "norm.tensors1")
+    assert all(torch.equal(t, second[n]) for n, t in load_file(two / "norm.tensors").items())
+
+
+def test_a_sharded_run_resumes_there_and_in_one_process(one: Any, two: Path) -> None:
+    alone = one.run(two, "slr", checkpoints=two / "alone")
+    assert_same(two, "resumed", dict(alone.masks.tensors), alone.tensors)
+    resumed = one.run(two, "slr", checkpoints=two / "left", resume=True)
+    assert all(torch.equal(m, resumed.masks.tensors[n]) for n, m in alone.masks.tensors.items())
+    for n, tensor in alone.tensors.items():
+        assert (resumed.tensors[n] - tensor).abs().max() <= TOLERANCE * tensor.abs().max(), n

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 
 from slrc import pipeline
 from slrc.backends import LoweredProgram, Target, get_backend, parse_target
@@ -167,9 +168,10 @@ def _compile(
     spec = model if isinstance(model, str) else model.name
     identity = {"model": spec, **config.model_dump(mode="json"), "plan": _identify(config.plan, loaded_plan)}
     processes = PartialState(cpu=training.ON_CPU)
+    restarted = _was_restarted(processes)
     with processes.main_process_first():
         leads = processes.is_main_process
-        workspace = Workspace(Path(out), identity, resume=resume, overwrite=overwrite, leads=leads)
+        workspace = Workspace(Path(out), identity, resume=resume, overwrite=overwrite, restarted=restarted, leads=leads)
     try:
         set_seed(config.seed)
         with processes.main_process_first():  # the first one fills caches
@@ -223,6 +225,12 @@ def _compile(
     finally:
         workspace.close()
     return report
+
+
+def _was_restarted(processes: PartialState) -> bool:
+    """Tell whether torchrun has started these processes anew, after one of them ended. Each machine counts its own."""
+    count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return count > 0 if processes.num_processes == 1 else any(gather_object([count > 0]))
 
 
 def _value(metric: tuple[str, float] | None) -> float | None:

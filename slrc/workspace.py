@@ -38,6 +38,7 @@ class Workspace:
         run: what identifies the run: the model and the options, as JSON values.
         resume: go on with an unfinished run.
         overwrite: throw an unfinished run away.
+        restarted: the launcher started this run anew, and nobody else: it goes on, or begins if it had not.
         leads: whether this process writes; in a distributed run one does, and the others come after it.
 
     Raises:
@@ -52,15 +53,16 @@ class Workspace:
         *,
         resume: bool = False,
         overwrite: bool = False,
+        restarted: bool = False,
         leads: bool = True,
     ) -> None:
         self.out = out.resolve()
         self.work = self.out.parent / f"{self.out.name}.work"
-        self.resumed = resume
+        self.resumed = resume or restarted
         self.leads = leads
         self._lock: BaseFileLock | None = None
         if leads:
-            self._open(out, run, resume, overwrite)
+            self._open(out, run, resume or (restarted and self._read_run() is not None), overwrite)
 
     def _open(self, out: Path, run: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
         if self.out.exists():

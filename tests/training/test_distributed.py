@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ done = 0
 def loss(model, batch):
     global done
     done += model.training
-    if done == 8 and rank == 1 and "KILL" in os.environ:
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if done == 8 and rank == 1 and "KILL" in os.environ and not restarted:
         os.kill(os.getpid(), signal.SIGKILL)
     return slrc.cross_entropy(model, batch)
 
@@ -99,9 +101,7 @@ def test_two_processes_resume_after_one_was_killed_and_make_what_one_does(one: P
     assert sorted(p.name for p in tmp_path.glob("build*")) == ["build"]
     assert sorted(p.name for p in two.rglob("*")) == sorted(p.name for p in one.rglob("*"))
 
-    masks = [load_file(p / "masks.safetensors") for p in (two, one)]
-    assert masks[0].keys() == masks[1].keys()
-    assert all(torch.equal(mask, masks[1][n]) for n, mask in masks[0].items())
+    assert_same_masks(two, one)
     weights = [Program.load(p / "program").tensors for p in (two, one)]
     assert weights[0].keys() == weights[1].keys()
     for name, weight in weights[1].items():
@@ -115,7 +115,6 @@ def test_two_processes_resume_after_one_was_killed_and_make_what_one_does(one: P
 
 def test_two_processes_train_a_refitted_network_as_one_does(start_process: Callable[..., Any], tmp_path: Path) -> None:
     options = ["--method", "reconstruct", "--epochs", "1", "--pattern", "block:4x1", "--prune-ends", "--threads", "1"]
-    found = []
     for name in ("one", "two"):
         folder = tmp_path / name
         folder.mkdir()
@@ -127,6 +126,65 @@ def test_two_processes_train_a_refitted_network_as_one_does(start_process: Calla
             arguments = ["slrc", *COMPILE, *options]
             code = f"sys.argv[:] = {arguments!r}; sys.path.insert(0, ''); from slrc.cli import main; main()"
             assert start_process(code, folder).finish().code == 0
-        found.append(load_file(folder / "build" / "masks.safetensors"))
-    assert found[0].keys() == found[1].keys()
-    assert all(torch.equal(mask, found[1][n]) for n, mask in found[0].items())
+    assert_same_masks(tmp_path / "one" / "build", tmp_path / "two" / "build")
+
+
+def assert_same_masks(build: Path, other: Path) -> None:
+    ours, theirs = (load_file(p / "masks.safetensors") for p in (build, other))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(mask, theirs[n]) for n, mask in ours.items())
+
+
+@pytest.fixture
+def machines() -> Iterator[list[str]]:
+    """The names of two network namespaces with a cable between them: 10.77.0.1 and 10.77.0.2."""
+    if (ip := shutil.which("ip")) is None:
+        pytest.skip("`ip` of iproute2 is not installed")
+    names = [f"slrc-{os.getpid()}-{i}" for i in (1, 2)]
+    ends = [f"v{os.getpid()}-{i}" for i in (1, 2)]
+
+    def do(*words: str) -> None:
+        done = subprocess.run([ip, *words], capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"`ip {' '.join(words)}` is not permitted: {done.stderr.strip()}")
+
+    try:
+        for name in names:
+            do("netns", "add", name)
+        do("link", "add", ends[0], "netns", names[0], "type", "veth", "peer", "name", ends[1], "netns", names[1])
+        for i, (name, end) in enumerate(zip(names, ends, strict=True), start=1):
+            do("-n", name, "address", "add", f"10.77.0.{i}/24", "dev", end)
+            do("-n", name, "link", "set", end, "name", "cable")
+            do("-n", name, "link", "set", "cable", "up")
+            do("-n", name, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run([ip, "netns", "delete", name], capture_output=True, check=False)
+
+
+def test_two_machines_go_on_after_one_lost_its_process_and_make_what_one_process_does(
+    one: Path, tmp_path: Path, machines: list[str]
+) -> None:
+    (tmp_path / "net.py").write_text(WORKLOAD)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable", "KILL": "1"}
+    started = []
+    for i, name in enumerate(machines, start=1):
+        launcher = [*LAUNCHER[:3], "--nnodes", "2", "--nproc_per_node", "1", "--max-restarts", "1"]
+        launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "10.77.0.1:29400", "--local-addr", f"10.77.0.{i}"]
+        launcher += ["--rdzv_conf", f"is_host={int(i == 1)}"]  # torchrun would ask whose name the address has
+        command = ["ip", "netns", "exec", name, *launcher, "-m", "slrc", *COMPILE, *OPTIONS]
+        with (tmp_path / f"{i}.out").open("w") as out, (tmp_path / f"{i}.err").open("w") as err:
+            started.append(subprocess.Popen(command, cwd=tmp_path, env=env, stdout=out, stderr=err))
+    try:
+        codes = [process.wait(timeout=240) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    out, err = ("".join((tmp_path / f"{i}.{kind}").read_text() for i in (1, 2)) for kind in ("out", "err"))
+    assert codes == [0, 0], err
+    assert "going on after gradual epoch 1" in err
+    assert err.count("  gradual epoch 1: ") == err.count("  gradual epoch 2: ") == 1
+    assert out.count("report: build/report.html") == 1
+    assert sorted(p.name for p in tmp_path.glob("build*")) == ["build"]
+    assert_same_masks(tmp_path / "build", one)

@@ -169,6 +169,10 @@ def _compile(
     identity = {"model": spec, **config.model_dump(mode="json"), "plan": _identify(config.plan, loaded_plan)}
     processes = PartialState(cpu=training.ON_CPU)
     restarted = _was_restarted(processes)
+    if _may_meet_the_ended():
+        (reporter or Quiet()).note(
+            "note: restarted processes may wait for those that have ended: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+        )
     with processes.main_process_first():
         leads = processes.is_main_process
         workspace = Workspace(Path(out), identity, resume=resume, overwrite=overwrite, restarted=restarted, leads=leads)
@@ -225,6 +229,12 @@ def _compile(
     finally:
         workspace.close()
     return report
+
+
+def _may_meet_the_ended() -> bool:
+    """Tell whether torchrun's restarts meet in the store of the run before, which has the old addresses in it."""
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    return restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _was_restarted(processes: PartialState) -> bool:

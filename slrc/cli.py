@@ -428,6 +428,7 @@ def main() -> None:
     try:
         app()
     except SlrcError as error:
+        _fail_if_another_ended(error, debug)
         _fail(error.message, error.hint, 2, debug)
     except SystemExit as stop:
         if stop.code != INTERRUPTED:  # what typer makes of Ctrl-C
@@ -438,6 +439,7 @@ def main() -> None:
         )
         _fail("interrupted", hint, INTERRUPTED, debug)
     except Exception as error:
+        _fail_if_another_ended(error, debug)
         first = (str(error).strip().splitlines() or [""])[0]
         _fail(
             f"internal error: {type(error).__name__}: {first}",
@@ -445,6 +447,16 @@ def main() -> None:
             1,
             debug,
         )
+
+
+def _fail_if_another_ended(error: BaseException, debug: bool) -> None:
+    """What a process of several says when it cannot reach another: that one has ended, and said why."""
+    said = f"{error} {error.__cause__}".lower()
+    if os.environ.get("WORLD_SIZE", "1") != "1" and ("gloo" in said or "nccl" in said):
+        hint = (
+            "see what it wrote; `--resume` goes on after what was saved, as `torchrun --max-restarts 1` does by itself"
+        )
+        _fail("another process of this run has ended, or cannot be reached", hint, 1, debug)
 
 
 def _fail(message: str, hint: str | None, code: int, debug: bool) -> None:

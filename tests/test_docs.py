@@ -75,7 +75,14 @@ def test_the_guide_has_every_option_and_no_other() -> None:
     shown = set(re.findall(r"(?<![\w-])(--[a-z][a-z0-9-]+)", guide))
     assert not options - shown - {"--help"}
     others = {"--version"}  # of the command without a name
-    others |= {"--nproc", "--use", "--fsdp", "--nnodes", "--max-restarts"}  # of launchers, cut at an underscore
+    others |= {
+        "--nproc",
+        "--use",
+        "--fsdp",
+        "--nnodes",
+        "--max-restarts",
+        "--rdzv",
+    }  # of launchers, cut at an underscore
     assert not shown - options - others
 
 

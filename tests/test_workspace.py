@@ -212,3 +212,15 @@ def test_a_report_that_lists_its_targets_otherwise(out: Path, targets: object) -
     (out / "notes").mkdir()
     with pytest.raises(OutputError, match="notes` was not written by slrc"):
         Workspace(out, RUN)
+
+
+def test_a_run_that_its_launcher_restarts_begins_or_goes_on(tmp_path: Path) -> None:
+    first = Workspace(tmp_path / "build", RUN, restarted=True)
+    first.checkpoints.mkdir()
+    first.close()
+    again = Workspace(tmp_path / "build", RUN, overwrite=True, restarted=True)
+    assert again.resumed
+    assert again.checkpoints.exists()
+    again.close()
+    with pytest.raises(OutputError, match="`sparsity` was"):
+        Workspace(tmp_path / "build", {**RUN, "sparsity": 0.75}, restarted=True)

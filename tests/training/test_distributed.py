@@ -89,6 +89,7 @@ def test_two_processes_resume_after_one_was_killed_and_make_what_one_does(one: P
     killed = run(tmp_path, KILL="1")
     assert killed.returncode != 0
     assert "gradual epoch 1/2" in killed.stderr
+    assert "this is a bug in slrc" not in killed.stderr
     assert sorted(p.name for p in tmp_path.glob("build*")) == ["build.work"], killed.stderr
 
     resumed = run(tmp_path, "--resume")
@@ -168,6 +169,7 @@ def test_two_machines_go_on_after_one_lost_its_process_and_make_what_one_process
 ) -> None:
     (tmp_path / "net.py").write_text(WORKLOAD)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable", "KILL": "1"}
+    env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else torch 2.14 may look for the processes that have ended
     started = []
     for i, name in enumerate(machines, start=1):
         launcher = [*LAUNCHER[:3], "--nnodes", "2", "--nproc_per_node", "1", "--max-restarts", "1"]

@@ -168,6 +168,11 @@ def _compile(
     spec = model if isinstance(model, str) else model.name
     identity = {"model": spec, **config.model_dump(mode="json"), "plan": _identify(config.plan, loaded_plan)}
     processes = PartialState(cpu=training.ON_CPU)
+    if config.qat_epochs and processes.num_processes > 1:
+        raise ConfigError(
+            f"quantisation-aware training runs in one process, got {processes.num_processes}",
+            hint="compile in one process, or leave `--qat-epochs` out",
+        )
     restarted = _was_restarted(processes)
     if _may_meet_the_ended():
         (reporter or Quiet()).note(

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -608,3 +609,11 @@ def test_a_failure_behind_training_costs_no_training(
     first, second = slim
     assert all(torch.equal(tensor, second.tensors[name]) for name, tensor in first.tensors.items())
     assert float((first.tensors["conv2.weight"] == 0).float().mean()) > 0.4
+
+
+def test_rounding_is_not_trained_in_several_processes(
+    tiny_workload: MakeWorkload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "PartialState", lambda cpu: SimpleNamespace(num_processes=2))
+    with pytest.raises(ConfigError, match="runs in one process, got 2"):
+        slrc.compile(tiny_workload(name="tiny"), tmp_path / "build", target=("ort+int8",), qat_epochs=1)

@@ -14,10 +14,12 @@ whole list takes about twenty minutes on a quiet core.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,18 +36,36 @@ from slrc.machine.cache import cache_folder
 from slrc.measuring.choose_forms import choose_forms
 from slrc.measuring.devices import Device, local_device
 from slrc.pipeline import apply_forms, baseline, lower, structure
+from slrc.progress import Quiet, Task
 from slrc.sparsity.masks import Masks
 
 MODELS = [f"torchvision:{n}" for n in ("resnet18", "resnet50", "vgg16", "mobilenet_v2", "swin_t")]
 BUDGETS = (0.7, 0.5, 0.35)
 HERE, LOOPBACK = "here", "loopback"
+TABLES = ("timing parts", "timing options")
+"""What a plan calls the work of timing a network's parts, before it chooses by them."""
+
+
+class Stopwatch(Quiet):
+    """Adds up the seconds of the work that is reported, by what it is."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+
+    @contextmanager
+    def task(self, what: str, total: int) -> Iterator[Task]:
+        """Time it."""
+        started = time.perf_counter()
+        with super().task(what, total) as task:
+            yield task
+        self.seconds[what] += time.perf_counter() - started
 
 
 def measure_budget(program: Program, pattern: str, budget: float, device: Device, cache: Path) -> dict[str, Any]:
     """Plan for a budget, then measure, both on a device."""
-    started = time.perf_counter()
+    started, watch = time.perf_counter(), Stopwatch()
     config = make_config({"pattern": pattern, "latency_budget": budget, "threads": 1})
-    plan = plan_from(program, config, cache=cache, device=device)
+    plan = plan_from(program, config, cache=cache, device=device, reporter=watch)
     planned = time.perf_counter() - started
     assert plan.latency is not None
     slim, target = structure(program, plan, Masks.project(plan, program.tensors)), device.resolve(parse_target("ort"))
@@ -57,6 +77,7 @@ def measure_budget(program: Program, pattern: str, budget: float, device: Device
     measured = 1 / timed.speedup
     return {
         "planning_s": planned,
+        "tables_s": sum(seconds for what, seconds in watch.seconds.items() if what.startswith(TABLES)),
         "predicted": plan.latency.predicted,
         "measured": measured,
         "off": measured / plan.latency.predicted - 1,
@@ -105,7 +126,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path)
     args = parser.parse_args()
     rows = Rows(__file__, args.results)
-    print(f"{'network':28} {'budget':>7} {'predicted':>10} {'measured':>9} {'off':>7} {'MACs':>6} {'planned':>9}")
+    columns = ("predicted", 10), ("measured", 9), ("off", 7), ("MACs", 6), ("planned", 9), ("tables", 8)
+    print(f"{'network':28} {'budget':>7} " + " ".join(f"{title:>{width}}" for title, width in columns))
     for name in args.models:
         keys = {budget: f"{name} {budget:g} {args.pattern} {args.device}" for budget in args.budget}
         missing = [budget for budget, key in keys.items() if args.again or not rows.has(key)]
@@ -118,7 +140,7 @@ def main() -> None:
             row = rows[key]
             print(
                 f"{name:28} {budget:7.0%} {row['predicted']:10.1%} {row['measured']:9.1%} {row['off']:+7.1%} "
-                f"{row['macs']:6.1%} {row['planning_s']:7.0f} s",
+                f"{row['macs']:6.1%} {row['planning_s']:7.0f} s {row.get('tables_s', math.nan):6.0f} s",
                 flush=True,
             )
 

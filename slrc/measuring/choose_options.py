@@ -11,7 +11,7 @@ from slrc.measuring.choose_widths import Widths
 from slrc.measuring.latency_meter import LatencyMeter, Menus, make_menus, meet_budget
 from slrc.measuring.latency_table import LatencyTable
 from slrc.measuring.weigh_options import Weigher, weighed
-from slrc.sparsity.budget import Budget, Menu
+from slrc.sparsity.budget import Budget, Floats, Menu
 from slrc.sparsity.patterns import AnyPattern, Block, Columns
 from slrc.sparsity.plans import LatencyForecast, LeftOut, Plan
 
@@ -62,8 +62,10 @@ def plan_options(
     found = make_menus(meter.options(start, patterns), start, program)
     found = weighed(found, weigher.options(start, found.menus))
 
+    losses = losses_of(program, start, found)
+
     def allocated(table: LatencyTable) -> Plan:
-        return allocate_options(program, start, found, table, budget)
+        return allocate_options(program, start, found, table, budget, losses)
 
     return meet_budget(meter.whole(found.dense_ms), budget, allocated, meter.share)
 
@@ -97,7 +99,7 @@ def plan_mixed(
     times = meter.options(start, patterns)
     wide = make_menus(times, start, program)
     table, weights = meter.whole(wide.dense_ms), weigher.options(start, wide.menus)
-    tried: list[tuple[float, Plan, Menus]] = []
+    tried: list[tuple[float, Plan, Menus, list[Floats]]] = []
     reasons: list[PlanError] = []
     for share in (1.0, *(budget + (1 - budget) * part for part in WIDTH_SHARES)):
         lost, mixed, found = 0.0, start, wide
@@ -107,17 +109,18 @@ def plan_mixed(
                 lost, mixed = widths.loss(channels), joined(channels, start)
                 found = make_menus(times, mixed, program, widths.shares(channels))
             found = weighed(found, weights)
-            lost += allocate_options(program, mixed, found, table, budget).loss(program.tensors)
+            losses = losses_of(program, mixed, found)
+            lost += allocate_options(program, mixed, found, table, budget, losses).loss(losses)
         except PlanError as error:
             reasons.append(error)
             continue
-        tried.append((lost, mixed, found))
+        tried.append((lost, mixed, found, losses))
     if not tried:
         raise min(reasons, key=lambda one: one.least if isinstance(one, UnreachableError) else 1.0)
-    _, mixed, found = min(tried, key=lambda one: one[0])
+    _, mixed, found, losses = min(tried, key=lambda one: one[0])
 
     def allocated(table: LatencyTable) -> Plan:
-        return allocate_options(program, mixed, found, table, budget)
+        return allocate_options(program, mixed, found, table, budget, losses)
 
     return meet_budget(table, budget, allocated, meter.share)
 
@@ -128,7 +131,14 @@ def joined(channels: Plan, layers: Plan) -> Plan:
     return channels.model_copy(update={"constraints": (*coupled, *layers), "latency": None})
 
 
-def allocate_options(program: Program, plan: Plan, found: Menus, table: LatencyTable, budget: float) -> Plan:
+def losses_of(program: Program, plan: Plan, found: Menus) -> list[Floats]:
+    """Return what options cost the weights of a program, as `Plan.option_losses`."""
+    return plan.model_copy(update={"budget": Budget(ms=0.0, menus=found.menus)}).option_losses(program.tensors)
+
+
+def allocate_options(
+    program: Program, plan: Plan, found: Menus, table: LatencyTable, budget: float, losses: Sequence[Floats]
+) -> Plan:
     """Return the plan with the options that meet a share of the dense latency at the least loss of energy.
 
     Args:
@@ -137,6 +147,7 @@ def allocate_options(program: Program, plan: Plan, found: Menus, table: LatencyT
         found: what the options take.
         table: how a sum over segments relates to the whole.
         budget: the share.
+        losses: of the options, by `losses_of`.
 
     Raises:
         UnreachableError: the budget cannot be met; the message says what can be, layer by layer.
@@ -145,7 +156,7 @@ def allocate_options(program: Program, plan: Plan, found: Menus, table: LatencyT
     if limit.ms < limit.least_ms:
         least = table.share(found.least_ms)
         raise UnreachableError(_unreachable(found, table, budget), _hint(least), least)
-    made = plan.model_copy(update={"budget": limit}).reallocated(program.tensors)
+    made = plan.model_copy(update={"budget": limit}).reallocated(program.tensors, losses)
     total = found.rest_ms + sum(option.ms for option in made.options().values())
     forecast = LatencyForecast(
         target=table.target,

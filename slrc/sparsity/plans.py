@@ -7,7 +7,7 @@ of it are kept. It can be printed, compared, edited and fed back with `--plan`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -69,20 +69,20 @@ class Plan(_Data):
         partly = [c.model_copy(update={"keep": k}) for c, k in zip(self.constraints, keeps, strict=True)]
         return self.model_copy(update={"constraints": tuple(partly)})
 
-    def reallocated(self, tensors: Mapping[str, Tensor]) -> Plan:
+    def reallocated(self, tensors: Mapping[str, Tensor], losses: Sequence[Floats] | None = None) -> Plan:
         """Return the plan with the options of its budget that cost these weights least; without a budget, itself.
 
-        An option costs −log of the share of the layer's energy that its projection keeps, times its weight: the least
-        sum keeps the greatest product of shares, so that the scale of a layer says nothing and none is starved.
+        Args:
+            tensors: the weights.
+            losses: `option_losses` of them, where they are known.
 
         Raises:
             PlanError: not even the fastest options keep to the budget.
         """
         if self.budget is None:
             return self
-        losses = self._losses(tensors)
         ms = [np.array([o.ms for o in menu.options]) for menu in self.budget.menus]
-        chosen = choose_options(losses, ms, self.budget.ms)
+        chosen = choose_options(losses or self.option_losses(tensors), ms, self.budget.ms)
         if chosen is None:
             raise PlanError(
                 f"a budget of {self.budget.ms:.3f} ms cannot be met: the fastest options of all layers take "
@@ -90,20 +90,22 @@ class Plan(_Data):
             )
         return self.with_options({m.name: m.options[k] for m, k in zip(self.budget.menus, chosen, strict=True)})
 
-    def loss(self, tensors: Mapping[str, Tensor]) -> float:
-        """Return what its options cost these weights, as `reallocated` counts; 0 without a budget."""
-        if self.budget is None:
-            return 0.0
-        taken, menus = self.options(), self.budget.menus
-        places = [menu.options.index(taken[menu.name]) for menu in menus]
-        return sum(float(own[k]) for own, k in zip(self._losses(tensors), places, strict=True))
+    def option_losses(self, tensors: Mapping[str, Tensor]) -> list[Floats]:
+        """Return what every option of the budget costs these weights, for each of its menus; without one, nothing.
 
-    def _losses(self, tensors: Mapping[str, Tensor]) -> list[Floats]:
-        assert self.budget is not None
+        An option costs −log of the share of the layer's energy that its projection keeps, times its weight: the least
+        sum keeps the greatest product of shares, so that the scale of a layer says nothing and none is starved.
+        """
+        menus = self.budget.menus if self.budget else ()
         named = {c.name: c for c in self.constraints}
         coupled = {c.name: c.project(tensors) for c in self.constraints if c.pattern.coupled}
         left = self.left_by_channels(coupled, tensors)
-        return [option_losses(named[menu.name], menu, tensors, left.get(menu.name)) for menu in self.budget.menus]
+        return [option_losses(named[menu.name], menu, tensors, left.get(menu.name)) for menu in menus]
+
+    def loss(self, losses: Sequence[Floats]) -> float:
+        """Return what the options that it has cost, of `option_losses`; 0 without a budget."""
+        taken, menus = self.options(), self.budget.menus if self.budget else ()
+        return sum(float(own[m.options.index(taken[m.name])]) for own, m in zip(losses, menus, strict=True))
 
     def project(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the mask of every constraint's projection, by its name: of channels, then of what those leave."""

@@ -152,7 +152,7 @@ def measure_cifar(pattern: str, sparsity: float | None, options: dict[str, Any])
     model = tasks.cifar_task("resnet20").make().eval()
     pixels, test = cifar10.load_images("train")[0], cifar10.load_images("test")
     found, seconds = [], []
-    for seed in range(SEEDS if pattern == "block:8x1" and not options else 1):
+    for seed in range(SEEDS if pattern == "block:8x1" and "images" not in options else 1):
         drawn = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))[: options.get("images", 512)]
         x = cifar10.normalize(pixels[drawn]).contiguous()
         others = {"by": options["by"]} if "by" in options else {}

@@ -7,6 +7,7 @@ beforehand, so that each is read through its DequantizeLinear alone.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,7 +172,8 @@ def add_constant(
 
     key = (array.dtype.str, array.shape, array.tobytes())
     if key not in constants:
-        free = next(n for n in [name, *(f"{name}_{k}" for k in range(1, 1 << 20))] if n not in model.graph.initializers)
+        names = itertools.chain([name], (f"{name}_{k}" for k in itertools.count(1)))
+        free = next(n for n in names if n not in model.graph.initializers)
         value = onnx_ir.Value(name=free, const_value=onnx_ir.tensor(array, name=free))
         value.type = onnx_ir.TensorType(value.const_value.dtype)  # type: ignore[union-attr]
         value.shape = onnx_ir.Shape(array.shape)

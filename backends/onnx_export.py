@@ -17,7 +17,7 @@ from torch.fx import Node
 from slrc.backends import pack_integers, packed_onnx, quantized_onnx
 from slrc.backends.packed_onnx import attach_functions
 from slrc.errors import BackendError
-from slrc.ir.export_memory import listed_once
+from slrc.ir.export_memory import remembered
 from slrc.ir.program import Program
 from slrc.ir.quiet import quiet_torch
 
@@ -43,7 +43,7 @@ def export_onnx(program: Program, path: Path, opset: int = OPSET) -> bool:
 
     exported_program = _without_constant_outputs(_with_plain_attention(program))
     try:
-        with quiet_torch(), listed_once(), _translations_read_once():
+        with quiet_torch(), remembered(), _translations_read_once():
             exported = torch.onnx.export(
                 exported_program,
                 dynamo=True,

@@ -23,7 +23,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from slrc.errors import CaptureError, OutputError, SlrcError
-from slrc.ir.export_memory import listed_once
+from slrc.ir.export_memory import remembered
 from slrc.ir.nodes import TRANSPOSED, WEIGHTED, conv_groups, is_free, layer_weight, node_macs, op_name
 from slrc.ir.program_file import StoredProgram
 from slrc.ir.quiet import quiet_torch
@@ -309,7 +309,7 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], name: str = "mode
         tensor.data = tensor.data.contiguous()
     inputs = pytree.tree_map_only(Tensor, lambda x: x.detach().cpu().contiguous(), example_inputs)
     _try(twin, inputs, where)
-    with quiet_torch(), listed_once():
+    with quiet_torch(), remembered():
         exported = export(twin, inputs).run_decompositions({})
     drop_expansions(exported)
     return Program(exported, inputs, name)

@@ -13,7 +13,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from slrc.errors import CaptureError
-from slrc.ir.export_memory import listed_once
+from slrc.ir.export_memory import remembered
 from slrc.ir.nodes import is_free, op_name
 from slrc.ir.quiet import quiet_torch
 from slrc.user_code import at, first_line, lines_in, lines_of, users_line
@@ -48,7 +48,7 @@ def export(module: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
     failures: list[Exception] = []
     for args, dynamic_shapes in attempts:
         try:
-            with quiet_torch(), torch.no_grad(), listed_once():
+            with quiet_torch(), torch.no_grad(), remembered():
                 exported = torch.export.export(module, args, dynamic_shapes=dynamic_shapes)
             if args is inputs or not _has_fixed_batch(exported, sizes):
                 return exported

@@ -27,8 +27,9 @@ from slrc.doctor.times import time_speedups
 from slrc.errors import BackendError, ConfigError, VerificationError
 from slrc.forms.form import FormKind
 from slrc.ir.nodes import op_name
-from slrc.measuring.clock import Clock, Job
+from slrc.measuring.clock import Clock
 from slrc.measuring.devices import Timing
+from slrc.measuring.jobs import Job
 from slrc.measuring.timing import BLOCKS, Budget
 from slrc.progress import Quiet
 from slrc.quantization.choose import rounded_anyhow

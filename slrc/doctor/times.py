@@ -16,7 +16,8 @@ from slrc.forms.cost import cheapest_form
 from slrc.forms.form import DENSE, Form, FormKind, Forms
 from slrc.ir.program import Program
 from slrc.measuring.choose_forms import form_candidates
-from slrc.measuring.clock import Clock, Formed, Job, to_be_timed
+from slrc.measuring.clock import Clock
+from slrc.measuring.jobs import Formed, Job, to_be_timed
 from slrc.measuring.timing import BLOCKS, Budget, measure
 from slrc.passes.analysis.cut_segments import cut_segments
 from slrc.pipeline import baseline, structure

@@ -29,8 +29,9 @@ from slrc.forms.form import (
 from slrc.ir.nodes import layer_weight
 from slrc.ir.program import Program
 from slrc.machine.cache import cache_folder
-from slrc.measuring.clock import Clock, Formed, Job, digest, form_content
+from slrc.measuring.clock import Clock
 from slrc.measuring.devices import Device, Timing, local_device
+from slrc.measuring.jobs import Formed, Job, digest, form_content
 from slrc.measuring.timing import PART_RACE, WHOLE_RACE
 from slrc.passes.analysis.cut_segments import Segment, cut_segments
 from slrc.passes.forms.pack_blocks import why_not_packed, why_not_packed_int8

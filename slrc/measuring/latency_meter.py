@@ -26,8 +26,9 @@ from slrc.ir.nodes import layer_weight
 from slrc.ir.program import Layer, Program
 from slrc.machine.cache import cache_folder
 from slrc.measuring.choose_forms import LIMITS, choose_forms, mixes_types
-from slrc.measuring.clock import Clock, Formed, Job, digest, form_content, to_be_timed
+from slrc.measuring.clock import Clock
 from slrc.measuring.devices import Device, local_device
+from slrc.measuring.jobs import Formed, Job, digest, form_content, to_be_timed
 from slrc.measuring.latency_table import LatencyTable, SegmentLatency, WholeLatency, interpolate
 from slrc.measuring.timing import PART, WHOLE
 from slrc.measuring.timing import Budget as TimeBudget

@@ -13,7 +13,8 @@ from slrc.backends.ort import OnnxRuntime
 from slrc.errors import BackendError
 from slrc.ir.program import Program, capture
 from slrc.measuring import devices
-from slrc.measuring.clock import Clock, Job
+from slrc.measuring.clock import Clock
+from slrc.measuring.jobs import Job
 from slrc.measuring.timing import PART
 from slrc.passes.analysis.cut_segments import cut_segments
 

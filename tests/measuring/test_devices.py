@@ -17,8 +17,9 @@ from slrc.errors import BackendError
 from slrc.forms.form import FormKind
 from slrc.ir.program import Program, capture
 from slrc.measuring.choose_forms import choose_forms
-from slrc.measuring.clock import Clock, Job
+from slrc.measuring.clock import Clock
 from slrc.measuring.devices import Candidate, Device, LocalDevice, Measured, Timing, local_device
+from slrc.measuring.jobs import Job
 from slrc.measuring.latency_meter import LatencyMeter
 from slrc.measuring.timing import PART, Budget
 from slrc.pipeline import structure

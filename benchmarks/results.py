@@ -101,6 +101,15 @@ FILES = (
         kernels=True,
     ),
     ResultsFile(
+        "pareto_int8.json",
+        "SLRC_DATA=~/data python benchmarks/pareto/int8.py",
+        (
+            *("benchmarks/pareto/int8.py", "passes/quantization", "slrc/quantization", "backends/quantized_onnx.py"),
+            *("slrc/measuring/choose_forms.py", TIMING, *FORMS),
+        ),
+        kernels=True,
+    ),
+    ResultsFile(
         "zoo.json",
         "python benchmarks/zoo.py",
         ("benchmarks/zoo.py", "benchmarks/zoo_timm.txt", "passes/analysis", "passes/structure"),

@@ -1,4 +1,4 @@
-"""A plot and a table of what `train.py` trained and `latency.py` timed: accuracy over measured latency.
+"""A plot and a table of what `train.py` trained, `latency.py` timed and `int8.py` rounded: accuracy over latency.
 
 python benchmarks/pareto/frontier.py     # writes benchmarks/results/pareto.svg
 """
@@ -32,8 +32,14 @@ STYLES = {
     "uniform channel": ("#2ca02c", "s:"),
     TORCH_PRUNING: ("#9467bd", "^--"),
     "smaller": ("#7f7f7f", "D--"),
+    "dense, int8": ("#000000", "*"),
+    "auto, int8": ("#d62728", "o:"),
+    "block:8x1, int8": ("#1f77b4", "o:"),
+    "smaller, int8": ("#7f7f7f", "D:"),
 }
-"""What is drawn, in which colour and line."""
+"""What is drawn, in which colour and line; what is rounded is hollow."""
+INT8 = ", int8"
+"""What the name of a contender ends with that was rounded."""
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Of a 95% interval, by the number of seeds."""
 
@@ -64,13 +70,15 @@ class Point:
 
 
 def points() -> Iterator[Point]:
-    """Yield what was both trained and timed, networks and contenders in order."""
+    """Yield what was both trained and timed, and what was rounded, networks and contenders in order."""
     times = rows_of(file_of("pareto_latency"))
     found: dict[tuple[str, str, float | None], list[tuple[Row, Row]]] = defaultdict(list)
     for name, row in rows_of(file_of("pareto")).items():
         if name in times:
             found[row["network"], row["contender"], row["share"]].append((row, times[name]))
-    for (network, contender, asked), pairs in found.items():
+    for row in rows_of(file_of("pareto_int8")).values():
+        found[row["network"], f"{row['contender']}{INT8}", row["asked"]].append((row, row))
+    for (network, contender, asked), pairs in sorted(found.items(), key=lambda item: item[0][0]):
         yield Point(
             network,
             contender,
@@ -83,8 +91,10 @@ def points() -> Iterator[Point]:
 
 
 def kind_of(contender: str) -> str:
-    """Return the style that a contender is drawn in."""
-    return contender if contender in (*ALLOCATED, *UNIFORM, TORCH_PRUNING) else "smaller"
+    """Return the style that a contender is drawn in; what has none is not drawn."""
+    name = contender.removesuffix(INT8)
+    known = (*ALLOCATED, *UNIFORM, TORCH_PRUNING, "dense")
+    return contender if name in known else contender.replace(name, "smaller")
 
 
 def draw(found: list[Point]) -> Figure:
@@ -96,11 +106,11 @@ def draw(found: list[Point]) -> Figure:
         for kind, (color, style) in STYLES.items():
             line = sorted((p for p in mine if kind_of(p.contender) == kind), key=lambda p: p.share)
             if line:
-                label = "smaller dense networks" if kind == "smaller" else kind
+                label = kind.replace("smaller", "smaller dense networks")
+                hollow = {"mfc": "none"} if kind.endswith(INT8) else {}
                 errors = [p.interval or 0.0 for p in line]
-                axes.errorbar(
-                    [p.share for p in line], [p.test for p in line], errors, fmt=style, color=color, label=label, ms=4
-                )
+                where = [p.share for p in line], [p.test for p in line]
+                axes.errorbar(*where, errors, fmt=style, color=color, label=label, ms=4, **hollow)
         axes.plot(100, mine[0].dense, "k*", label="dense")
         axes.set_title(network)
         axes.set_xlabel("latency, % of dense")

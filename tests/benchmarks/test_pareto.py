@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from slrc.kernels.build import build
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SIZES_FOR_TIMES = """
@@ -17,18 +20,23 @@ from slrc.measuring.clock import Clock, Timing
 timing.PATIENCE = 0.0
 
 def times(clock, jobs, budget):
-    tensors = [job.program(clock.target).tensors.values() for job in jobs]
-    sizes = [sum(t.numel() for t in one if t.is_floating_point()) for one in tensors]
-    return tuple(Timing(float(size)) for size in sizes)
+    found = []
+    for program in (job.program(clock.target) for job in jobs):
+        size = sum(t.numel() for t in program.tensors.values() if t.is_floating_point())
+        rounds = any("fake_quantize" in str(node.target) for node in program.nodes)
+        found.append(Timing(size / 4 if rounds else float(size)))
+    return tuple(found)
 
 Clock.times = times
 """
-"""A runtime whose time is the number of weights, so that any machine makes the same plans."""
+"""A runtime whose time is the bytes of the weights, so that any machine makes the same plans."""
 
 
 @pytest.fixture
 def run(start_process: Callable[..., Any], tmp_path: Path) -> Callable[..., str]:
-    """Runs a script as `python script arguments` does; returns what it printed."""
+    """Runs a script as `python script arguments` does, with a cache that has the kernels; returns what it printed."""
+    for library in (build(), build(int8=True)):
+        shutil.copy(library, tmp_path)
 
     def call(script: str, *arguments: object) -> str:
         path = BENCHMARKS / "pareto" / script
@@ -46,7 +54,7 @@ runpy.run_path({str(path)!r}, run_name="__main__")
     return call
 
 
-def test_the_short_form_trains_resumes_and_times(run: Callable[..., str], tmp_path: Path) -> None:
+def test_the_short_form_trains_resumes_times_and_rounds(run: Callable[..., str], tmp_path: Path) -> None:
     rows, times = tmp_path / "rows.jsonl", tmp_path / "times.json"
     some = ["short", "--seeds", 1, "--out", rows, "--only"]
     assert run("train.py", *some, "*/auto@0.20/*").count("\n") == 1
@@ -64,3 +72,9 @@ def test_the_short_form_trains_resumes_and_times(run: Callable[..., str], tmp_pa
     measured = json.loads(times.read_text())["rows"]["digits-net/auto@0.20/2/0"]
     assert f"{measured['share']:.1%}" in printed
     assert measured["size"] < 1
+
+    rounded = tmp_path / "int8.json"
+    assert run("int8.py", "--trained", rows, "--out", rounded, "--only", "*/auto@0.20/*").count("\n") == 1
+    corner = json.loads(rounded.read_text())["rows"]["digits-net/auto@0.20/2/0"]
+    assert corner["test"] == pytest.approx(planned["test"], abs=2)
+    assert corner["layers_int8"] > 0

@@ -15,12 +15,10 @@ time.
 
 from __future__ import annotations
 
-import argparse
-import ctypes
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -29,9 +27,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import torch
-from kernel_latency import LEAST_RUNS, SHAPES, Shape, in_turns
+from kernel_latency import LEAST_RUNS, SHAPES, Kernels, Report, Row, Shape, in_turns, options
 from onnx import TensorProto, helper, numpy_helper
-from results import Rows
 
 from slrc.backends.int8_onnx import Int8Layer, Window, node_of
 from slrc.forms.packed_int8 import PackedInt8
@@ -55,55 +52,18 @@ def bottlenecks() -> list[Shape]:
     return shapes
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
-
-    layer: str
-    sparsity: float
-    block: int
-    dense_ms: float
-    packed_ms: float
-    speedup: float
-    gops: float
-    share_of_peak: float
-    disturbed: float
-
-
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, nargs="+", default=[8])
-    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.75, 0.9])
-    parser.add_argument("--layers", default="", help="only layers whose name contains this")
+    parser = options(__doc__, [8])
     parser.add_argument("--network", action="store_true", help="the bottlenecks of ResNet-50 in one model")
-    parser.add_argument("--seconds", type=float, default=0.4, help="for each pair of models")
-    parser.add_argument("--library", type=Path, help="a library already built")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-
-    library = args.library or build(int8=True)
-    kernels = ctypes.CDLL(str(library))
-    kernels.slrc_int8_peak_gops.restype = ctypes.c_double
-    kernels.slrc_int8_instruction_set.restype = ctypes.c_char_p
-    peak = kernels.slrc_int8_peak_gops(ctypes.c_double(0.3))
-    name = kernels.slrc_int8_instruction_set().decode()
-    print(f"{name}, peak {peak:.0f} Gop/s")
-    titles = ("dense ms", "packed ms", "speedup", "Gop/s", "peak", "disturbed")
-    print(f"{'layer':22} {'sparsity':>8} {'block':>6} " + " ".join(f"{title:>9}" for title in titles))
-    rows = Rows(__file__, args.out)
+    kernels = Kernels.of(args.library or build(int8=True), "slrc_int8_", "gops")
+    report = Report(__file__, args.out, kernels, 4)
     for sparsity in args.sparsities:
         for block in args.blocks:
             chains = [[shape] for shape in SHAPES if args.layers in str(shape)]
             for shapes in [bottlenecks()] if args.network else chains:
-                row = measure(shapes, sparsity, block, args.seconds, library, peak)
-                key = f"{row.layer} {sparsity:g} {block}x4 {name}"
-                rows.add(key, asdict(row) | {"instruction_set": name, "peak_gops": peak})
-                print(
-                    f"{row.layer:22} {sparsity:8.2f} {block:4}x4 {row.dense_ms:9.3f} {row.packed_ms:9.3f}"
-                    f" {row.speedup:8.2f}x {row.gops:9.1f} {row.share_of_peak:9.0%} {row.disturbed:9.0%}",
-                    flush=True,
-                )
+                report.add(measure(shapes, sparsity, block, args.seconds, kernels))
 
 
 @dataclass(frozen=True)
@@ -132,17 +92,17 @@ def random_layer(shape: Shape, sparsity: float, block: int) -> Layer:
     return Layer(shape, weight, bias, scale, int(mask.sum()) * block * 4)
 
 
-def measure(shapes: list[Shape], sparsity: float, block: int, seconds: float, library: Path, peak: float) -> Row:
+def measure(shapes: list[Shape], sparsity: float, block: int, seconds: float, kernels: Kernels) -> Row:
     """Time some layers one behind the other, dense and packed, in turns; check that they give the same bits."""
     layers = [random_layer(shape, sparsity, block) for shape in shapes]
     models = (model_of(layers, dense_node), model_of(layers, partial(packed_node, block)))
-    dense, packed = (prepare(model, library) for model in models)
+    dense, packed = (prepare(model, kernels.library) for model in models)
     assert (dense().numpy() == packed().numpy()).all(), f"{shapes}: dense and packed differ"
     timed = in_turns if len(layers) == 1 else in_turns_by_cpu
     slow, fast, disturbed = timed(dense, packed, seconds)
     gops = 2e-9 * sum(layer.values * layer.shape.size**2 for layer in layers) / fast
     name = str(shapes[0]) if len(shapes) == 1 else "ResNet-50 bottlenecks"
-    return Row(name, sparsity, block, slow * 1e3, fast * 1e3, slow / fast, gops, gops / peak, disturbed)
+    return Row(name, sparsity, block, slow * 1e3, fast * 1e3, slow / fast, gops, gops / kernels.peak_gops, disturbed)
 
 
 def in_turns_by_cpu(a: Callable[[], Any], b: Callable[[], Any], seconds: float) -> tuple[float, float, float]:

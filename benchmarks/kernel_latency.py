@@ -4,9 +4,9 @@
     SLRC_KERNEL_ISA=avx2 taskset -c 1 python benchmarks/kernel_latency.py --blocks 8 --sparsities 0.75
 
 For each layer of a ResNet, each sparsity and each block `M×1`: a model of that layer alone, dense and packed, in turns
-(A B B A). Runs during which the thread lost its core are left out, and `disturbed` is their share. Prints a table (the
-ratio of medians; GFLOP/s on the surviving weights, and as a share of the greatest rate of multiply-adds that a loop of
-nothing else reaches) and puts each row in `benchmarks/results/kernel_latency.json`.
+(A B B A). Runs during which the thread lost its core are left out, and `disturbed` is their share. Prints a table: the
+ratio of medians; operations on the surviving weights, 10⁹ a second, and as a share of the greatest rate of
+multiply-adds that a loop of nothing else reaches. Puts each row in `benchmarks/results/kernel_latency.json`.
 """
 
 from __future__ import annotations
@@ -83,49 +83,76 @@ class Row:
     dense_ms: float
     packed_ms: float
     speedup: float
-    gflops: float
+    gops: float
     share_of_peak: float
     disturbed: float
 
 
-def main() -> None:
-    """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, nargs="+", default=[4, 8, 16])
+@dataclass(frozen=True)
+class Kernels:
+    """A library, the instruction set that it takes here, and the core's peak with that: operations, 10⁹ a second."""
+
+    library: Path
+    instruction_set: str
+    peak_gops: float
+
+    @staticmethod
+    def of(library: Path, prefix: str, unit: str) -> Kernels:
+        """Load a library and ask it, by the beginning of its functions' names and what its peak is counted in."""
+        loaded = ctypes.CDLL(str(library))
+        peak, name = getattr(loaded, f"{prefix}peak_{unit}"), getattr(loaded, f"{prefix}instruction_set")
+        peak.restype, name.restype = ctypes.c_double, ctypes.c_char_p
+        return Kernels(library, name().decode(), peak(ctypes.c_double(0.3)))
+
+
+class Report:
+    """Prints rows and writes them. Blocks are of so many columns."""
+
+    def __init__(self, script: str, out: Path | None, kernels: Kernels, columns: int) -> None:
+        self.rows, self.kernels, self.columns = Rows(script, out), kernels, columns
+        print(f"{kernels.instruction_set}, peak {kernels.peak_gops:.0f} Gop/s")
+        titles = ("dense ms", "packed ms", "speedup", "Gop/s", "peak", "disturbed")
+        print(f"{'layer':22} {'sparsity':>8} {'block':>6} " + " ".join(f"{title:>9}" for title in titles))
+
+    def add(self, row: Row, batch: int = 1) -> None:
+        """Print and write a row."""
+        name, block = self.kernels.instruction_set, f"{row.block}x{self.columns}"
+        key = f"{row.layer} {row.sparsity:g} {block} {name} batch={batch}"
+        machine = {"instruction_set": name, "peak_gops": self.kernels.peak_gops, "batch": batch}
+        self.rows.add(key, asdict(row) | machine)
+        print(
+            f"{row.layer:22} {row.sparsity:8.2f} {block:>6} {row.dense_ms:9.3f} {row.packed_ms:9.3f}"
+            f" {row.speedup:8.2f}x {row.gops:9.1f} {row.share_of_peak:9.0%} {row.disturbed:9.0%}",
+            flush=True,
+        )
+
+
+def options(about: str | None, blocks: list[int]) -> argparse.ArgumentParser:
+    """Return the options of a script that times layers."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, nargs="+", default=blocks)
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.75, 0.9])
     parser.add_argument("--layers", default="", help="only layers whose name contains this")
-    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=0.4, help="for each pair of models")
     parser.add_argument("--library", type=Path, help="a library already built")
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    return parser
 
-    library = args.library or build()
-    kernels = ctypes.CDLL(str(library))
-    kernels.slrc_peak_gflops.restype = ctypes.c_double
-    kernels.slrc_instruction_set.restype = ctypes.c_char_p
-    peak = kernels.slrc_peak_gflops(ctypes.c_double(0.3))
-    name = kernels.slrc_instruction_set().decode()
-    print(f"{name}, peak {peak:.0f} GFLOP/s")
-    titles = ("dense ms", "packed ms", "speedup", "GFLOP/s", "peak", "disturbed")
-    print(f"{'layer':20} {'sparsity':>8} {'block':>6} " + " ".join(f"{title:>9}" for title in titles))
-    rows = Rows(__file__, args.out)
-    machine = {"instruction_set": name, "peak_gflops": peak, "batch": args.batch}
-    for shape in SHAPES:
-        if args.layers not in str(shape):
-            continue
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = options(__doc__, [4, 8, 16])
+    parser.add_argument("--batch", type=int, default=1)
+    args = parser.parse_args()
+    kernels = Kernels.of(args.library or build(), "slrc_", "gflops")
+    report = Report(__file__, args.out, kernels, 1)
+    for shape in (shape for shape in SHAPES if args.layers in str(shape)):
         for sparsity in args.sparsities:
             for block in args.blocks:
-                row = measure(shape, sparsity, block, args.batch, args.seconds, library, peak)
-                rows.add(f"{row.layer} {sparsity:g} {block}x1 {name} batch={args.batch}", asdict(row) | machine)
-                print(
-                    f"{row.layer:20} {sparsity:8.2f} {block:4}x1 {row.dense_ms:9.3f} {row.packed_ms:9.3f}"
-                    f" {row.speedup:8.2f}x {row.gflops:9.1f} {row.share_of_peak:9.0%} {row.disturbed:9.0%}",
-                    flush=True,
-                )
+                report.add(measure(shape, sparsity, block, args.batch, args.seconds, kernels), args.batch)
 
 
-def measure(shape: Shape, sparsity: float, block: int, batch: int, seconds: float, library: Path, peak: float) -> Row:
+def measure(shape: Shape, sparsity: float, block: int, batch: int, seconds: float, kernels: Kernels) -> Row:
     """Time one layer, dense and packed, in turns; check that they agree."""
     random = np.random.default_rng(0)
     weight = random.standard_normal((shape.outputs, shape.inputs, shape.kernel, shape.kernel)).astype(np.float32)
@@ -134,12 +161,13 @@ def measure(shape: Shape, sparsity: float, block: int, batch: int, seconds: floa
     mask = np.argsort(random.random((shape.outputs // block, columns)), axis=1) < kept
     weight *= mask.repeat(block, axis=0).reshape(weight.shape) / np.float32(np.sqrt(kept))
     models = (dense_model(shape, weight, batch), packed_model(shape, weight, block, batch))
-    dense, packed = (prepare(model, library) for model in models)
+    dense, packed = (prepare(model, kernels.library) for model in models)
     difference = np.abs(dense().numpy() - packed().numpy()).max()
     assert difference < 1e-3, f"{shape}: dense and packed differ by {difference}"
     slow, fast, disturbed = in_turns(dense, packed, seconds)
-    gflops = 2e-9 * mask.sum() * block * batch * shape.size**2 / fast
-    return Row(str(shape), sparsity, block, slow * 1e3, fast * 1e3, slow / fast, gflops, gflops / peak, disturbed)
+    gops = 2e-9 * mask.sum() * block * batch * shape.size**2 / fast
+    peak = kernels.peak_gops
+    return Row(str(shape), sparsity, block, slow * 1e3, fast * 1e3, slow / fast, gops, gops / peak, disturbed)
 
 
 def in_turns(a: Callable[[], Any], b: Callable[[], Any], seconds: float) -> tuple[float, float, float]:

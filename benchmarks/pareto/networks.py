@@ -18,6 +18,7 @@ import cifar10
 import digits
 import fashion_mnist
 import imagenette
+from tasks import load_task
 
 import slrc
 from slrc.backends import get_backend, parse_target
@@ -55,7 +56,7 @@ FAMILIES: Mapping[str, Mapping[str, Callable[[], nn.Module]]] = {
     },
     "cifar-resnet56": {
         "ResNet-14": lambda: cifar10.ResNet(2),
-        "ResNet-20": lambda: cifar10.ResNet(3),
+        "ResNet-20, trained": lambda: load_task("cifar-resnet20").make(),
         "ResNet-32": lambda: cifar10.ResNet(5),
         "ResNet-56, width 8": lambda: cifar10.ResNet(9, 8),
     },
@@ -64,6 +65,8 @@ FAMILIES: Mapping[str, Mapping[str, Callable[[], nn.Module]]] = {
     },
 }  # fmt: skip
 """Smaller dense networks of each network's family."""
+TRAINED = ("ResNet-20, trained",)
+"""Those that have a dense start of their own, made like the larger network's."""
 
 
 def plan_for(program: Program, workload: slrc.Workload, contender: str, share: float) -> Plan:

@@ -11,8 +11,8 @@ All networks are trained as many epochs after the dense start and with the same 
 recipe of the package; `RECIPE` and `SCRATCH_LR` are highest learning rates other than its own. `auto` mixes patterns
 over layers, `block:8x1` and `channel` share the budget out over layers, `uniform` prunes the same share of each,
 `Torch-Pruning` takes channels by the norm of their groups and fine-tunes. Smaller networks start from scratch and train
-besides for as many epochs as the dense start took here. One tenth of the training images is for validation; test images
-are looked at once, at the end.
+besides for as many epochs as the dense start took here, but for those that have weights of their own. One tenth of the
+training images is for validation; test images are looked at once, at the end.
 
 Rows are appended to `benchmarks/results/pareto.jsonl` as they come, the trained networks are kept in the cache. An
 interrupted run goes on with what is missing, a row that takes long from its last epoch.
@@ -38,7 +38,7 @@ from torch.nn.functional import cross_entropy
 
 sys.path.insert(1, str(Path(__file__).parents[1] / "convergence"))
 sys.path.insert(1, str(Path(__file__).parents[1]))
-from networks import ALLOCATED, FAMILIES, GRADUAL, TORCH_PRUNING, UNIFORM, plan_for, ratio_for, torch_pruned
+from networks import ALLOCATED, FAMILIES, GRADUAL, TORCH_PRUNING, TRAINED, UNIFORM, plan_for, ratio_for, torch_pruned
 from results import file_of, made_with
 from run import claim, precision, read_rows
 from tasks import CACHE, Task, load_task
@@ -121,7 +121,7 @@ def rows_of(tier: str, seeds: int) -> Iterator[Row]:
                 for share in run.shares:
                     yield Row(network, contender, share, run.epochs, seed)
             for name in FAMILIES[network]:
-                yield Row(network, name, None, run.dense + run.epochs, seed)
+                yield Row(network, name, None, run.epochs + (0 if name in TRAINED else run.dense), seed)
 
 
 def run_row(row: Row) -> dict[str, Any]:
@@ -198,7 +198,8 @@ def train_whole(row: Row, task: Task, dense: nn.Module) -> tuple[nn.Module, dict
     if row.contender == TORCH_PRUNING:
         found["ratio"] = pruned_ratio(row, task, dense)
     else:
-        settings = settings.model_copy(update={"peak_lr": SCRATCH_LR})
+        peak = settings.peak_lr if row.contender in TRAINED else SCRATCH_LR
+        settings = settings.model_copy(update={"peak_lr": peak})
     model, teacher = smaller(row, task), dense.eval().requires_grad_(False)
     if task.bfloat16:
         for network in (model, teacher):
@@ -207,9 +208,9 @@ def train_whole(row: Row, task: Task, dense: nn.Module) -> tuple[nn.Module, dict
     def loss(student: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, y = batch
         output = student(x)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=task.bfloat16):
             answer = teacher(x)
-        distance = soft_divergence(output, answer, settings.temperature)
+        distance = soft_divergence(output, answer.float(), settings.temperature)
         return (1 - settings.distill_weight) * cross_entropy(output, y) + settings.distill_weight * distance
 
     workload = slrc.Workload(

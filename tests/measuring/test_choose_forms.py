@@ -23,7 +23,9 @@ from slrc.ir.program import Program, capture
 from slrc.kernels import build as kernels
 from slrc.measuring import choose_forms as form_choice
 from slrc.measuring import clock as clocks
+from slrc.measuring import jobs as what_is_timed
 from slrc.measuring.choose_forms import choose_forms
+from slrc.measuring.jobs import Job
 from slrc.measuring.timing import WHOLE_RACE, Budget
 from slrc.pipeline import apply_forms, structure
 from slrc.sparsity.masks import Masks
@@ -55,7 +57,7 @@ class FakeClock(clocks.Clock):
 
     says: dict[str, float]
 
-    def times(self, jobs: Sequence[clocks.Job], budget: Budget) -> tuple[clocks.Timing, ...]:
+    def times(self, jobs: Sequence[Job], budget: Budget) -> tuple[clocks.Timing, ...]:
         """One number for each job, by the operators of its program."""
         found = []
         for job in jobs:
@@ -135,7 +137,7 @@ def test_a_network_that_is_slower_with_its_fastest_layers_stays_dense(
     clock.says = {"dense": 2.0, "packed": 1.0, "split": 2.0}
     times = clock.times
 
-    def whole_is_slow(self: FakeClock, jobs: Sequence[clocks.Job], budget: Budget) -> tuple[clocks.Timing, ...]:
+    def whole_is_slow(self: FakeClock, jobs: Sequence[Job], budget: Budget) -> tuple[clocks.Timing, ...]:
         if budget == WHOLE_RACE:
             self.says = {"dense": 1.0, "packed": 2.0, "split": 2.0}
         return times(self, jobs, budget)
@@ -178,7 +180,7 @@ def test_a_form_that_fails_is_dropped_with_a_note(tmp_path: Path, monkeypatch: p
             raise CaptureError("no such layer\nand more")
         return apply_forms(program, forms)
 
-    monkeypatch.setattr(clocks, "apply_forms", applied)
+    monkeypatch.setattr(what_is_timed, "apply_forms", applied)
     choice = choose_forms(pruned("columns:2"), ORT, threads=1, cache=tmp_path)
     assert choice.dropped == ("on ort 2.weight and 1 more are not split:2: no such layer",)
     assert {"dense", "grouped:2"} <= set(choice.layers[1].ms)
@@ -196,7 +198,7 @@ def test_networks_that_fail_are_dropped_and_dense_remains(tmp_path: Path, monkey
             raise CaptureError("too much at once")
         return apply_forms(given, forms)
 
-    monkeypatch.setattr(clocks, "apply_forms", applied)
+    monkeypatch.setattr(what_is_timed, "apply_forms", applied)
     choice = choose_forms(program, ORT, threads=1, cache=tmp_path)
     assert choice.taken in ("all dense", "each its fastest")
     assert choice.forms == {}
@@ -239,6 +241,7 @@ from slrc.backends import parse_target
 from slrc.ir.program import capture
 from slrc.measuring import devices, timing
 from slrc.measuring.choose_forms import choose_forms
+from slrc.measuring.jobs import Job
 from slrc.pipeline import structure
 
 loaded = set()

@@ -11,21 +11,20 @@ against the dense network in float32, in turns, on one thread of an idle machine
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(1, str(Path(__file__).parents[1] / "convergence"))
 sys.path.insert(1, str(Path(__file__).parents[1]))
+from latency import options, trained_rows
 from networks import TARGET
 from results import Rows
-from run import read_rows
 from tasks import load_task
-from train import RESULTS, Row, capture, example_of, program_of
+from train import Row, capture, example_of, program_of
 
 import slrc
 from slrc.backends import parse_target
@@ -70,26 +69,21 @@ def measure(row: Row) -> dict[str, Any]:
         }
 
 
-def rows_in(trained: Path) -> Iterator[Row]:
-    """Yield the dense network and what was trained, of every network in a file."""
+def with_dense(trained: Iterable[Row]) -> Iterator[Row]:
+    """Yield rows, and before the first one of each network the dense one."""
     seen = set[str]()
-    for name, row in sorted(read_rows(trained).items()):
-        if "unreachable" not in row:
-            if row["network"] not in seen:
-                seen.add(row["network"])
-                yield Row(row["network"], DENSE, None, 0, 0)
-            yield Row(row["network"], row["contender"], row["share"], row["epochs"], int(name.split("/")[-1]))
+    for row in trained:
+        if row.network not in seen:
+            seen.add(row.network)
+            yield Row(row.network, DENSE, None, 0, 0)
+        yield row
 
 
 def main() -> None:
     """Measure what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="*", help="a glob over names of rows")
-    parser.add_argument("--trained", type=Path, default=RESULTS, help="the rows of `train.py`")
-    parser.add_argument("--out", type=Path, default=None)
-    args = parser.parse_args()
+    args = options(__doc__).parse_args()
     rows = Rows("pareto_int8", args.out)
-    for row in rows_in(args.trained):
+    for row in with_dense(trained_rows(args.trained)):
         if not fnmatch(str(row), args.only):
             continue
         if not rows.has(str(row)):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -51,21 +52,32 @@ def time_row(row: Row) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Time what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(about: str | None) -> argparse.ArgumentParser:
+    """Return the options of a script that measures what was trained."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", help="a glob over names of rows")
     parser.add_argument("--trained", type=Path, default=RESULTS, help="the rows of `train.py`")
     parser.add_argument("--out", type=Path, default=None)
-    args = parser.parse_args()
+    return parser
+
+
+def trained_rows(file: Path) -> Iterator[Row]:
+    """Yield what a file of `train.py` has and was trained, by name."""
+    for name, found in sorted(read_rows(file).items()):
+        if "unreachable" not in found:
+            parts = (found[part] for part in ("network", "contender", "share", "epochs"))
+            yield Row(*parts, int(name.split("/")[-1]))
+
+
+def main() -> None:
+    """Time what is missing."""
+    args = options(__doc__).parse_args()
     times = Rows("pareto_latency", args.out)
-    for name, trained in sorted(read_rows(args.trained).items()):
-        if not fnmatch(name, args.only) or "unreachable" in trained:
+    for row in trained_rows(args.trained):
+        name = str(row)
+        if not fnmatch(name, args.only):
             continue
         if not times.has(name):
-            row = Row(
-                *(trained[part] for part in ("network", "contender", "share", "epochs")), int(name.split("/")[-1])
-            )
             times.add(name, time_row(row))
         found = times[name]
         print(f"{name}: {found['share']:.1%} of {found['dense_ms']:.3f} ms", flush=True)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from slrc.sparsity.masks import Masks
     from slrc.sparsity.plans import Plan
     from slrc.training.distillation import soft_divergence
-    from slrc.workload import Workload, cached_weights, cross_entropy
+    from slrc.workload import Workload, accuracy, cached_weights, cross_entropy
 
 __version__ = version("slrc")
 wait_passively()  # before anything imports torch
@@ -53,6 +53,7 @@ _HOME = {
     "Program": "ir.program",
     "Report": "reporting.report",
     "Workload": "workload",
+    "accuracy": "workload",
     "cached_weights": "workload",
     "cross_entropy": "workload",
     "soft_divergence": "training.distillation",
@@ -71,6 +72,7 @@ __all__ = [
     "SLRSettings",
     "SlrcError",
     "Workload",
+    "accuracy",
     "cached_weights",
     "capture",
     "compile",

@@ -178,8 +178,8 @@ class Compilation:
                 f"not distilled from the dense model: {trained.undistilled}; `Workload(distill=...)` can say how to "
                 "compare outputs"
             )
-        if self.workload.evaluate is None:
-            self.note("the workload has no `evaluate`: no accuracy was measured")
+        if not self.workload.is_evaluated:
+            self.note("the workload has neither `eval_batches` nor `evaluate`: no accuracy was measured")
         return trained
 
     def evaluate_masked(

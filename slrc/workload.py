@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
+import math
 import os
 import sys
 import warnings
@@ -13,9 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import send_to_device
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -25,6 +27,8 @@ from slrc.errors import SlrcError, WorkloadError
 from slrc.user_code import at, calling_line, first_line, lines_in, lines_of, users_line
 
 Metrics = Mapping[str, float]
+Sums = Mapping[str, tuple[float, float]]
+"""By a metric's name, its sum over the samples of a batch, and how many samples that are."""
 USUAL_IMAGE = (3, 224, 224)
 CLIP = 16
 """Frames of a video."""
@@ -36,18 +40,45 @@ def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     Raises:
         WorkloadError: the batch is not a pair, or the model does not return a tensor of logits.
     """
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+    logits, labels = _classified(model, batch, "loss", "`loss(model, batch) -> scalar tensor`")
+    return nn.functional.cross_entropy(logits, labels)
+
+
+def accuracy(model: nn.Module, batch: Any) -> Sums:
+    """Return `{"accuracy": (right, labels)}` of a batch `(x, y)`: logits `(n, classes, …)`, class indices `(n, …)`.
+
+    Raises:
+        WorkloadError: the batch is not a pair, or the model does not return a tensor of logits.
+    """
+    logits, labels = _classified(model, batch, "evaluate_batch", '`evaluate_batch(model, batch) -> {"metric": (…, …)}`')
+    return {"accuracy": (int((logits.argmax(1) == labels).sum()), labels.numel())}
+
+
+class BatchMetric(NamedTuple):
+    """The leading metric of a batch: its sum over what it is the mean of, and how much that is."""
+
+    name: str
+    total: float
+    weight: float
+
+
+def mean(parts: Iterable[BatchMetric]) -> tuple[str, float]:
+    """Return a metric's name and its mean over batches, the same in whatever order they come.
+
+    Raises:
+        WorkloadError: there are none, they have different names, or their counts come to nothing.
+    """
+    found = list(parts)
+    names = list(dict.fromkeys(part.name for part in found))
+    total, count = _exact_sum(part.total for part in found), _exact_sum(part.weight for part in found)
+    if len(names) > 1:
+        raise WorkloadError(f"`evaluate_batch` returned `{names[0]}` first for one batch, `{names[1]}` for another")
+    if not count > 0:
         raise WorkloadError(
-            f"the default loss needs batches `(x, y)`, got {_describe(batch)}",
-            hint="give `Workload(loss=...)` a function `loss(model, batch) -> scalar tensor`",
+            f"`eval_batches` hold nothing to evaluate: {len(found)} batches, a count of {count:g}",
+            hint="give an iterable that starts anew each time and is not empty, such as a DataLoader",
         )
-    logits = model(batch[0])
-    if not isinstance(logits, Tensor):
-        raise WorkloadError(
-            f"the default loss needs a model that returns logits, got {_describe(logits)}",
-            hint="give `Workload(loss=...)` a function that takes what it needs from the model's output",
-        )
-    return nn.functional.cross_entropy(logits, batch[1])
+    return names[0], total / count
 
 
 @dataclass
@@ -59,7 +90,13 @@ class Workload:
         example_inputs: a tuple of inputs for one call of the model, used for capture, proof and timing.
         train_batches: an iterable that can be read again and again, such as a `DataLoader`; `None` without data.
         loss: `loss(model, batch)` returns a scalar; cross-entropy of `(x, y)` unless given.
-        evaluate: `evaluate(model)` returns `{"metric": value}`, the first one leading; `None` if there is no data.
+        eval_batches: what the model is evaluated on, an iterable like `train_batches`. Several processes share the
+            batches out, and each batch counts once. `None` without data.
+        evaluate_batch: `evaluate_batch(model, batch)` returns `{"metric": (sum, count)}`, the first one leading: the
+            metric is the sum over all batches by the count over all of them. It calls the model equally often for each
+            batch, which is on the model's device. The accuracy of `(x, y)` unless given.
+        evaluate: `evaluate(model)` returns `{"metric": value}`, the first one leading, for metrics that are no means;
+            each of several processes then evaluates everything. In place of `eval_batches`.
         optimizer: makes the optimiser from the trainable parameters; the recipe's SGD unless given.
         scheduler: makes the learning-rate schedule from the optimiser and the number of steps; unless given, the
             recipe's, which has the optimiser's own learning rate as its highest.
@@ -75,6 +112,8 @@ class Workload:
     example_inputs: tuple[Any, ...]
     train_batches: Iterable[Any] | None = None
     loss: Callable[[nn.Module, Any], Tensor] = cross_entropy
+    eval_batches: Iterable[Any] | None = None
+    evaluate_batch: Callable[[nn.Module, Any], Sums] = accuracy
     evaluate: Callable[[nn.Module], Metrics] | None = None
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None
     scheduler: Callable[[Optimizer, int], LRScheduler] | None = None
@@ -99,26 +138,38 @@ class Workload:
             )
         _check_batches("train_batches", self.train_batches)
         _check_batches("calibration", self.calibration)
+        _check_batches("eval_batches", self.eval_batches)
+        if self.evaluate is not None and self.eval_batches is not None:
+            raise WorkloadError(
+                "`Workload.evaluate` and `Workload.eval_batches` exclude each other: both say how to evaluate",
+                hint="give `eval_batches` and `evaluate_batch` for a mean over samples, `evaluate` for anything else",
+            )
+        if self.eval_batches is None and self.evaluate_batch is not accuracy:
+            raise WorkloadError("`Workload.evaluate_batch` needs `eval_batches`", hint="`eval_batches=DataLoader(…)`")
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether a metric can be measured."""
+        return self.evaluate is not None or self.eval_batches is not None
 
     def measure(self, model: nn.Module) -> tuple[str, float] | None:
-        """Return the leading metric's name and value for a model in evaluation mode; `None` without `evaluate`.
+        """Return the leading metric's name and value for a model in evaluation mode; `None` if there is no data for it.
 
         Raises:
-            WorkloadError: `evaluate` failed or did not return `{"metric": value}`.
+            WorkloadError: `evaluate` failed or did not return `{"metric": value}`, or `evaluate_batch` accordingly.
         """
+        if self.eval_batches is not None:
+            with evaluating(model):
+                return mean(self.measure_batch(model, batch) for batch in read(self.eval_batches, "eval_batches"))
         if self.evaluate is None:
             return None
-        training = model.training
-        model.eval()
         try:
-            with torch.no_grad():
+            with evaluating(model):
                 metrics = self.evaluate(model)
         except SlrcError:
             raise
         except Exception as error:
             raise user_error("`evaluate`", error) from error
-        finally:
-            model.train(training)
         if not isinstance(metrics, Mapping) or not metrics:
             raise WorkloadError(
                 f'`evaluate` must return {{"metric": value}}, got {_describe(metrics)}',
@@ -132,6 +183,40 @@ class Workload:
                 f"`evaluate` must return numbers, got {_describe(value)} for `{name}`",
                 hint='for example `return {"accuracy": correct / total}`',
             ) from None
+
+    def measure_batch(self, model: nn.Module, batch: Any) -> BatchMetric:
+        """Return the leading metric of one of `eval_batches`.
+
+        Raises:
+            WorkloadError: `evaluate_batch` failed or did not return `{"metric": (sum, count)}`.
+        """
+        parameter = next(model.parameters(), None)
+        try:
+            found = self.evaluate_batch(model, batch if parameter is None else send_to_device(batch, parameter.device))
+        except SlrcError:
+            raise
+        except Exception as error:
+            raise user_error("`evaluate_batch`", error) from error
+        try:
+            name, (total, count) = next(iter(found.items()))
+            return BatchMetric(str(name), float(total), float(count))
+        except (AttributeError, StopIteration, TypeError, ValueError, RuntimeError):
+            raise WorkloadError(
+                f'`evaluate_batch` must return {{"metric": (sum, count)}}, got {found!r:.80}',
+                hint='for example `return {"accuracy": (correct, len(y))}`',
+            ) from None
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode without gradients, and back in its own mode afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
 
 
 def load_workload(spec: str) -> Workload:
@@ -181,6 +266,16 @@ def cached_weights(model: nn.Module, path: str | Path, train: Callable[[nn.Modul
         aside.replace(path)
     load_model(model, str(path))
     return model
+
+
+def read(batches: Iterable[Any], field: str = "train_batches") -> Iterator[Any]:
+    """Yield a workload's batches; what the user's loader raises becomes an error that names the user's line."""
+    try:
+        yield from batches
+    except (SlrcError, GeneratorExit):
+        raise
+    except Exception as error:
+        raise user_error(f"reading `{field}`", error) from error
 
 
 def user_error(what: str, error: Exception) -> WorkloadError:
@@ -306,6 +401,28 @@ def _torchvision_shape(library: ModuleType, name: str, model: nn.Module) -> tupl
         height = width = own
     frames = (max(CLIP, weights.meta.get("min_temporal_size", 0)),) if "Video" in type(preset).__name__ else ()
     return (3, *frames, height, width)
+
+
+def _classified(model: nn.Module, batch: Any, field: str, wanted: str) -> tuple[Tensor, Tensor]:
+    """Return a classifier's logits for a batch, and the labels."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise WorkloadError(
+            f"the default `{field}` needs batches `(x, y)`, got {_describe(batch)}",
+            hint=f"give `Workload({field}=...)` a function {wanted}",
+        )
+    logits = model(batch[0])
+    if not isinstance(logits, Tensor):
+        raise WorkloadError(
+            f"the default `{field}` needs a model that returns logits, got {_describe(logits)}",
+            hint=f"give `Workload({field}=...)` a function that takes what it needs from the model's output",
+        )
+    return logits, batch[1]
+
+
+def _exact_sum(values: Iterable[float]) -> float:
+    """Sum without rounding on the way, so that the order makes no difference."""
+    found = list(values)
+    return math.fsum(found) if all(map(math.isfinite, found)) else sum(found)
 
 
 def _check_batches(field: str, batches: Any) -> None:

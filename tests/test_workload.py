@@ -230,6 +230,9 @@ X = torch.zeros(1, 2)
         ({"example_inputs": ()}, "must be a tuple of inputs, got a tuple of 0"),
         ({"train_batches": 3}, "`Workload.train_batches` must be iterable, got a int"),
         ({"train_batches": iter([X])}, "can be read only once"),
+        ({"eval_batches": X}, "`Workload.eval_batches` must be an iterable of batches, got a tensor"),
+        ({"eval_batches": [X], "evaluate": lambda model: {}}, "`Workload.eval_batches` exclude each other"),
+        ({"evaluate_batch": lambda model, batch: {}}, "`Workload.evaluate_batch` needs `eval_batches`"),
     ],
 )
 def test_what_a_workload_can_get_wrong(fields: dict[str, Any], message: str) -> None:
@@ -263,6 +266,71 @@ def test_measure_gives_the_leading_metric_and_puts_the_mode_back() -> None:
 
 def test_measure_without_evaluate() -> None:
     assert slrc.Workload(model=nn.Linear(2, 2), example_inputs=(X,)).measure(nn.Linear(2, 2)) is None
+
+
+LABELS = torch.tensor([0, 1, 1, 1, 0])
+BATCHES = [(torch.eye(2)[LABELS[:4]], LABELS[:4]), (torch.eye(2)[LABELS[4:]], 1 - LABELS[4:])]
+"""Four samples that a model which returns its inputs gets right, and one that it gets wrong."""
+
+
+def test_batches_count_as_many_samples_as_they_hold() -> None:
+    workload = slrc.Workload(model=nn.Identity(), example_inputs=(X,), eval_batches=BATCHES)
+    assert workload.is_evaluated
+    assert workload.measure(nn.Identity()) == ("accuracy", 0.8)
+    pixels = [(x[:, :, None, None].expand(-1, -1, 3, 2), y[:, None, None].expand(-1, 3, 2)) for x, y in BATCHES]
+    segmentation = slrc.Workload(model=nn.Identity(), example_inputs=(X,), eval_batches=pixels)
+    assert segmentation.measure(nn.Identity()) == ("accuracy", 0.8)
+
+
+def test_batches_are_measured_in_evaluation_mode_by_a_function_of_ones_own() -> None:
+    modes = []
+
+    def evaluate_batch(model: nn.Module, batch: Any) -> dict[str, Any]:
+        modes.append((model.training, torch.is_grad_enabled()))
+        return {"loss": (batch[0].sum() / 3, len(batch[0])), "other": 1}
+
+    model = nn.Linear(2, 2)
+    workload = slrc.Workload(model=model, example_inputs=(X,), eval_batches=BATCHES, evaluate_batch=evaluate_batch)
+    assert workload.measure(model) == ("loss", pytest.approx(1 / 3))
+    assert modes == [(False, False)] * 2
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("batches", "found", "message"),
+    [
+        (BATCHES, {"accuracy": 0.5}, r"must return {\"metric\": \(sum, count\)}, got {'accuracy': 0.5}"),
+        (BATCHES, {"accuracy": ("many", 2)}, "must return"),
+        (BATCHES, {}, "must return"),
+        (BATCHES, None, "must return"),
+        (BATCHES, {"loss": (1.0, 0)}, "hold nothing to evaluate: 2 batches, a count of 0"),
+        ([], {"loss": (1.0, 1)}, "hold nothing to evaluate: 0 batches"),
+    ],
+)
+def test_what_evaluate_batch_can_get_wrong(batches: Any, found: Any, message: str) -> None:
+    workload = slrc.Workload(
+        model=nn.Identity(), example_inputs=(X,), eval_batches=batches, evaluate_batch=lambda model, batch: found
+    )
+    with pytest.raises(WorkloadError, match=message):
+        workload.measure(nn.Identity())
+
+
+def test_errors_in_batches_of_evaluation_name_the_line() -> None:
+    def evaluate_batch(model: nn.Module, batch: Any) -> Any:
+        return {f"metric {len(batch[0])}": (1.0, 1)} if batch else {}[0]
+
+    def workload(batches: Any, **fields: Any) -> slrc.Workload:
+        return slrc.Workload(model=nn.Identity(), example_inputs=(X,), eval_batches=batches, **fields)
+
+    with pytest.raises(WorkloadError, match=r"`evaluate_batch` failed at .*test_workload\.py.*else \{\}\[0\]"):
+        workload([()], evaluate_batch=evaluate_batch).measure(nn.Identity())
+    with pytest.raises(WorkloadError, match="returned `metric 4` first for one batch, `metric 1` for another"):
+        workload(BATCHES, evaluate_batch=evaluate_batch).measure(nn.Identity())
+    with pytest.raises(WorkloadError, match="the default `evaluate_batch` needs batches `\\(x, y\\)`"):
+        workload([X]).measure(nn.Identity())
+    failing = torch.utils.data.DataLoader(BATCHES, batch_size=None, collate_fn=lambda batch: batch[2])
+    with pytest.raises(WorkloadError, match=r"reading `eval_batches` failed at .*test_workload\.py"):
+        workload(failing).measure(nn.Identity())
 
 
 def test_cached_weights_trains_once(tmp_path: Path) -> None:

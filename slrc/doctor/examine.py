@@ -152,8 +152,12 @@ class _Examination:
         else:
             time_for_it = self.deadline.within(FOR_TRAINING * self.seconds)
             training = self._attempt("training data, loss and optimiser", lambda: self._train(workload, time_for_it))
-        if workload.evaluate is None:
-            self._find("evaluation", Status.NOTE, "the workload has no `evaluate`: no accuracy will be measured")
+        if not workload.is_evaluated:
+            self._find(
+                "evaluation",
+                Status.NOTE,
+                "the workload has neither `eval_batches` nor `evaluate`: no accuracy will be measured",
+            )
             return training and estimate_hours(training, self.config)
         took = self._attempt("evaluation", lambda: self._evaluate(workload))
         if training and took:

@@ -17,7 +17,7 @@ from slrc.sparsity.plans import Plan
 from slrc.training.batches import samples_in, sparse_steps
 from slrc.training.evaluation import check_finite
 from slrc.training.loop import train
-from slrc.workload import Workload
+from slrc.workload import Workload, accuracy
 
 STEPS = 6
 """The first one is not counted: it fills caches."""
@@ -66,7 +66,8 @@ def practise_training(workload: Workload, config: CompileConfig, deadline: Deadl
     """
     assert workload.train_batches is not None
     few = _FirstBatches(workload.train_batches, deadline)
-    trial = replace(workload, model=copy.deepcopy(workload.model), train_batches=few, evaluate=None)
+    unmeasured = replace(workload, evaluate=None, eval_batches=None, evaluate_batch=accuracy)
+    trial = replace(unmeasured, model=copy.deepcopy(workload.model), train_batches=few)
     settings = {
         "method": MethodName.MAGNITUDE,
         "steps": STEPS,

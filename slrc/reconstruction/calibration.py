@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from slrc.errors import WorkloadError
 from slrc.ir.program import Program
-from slrc.training.batches import read, seed_epoch
+from slrc.training.batches import seed_epoch
 from slrc.training.steps import call_loss
-from slrc.workload import Workload
+from slrc.workload import Workload, read
 
 CHUNK = 32
 """Samples that go through the network at once, where the batch is dynamic: what is computed between layers lives for

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -16,11 +16,15 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, IterableDataset
 
 from slrc.config import CompileConfig
-from slrc.errors import SlrcError
-from slrc.workload import user_error
+from slrc.workload import read
 
 USUAL_EPOCHS, USUAL_STEPS = 10, 2000
 """Of sparse training, whichever is more, where nobody says how long."""
+LOADER_OPTIONS = (
+    *("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context"),
+    *("generator", "prefetch_factor", "pin_memory_device"),
+)
+"""How a `DataLoader` reads, besides what it reads and in which order."""
 
 
 def sparse_steps(config: CompileConfig, steps: int) -> int:
@@ -30,16 +34,6 @@ def sparse_steps(config: CompileConfig, steps: int) -> int:
     if config.epochs is not None:
         return config.epochs * steps
     return steps * max(USUAL_EPOCHS, math.ceil(USUAL_STEPS / steps))
-
-
-def read(batches: Iterable[Any], field: str = "train_batches") -> Iterator[Any]:
-    """Yield a workload's batches; what the user's loader raises becomes an error that names the user's line."""
-    try:
-        yield from batches
-    except (SlrcError, GeneratorExit):
-        raise
-    except Exception as error:
-        raise user_error(f"reading `{field}`", error) from error
 
 
 def seed_epoch(batches: Any, seed: int, phase: str, epoch: int) -> None:
@@ -106,6 +100,49 @@ def _is_plain_loader(batches: Iterable[Any]) -> bool:
         and type(batches).__iter__ is DataLoader.__iter__
         and not isinstance(batches.dataset, IterableDataset)
     )
+
+
+class Dealt:
+    """A process's share of batches: every n-th of them, so that each is in one share; it can be read again and again.
+
+    Args:
+        batches: a workload's `eval_batches`, all of them in every process, in the same order.
+        index: of the process.
+        processes: how many there are.
+        even: make all shares equally long. Where batches are missing for that, another share's last one stands in, and
+            `has_stand_in` says so afterwards.
+    """
+
+    def __init__(self, batches: Iterable[Any], index: int, processes: int, *, even: bool) -> None:
+        self.batches, self.index, self.processes, self.even = batches, index, processes, even
+        self.has_stand_in = False
+
+    def __iter__(self) -> Iterator[Any]:
+        source = self.batches
+        if not isinstance(source, DataLoader) or not _is_plain_loader(source) or source.batch_sampler is None:
+            return self._share(read(source, "eval_batches"))
+        options = {name: getattr(source, name) for name in LOADER_OPTIONS}
+        sampler = source.batch_sampler
+        own = DataLoader(source.dataset, batch_sampler=_Again(lambda: self._share(sampler)), **options)
+        return read(own, "eval_batches")
+
+    def _share(self, items: Iterable[Any]) -> Iterator[Any]:
+        self.has_stand_in, source = False, iter(items)
+        while found := list(islice(source, self.processes)):
+            is_missing = self.index >= len(found)
+            self.has_stand_in = is_missing and self.even
+            if not is_missing or self.even:
+                yield found[-1 if is_missing else self.index]
+
+
+@dataclass(frozen=True)
+class _Again:
+    """An iterable of what a function yields."""
+
+    start: Callable[[], Iterator[Any]]
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.start()
 
 
 def samples_in(batch: Any) -> int:

@@ -7,17 +7,17 @@ import math
 from collections.abc import Callable
 
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from slrc.config import CompileConfig
 from slrc.errors import WorkloadError
 from slrc.training.batch_norm import adopt_statistics, recalibrate_batch_norm
-from slrc.training.batches import read, seed_epoch
+from slrc.training.batches import Dealt, seed_epoch
 from slrc.training.sharding import copy_state, is_sharded, shard
 from slrc.training.steps import call_loss
-from slrc.workload import Workload
+from slrc.workload import Workload, evaluating, mean, read
 
 
 class Evaluation:
@@ -34,9 +34,20 @@ class Evaluation:
         self._seed, self._count = config.seed, config.recalibration_batches
 
     def metric(self, model: nn.Module) -> float | None:
-        """Return the leading metric; `None` where the workload has none."""
-        measured = self._workload.measure(model)
-        return None if measured is None else measured[1]
+        """Return the leading metric, the same in all processes; `None` where the workload has none.
+
+        Processes share `eval_batches` out. Those whose models are shared out run them equally often, since they gather
+        weights together: what stands in for a batch that is missing does not count.
+        """
+        batches, processes = self._workload.eval_batches, self._accelerator.num_processes
+        if batches is None or processes == 1:
+            measured = self._workload.measure(model)
+            return None if measured is None else measured[1]
+        seed_epoch(batches, self._seed, "evaluate", 0)  # a shuffled order has to be that of all
+        dealt = Dealt(batches, self._accelerator.process_index, processes, even=is_sharded(model))
+        with evaluating(model):
+            own = [self._workload.measure_batch(model, batch) for batch in dealt]
+        return mean(gather_object(own[: len(own) - dealt.has_stand_in]))[1]
 
     def twin(self, model: nn.Module) -> nn.Module:
         """Return a copy of a model without the wrapper that casts to the training precision; sharded if that is."""

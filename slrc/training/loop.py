@@ -33,7 +33,6 @@ from slrc.sparsity.shards import own, share, whole
 from slrc.training import sharding
 from slrc.training.batches import (
     count_steps,
-    read,
     samples_in,
     seed_epoch,
     share_of_first,
@@ -50,7 +49,7 @@ from slrc.training.random_state import RandomState
 from slrc.training.recipe import AveragedWeights, make_optimizer
 from slrc.training.steps import Hooks, Steps, Stopwatch, call_loss
 from slrc.training.trained import Trained
-from slrc.workload import Workload
+from slrc.workload import Workload, read
 
 RETRAIN = "retrain"
 ON_CPU = not torch.accelerator.is_available()
@@ -443,7 +442,7 @@ class _Trainer:
         Masks may have come in force in the step before: then the live model's statistics are taken anew too.
         """
         metric = hard = None
-        if self.workload.evaluate is not None:
+        if self.workload.is_evaluated:
             live = self.evaluation.twin(self.model)
             if phase != RETRAIN and isinstance(self.method, MaskedMethod) and self.method.kept:
                 self.evaluation.recalibrate(live)

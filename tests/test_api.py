@@ -13,6 +13,7 @@ import onnx
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import slrc
 from slrc import api, compilation
@@ -89,7 +90,10 @@ def check_proof(report: Report, *transforms: str) -> None:
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_every_pattern_end_to_end(
-    compile_once: Callable[[str], tuple[Report, Path]], tiny_workload: MakeWorkload, pattern: str
+    compile_once: Callable[[str], tuple[Report, Path]],
+    tiny_workload: MakeWorkload,
+    tiny_data: TensorDataset,
+    pattern: str,
 ) -> None:
     report, out = compile_once(pattern)
     assert report.pattern == pattern
@@ -114,6 +118,8 @@ def test_every_pattern_end_to_end(
     assert accuracy is not None
     runner = RunnerModule(OnnxRuntime().load(folder), Artifact.read(folder), program)
     assert tiny_workload().measure(runner) == (accuracy.metric, accuracy.final)
+    in_batches = tiny_workload(evaluate=None, eval_batches=DataLoader(tiny_data, batch_size=20))
+    assert in_batches.measure(runner) == ("accuracy", pytest.approx(accuracy.final))
     assert report.size_bytes.compiled == (folder / "model.onnx").stat().st_size
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from slrc import pipeline
 from slrc.backends import LoweredProgram, Target, get_backend, parse_target
 from slrc.compilation import Compilation, Emitted
 from slrc.config import CompileConfig, make_config
-from slrc.errors import BackendError, ConfigError, DeviceError, UnreachableError
+from slrc.errors import BackendError, ConfigError, DeviceError, OutputError, UnreachableError
 from slrc.ir.program import Program
 from slrc.ir.program import capture as capture_module
 from slrc.measuring.choose_forms import choose_forms
@@ -41,7 +41,7 @@ from slrc.sparsity.patterns import AnyPattern, Channel
 from slrc.sparsity.plans import Plan
 from slrc.training import loop as training
 from slrc.training.choose_method import choose_method
-from slrc.training.trained import Trained
+from slrc.training.trained import WEIGHTS, Trained, read_weights
 from slrc.workload import Workload, load_workload
 from slrc.workspace import Workspace
 
@@ -166,7 +166,12 @@ def _compile(
         _require_one_runs(device, targets)
     loaded_plan = Plan.load(config.plan) if config.plan else None
     spec = model if isinstance(model, str) else model.name
-    identity = {"model": spec, **config.model_dump(mode="json"), "plan": _identify(config.plan, loaded_plan)}
+    identity = {
+        "model": spec,
+        **config.model_dump(mode="json"),
+        "plan": _identify(config.plan, loaded_plan),
+        "start_from": _identify_start(config.start_from),
+    }
     processes = PartialState(cpu=training.ON_CPU)
     if config.qat_epochs and processes.num_processes > 1:
         raise ConfigError(
@@ -187,6 +192,8 @@ def _compile(
             workload = load_workload(model) if isinstance(model, str) else model
             run = Compilation(workload, config, targets, workspace, reporter or Quiet(), device)
             run.restore_dense()
+            if config.start_from is not None:
+                read_weights(config.start_from, workload.model)  # better said now than after planning
         program = capture(workload)
         with processes.main_process_first():  # a resumed run goes by the plan that it began with
             chosen = workspace.keep_plan(
@@ -305,6 +312,19 @@ def _emittable(target: Target) -> Target:
 def _identify(path: Path | None, plan: Plan | None) -> str | None:
     """Name a given plan by its file and content, so that a resumed run notices an edit."""
     return f"{path} ({sha256(plan.model_dump_json().encode()).hexdigest()[:12]})" if plan else None
+
+
+def _identify_start(folder: Path | None) -> str | None:
+    """Name the weights that training starts from by their folder's name and content: where it lies may change."""
+    if folder is None:
+        return None
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise OutputError(
+            f"`{folder}` has no {WEIGHTS} to start from", hint="give the folder that `slrc compile --out` wrote"
+        )
+    with path.open("rb") as file:
+        return f"{folder.resolve().name} ({file_digest(file, 'sha256').hexdigest()[:12]})"
 
 
 def plan_from(

@@ -130,6 +130,9 @@ def sweep_command(
         float, typer.Option(help="share of the dense metric that a recommended model may lose", min=0, max=1)
     ] = 0.01,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="try points again that failed")] = False,
+    warm_start: Annotated[
+        bool, typer.Option("--warm-start", help="train each point from the next slower one of its pattern")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False,
 ) -> None:
     """Compile MODEL at several speed-ups and patterns, and show accuracy against latency.
@@ -137,11 +140,12 @@ def sweep_command(
     The same command goes on with an interrupted sweep; given in several processes at once, they share the points. Each
     point is a compile of its own, in a folder of its own.
     """
-    from slrc.sweep.points import parse_points
+    from slrc.sweep.points import check_warm_start, parse_points
 
     points = parse_points(patterns, speedups)
-    for point in points:  # what is wrong with an option is said before torch is loaded
-        point.config(given, config)
+    configs = [point.config(given, config) for point in points]  # wrong options are told before torch is loaded
+    if warm_start:
+        check_warm_start(configs[0])
     from slrc.sweep.page import sweep_notes, sweep_table
     from slrc.sweep.work import sweep
 
@@ -154,6 +158,7 @@ def sweep_command(
         storage=storage,
         accepted=accept,
         retry_failed=retry_failed,
+        warm_start=warm_start,
         reporter=_reporter(),
     )
     _console().print(sweep_table(found))

@@ -40,7 +40,7 @@ from slrc.training.batch_norm import constant_channels
 from slrc.training.checkpoints import EpochRecord
 from slrc.training.choose_method import choose_method
 from slrc.training.loop import train
-from slrc.training.trained import Trained
+from slrc.training.trained import Trained, save_weights
 from slrc.verify import Check, Checker, compare_metric, compare_rounded
 from slrc.workload import Workload
 from slrc.workspace import Workspace
@@ -349,6 +349,7 @@ class Compilation:
         with self.workspace.writing():
             plan.save(folder / "plan.json")
             trained.masks.save(folder / "masks.safetensors")
+            save_weights(trained.tensors, folder)
             save_file({f"input_{i}": x for i, x in enumerate(slim.flat_inputs())}, folder / INPUTS)
             if archive is not None:
                 (folder / "model.pt2").write_bytes(archive)

@@ -125,6 +125,12 @@ class CompileConfig(MethodSettings):
         "learn from the dense network's outputs too (default: distill)",
         flags="--distill/--no-distill",
     )
+    start_from: Path | None = _option(
+        None,
+        "the output of another compile of this model, pruned less: training starts from its weights, and still learns "
+        "from the dense network (default: the dense weights)",
+        metavar="FOLDER",
+    )
     retrain_epochs: int = _option(0, "epochs of masked retraining afterwards (default: 0)", ge=0)
     precision: Precision = _option(Precision.FP32, "training in fp32, bf16 or fp16 (default: fp32)")
     checkpoint_minutes: float = _option(
@@ -319,6 +325,20 @@ class CompileConfig(MethodSettings):
             raise ConfigError(
                 f"`--permute` reorders channels for blocks of one column, got `--pattern {pattern}`",
                 hint="use `--pattern block:8x1`, or leave `--permute` out",
+            )
+        return self
+
+    @property
+    def may_refit(self) -> bool:
+        """Whether `reconstruct` may be the method: it refits the dense weights, and starts from no others."""
+        return self.method in (None, MethodName.RECONSTRUCT)
+
+    @model_validator(mode="after")
+    def _a_start_is_for_training(self) -> CompileConfig:
+        if self.start_from is not None and self.may_refit:
+            raise ConfigError(
+                f"`--start-from` needs a method that trains, got {self.method or 'none, which may mean reconstruct'}",
+                hint="add `--method gradual`",
             )
         return self
 

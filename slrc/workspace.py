@@ -18,13 +18,17 @@ from slrc.errors import OutputError, disk_error
 from slrc.machine.lock import take_lock
 from slrc.sparsity.plans import Plan
 from slrc.training.checkpoints import DISK_ERRORS
+from slrc.training.trained import WEIGHTS
 
 REPORT = "report.json"
 RUN = "run.json"
 DEPLOYED = "device.json"
 """What `slrc deploy` brought back, in the output that it deployed."""
 WRITTEN = frozenset(
-    {REPORT, DEPLOYED, "report.html", "plan.json", "masks.safetensors", "inputs.safetensors", "model.pt2", "program"}
+    {
+        *(REPORT, DEPLOYED, "report.html", "plan.json", "masks.safetensors", WEIGHTS, "inputs.safetensors"),
+        *("model.pt2", "program"),
+    }
 )
 """What an output holds besides a folder for each target."""
 LOCK = "lock"

@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -196,10 +197,30 @@ def test_what_the_output_folder_holds(compile_once: Callable[[str], tuple[Report
     _, out = compile_once("channel")
     found = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     assert found >= {
-        *("report.json", "report.html", "plan.json", "masks.safetensors", "model.pt2", "inputs.safetensors"),
+        *("report.json", "report.html", "plan.json", "masks.safetensors", "weights.safetensors"),
+        *("model.pt2", "inputs.safetensors"),
         *(f"ort/{side}/{name}" for side in ("dense", "compiled") for name in ("model.onnx", "manifest.json")),
     }
     assert not [f for f in found if f.endswith(".partial")]
+
+
+def test_a_compile_starts_from_what_another_trained(
+    compile_once: Callable[[str], tuple[Report, Path]], tiny_workload: MakeWorkload, tmp_path: Path
+) -> None:
+    _, out = compile_once("channel")
+    workload = tiny_workload()
+    start = load_file(out / "weights.safetensors")
+    workload.model.load_state_dict(start)  # the model's own names and shapes
+    options = {"method": "magnitude", "epochs": 0, "threads": 1, "recalibration_batches": 0, "start_from": out}
+    report = slrc.compile(tiny_workload(), tmp_path / "out", pattern="block:8x1", sparsity=0.75, **options)
+    assert report.config["start_from"] == str(out)
+    assert report.accuracy is not None
+    assert ("accuracy", report.accuracy.dense) == tiny_workload().measure(tiny_workload().model)
+    masks, found = (load_file(tmp_path / "out" / f"{name}.safetensors") for name in ("masks", "weights"))
+    assert masks
+    assert all(torch.equal(tensor, start[n] * masks.get(n, 1)) for n, tensor in found.items())
+    with pytest.raises(OutputError, match=r"has no weights\.safetensors to start from"):
+        slrc.compile(tiny_workload(), tmp_path / "other", **{**options, "start_from": tmp_path})
 
 
 def test_a_report_of_another_version(compile_once: Callable[[str], tuple[Report, Path]], tmp_path: Path) -> None:

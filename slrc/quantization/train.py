@@ -71,7 +71,7 @@ def train_rounded(
         live[name].requires_grad_(config.int8.learn_scales)
     masks = Masks({name: weight != 0 for name, weight in _weights(rounded).items()})
     settings = config.model_copy(
-        update={"retrain_epochs": config.qat_epochs, "epochs": 0, "steps": None, "method": None}
+        update={"retrain_epochs": config.qat_epochs, "epochs": 0, "steps": None, "method": None, "start_from": None}
     )
     own = replace(
         workload,

@@ -29,8 +29,9 @@ def sweep_table(found: Summary) -> Table:
 
 
 def sweep_notes(found: Summary) -> list[str]:
-    """Return why points failed, a line each."""
-    return [f"{row.name} failed: {row.why}" for row in found.rows if row.state is State.FAILED]
+    """Return what points started from, where not from the dense weights, and why points failed, a line each."""
+    started = [f"{row.name} started from {row.start}" for row in found.rows if row.start]
+    return started + [f"{row.name} failed: {row.why}" for row in found.rows if row.state is State.FAILED]
 
 
 def cells(row: Row) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,25 @@ def parse_points(patterns: str, speedups: str) -> list[SweepPoint]:
     return [SweepPoint(name, factor) for factor in factors for name in names]
 
 
+def before(point: SweepPoint, points: Iterable[SweepPoint]) -> list[SweepPoint]:
+    """Return the points of the same pattern that are to be slower, the nearest first: a warm start is one of them."""
+    slower = [p for p in points if p.pattern == point.pattern and p.speedup < point.speedup]
+    return sorted(slower, key=lambda p: p.speedup, reverse=True)
+
+
+def check_warm_start(config: CompileConfig) -> None:
+    """Make sure that a sweep's points can start from one another.
+
+    Raises:
+        ConfigError: the method may be `reconstruct`, which refits the dense weights.
+    """
+    if config.may_refit:
+        raise ConfigError(
+            f"`--warm-start` needs a method that trains, got {config.method or 'none, which may mean reconstruct'}",
+            hint="add `--method gradual`",
+        )
+
+
 class SweepFolder:
     """The folder of a sweep: a build for each point, and what its workers share.
 
@@ -105,7 +124,8 @@ class SweepFolder:
             raise OutputError(
                 f"`{self.root}` is a sweep of other options: `{key}` was {before.get(key)!r}, "
                 f"now {identity.get(key)!r}",
-                hint="give the same options, or another folder with `--out`; patterns and speed-ups may be added",
+                hint="give the same options, or another folder with `--out`; patterns may be added, and speed-ups "
+                "where points do not start from one another",
             )
         return study
 
@@ -142,6 +162,7 @@ def _strangers(root: Path) -> Sequence[Path]:
     return [path for path in root.iterdir() if path.name != ".lock"]
 
 
-def identity_of(model: str, config: CompileConfig) -> dict[str, Any]:
-    """Return what all workers of a sweep must agree on."""
-    return {"model": model, **config.model_dump(mode="json", exclude={"pattern", "speedup"})}
+def identity_of(model: str, config: CompileConfig, points: Sequence[SweepPoint], warm_start: bool) -> dict[str, Any]:
+    """Return what all workers of a sweep must agree on; speed-ups too, where points start from one another."""
+    chain = sorted({p.speedup for p in points}) if warm_start else None
+    return {"model": model, "warm_start": chain, **config.model_dump(mode="json", exclude={"pattern", "speedup"})}

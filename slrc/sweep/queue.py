@@ -7,11 +7,11 @@ so that its trial goes on "running": it is told from one that is worked on by th
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from slrc.errors import OutputError
-from slrc.sweep.points import SweepFolder, SweepPoint
+from slrc.sweep.points import SweepFolder, SweepPoint, before
 from slrc.workspace import REPORT
 
 if TYPE_CHECKING:
@@ -37,13 +37,16 @@ class Queue:
         folder: of the sweep.
         points: all of them.
         storage: the URL of a database that Optuna can use; a journal file in the folder by default.
+        warm_start: whether a point has to wait until those that it could start from are built, or have failed for good.
 
     Raises:
         OutputError: Optuna is not installed, or its storage cannot be used.
     """
 
-    def __init__(self, folder: SweepFolder, points: Sequence[SweepPoint], storage: str | None) -> None:
-        self._folder, self._points = folder, {p.name: p for p in points}
+    def __init__(
+        self, folder: SweepFolder, points: Sequence[SweepPoint], storage: str | None, *, warm_start: bool = False
+    ) -> None:
+        self._folder, self._points, self._warm_start = folder, {p.name: p for p in points}, warm_start
         self._study = _open_study(folder, storage)
 
     def take(self, *, retry_failed: bool = False) -> Claimed | None:
@@ -85,11 +88,14 @@ class Queue:
         return [name for name, point in self._points.items() if self._folder.is_claimed(point)]
 
     def _enqueue_missing(self, retry_failed: bool) -> None:
-        """Let every point wait that is not built, not failed for good, not waiting and not worked on."""
+        """Let every point wait that is not built, not failed for good, not waiting, not worked on, and can start."""
         from optuna.trial import TrialState
 
         last = self._last()
         for name, point in self._points.items():
+            slower = before(point, self._points.values()) if self._warm_start else []
+            if not all(self._is_over(p, last, retry_failed) for p in slower):
+                continue
             trial = last.get(name)
             if trial is not None:
                 if trial.state is TrialState.WAITING or (trial.state is TrialState.COMPLETE and self._is_built(point)):
@@ -101,6 +107,11 @@ class Queue:
                 elif WHY in trial.user_attrs and not retry_failed:
                     continue
             self._study.enqueue_trial({}, user_attrs={POINT: name})
+
+    def _is_over(self, point: SweepPoint, last: Mapping[str, FrozenTrial], retry_failed: bool) -> bool:
+        """Whether a point is built, or has failed and is not to be tried again."""
+        has_failed = point.name in last and WHY in last[point.name].user_attrs
+        return self._is_built(point) or (has_failed and not retry_failed)
 
     def _is_built(self, point: SweepPoint) -> bool:
         return (self._folder.build(point) / REPORT).exists()

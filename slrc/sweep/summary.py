@@ -34,13 +34,17 @@ class _Data(BaseModel):
 
 
 class Row(_Data):
-    """One point; figures are `None` until it is done. `why` says why it failed."""
+    """One point; figures are `None` until it is done. `why` says why it failed.
+
+    `start` is the point whose trained weights it started from; empty for the dense weights.
+    """
 
     name: str
     pattern: str
     speedup_asked: float
     state: State
     why: str = ""
+    start: str = ""
     metric: float | None = None
     ms: float | None = None
     speedup: float | None = None
@@ -134,6 +138,7 @@ def _row(point: SweepPoint, folder: SweepFolder, report: Report | None, why: str
     return row.model_copy(
         update={
             "state": State.DONE,
+            "start": Path(report.config.get("start_from") or "").name,
             "metric": place.metric,
             "ms": place.ms,
             "speedup": latency.speedup if latency else None,

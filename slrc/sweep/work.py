@@ -18,7 +18,7 @@ from slrc.progress import Quiet, Reporter
 from slrc.reporting.pareto import ACCEPTED, point_of
 from slrc.reporting.report import Report
 from slrc.sweep.page import write_sweep_page
-from slrc.sweep.points import SweepFolder, SweepPoint, identity_of
+from slrc.sweep.points import SweepFolder, SweepPoint, before, check_warm_start, identity_of
 from slrc.sweep.queue import Claimed, Queue
 from slrc.sweep.summary import Summary, summarise
 from slrc.training.checkpoints import DISK_ERRORS
@@ -41,6 +41,7 @@ def sweep(
     storage: str | None = None,
     accepted: float = ACCEPTED,
     retry_failed: bool = False,
+    warm_start: bool = False,
     reporter: Reporter | None = None,
     sleep: Callable[[float], object] = time.sleep,
 ) -> Summary:
@@ -58,6 +59,8 @@ def sweep(
         storage: the URL of a database for Optuna; a journal file in `out` by default.
         accepted: the share of the dense metric that a recommended network may lose.
         retry_failed: try points again that failed for a reason that was told.
+        warm_start: start each point from the trained weights of the one of its pattern with the next smaller speed-up,
+            or, where that has failed, of the one before. It waits for that one.
         reporter: where progress goes.
         sleep: waits for other workers.
 
@@ -66,8 +69,11 @@ def sweep(
             alone is told in the summary.
     """
     configs = {p.name: p.config(options or {}, config_file) for p in points}
-    folder = SweepFolder(Path(out), identity_of(*_first(model, configs)))
-    worker = _Worker(model, folder, points, configs, storage, accepted, reporter or Quiet())
+    name, first = _first(model, configs)
+    if warm_start:
+        check_warm_start(first)
+    folder = SweepFolder(Path(out), identity_of(name, first, points, warm_start))
+    worker = _Worker(model, folder, points, configs, storage, accepted, warm_start, reporter or Quiet())
     return worker.run(retry_failed, sleep)
 
 
@@ -84,11 +90,13 @@ class _Worker:
         configs: Mapping[str, CompileConfig],
         storage: str | None,
         accepted: float,
+        warm_start: bool,
         reporter: Reporter,
     ) -> None:
-        self.folder, self.points, self.configs = folder, points, configs
+        self.folder, self.points, self.configs, self.warm_start = folder, points, configs, warm_start
         self.accepted, self.reporter = accepted, reporter
-        self.queue = Queue(folder, points, storage)  # before the workload, which may train a dense network
+        # Before the workload, which may train a dense network.
+        self.queue = Queue(folder, points, storage, warm_start=warm_start)
         first = configs[points[0].name]
         self.target = first.target[0]
         set_seed(first.seed)
@@ -129,6 +137,10 @@ class _Worker:
         self.workload.model.load_state_dict(self.dense, strict=False)
         unfinished = (out.parent / f"{out.name}.work" / RUN).exists()
         config = self.configs[point.name]
+        slower = [p for p in before(point, self.points) if (self.folder.build(p) / REPORT).exists()]
+        if self.warm_start and slower:
+            self.reporter.note(f"starting from point {slower[0].name}")
+            config = config.model_copy(update={"start_from": self.folder.build(slower[0])})
         return api.compile(self.workload, out, config=config, resume=unfinished, reporter=self.reporter)
 
     def _report(self) -> Summary:

@@ -48,7 +48,7 @@ from slrc.training.pace import Pace
 from slrc.training.random_state import RandomState
 from slrc.training.recipe import AveragedWeights, make_optimizer
 from slrc.training.steps import Hooks, Steps, Stopwatch, call_loss
-from slrc.training.trained import Trained
+from slrc.training.trained import Trained, read_weights
 from slrc.workload import Workload, read
 
 RETRAIN = "retrain"
@@ -140,6 +140,7 @@ class _Trainer:
             )
         self.sharded = sharding.is_asked_for() and self.accelerator.num_processes > 1
         self.model = workload.model.to(self.accelerator.device)
+        self.start = read_weights(config.start_from, self.model) if config.start_from else None
         self.evaluation = Evaluation(workload, config, self.accelerator)
         self.folder = CheckpointFolder(checkpoints) if checkpoints else None
         found = self.folder.newest() if self.folder and resume else None
@@ -230,9 +231,7 @@ class _Trainer:
 
     def _run_sparse_phase(self) -> None:
         total = self._sparse_steps
-        self.method = self.make(
-            self.method_name, _parameters(self.model), self.plan, self._updates_in(total), self.config
-        )
+        self.method = self._make_method(total)
         if total:
             self._read_probe()
         if self.snapshot:
@@ -240,6 +239,9 @@ class _Trainer:
         else:
             self.curve.append(self._measure(str(self.method_name), 0, None, 0.0))
             check_finite(self.curve[0].metric, " for the model as it was given")
+            if self.start is not None:
+                self.model.load_state_dict(self.start, strict=False)
+                self.method = self._make_method(total)
             if total:
                 self.method.start(self.probe_loss)
         if total:
@@ -249,6 +251,10 @@ class _Trainer:
                 on_update=lambda: self.method.update(self.probe_loss),
             )
             self._run_phase(_Phase(str(self.method_name), total, hooks, self.method.rho_at))
+
+    def _make_method(self, steps: int) -> Method:
+        updates = self._updates_in(steps)
+        return self.make(self.method_name, _parameters(self.model), self.plan, updates, self.config)
 
     def _prune_without_training(self, prune: Pruner) -> None:
         phase, dense = str(self.method_name), self.evaluation.metric(self.model)

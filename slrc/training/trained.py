@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
+from slrc.errors import OutputError
 from slrc.methods.base import Iteration
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.plans import Plan
 from slrc.training.checkpoints import EpochRecord
 from slrc.training.steps import StepCost
+
+WEIGHTS = "weights.safetensors"
+"""What training left, in an output folder: the model's own tensors by their names, pruned."""
 
 
 @dataclass(frozen=True)
@@ -35,3 +43,34 @@ class Trained:
     cost: StepCost | None = None
     undistilled: str = ""
     notes: tuple[str, ...] = ()
+
+
+def save_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write what training left into an output folder."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+
+
+def read_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
+    """Read what training left in another compile's output.
+
+    Args:
+        folder: the output.
+        model: whose tensors they must be, by name and shape.
+
+    Raises:
+        OutputError: there are none, or they are another model's.
+    """
+    path = folder / WEIGHTS
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"`{path}` cannot be read: {error}", hint="give the folder that `slrc compile --out` of this model wrote"
+        ) from None
+    own = {n: t.shape for n, t in model.state_dict().items() if isinstance(t, Tensor)}
+    if differing := sorted(n for n in own.keys() | found.keys() if n not in found or found[n].shape != own.get(n)):
+        raise OutputError(
+            f"`{path}` is of another model: `{differing[0]}` differs",
+            hint="give the output of a compile of this model, whatever its pattern and speed-up",
+        )
+    return found

@@ -17,8 +17,10 @@ POINTS = parse_points("channel,block:8x1", "2")
 IDENTITY = {"model": "net", "seed": 0}
 
 
-def queue(root: Path, points: list[SweepPoint] | None = None, storage: str | None = None) -> Queue:
-    return Queue(SweepFolder(root, IDENTITY), points or POINTS, storage)
+def queue(
+    root: Path, points: list[SweepPoint] | None = None, storage: str | None = None, warm_start: bool = False
+) -> Queue:
+    return Queue(SweepFolder(root, IDENTITY), points or POINTS, storage, warm_start=warm_start)
 
 
 def finish(worker: Queue, claimed: Claimed | None, root: Path) -> None:
@@ -63,6 +65,37 @@ def test_the_point_of_a_worker_that_died_is_taken_up_again(tmp_path: Path) -> No
     finish(other, again, tmp_path)
     finish(other, second, tmp_path)
     assert queue(tmp_path).take() is None
+
+
+def test_a_point_waits_for_what_it_starts_from(tmp_path: Path) -> None:
+    points = parse_points("channel,block:8x1", "2,3,5")
+    one, two = (queue(tmp_path, points, warm_start=True) for _ in range(2))
+
+    def take(worker: Queue, name: str, **options: bool) -> Claimed:
+        taken = worker.take(**options)
+        assert taken is not None
+        assert taken.point.name == name
+        return taken
+
+    channel, block = take(one, "channel-2x"), take(two, "block-8x1-2x")
+    assert one.take() is two.take() is None
+    finish(one, channel, tmp_path)
+    channel = take(one, "channel-3x")
+    assert one.take() is None
+    two.fail(block, "out of reach")
+    block = take(two, "block-8x1-3x")  # what has failed for good is not waited for
+    assert one.take() is two.take() is None
+    block.claim.release()  # its worker dies
+    finish(one, channel, tmp_path)
+    block, channel = take(one, "block-8x1-3x"), take(two, "channel-5x")
+    assert one.take() is None
+    two.fail(channel, "a bug")
+    one.fail(block, "a bug")
+    block, channel = take(one, "block-8x1-2x", retry_failed=True), take(two, "channel-5x")
+    assert one.take() is two.take() is None  # it waits for what is tried again
+    finish(one, block, tmp_path)
+    finish(two, channel, tmp_path)
+    assert take(two, "block-8x1-5x").claim.is_locked
 
 
 def test_a_point_that_failed_is_tried_again_only_if_asked(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import slrc
 from slrc import api
-from slrc.errors import OutputError, PlanError
+from slrc.errors import ConfigError, OutputError, PlanError
 from slrc.progress import Quiet
 from slrc.reporting.report import Report
 from slrc.sweep.page import render_sweep, sweep_notes, sweep_table
@@ -50,10 +50,12 @@ class Compiler:
     def __init__(self) -> None:
         self.calls: list[tuple[str, bool]] = []
         self.starts: list[torch.Tensor] = []
+        self.started_from: dict[str, str] = {}
         self.errors: dict[str, Exception] = {}
 
     def __call__(self, workload: slrc.Workload, out: Path, *, config: Any, resume: bool, reporter: Any) -> Report:
         self.calls.append((out.name, resume))
+        self.started_from[out.name] = config.start_from.name if config.start_from else ""
         weight = next(workload.model.parameters())
         self.starts.append(weight.detach().clone())
         with torch.no_grad():
@@ -67,7 +69,10 @@ class Compiler:
         latency = report.latency[0].model_copy(update={"compiled_ms": compiled, "speedup": config.speedup})
         final = 0.91 - 0.002 * config.speedup**2 - 0.001 * (out.name[0] == "b")
         accuracy = report.accuracy.model_copy(update={"final": final})
-        report = report.model_copy(update={"latency": (latency,), "accuracy": accuracy})
+        start = config.model_dump(mode="json")["start_from"]
+        report = report.model_copy(
+            update={"latency": (latency,), "accuracy": accuracy, "config": {"start_from": start}}
+        )
         report.save(out)
         return report
 
@@ -161,7 +166,7 @@ def test_a_worker_waits_for_the_others_and_takes_what_they_leave(
 ) -> None:
     workload = tiny_workload()
     config = POINTS[0].config({"threads": 1}, None)
-    folder = SweepFolder(tmp_path / "sweep", identity_of(workload.name, config))
+    folder = SweepFolder(tmp_path / "sweep", identity_of(workload.name, config, POINTS, warm_start=False))
     claim = folder.claim(POINTS[0])
     assert claim is not None
     waited = []
@@ -175,6 +180,46 @@ def test_a_worker_waits_for_the_others_and_takes_what_they_leave(
     assert waited == [["block-8x1-2x"]] * 2
     assert [name for name, _ in compiler.calls] == ["block-8x1-2x", "channel-2x"]
     assert found.is_over
+
+
+def warm(workload: slrc.Workload, out: Path, points: list[SweepPoint], **options: Any) -> Summary:
+    given = {"threads": 1, "method": "gradual", **options}
+    return sweep(workload, out, points, options=given, warm_start=True)
+
+
+def test_points_start_from_the_next_slower_one(tiny_workload: MakeWorkload, tmp_path: Path, compiler: Compiler) -> None:
+    compiler.errors = {"block-8x1-3x": PlanError("out of reach")}
+    points = parse_points("channel,block:8x1", "2,3,5")
+    found = warm(tiny_workload(), tmp_path / "sweep", points)
+    expected = {
+        **{"channel-2x": "", "channel-3x": "channel-2x", "channel-5x": "channel-3x"},
+        **{"block-8x1-2x": "", "block-8x1-3x": "block-8x1-2x", "block-8x1-5x": "block-8x1-2x"},
+    }
+    assert compiler.started_from == expected
+    assert found.is_over
+    assert {row.name: row.start for row in found.rows} == {**expected, "block-8x1-3x": ""}
+    started = [f"{name} started from {start}" for name, start in expected.items() if start and name != "block-8x1-3x"]
+    assert sorted(sweep_notes(found)) == sorted([*started, "block-8x1-3x failed: out of reach"])
+    assert "<li>channel-5x started from channel-3x</li>" in render_sweep(found)
+    assert all(torch.equal(start, compiler.starts[0]) for start in compiler.starts)  # the model given is the dense one
+
+
+def test_a_warm_start_fixes_the_speed_ups_and_needs_training(
+    tiny_workload: MakeWorkload, tmp_path: Path, compiler: Compiler
+) -> None:
+    out = tmp_path / "sweep"
+    with pytest.raises(ConfigError, match="`--warm-start` needs a method that trains, got none"):
+        warm(tiny_workload(), out, POINTS, method=None)
+    with pytest.raises(ConfigError, match="got reconstruct"):
+        warm(tiny_workload(), out, POINTS, method="reconstruct")
+    assert not out.exists()
+    warm(tiny_workload(), out, POINTS)
+    with pytest.raises(OutputError, match=r"`warm_start` was \[2.0, 4.0\], now \[2.0, 3.0, 4.0\]"):
+        warm(tiny_workload(), out, parse_points("channel", "2,3,4"))
+    with pytest.raises(OutputError, match=r"`warm_start` was \[2.0, 4.0\], now None"):
+        sweep(tiny_workload(), out, POINTS, options={"threads": 1, "method": "gradual"})
+    found = warm(tiny_workload(), out, parse_points("channel,block:8x1,block:4x1", "2,4"))
+    assert found.rows[-1].start == "block-4x1-2x"
 
 
 def test_another_model_or_other_options_are_refused(

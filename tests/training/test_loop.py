@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import slrc
 from slrc.config import CompileConfig, make_config
-from slrc.errors import OutputError, SlrcError, TrainingError, WorkloadError
+from slrc.errors import ConfigError, OutputError, SlrcError, TrainingError, WorkloadError
 from slrc.methods.settings import MethodName
 from slrc.sparsity.budget import Budget, Menu, Option
 from slrc.sparsity.constraints import Constraint
@@ -27,7 +27,7 @@ from slrc.sparsity.slices import Slice
 from slrc.training.checkpoints import CheckpointFolder
 from slrc.training.choose_method import choose_method
 from slrc.training.loop import RETRAIN, train
-from slrc.training.trained import Trained
+from slrc.training.trained import Trained, save_weights
 
 MakeWorkload = Callable[..., slrc.Workload]
 STEPS = 6  # 48 images in batches of 8
@@ -101,6 +101,52 @@ def test_the_model_is_trained_in_place(tiny_workload: MakeWorkload) -> None:
     trained = run(workload)
     assert workload.model is model
     assert all(torch.equal(t, trained.tensors[n]) for n, t in model.state_dict().items())
+
+
+class Fixed(torch.optim.SGD):
+    """Leaves the weights where they are."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.0)
+
+
+@pytest.mark.parametrize("method", ["gradual", "slr", "magnitude"])
+def test_training_starts_from_other_weights_and_learns_from_the_dense_ones(
+    tiny_workload: MakeWorkload, tiny_net: Callable[[int], nn.Module], tmp_path: Path, method: str
+) -> None:
+    given, start = tiny_workload().model.state_dict(), tiny_net(1).state_dict()
+    save_weights(start, tmp_path)
+    watched, taught = Watch(), []
+
+    def distill(output: Tensor, teacher_output: Tensor) -> Tensor:
+        taught.append(teacher_output.detach())
+        return (output - teacher_output).square().mean()
+
+    def train_on(model: nn.Module, **options: Any) -> Trained:
+        taught.clear()
+        fields = {"evaluate": watched, "optimizer": Fixed, "distill": distill}
+        return run(tiny_workload(model=model, **fields), "block:8x1", method=method, recalibration_batches=0, **options)
+
+    trained = train_on(tiny_net(0), start_from=tmp_path)
+    assert all(torch.equal(t, given[n]) for n, t in watched.seen[0].items())  # the dense metric
+    for name, mask in trained.masks.tensors.items():
+        assert torch.equal(trained.tensors[name], start[name] * mask)
+    from_dense = list(taught)
+    alone = train_on(tiny_net(1))
+    assert all(torch.equal(m, trained.masks.tensors[n]) for n, m in alone.masks.tensors.items())
+    assert len(from_dense) == len(taught)
+    assert not any(torch.equal(a, b) for a, b in zip(from_dense, taught, strict=True))
+
+
+def test_weights_to_start_from_must_be_there_and_fit(tiny_workload: MakeWorkload, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"weights.safetensors` cannot be read"):
+        run(tiny_workload(), start_from=tmp_path, method="gradual")
+    save_weights({**tiny_workload().model.state_dict(), "head.bias": torch.zeros(4)}, tmp_path)
+    with pytest.raises(OutputError, match=r"is of another model: `head.bias` differs"):
+        run(tiny_workload(), start_from=tmp_path, method="gradual")
+    for method in ("reconstruct", None):
+        with pytest.raises(ConfigError, match="`--start-from` needs a method that trains"):
+            make_config({"start_from": tmp_path, "method": method})
 
 
 @pytest.mark.parametrize(("updates", "expected"), [(1, 2), (2, 4), (4, 8), (100, 2 * STEPS)])

@@ -10,28 +10,45 @@ from rich.table import Table
 from slrc.reporting import plots
 from slrc.reporting.page import render
 from slrc.reporting.tables import make_table
-from slrc.sweep.summary import Row, State, Summary
+from slrc.sweep.summary import DENSE, DENSE_INT8, Row, State, Summary
 
 TEMPLATE = "sweep.html.j2"
 
 
 def sweep_table(found: Summary) -> Table:
-    """The dense network, then a line for each point; the recommended one is marked. It fits in 80 columns."""
+    """The dense networks, then a line for each point; the recommended one is marked. It fits in 80 columns."""
     table = make_table(f"{found.model} on {found.target}", "", "point")
     for name in (found.metric or "metric", "latency", "speed-up", "model file", "pruned"):
         table.add_column(name, justify="right", overflow="fold")
     table.add_column("", overflow="fold")
-    table.add_row("0", "dense", _number(found.dense_metric), _ms(found.dense_ms), "", _mb(found.dense_bytes), "", "")
-    for i, row in enumerate(found.rows, start=1):
+    lines = dense_lines(found)
+    for i, (name, (metric, ms, _, _, size, _), said) in enumerate(lines):
+        table.add_row(str(i), name, metric, ms, "", size, "", said)
+    for i, row in enumerate(found.rows, start=len(lines)):
         metric, ms, speedup, _, size, pruned = cells(row)
         table.add_row(str(i), row.name, metric, ms, speedup, size, pruned, remark(row, found.recommended))
     return table
 
 
+def dense_lines(found: Summary) -> list[tuple[str, tuple[str, ...], str]]:
+    """Return the lines of what was not pruned: a name, figures as of points, and what else is to be said."""
+    dominated = {p.name for p in found.points if p.is_dominated}
+    known = [(DENSE, found.dense)] + ([(DENSE_INT8, found.dense_int8)] if found.dense_int8 is not None else [])
+    lines: list[tuple[str, tuple[str, ...], str]] = []
+    for name, x in known:
+        said = "recommended" if name == found.recommended else "dominated" if name in dominated - {DENSE} else ""
+        lines.append((name, (_number(x.metric), _ms(x.ms), "", "", _mb(x.size_bytes), ""), said))
+    return lines
+
+
 def sweep_notes(found: Summary) -> list[str]:
-    """Return what points started from, where not from the dense weights, and why points failed, a line each."""
+    """Return what speed-ups are over, what points started from, where not from the dense weights, and why they failed.
+
+    A line for each; none for what is usual.
+    """
     started = [f"{row.name} started from {row.start}" for row in found.rows if row.start]
-    return started + [f"{row.name} failed: {row.why}" for row in found.rows if row.state is State.FAILED]
+    notes = started + [f"{row.name} failed: {row.why}" for row in found.rows if row.state is State.FAILED]
+    return notes if found.dense_int8 is None else [f"speed-ups are those over {DENSE_INT8}", *notes]
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -59,7 +76,7 @@ def write_sweep_page(found: Summary, path: Path) -> None:
 def render_sweep(found: Summary) -> str:
     """Return a self-contained page."""
     pareto = Markup(plots.pareto_plot(found.points, found.metric)) if found.metric else ""
-    dense = (_number(found.dense_metric), _ms(found.dense_ms), "", "", _mb(found.dense_bytes), "")
+    dense = dense_lines(found)
     rows = [(row, cells(row), remark(row, found.recommended)) for row in found.rows]
     return render(TEMPLATE, found=found, pareto=pareto, dense=dense, rows=rows, notes=sweep_notes(found))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Final, Literal
@@ -17,7 +17,7 @@ from slrc.sweep.points import SweepFolder, SweepPoint
 
 SUMMARY_SCHEMA_VERSION: Final = 1
 SUMMARY = "summary.json"
-DENSE = "dense"
+DENSE, DENSE_INT8 = "dense", "dense-int8"
 
 
 class State(StrEnum):
@@ -31,6 +31,14 @@ class State(StrEnum):
 
 class _Data(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class Figures(_Data):
+    """A network's metric, milliseconds and size; `None` for what was not measured."""
+
+    metric: float | None = None
+    ms: float | None = None
+    size_bytes: int | None = None
 
 
 class Row(_Data):
@@ -55,16 +63,18 @@ class Row(_Data):
 
 
 class Summary(_Data):
-    """A sweep: what is common to its points, the points, and the recommendation."""
+    """A sweep: what is common to its points, the points, and the recommendation.
+
+    `dense` is in float32. On an int8 target the points are in int8, and `dense_int8` is what is there without pruning.
+    """
 
     schema_version: Literal[1] = SUMMARY_SCHEMA_VERSION
     model: str
     target: str
     threads: int | None
     metric: str
-    dense_metric: float | None
-    dense_ms: float | None
-    dense_bytes: int | None
+    dense: Figures
+    dense_int8: Figures | None
     rows: tuple[Row, ...]
     recommended: str | None
     recommendation: str
@@ -76,10 +86,12 @@ class Summary(_Data):
 
     @property
     def points(self) -> list[Point]:
-        """The dense network, then the points in order, as they are drawn."""
-        dense = Point(name=DENSE, metric=self.dense_metric, ms=self.dense_ms, is_dense=True)
-        others = [Point(name=r.name, kind=r.pattern, metric=r.metric, ms=r.ms) for r in self.rows]
-        return with_dominated([dense, *others], self.metric)
+        """The dense networks, then the points in order, as they are drawn."""
+        found = [Point(name=DENSE, metric=self.dense.metric, ms=self.dense.ms, is_dense=True)]
+        if (dense := self.dense_int8) is not None:
+            found.append(Point(name=DENSE_INT8, kind=DENSE_INT8, metric=dense.metric, ms=dense.ms))
+        found += [Point(name=r.name, kind=r.pattern, metric=r.metric, ms=r.ms) for r in self.rows]
+        return with_dominated(found, self.metric)
 
     def save(self, folder: Path) -> None:
         """Write `summary.json`, whole or not at all."""
@@ -98,7 +110,7 @@ def summarise(
 ) -> Summary:
     """Read what the points' compiles have reported.
 
-    The dense network's milliseconds are the median over the points' reports, each of which timed it anew.
+    The dense networks' milliseconds are the median over the points' reports, each of which timed them anew.
 
     Args:
         model: its name.
@@ -116,9 +128,8 @@ def summarise(
         target=target,
         threads=timed[0].threads if timed else None,
         metric=metric,
-        dense_metric=next((r.accuracy.dense for r in reports.values() if r.accuracy), None),
-        dense_ms=statistics.median(x.dense_ms.p50 for x in timed) if timed else None,
-        dense_bytes=next((r.size_bytes.dense for r in reports.values()), None),
+        dense=_dense_corner(reports.values(), "float32") or _dense(reports.values()),
+        dense_int8=_dense_corner(reports.values(), "int8"),
         rows=tuple(_row(p, folder, reports.get(p.name), failures.get(p.name, "")) for p in points),
         recommended=None,
         recommendation="",
@@ -146,6 +157,42 @@ def _row(point: SweepPoint, folder: SweepFolder, report: Report | None, why: str
             "size_bytes": report.size_bytes.compiled,
             "sparsity": report.sparsity.reached,
         }
+    )
+
+
+def _dense(reports: Iterable[Report]) -> Figures:
+    """Return the dense network's figures, where the first target is not in int8."""
+    found = [
+        Figures(
+            metric=r.accuracy.dense if r.accuracy else None,
+            ms=r.latency[0].dense_ms.p50 if r.latency else None,
+            size_bytes=r.size_bytes.dense,
+        )
+        for r in reports
+    ]
+    return _together(found)
+
+
+def _dense_corner(reports: Iterable[Report], precision: str) -> Figures | None:
+    """Return the dense network's figures in a precision, where the first target is in int8."""
+    int8 = [r.targets[0].int8 for r in reports if r.targets]
+    found = [
+        Figures(metric=c.metric, ms=c.latency_ms.p50 if c.latency_ms else None, size_bytes=c.size_bytes)
+        for result in int8
+        if result is not None
+        for c in result.corners
+        if (c.model, c.precision) == (DENSE, precision)
+    ]
+    return _together(found) if found else None
+
+
+def _together(found: Sequence[Figures]) -> Figures:
+    """Return one network's figures out of those of several reports."""
+    ms = [x.ms for x in found if x.ms is not None]
+    return Figures(
+        metric=next((x.metric for x in found if x.metric is not None), None),
+        ms=statistics.median(ms) if ms else None,
+        size_bytes=next((x.size_bytes for x in found), None),
     )
 
 

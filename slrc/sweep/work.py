@@ -139,7 +139,7 @@ class _Worker:
         config = self.configs[point.name]
         slower = [p for p in before(point, self.points) if (self.folder.build(p) / REPORT).exists()]
         if self.warm_start and slower:
-            self.reporter.note(f"starting from point {slower[0].name}")
+            self.reporter.note(f"training starts from {slower[0].name}")
             config = config.model_copy(update={"start_from": self.folder.build(slower[0])})
         return api.compile(self.workload, out, config=config, resume=unfinished, reporter=self.reporter)
 

@@ -19,11 +19,13 @@ from safetensors.torch import load_file
 import slrc
 from slrc import api
 from slrc.errors import ConfigError, OutputError, PlanError
+from slrc.measuring.timing import Percentiles
 from slrc.progress import Quiet
-from slrc.reporting.report import Report
+from slrc.quantization.choose import Calibration
+from slrc.reporting.report import Corner, Int8Result, Pair, Report
 from slrc.sweep.page import render_sweep, sweep_notes, sweep_table
 from slrc.sweep.points import SweepFolder, SweepPoint, identity_of, parse_points
-from slrc.sweep.summary import State, Summary
+from slrc.sweep.summary import Figures, State, Summary
 from slrc.sweep.work import sweep
 
 pytest.importorskip("optuna")
@@ -52,6 +54,7 @@ class Compiler:
         self.starts: list[torch.Tensor] = []
         self.started_from: dict[str, str] = {}
         self.errors: dict[str, Exception] = {}
+        self.dense_int8: Figures | None = None
 
     def __call__(self, workload: slrc.Workload, out: Path, *, config: Any, resume: bool, reporter: Any) -> Report:
         self.calls.append((out.name, resume))
@@ -73,8 +76,44 @@ class Compiler:
         report = report.model_copy(
             update={"latency": (latency,), "accuracy": accuracy, "config": {"start_from": start}}
         )
+        if self.dense_int8 is not None:
+            report = in_int8(report, self.dense_int8)
         report.save(out)
         return report
+
+
+def in_int8(report: Report, dense: Figures) -> Report:
+    """The same report of an int8 target: what was the dense network is that in float32, beside another in int8."""
+    latency, accuracy, (target,) = report.latency[0], report.accuracy, report.targets
+    assert accuracy is not None
+    assert dense.ms is not None
+    assert dense.size_bytes is not None
+    ms = Percentiles(p50=dense.ms, p90=dense.ms)
+    known = [("float32", accuracy.dense, report.size_bytes.dense, latency.dense_ms)]
+    known.append(("int8", dense.metric, dense.size_bytes, ms))
+    corners = [
+        Corner(model="dense", precision=p, metric=metric, size_bytes=size, latency_ms=own)
+        for p, metric, size, own in known
+    ]
+    corners += [c.model_copy(update={"model": "compiled", "metric": 0.0}) for c in corners]
+    rounding = Calibration(
+        scheme="asymmetric",
+        samples=1,
+        ranges="minmax",
+        equalized=False,
+        biases_corrected=False,
+        loss=0.0,
+        tried={},
+        quantized_layers=1,
+    )
+    int8 = Int8Result(corners=tuple(corners), calibration=Pair(dense=rounding, compiled=rounding))
+    return report.model_copy(
+        update={
+            "targets": (target.model_copy(update={"int8": int8}),),
+            "latency": (latency.model_copy(update={"dense_ms": ms}),),
+            "size_bytes": report.size_bytes.model_copy(update={"dense": dense.size_bytes}),
+        }
+    )
 
 
 @pytest.fixture
@@ -103,7 +142,8 @@ def test_every_point_starts_from_the_same_weights(
     assert found.is_over
     assert set(state_of(found).values()) == {"done"}
     assert [row.is_dominated for row in found.rows] == [False, True, False, True]
-    assert (found.metric, found.dense_metric, found.dense_ms) == ("accuracy", 0.91, 2.0)
+    assert (found.metric, found.dense) == ("accuracy", Figures(metric=0.91, ms=2.0, size_bytes=1_563_630))
+    assert found.dense_int8 is None
     assert found.recommended == "channel-2x"
     assert "2.00 times as fast" in found.recommendation
     assert Summary.model_validate_json((tmp_path / "sweep" / "summary.json").read_text()) == found
@@ -137,11 +177,9 @@ def test_a_point_that_fails_does_not_stop_the_others(
     assert found.is_over
     assert "<li>channel-2x failed: out of reach</li>" in render_sweep(found)
     assert sweep_notes(found) == ["channel-2x failed: out of reach", "block-8x1-4x failed: ZeroDivisionError: a bug"]
-    console = Console(file=StringIO(), width=80, markup=False, highlight=False)
-    console.print(sweep_table(found))
-    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    assert len(lines) == 2 + 1 + 4  # nothing is folded: a title, names, and a line each
-    assert lines[-1].split()[:2] == ["4", "block-8x1-4x"]
+    lines = printed(found)
+    assert len(lines) == 1 + 4  # nothing is folded: a line each, besides a title and names
+    assert lines[-1][:2] == ["4", "block-8x1-4x"]
     run(tiny_workload(), tmp_path / "sweep")
     assert len(compiler.calls) == 4
     compiler.errors = {}
@@ -220,6 +258,47 @@ def test_a_warm_start_fixes_the_speed_ups_and_needs_training(
         sweep(tiny_workload(), out, POINTS, options={"threads": 1, "method": "gradual"})
     found = warm(tiny_workload(), out, parse_points("channel,block:8x1,block:4x1", "2,4"))
     assert found.rows[-1].start == "block-4x1-2x"
+
+
+def printed(found: Summary) -> list[list[str]]:
+    console = Console(file=StringIO(), width=80, markup=False, highlight=False)
+    console.print(sweep_table(found))
+    return [line.split() for line in console.file.getvalue().splitlines()[2:]]  # type: ignore[attr-defined]
+
+
+def test_dense_int8_stands_beside_dense_float32(
+    tiny_workload: MakeWorkload, tmp_path: Path, compiler: Compiler
+) -> None:
+    compiler.dense_int8 = Figures(metric=0.907, ms=1.5, size_bytes=400_000)
+    found = run(tiny_workload(), tmp_path / "sweep", POINTS)
+    assert found.dense == Figures(metric=0.91, ms=2.0, size_bytes=1_563_630)
+    assert found.dense_int8 == compiler.dense_int8
+    assert [p.name for p in found.points][:3] == ["dense", "dense-int8", "channel-2x"]
+    assert found.recommended == "channel-2x"
+    assert "2.00 times as fast as the dense network" in found.recommendation
+    lines = printed(found)
+    assert lines[0] == ["0", "dense", "0.9100", "2.000", "ms", "1.564", "MB"]
+    assert lines[1] == ["1", "dense-int8", "0.9070", "1.500", "ms", "0.400", "MB"]
+    assert lines[2][:2] == ["2", "channel-2x"]
+    assert sweep_notes(found) == ["speed-ups are those over dense-int8"]
+    text = (tmp_path / "sweep" / "report.html").read_text()
+    assert not pages.Page(text).faults
+    assert '<td>1</td><th scope="row" class="name">dense-int8</th>' in text
+    assert '<td>2</td><th scope="row" class="name"><a href="channel-2x/report.html">' in text
+    assert f'aria-label="accuracy against milliseconds of {len(POINTS) + 2} networks"' in text
+    assert ">dense-int8</text>" in text  # what its mark means
+
+
+def test_dense_int8_is_recommended_where_pruning_gains_nothing(
+    tiny_workload: MakeWorkload, tmp_path: Path, compiler: Compiler
+) -> None:
+    compiler.dense_int8 = Figures(metric=0.907, ms=0.9, size_bytes=400_000)
+    found = run(tiny_workload(), tmp_path / "sweep", POINTS[:2])
+    assert found.recommended == "dense-int8"
+    assert "Take dense-int8: it runs 2.22 times as fast as the dense network" in found.recommendation
+    assert printed(found)[1][-1] == "recommended"
+    assert "<strong>recommended</strong>" in render_sweep(found)
+    assert [row.is_dominated for row in found.rows] == [True, True]
 
 
 def test_another_model_or_other_options_are_refused(

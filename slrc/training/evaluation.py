@@ -15,7 +15,7 @@ from slrc.config import CompileConfig
 from slrc.errors import WorkloadError
 from slrc.training.batch_norm import adopt_statistics, recalibrate_batch_norm
 from slrc.training.batches import Dealt, seed_epoch
-from slrc.training.sharding import copy_state, is_sharded, shard
+from slrc.training.sharding import copy_state, follow_first, is_sharded, shard
 from slrc.training.steps import call_loss
 from slrc.workload import Workload, evaluating, mean, read
 
@@ -36,13 +36,15 @@ class Evaluation:
     def metric(self, model: nn.Module) -> float | None:
         """Return the leading metric, the same in all processes; `None` where the workload has none.
 
-        Processes share `eval_batches` out. Those whose models are shared out run them equally often, since they gather
-        weights together: what stands in for a batch that is missing does not count.
+        Processes share `eval_batches` out, and take over the first one's buffers for that: after a step, batch norm's
+        statistics are of a process's own samples. Those whose models are shared out run them equally often, since they
+        gather weights together: what stands in for a batch that is missing does not count.
         """
         batches, processes = self._workload.eval_batches, self._accelerator.num_processes
         if batches is None or processes == 1:
             measured = self._workload.measure(model)
             return None if measured is None else measured[1]
+        follow_first(model)
         seed_epoch(batches, self._seed, "evaluate", 0)  # a shuffled order has to be that of all
         dealt = Dealt(batches, self._accelerator.process_index, processes, even=is_sharded(model))
         with evaluating(model):

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import slrc
+from slrc.training.trained import save_weights
 
 # Each process takes half of a batch. Interrupted, it resumes in the same process.
 SCRIPT = """
@@ -62,9 +63,9 @@ def make(norm=False, stop_at=0):
     )
 
 
-def run(folder, method, plan="plan", checkpoints=None, resume=False, **options):
-    workload = make(**options)
-    config = CompileConfig(method=method, epochs=2, retrain_epochs=1, distill=not checkpoints, checkpoint_minutes=60)
+def run(folder, method, plan="plan", checkpoints=None, resume=False, start_from=None, **options):
+    workload, training = make(**options), dict(method=method, epochs=2, retrain_epochs=1, start_from=start_from)
+    config = CompileConfig(**training, distill=not checkpoints, checkpoint_minutes=60)
     return train(workload, Plan.load(folder / f"{plan}.json"), config, checkpoints=checkpoints, resume=resume)
 
 
@@ -87,6 +88,7 @@ def main(folder):
     gc.freeze()  # else each phase of training collects all that was imported
     for method in METHODS:
         save(folder, method, run(folder, method))
+    save(folder, "started", run(folder, "gradual", start_from=folder / "start"))
     save(folder, "norm", run(folder, "slr", "norm", norm=True))
     stop(folder, "resumed", 5)
     save(folder, "resumed", run(folder, "slr", checkpoints=folder / "resumed", resume=True))
@@ -118,6 +120,9 @@ def two(one: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "script.py").write_text(SCRIPT)
     for name, workload in (("plan", one.make()), ("norm", one.make(norm=True))):
         slrc.plan(slrc.capture(workload), pattern="block:4x1", sparsity=0.5, round_to=1).save(folder / f"{name}.json")
+    (folder / "start").mkdir()
+    other = {n: 1.5 * t.flip(0) for n, t in one.make().model.state_dict().items()}
+    save_weights(other, folder / "start")
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_FSDP": "true"}
     command = [*LAUNCHER, "script.py", str(folder)]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=240)
@@ -138,6 +143,11 @@ def assert_same(folder: Path, name: str, masks: dict[str, torch.Tensor], tensors
 def test_sharded_processes_train_what_one_does(one: Any, two: Path, method: str) -> None:
     alone = one.run(two, method)
     assert_same(two, method, dict(alone.masks.tensors), alone.tensors)
+
+
+def test_sharded_processes_start_from_other_weights(one: Any, two: Path) -> None:
+    alone = one.run(two, "gradual", start_from=two / "start")
+    assert_same(two, "started", dict(alone.masks.tensors), alone.tensors)
 
 
 def test_batch_norm_follows_the_first_process_as_with_whole_copies(two: Path) -> None:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slrc.reconstruction.solve import Damped, Removal, eliminate, keep_in_each, share_out
+from slrc.reconstruction.eliminate import Removal, eliminate, keep_in_each, share_out
+from slrc.reconstruction.solve import Damped
 from slrc.sparsity.constraints import Constraint
 from slrc.sparsity.patterns import Block, Columns, Pattern
 from slrc.sparsity.projection import project

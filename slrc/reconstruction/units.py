@@ -12,9 +12,10 @@ from slrc.ir.program import Program
 from slrc.methods.settings import ReconstructSettings
 from slrc.progress import Reporter
 from slrc.reconstruction.calibration import Inputs
+from slrc.reconstruction.eliminate import eliminate
 from slrc.reconstruction.observe import Observed, first_uses, observe
 from slrc.reconstruction.side_by_side import SideBySide
-from slrc.reconstruction.solve import Damped, eliminate
+from slrc.reconstruction.solve import Damped
 from slrc.sparsity.constraints import Constraint
 from slrc.sparsity.slices import Slice
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import slrc
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 class ResidualNet(nn.Module):

@@ -1,42 +1,19 @@
-"""Elimination and refit of one layer, against least squares and all supports."""
+"""The refit of one layer against least squares, and what the patterns select."""
 
 from __future__ import annotations
 
-from itertools import combinations
-
 import pytest
 import torch
+from layer_moments import correlated, least_squares, moments_of, undamped
 from torch import Tensor
 
 from slrc.reconstruction.select import select
-from slrc.reconstruction.solve import Damped, Removal, damp, eliminate, error, keep_in_each, refit, share_out
-from slrc.reconstruction.statistics import Moments, Statistics
+from slrc.reconstruction.solve import damp, error, refit
+from slrc.reconstruction.statistics import Statistics
 from slrc.sparsity.constraints import Constraint
 from slrc.sparsity.patterns import NM, Block, Columns, Pattern, Unstructured
 from slrc.sparsity.projection import obeys, project
 from slrc.sparsity.slices import Slice
-
-
-def correlated(samples: int, columns: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    mixed = torch.randn(samples, columns, generator=generator, dtype=torch.float64)
-    return mixed @ torch.randn(columns, columns, generator=generator, dtype=torch.float64)
-
-
-def moments_of(x: Tensor, y: Tensor) -> Moments:
-    """Of `(samples, g, K)` and `(samples, out)`, about zero."""
-    statistics = Statistics()
-    statistics.add(x, y)
-    return statistics.moments().about_zero()
-
-
-def undamped(moments: Moments) -> Damped:
-    return Damped(moments.hessian, moments.cross)
-
-
-def least_squares(x: Tensor, y: Tensor, columns: Tensor) -> tuple[Tensor, float]:
-    weight = torch.linalg.lstsq(x[:, columns], y).solution
-    return weight.T, float((x[:, columns] @ weight - y).square().sum()) / len(x)
 
 
 def test_a_refit_is_least_squares_on_each_support() -> None:
@@ -58,66 +35,6 @@ def test_a_refit_of_convolution_groups_takes_each_groups_inputs() -> None:
     weight = refit(undamped(moments_of(x.reshape(40, 2, 3), y)), torch.ones(4, 3, dtype=torch.bool))
     torch.testing.assert_close(weight[:2], least_squares(x, y[:, :2], torch.arange(3))[0])
     torch.testing.assert_close(weight[2:], least_squares(x, y[:, 2:], torch.arange(3, 6))[0])
-
-
-@pytest.mark.parametrize("size", [1, 2])
-def test_what_each_removal_adds_is_what_least_squares_loses(size: int) -> None:
-    x, y = correlated(60, 8), correlated(60, 3, seed=1)
-    rows = torch.arange(3).unsqueeze(0)
-    removal = eliminate(undamped(moments_of(x.unsqueeze(1), y)), rows, size, 0.3)
-    before = least_squares(x, y, torch.arange(8))[1]
-    for count in range(1, 8 // size):
-        left = removal.order[0, count:].sort().values
-        columns = (left.unsqueeze(1) * size + torch.arange(size)).flatten()
-        after = least_squares(x, y, columns)[1]
-        assert float(removal.errors[0, :count].sum()) == pytest.approx(after - before, rel=1e-4)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_one_at_a_time_the_first_to_go_is_the_best_of_all(seed: int) -> None:
-    x, y = correlated(60, 7, seed), correlated(60, 4, seed + 10)
-    rows = torch.arange(4).unsqueeze(0)
-    removal = eliminate(undamped(moments_of(x.unsqueeze(1), y)), rows, 1, 0.01)
-    gone: list[int] = []
-    for column in removal.order[0].tolist()[:-1]:  # the best support that is one smaller than the one before
-        left = [i for i in range(7) if i not in gone]
-        errors = {i: least_squares(x, y, torch.tensor([j for j in left if j != i]))[1] for i in left}
-        assert column == min(errors, key=errors.__getitem__)
-        gone.append(column)
-
-
-def test_elimination_comes_near_the_best_of_all_supports() -> None:
-    ratios = []
-    for seed in range(8):
-        x, y = correlated(60, 8, seed), correlated(60, 4, seed + 10)
-        moments = moments_of(x.unsqueeze(1), y)
-        rows = torch.arange(4).unsqueeze(0)
-        removal = eliminate(undamped(moments), rows, 1, 0.1)
-        mask = keep_in_each(removal, 4).expand(4, -1)
-        found = float(error(moments, refit(undamped(moments), mask)).sum())
-        ratios.append(found / min(least_squares(x, y, torch.tensor(s))[1] for s in combinations(range(8), 4)))
-    assert sum(r < 1 + 1e-9 for r in ratios) >= 3, ratios
-    assert max(ratios) < 1.02, ratios
-
-
-def test_float64_where_float32_does_not_do() -> None:
-    x = correlated(64, 6)
-    x[:, 5] = x[:, 4] + 1e-5 * x[:, 3]
-    y = correlated(64, 4, seed=1)
-    rows = torch.arange(4).unsqueeze(0)
-    removal = eliminate(undamped(moments_of(x.unsqueeze(1), y)), rows, 1, 0.2)
-    assert bool(removal.errors.isfinite().all())
-    assert sorted(removal.order[0].tolist()) == list(range(6))
-
-
-def test_sharing_out_keeps_what_is_missed_most() -> None:
-    order = torch.tensor([[0, 1, 2], [2, 1, 0]])
-    removal = Removal(order, torch.tensor([[1.0, 2.0, 3.0], [10.0, 5.0, 30.0]]))
-    assert share_out(removal, 4).tolist() == [[False, False, True], [True, True, True]]
-    assert share_out(removal, 2).tolist() == [[False, False, True], [True, False, False]]  # each keeps one
-    assert share_out(removal, 1).tolist() == [[False, False, False], [True, False, False]]
-    assert share_out(removal, 6).all()
-    assert keep_in_each(removal, 1).tolist() == [[False, False, True], [True, False, False]]
 
 
 def constraint(pattern: Pattern, weight: Tensor, keep: float, order: tuple[int, ...] | None = None) -> Constraint:

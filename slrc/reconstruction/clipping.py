@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,10 @@ class Clipped:
     scale: Tensor
     low: float
     high: float
+
+    def of(self, rows: Tensor) -> Clipped:
+        """Return those of some outputs `(n,)`: of all, or of a layer without convolution groups."""
+        return replace(self, outputs=self.outputs[rows], offset=self.offset[rows], scale=self.scale[rows])
 
     def shift(self, weight: Tensor, inputs_mean: Tensor, outputs_mean: Tensor) -> tuple[Tensor, Tensor]:
         """Return by how much the moments of the target move, G by `(out, K)` and the mean by `(out,)`.

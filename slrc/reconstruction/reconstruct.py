@@ -21,7 +21,7 @@ from slrc.reconstruction.calibration import Inputs, calibration_inputs
 from slrc.reconstruction.observe import Observed, first_uses, observe, operands
 from slrc.reconstruction.select import select
 from slrc.reconstruction.side_by_side import SideBySide
-from slrc.reconstruction.solve import Damped, refit
+from slrc.reconstruction.solve import Damped, supports
 from slrc.reconstruction.units import choose_units
 from slrc.sparsity.constraints import Constraint
 from slrc.sparsity.masks import Masks
@@ -203,11 +203,15 @@ class _Refit:
         Where an activation clips the result, the target moves towards what has been fitted, and that is fitted anew.
         """
         assert seen.moments is not None
-        weight, outputs = refit(damped, mask), seen.moments.outputs
-        if seen.clipped is None or not seen.around.takes_means:
-            return weight, outputs
-        for _ in range(self.settings.clipping):
-            cross, mean = seen.clipped.shift(weight, seen.moments.inputs, outputs)
-            outputs = seen.moments.outputs + mean
-            weight = refit(damped._replace(cross=damped.cross + cross), mask)
+        weight, outputs = torch.zeros_like(damped.cross), seen.moments.outputs.clone()
+        clipped = seen.clipped if seen.around.takes_means else None
+        for part in supports(damped, mask):
+            rows, cross = part.rows, damped.cross[part.rows]
+            fitted, mean = part.fit(cross), seen.moments.outputs[rows]
+            if clipped is not None:
+                own = clipped.of(rows)
+                for _ in range(self.settings.clipping):
+                    moved, up = own.shift(fitted, seen.moments.inputs, mean)
+                    fitted, mean = part.fit(cross + moved), seen.moments.outputs[rows] + up
+            weight[rows], outputs[rows] = fitted, mean
         return weight, outputs

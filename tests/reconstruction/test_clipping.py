@@ -103,3 +103,16 @@ def test_moving_targets_brings_what_is_let_through_nearer(activation: nn.Module)
         with torch.no_grad():
             errors.append(float((model(x) - dense(x)).square().mean()))
     assert errors[0] > errors[1] > errors[2]
+
+
+def test_targets_move_alike_when_a_layer_is_fitted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(100, 16, 2, 2, generator=torch.Generator().manual_seed(1))
+    fitted = []
+    for at_once in (2**26, 1):
+        monkeypatch.setattr("slrc.reconstruction.solve.FACTOR_NUMBERS", at_once)
+        model = Block(nn.ReLU()).eval()
+        workload = slrc.Workload(model=model, example_inputs=(x[:1],), calibration=[x])
+        plan = slrc.plan(slrc.capture(workload), "block:8x1", 0.5, keep_ends=False)
+        slrc.train(workload, plan, method="reconstruct", reconstruct={"clipping": 3})
+        fitted.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*fitted)

@@ -8,7 +8,7 @@ from layer_moments import correlated, least_squares, moments_of, undamped
 from torch import Tensor
 
 from slrc.reconstruction.select import select
-from slrc.reconstruction.solve import damp, error, refit
+from slrc.reconstruction.solve import damp, error, refit, supports
 from slrc.reconstruction.statistics import Statistics
 from slrc.sparsity.constraints import Constraint
 from slrc.sparsity.patterns import NM, Block, Columns, Pattern, Unstructured
@@ -28,6 +28,18 @@ def test_a_refit_is_least_squares_on_each_support() -> None:
         assert float(error(moments, weight)[row]) == pytest.approx(residual)
     assert not weight[~mask].any()
     assert float(error(moments, weight)[2]) == pytest.approx(float(y[:, 2].square().mean()))
+
+
+def test_a_refit_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = correlated(50, 8), correlated(50, 6, seed=1)
+    damped = undamped(moments_of(x.unsqueeze(1), y))
+    mask = (torch.arange(8) + torch.arange(6).unsqueeze(1) // 2) % 3 > 0  # two rows share a support
+    whole = refit(damped, mask)
+    monkeypatch.setattr("slrc.reconstruction.solve.FACTOR_NUMBERS", 60)
+    parts = [part.rows.tolist() for part in supports(damped, mask)]
+    assert len(parts) > 1
+    assert sorted(row for part in parts for row in part) == list(range(6))
+    torch.testing.assert_close(refit(damped, mask), whole)
 
 
 def test_a_refit_of_convolution_groups_takes_each_groups_inputs() -> None:

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
-from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slrc.config import cli_words, make_config, options, planning_options
-from slrc.errors import ConfigError, OutputError, SlrcError
+from slrc.cli_errors import told_errors
+from slrc.cli_options import (
+    DEVICE,
+    DebugOption,
+    DeviceOption,
+    Given,
+    JsonOption,
+    LockOption,
+    ModelArgument,
+    TargetOption,
+    takes,
+)
+from slrc.config import make_config, options, planning_options
+from slrc.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,59 +39,7 @@ app = typer.Typer(
     epilog="MODEL is a file with a function workload(), package.module:function, torchvision:NAME or timm:NAME.",
 )
 
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="file.py, package.module:function, torchvision:NAME or timm:NAME")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
-INTERRUPTED = 130
-DEBUG_HELP = "show the whole trace of an error, and what torch logs"
 NOT_OF_A_SWEEP = ("pattern", "sparsity", "allocate", "speedup", "latency_budget", "permute", "plan")
-Given = dict[str, Any]
-"""The options of `CompileConfig` that were given, by name."""
-
-
-def takes(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Let a command take options of `CompileConfig`, which arrive in its parameter `given`."""
-
-    def wrap(command: Callable[..., None]) -> Callable[..., None]:
-        def run(**values: Any) -> None:
-            given = {name: values.pop(name) for name in names}
-            command(given={name: _value(value) for name, value in given.items() if value not in (None, [])}, **values)
-
-        own = signature(command, eval_str=True).parameters
-        position = list(own).index("given")
-        before, after = list(own.values())[:position], list(own.values())[position + 1 :]
-        everything = [*before, *(_parameter(name) for name in names), *after]
-        run.__name__, run.__doc__ = command.__name__, command.__doc__
-        run.__signature__ = Signature(everything)  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in everything}
-        return run
-
-    return wrap
-
-
-def _parameter(name: str) -> Parameter:
-    """Return an option as typer reads it from a signature; what it may be is for the configuration to say."""
-    field = options()[name]
-    words = cli_words(field)
-    flags = [words["flags"]] if "flags" in words else []
-    option = typer.Option(*flags, help=field.description, metavar=words.get("metavar"), show_default=False)
-    annotation = Annotated[_cli_type(field.annotation) | None, option]  # type: ignore[valid-type]
-    return Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=annotation)
-
-
-def _cli_type(annotation: Any) -> Any:
-    if get_origin(annotation) is tuple:
-        return list[str]
-    arguments = get_args(annotation)
-    if any(get_origin(x) is Literal for x in arguments):
-        return str
-    plain = [kind for kind in (bool, int, float, Path) if annotation is kind or kind in arguments]
-    return plain[0] if plain else str
-
-
-def _value(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 @app.command("compile")
@@ -95,7 +53,7 @@ def compile_command(
     out: Annotated[Path, typer.Option(help="the output folder")] = Path("build"),
     resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="throw an interrupted run away")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False,
+    debug: DebugOption = False,
 ) -> None:
     """Train MODEL under a sparsity pattern, prune it, emit it, prove it equal and measure it.
 
@@ -133,7 +91,7 @@ def sweep_command(
     warm_start: Annotated[
         bool, typer.Option("--warm-start", help="train each point from the next slower one of its pattern")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False,
+    debug: DebugOption = False,
 ) -> None:
     """Compile MODEL at several speed-ups and patterns, and show accuracy against latency.
 
@@ -173,7 +131,7 @@ def inspect(
     model: ModelArgument,
     given: Given,
     plan_out: Annotated[Path | None, typer.Option(help="write the plan here, to edit and give to --plan")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False,
+    debug: DebugOption = False,
 ) -> None:
     """Show what is prunable and what is pinned, and why: layers, groups, parameters, multiply-accumulates.
 
@@ -200,20 +158,6 @@ def inspect(
         _console(stderr=True).print(f"plan: {plan_out}", soft_wrap=True)
 
 
-DEVICE = typer.Option(
-    "--device", metavar="HOST", help="a machine that ssh reaches: user@name, or a Host of your ssh configuration"
-)
-DeviceOption = Annotated[str | None, DEVICE]
-TargetOption = Annotated[
-    str | None,
-    typer.Option("--target", help="which of the output's targets (default: the first that is for the device)"),
-]
-
-LockOption = Annotated[
-    bool, typer.Option("--lock-clocks", help="lock the device's clocks meanwhile, by sudo there; asks first")
-]
-
-
 @app.command()
 @takes(
     *("target", "threads", "precision", "distill", "epochs", "steps", "retrain_epochs"),
@@ -224,7 +168,7 @@ def doctor(
     given: Given,
     seconds: Annotated[float, typer.Option(help="about how long it may take", min=1)] = 60,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False,
+    debug: DebugOption = False,
 ) -> None:
     """Examine MODEL before anybody trains: whether a compile would work, what it could reach, how long it would take.
 
@@ -254,7 +198,7 @@ def bench(
     which: TargetOption = None,
     lock_clocks: LockOption = False,
     as_json: JsonOption = False,
-    debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False,
+    debug: DebugOption = False,
 ) -> None:
     """Measure a compiled model again: compiled against dense, in turns, in one process, here or on a device."""
     threads = make_config(given).threads
@@ -281,7 +225,7 @@ def bench(
 def compare(
     folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="what `slrc compile --out` wrote")],
     html: Annotated[Path | None, typer.Option(help="write a page too")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False,
+    debug: DebugOption = False,
 ) -> None:
     """Set compiled models side by side: accuracy, latency, size, how much of each layer is pruned."""
     from slrc.reporting.compare import compare as read
@@ -311,7 +255,7 @@ def deploy(
     ] = False,
     lock_clocks: LockOption = False,
     as_json: JsonOption = False,
-    debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False,
+    debug: DebugOption = False,
 ) -> None:
     """Copy a compiled model to a device, prove it equal there, measure it, and bring the numbers back.
 
@@ -348,7 +292,7 @@ def bundle(
     without_python: Annotated[
         bool, typer.Option("--without-python", help="add a runner for devices without Python, for ONNX Runtime")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False,
+    debug: DebugOption = False,
 ) -> None:
     """Write a compiled model as one file for a device: models, kernels, inputs, expected outputs and a runner.
 
@@ -363,9 +307,7 @@ def bundle(
 
 
 @app.command()
-def targets(
-    host: DeviceOption = None, debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False
-) -> None:
+def targets(host: DeviceOption = None, debug: DebugOption = False) -> None:
     """Show which backends can emit and run here, and why the others cannot; or what a device is and has."""
     if host is None:
         from slrc.reporting.tables import targets_table
@@ -382,7 +324,7 @@ def targets(
 @app.command()
 def init(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="the file to write, such as model.py")],
-    debug: Annotated[bool, typer.Option("--debug", help=DEBUG_HELP)] = False,
+    debug: DebugOption = False,
 ) -> None:
     """Write a small, runnable workload to start from."""
     if file.exists():
@@ -425,52 +367,13 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line: known errors print as one message with a hint, unknown ones ask for a report."""
+    """Run the command line."""
     debug = "--debug" in sys.argv[1:]
     if debug:
         os.environ["SLRC_DEBUG"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
+    with told_errors(debug):
         app()
-    except SlrcError as error:
-        _fail_if_another_ended(error, debug)
-        _fail(error.message, error.hint, 2, debug)
-    except SystemExit as stop:
-        if stop.code != INTERRUPTED:  # what typer makes of Ctrl-C
-            raise
-        hint = (
-            "`slrc compile --resume` goes on after what was saved of the training, if it had begun; `slrc sweep` does "
-            "so where the same command is given again"
-        )
-        _fail("interrupted", hint, INTERRUPTED, debug)
-    except Exception as error:
-        _fail_if_another_ended(error, debug)
-        first = (str(error).strip().splitlines() or [""])[0]
-        _fail(
-            f"internal error: {type(error).__name__}: {first}",
-            "this is a bug in slrc: please report it with the output of `--debug`",
-            1,
-            debug,
-        )
-
-
-def _fail_if_another_ended(error: BaseException, debug: bool) -> None:
-    """What a process of several says when it cannot reach another: that one has ended, and said why."""
-    said = f"{error} {error.__cause__}".lower()
-    if os.environ.get("WORLD_SIZE", "1") != "1" and ("gloo" in said or "nccl" in said):
-        hint = (
-            "see what it wrote; `--resume` goes on after what was saved, as `torchrun --max-restarts 1` does by itself"
-        )
-        _fail("another process of this run has ended, or cannot be reached", hint, 1, debug)
-
-
-def _fail(message: str, hint: str | None, code: int, debug: bool) -> None:
-    if debug:
-        import traceback
-
-        traceback.print_exc()
-    sys.stderr.write(f"error: {message}\n" + (f"\nhint: {hint}\n" if hint else ""))
-    sys.exit(code)
 
 
 def _reporter() -> Reporter:

@@ -6,6 +6,8 @@ groups Frantar and Alistarh, arXiv 2208.11580). H are the layer's damped moments
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -40,9 +42,8 @@ def eliminate(damped: Damped, rows: Tensor, size: int, rate: float) -> Removal:
     group_of_row = damped.group_of_row()
     best = torch.cat([g @ i for g, i in zip(damped.cross.chunk(len(inverse)), inverse, strict=True)])
     single = inverse.float()
-    at_once = max(1, CHUNK_NUMBERS // damped.columns**2)
-    found = []
-    for part in rows.split(at_once):
+
+    def remove(part: Tensor) -> Removal:
         of_block = group_of_row[part[:, 0]]
         try:
             removal = _Elimination(best[part].float(), single, of_block, size).run(rate)
@@ -50,8 +51,22 @@ def eliminate(damped: Damped, rows: Tensor, size: int, rate: float) -> Removal:
             removal = None
         if removal is None or not bool(removal.errors.isfinite().all()):
             removal = _Elimination(best[part], inverse, of_block, size).run(rate)
-        found.append(removal)
+        return removal
+
+    threads = torch.get_num_threads()
+    at_once = min(CHUNK_NUMBERS // damped.columns**2, len(rows)) // threads
+    found = by_threads(remove, rows.split(max(1, at_once)), threads)
     return Removal(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def by_threads(work: Callable[[Tensor], Removal], parts: Sequence[Tensor], threads: int) -> list[Removal]:
+    """Return what work on each part gives; each thread has a part of its own, in which torch takes no more threads."""
+    if threads == 1:
+        return [work(part) for part in parts]
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        found = list(pool.map(work, parts))
+    torch.set_num_threads(threads)  # for threads that torch has not seen yet; this one's own count has not changed
+    return found
 
 
 class _Elimination:

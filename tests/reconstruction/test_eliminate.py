@@ -87,3 +87,19 @@ def test_blocks_are_removed_from_as_if_each_were_alone(size: int, monkeypatch: p
     assert torch.equal(together.order, alone.order)
     torch.testing.assert_close(together.errors, alone.errors, rtol=1e-4, atol=1e-4)
     assert len({tuple(order) for order in together.order.tolist()}) == 4
+
+
+def test_threads_change_nothing() -> None:
+    x, y = correlated(90, 18), correlated(90, 20, seed=1)
+    damped, rows = undamped(moments_of(x.unsqueeze(1), y)), torch.arange(20).reshape(5, 4)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(eliminate(damped, rows, 1, 0.1))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0].order, found[1].order)
+    torch.testing.assert_close(found[0].errors, found[1].errors, rtol=1e-4, atol=1e-5)

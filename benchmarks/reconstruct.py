@@ -34,7 +34,7 @@ from torchvision import models
 
 import slrc
 from slrc.ir.program import Program
-from slrc.machine.memory import peak_bytes
+from slrc.machine.memory import keep_freed_memory, peak_bytes
 from slrc.measuring.latency_meter import SegmentTimes, make_menus
 from slrc.measuring.weigh_options import IMAGES as WEIGHED
 from slrc.measuring.weigh_options import weigh_options, weighed
@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as the command line does
     rows = Rows(__file__)
     for pattern, sparsity, options in CASES[args.network]:
         key = row_key(args.network, pattern, sparsity, options)

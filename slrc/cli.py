@@ -23,6 +23,7 @@ from slrc.cli_options import (
 )
 from slrc.config import make_config, options, planning_options
 from slrc.errors import ConfigError, OutputError
+from slrc.machine.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -372,6 +373,7 @@ def main() -> None:
     if debug:
         os.environ["SLRC_DEBUG"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    keep_freed_memory()
     with told_errors(debug):
         app()
 

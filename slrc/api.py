@@ -20,6 +20,7 @@ from slrc.config import CompileConfig, make_config
 from slrc.errors import BackendError, ConfigError, DeviceError, OutputError, UnreachableError
 from slrc.ir.program import Program
 from slrc.ir.program import capture as capture_module
+from slrc.load_workload import load_workload
 from slrc.measuring.choose_forms import choose_forms
 from slrc.measuring.choose_options import offered_patterns, plan_mixed, plan_options, without_transposed
 from slrc.measuring.choose_widths import Widths, plan_widths
@@ -42,7 +43,7 @@ from slrc.sparsity.plans import Plan
 from slrc.training import loop as training
 from slrc.training.choose_method import choose_method
 from slrc.training.trained import WEIGHTS, Trained, read_weights
-from slrc.workload import Workload, load_workload
+from slrc.workload import Workload
 from slrc.workspace import Workspace
 
 MOST_OF_WHAT_CAN_BE = 0.75

@@ -142,9 +142,9 @@ def inspect(
     if config.leaves_all_open:
         config = make_config({"pattern": "channel", **given})
     from slrc import api
+    from slrc.load_workload import load_workload
     from slrc.passes.analysis.label_indices import label_indices
     from slrc.reporting.tables import inspect_tables
-    from slrc.workload import load_workload
 
     workload = load_workload(model)
     program = api.capture(workload)

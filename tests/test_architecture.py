@@ -28,6 +28,7 @@ ROOMS = (
     "methods",
     "config",
     "workload",
+    "load_workload",
     "training",
     "reconstruction",
     "probes",

@@ -13,7 +13,7 @@ from torch import nn
 
 import slrc
 from slrc.errors import WorkloadError
-from slrc.workload import load_workload
+from slrc.load_workload import load_workload
 
 MINIMAL = """
 import torch

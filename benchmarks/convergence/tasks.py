@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision import datasets, transforms
 
 import slrc
+from slrc.load_workload import load_workload
 from slrc.machine.cache import cache_folder
-from slrc.workload import load_workload
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import cifar10

@@ -19,6 +19,7 @@ from slrc.doctor.reach import reach_of
 from slrc.doctor.times import patterns_for, time_parts, time_speedups
 from slrc.errors import BackendError, SlrcError
 from slrc.ir.program import Program, capture
+from slrc.load_workload import load_workload
 from slrc.machine.cache import cache_folder
 from slrc.machine.cores import usable_cores
 from slrc.measuring.clock import Clock
@@ -27,7 +28,7 @@ from slrc.measuring.timing import environment
 from slrc.passes.analysis.label_indices import label_indices
 from slrc.progress import Quiet, Reporter
 from slrc.user_code import first_line
-from slrc.workload import Workload, load_workload
+from slrc.workload import Workload
 
 SECONDS = 60.0
 FOR_TRAINING, FOR_EVALUATION, FOR_PARTS = 0.15, 0.1, 0.25

@@ -14,6 +14,7 @@ from torch import Tensor
 from slrc import api
 from slrc.config import CompileConfig
 from slrc.errors import OutputError, SlrcError, disk_error
+from slrc.load_workload import load_workload
 from slrc.progress import Quiet, Reporter
 from slrc.reporting.pareto import ACCEPTED, point_of
 from slrc.reporting.report import Report
@@ -23,7 +24,7 @@ from slrc.sweep.queue import Claimed, Queue
 from slrc.sweep.summary import Summary, summarise
 from slrc.training.checkpoints import DISK_ERRORS
 from slrc.user_code import first_line
-from slrc.workload import Workload, load_workload
+from slrc.workload import Workload
 from slrc.workspace import REPORT, RUN
 
 POLL_SECONDS = 5.0

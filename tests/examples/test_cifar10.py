@@ -15,7 +15,7 @@ from safetensors.torch import load_model
 
 import slrc
 from slrc.errors import WorkloadError
-from slrc.workload import load_workload
+from slrc.load_workload import load_workload
 
 FILE = Path(__file__).parents[2] / "examples" / "cifar10.py"
 WEIGHTS = Path(os.environ.get("SLRC_DATA", "missing")).expanduser() / "weights"

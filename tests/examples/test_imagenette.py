@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from slrc.errors import WorkloadError
-from slrc.workload import load_workload
+from slrc.load_workload import load_workload
 
 FILE = Path(__file__).parents[2] / "examples" / "imagenette.py"
 

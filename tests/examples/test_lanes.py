@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 import slrc
 from slrc.errors import WorkloadError
-from slrc.workload import load_workload
+from slrc.load_workload import load_workload
 
 FILE = Path(__file__).parents[2] / "examples" / "lanes.py"
 ROWS = np.arange(100, 288, 4)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 import slrc
 from slrc.errors import WorkloadError
+from slrc.load_workload import load_workload
 from slrc.passes.analysis.label_indices import label_indices
 from slrc.pipeline import baseline
-from slrc.workload import load_workload
 
 FILE = Path(__file__).parents[2] / "examples" / "pointpillars.py"
 CALIBRATION = """P2: 700 0 600 0 0 700 180 0 0 0 1 0

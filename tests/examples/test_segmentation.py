@@ -17,8 +17,8 @@ from torchvision.models.segmentation.fcn import FCNHead
 
 import slrc
 from slrc.errors import WorkloadError
+from slrc.load_workload import load_workload
 from slrc.reconstruction.calibration import calibration_inputs
-from slrc.workload import load_workload
 
 FILE = Path(__file__).parents[2] / "examples" / "segmentation.py"
 IGNORED = 255

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import slrc
 from slrc.errors import WorkloadError
-from slrc.workload import load_workload
+from slrc.load_workload import load_workload
 
 FILE = Path(__file__).parents[2] / "examples" / "yolov3.py"
 ANCHORS = torch.tensor([[[20.0, 20.0], [40.0, 30.0], [60.0, 60.0]], [[5.0, 5.0], [8.0, 12.0], [14.0, 8.0]]])

@@ -337,7 +337,9 @@ class CompileConfig(MethodSettings):
     def _a_start_is_for_training(self) -> CompileConfig:
         if self.start_from is not None and self.may_refit:
             raise ConfigError(
-                f"`--start-from` needs a method that trains, got {self.method or 'none, which may mean reconstruct'}",
+                f"`--start-from` needs a method that trains, got `--method {self.method}`"
+                if self.method
+                else "`--start-from` needs `--method`: one that trains from these weights and does not refit others",
                 hint="add `--method gradual`",
             )
         return self

@@ -9,7 +9,7 @@ from slrc.errors import PlanError, UnreachableError
 from slrc.ir.program import Program
 from slrc.measuring.choose_widths import Widths
 from slrc.measuring.latency_meter import LatencyMeter, Menus, make_menus, meet_budget
-from slrc.measuring.latency_table import LatencyTable
+from slrc.measuring.latency_table import LatencyTable, nearest_budget
 from slrc.measuring.weigh_options import Weigher, weighed
 from slrc.sparsity.budget import Budget, Floats, Menu
 from slrc.sparsity.patterns import AnyPattern, Block, Columns
@@ -174,7 +174,7 @@ def allocate_options(
 
 def _unreachable(found: Menus, table: LatencyTable, budget: float) -> str:
     slowest = sorted(found.menus, key=_least, reverse=True)
-    layers = [f"{menu.name} {menu.options[0].ms:.3f} to {_least(menu):.3f} ms" for menu in slowest[:MOST_LAYERS]]
+    layers = [f"`{menu.name}` {menu.options[0].ms:.3f} to {_least(menu):.3f} ms" for menu in slowest[:MOST_LAYERS]]
     if len(slowest) > MOST_LAYERS:
         others = slowest[MOST_LAYERS:]
         layers.append(
@@ -188,7 +188,7 @@ def _unreachable(found: Menus, table: LatencyTable, budget: float) -> str:
 
 
 def _hint(reached: float) -> str:
-    return f"ask for `--latency-budget {min(0.99, int(reached * 100 + 1) / 100):.2f}` or more, or for another pattern"
+    return f"ask for {nearest_budget(reached)}, or for another pattern"
 
 
 def _least(menu: Menu) -> float:

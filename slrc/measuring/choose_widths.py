@@ -18,7 +18,7 @@ from slrc.errors import PlanError
 from slrc.ir.nodes import node_macs, node_shape
 from slrc.ir.program import Program
 from slrc.measuring.latency_meter import LatencyMeter, meet_budget
-from slrc.measuring.latency_table import LatencyTable
+from slrc.measuring.latency_table import LatencyTable, nearest_budget
 from slrc.passes.analysis.cut_segments import anchors
 from slrc.passes.analysis.label_indices import IndexLabels, label_indices
 from slrc.sparsity.constraints import Constraint
@@ -126,7 +126,7 @@ class LatencyGoal:
                 raise PlanError(
                     f"a latency of {self.budget:.0%} of the dense one cannot be reached on {self.table.target}: "
                     f"with every group at its least width {reached:.0%} are left",
-                    hint=f"ask for `--latency-budget {np.ceil(reached * 100) / 100:.2f}` or more",
+                    hint=f"ask for {nearest_budget(reached)}",
                 )
         forecast = LatencyForecast(
             target=self.table.target,

@@ -7,6 +7,7 @@ segment's latency follows its multiply-accumulates, and the whole follows the su
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,15 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from slrc.errors import OutputError
+
+MARGIN = 0.02
+"""Of the dense latency: times that are measured anew differ by about so much."""
+
+
+def nearest_budget(reached: float) -> str:
+    """Return what to ask for where no less than a share of the dense latency can be reached, as options."""
+    share = min(0.99, math.ceil(round((reached + MARGIN) * 100, 6)) / 100)
+    return f"`--latency-budget {share:.2f}` or more, which is `--speedup {math.floor(100 / share) / 100:.2f}` or less"
 
 
 class _Data(BaseModel):

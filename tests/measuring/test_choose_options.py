@@ -101,7 +101,7 @@ def test_the_dense_option_comes_first_and_costs_what_dense_does(program: Program
 
 @pytest.mark.usefixtures("times_are_sizes")
 def test_a_budget_out_of_reach_is_told_layer_by_layer(program: Program, tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=r"cannot be reached on ort: .*% are left; wide .* to .* ms; narrow") as error:
+    with pytest.raises(PlanError, match=r"reached on ort: .*% are left; `wide` .* to .* ms; `narrow") as error:
         plan_for(program, "block:8x1", 0.05, tmp_path)
     assert "what is not pruned" in error.value.message
     assert "--latency-budget" in (error.value.hint or "")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slrc.errors import OutputError
-from slrc.measuring.latency_table import LatencyTable, SegmentLatency, WholeLatency
+from slrc.measuring.latency_table import LatencyTable, SegmentLatency, WholeLatency, nearest_budget
 
 
 def table(noise: float = 0.0) -> LatencyTable:
@@ -66,3 +66,12 @@ def test_a_damaged_table_is_reported(tmp_path: Path, text: str) -> None:
     (tmp_path / "table.json").write_text(text)
     with pytest.raises(OutputError, match=r"table\.json"):
         LatencyTable.load(tmp_path / "table.json")
+
+
+@pytest.mark.parametrize(
+    ("reached", "share", "speedup"), [(0.55, "0.57", "1.75"), (0.603, "0.63", "1.58"), (0.98, "0.99", "1.01")]
+)
+def test_what_to_ask_for_leaves_room_for_other_times(reached: float, share: str, speedup: str) -> None:
+    said = nearest_budget(reached)
+    assert said == f"`--latency-budget {share}` or more, which is `--speedup {speedup}` or less"
+    assert 1 / float(speedup) >= float(share)

@@ -577,7 +577,7 @@ def test_without_data_and_evaluate(tiny_workload: MakeWorkload, tmp_path: Path) 
     report = slrc.compile(tiny_workload(train_batches=None, evaluate=None), tmp_path / "out", pattern="channel")
     assert (report.accuracy, report.method, report.history) == (None, "magnitude", ())
     assert any("no training data" in note for note in report.notes)
-    assert any("no `evaluate`" in note for note in report.notes)
+    assert any("no accuracy was measured" in note for note in report.notes)
 
 
 def test_a_badly_conditioned_network_passes_with_a_warning(tmp_path: Path) -> None:

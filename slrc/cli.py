@@ -99,12 +99,12 @@ def sweep_command(
     The same command goes on with an interrupted sweep; given in several processes at once, they share the points. Each
     point is a compile of its own, in a folder of its own.
     """
-    from slrc.sweep.points import check_warm_start, parse_points
+    from slrc.sweep.points import parse_points
 
     points = parse_points(patterns, speedups)
     configs = [point.config(given, config) for point in points]  # wrong options are told before torch is loaded
     if warm_start:
-        check_warm_start(configs[0])
+        configs[0].check_can_start("--warm-start")
     from slrc.sweep.page import sweep_notes, sweep_table
     from slrc.sweep.work import sweep
 

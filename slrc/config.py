@@ -328,20 +328,24 @@ class CompileConfig(MethodSettings):
             )
         return self
 
-    @property
-    def may_refit(self) -> bool:
-        """Whether `reconstruct` may be the method: it refits the dense weights, and starts from no others."""
-        return self.method in (None, MethodName.RECONSTRUCT)
+    def check_can_start(self, option: str) -> None:
+        """Make sure that training can start from other weights than the dense ones, as `option` asks.
+
+        Raises:
+            ConfigError: the method is, or may turn out to be, `reconstruct`, which refits the dense weights.
+        """
+        if self.method in (None, MethodName.RECONSTRUCT):
+            raise ConfigError(
+                f"`{option}` needs a method that trains, got `--method {self.method}`"
+                if self.method
+                else f"`{option}` needs `--method`: one that trains, and does not refit the dense weights",
+                hint="add `--method gradual`",
+            )
 
     @model_validator(mode="after")
     def _a_start_is_for_training(self) -> CompileConfig:
-        if self.start_from is not None and self.may_refit:
-            raise ConfigError(
-                f"`--start-from` needs a method that trains, got `--method {self.method}`"
-                if self.method
-                else "`--start-from` needs `--method`: one that trains from these weights and does not refit others",
-                hint="add `--method gradual`",
-            )
+        if self.start_from is not None:
+            self.check_can_start("--start-from")
         return self
 
     @field_validator("*", mode="before")

@@ -68,19 +68,6 @@ def before(point: SweepPoint, points: Iterable[SweepPoint]) -> list[SweepPoint]:
     return sorted(slower, key=lambda p: p.speedup, reverse=True)
 
 
-def check_warm_start(config: CompileConfig) -> None:
-    """Make sure that a sweep's points can start from one another.
-
-    Raises:
-        ConfigError: the method may be `reconstruct`, which refits the dense weights.
-    """
-    if config.may_refit:
-        raise ConfigError(
-            f"`--warm-start` needs a method that trains, got {config.method or 'none, which may mean reconstruct'}",
-            hint="add `--method gradual`",
-        )
-
-
 class SweepFolder:
     """The folder of a sweep: a build for each point, and what its workers share.
 

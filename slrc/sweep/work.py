@@ -19,7 +19,7 @@ from slrc.progress import Quiet, Reporter
 from slrc.reporting.pareto import ACCEPTED, point_of
 from slrc.reporting.report import Report
 from slrc.sweep.page import write_sweep_page
-from slrc.sweep.points import SweepFolder, SweepPoint, before, check_warm_start, identity_of
+from slrc.sweep.points import SweepFolder, SweepPoint, before, identity_of
 from slrc.sweep.queue import Claimed, Queue
 from slrc.sweep.summary import Summary, summarise
 from slrc.training.checkpoints import DISK_ERRORS
@@ -72,7 +72,7 @@ def sweep(
     configs = {p.name: p.config(options or {}, config_file) for p in points}
     name, first = _first(model, configs)
     if warm_start:
-        check_warm_start(first)
+        first.check_can_start("--warm-start")
     folder = SweepFolder(Path(out), identity_of(name, first, points, warm_start))
     worker = _Worker(model, folder, points, configs, storage, accepted, warm_start, reporter or Quiet())
     return worker.run(retry_failed, sleep)

@@ -30,8 +30,8 @@ import slrc
 from slrc import pipeline
 from slrc.backends import get_backend, parse_target
 from slrc.backends.ort.run import OnnxRuntimeRunner
-from slrc.config import Int8Settings
 from slrc.ir.program import Program
+from slrc.options import Int8Settings
 from slrc.quantization.choose import quantize
 from slrc.reconstruction.calibration import calibration_inputs
 

@@ -21,9 +21,10 @@ from slrc.cli_options import (
     TargetOption,
     takes,
 )
-from slrc.config import make_config, options, planning_options
+from slrc.config import make_config
 from slrc.errors import ConfigError, OutputError
 from slrc.machine.memory import keep_freed_memory
+from slrc.options import options, planning_options
 
 if TYPE_CHECKING:
     from rich.console import Console

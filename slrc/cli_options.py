@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from slrc.config import cli_words, options
+from slrc.options import cli_words, options
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="file.py, package.module:function, torchvision:NAME or timm:NAME")

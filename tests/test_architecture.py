@@ -26,6 +26,7 @@ ROOMS = (
     "passes",
     "backends",
     "methods",
+    "options",
     "config",
     "workload",
     "load_workload",

@@ -14,8 +14,8 @@ import typer
 
 import slrc
 from slrc import cli
-from slrc.config import options, planning_options
 from slrc.measuring.clock import Clock, Timing
+from slrc.options import options, planning_options
 
 pytestmark = pytest.mark.usefixtures("quick_timing")
 

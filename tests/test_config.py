@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from slrc.config import CompileConfig, Precision, make_config
+from slrc.config import CompileConfig, make_config
 from slrc.errors import ConfigError, PatternError
 from slrc.methods.settings import MethodName
+from slrc.options import Precision
 from slrc.sparsity.choices import Allocation, Attention, LayerNorm
 from slrc.sparsity.patterns import NM, Block
 

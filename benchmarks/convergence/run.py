@@ -48,10 +48,11 @@ sys.path.insert(1, str(Path(__file__).parents[1]))
 from results import file_of, made_with
 
 import slrc
-from slrc.config import CompileConfig, Precision, make_config
+from slrc.config import CompileConfig, make_config
 from slrc.machine.lock import take_lock
 from slrc.methods.registry import make_method
 from slrc.methods.settings import MethodName
+from slrc.options import Precision
 from slrc.reconstruction.reconstruct import reconstruct
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.plans import Plan

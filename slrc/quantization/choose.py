@@ -12,12 +12,12 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 from torch.fx import GraphModule, Interpreter
 
-from slrc.config import Int8Settings
 from slrc.errors import ConfigError
 from slrc.forms.form import Forms, in_float, int8_blocks
 from slrc.forms.quantization import Quantization, Scheme
 from slrc.ir.nodes import layer_weight
 from slrc.ir.program import Program
+from slrc.options import Int8Settings
 from slrc.passes.quantization.find_places import find_places, is_quantizable
 from slrc.passes.quantization.insert_quantizers import InsertQuantizers, QuantizeBiases
 from slrc.progress import Quiet, Reporter

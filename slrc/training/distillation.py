@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, mse_loss
 from torch.utils import _pytree as pytree
 
-from slrc.config import RecipeSettings
 from slrc.errors import SlrcError, WorkloadError
+from slrc.options import RecipeSettings
 from slrc.workload import Workload, cross_entropy, user_error
 
 Distance = Callable[[Any, Any], Tensor]

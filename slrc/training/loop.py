@@ -20,12 +20,13 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, broadcast, send_to_device
 from torch import Tensor, nn
 
-from slrc.config import CompileConfig, Precision
+from slrc.config import CompileConfig
 from slrc.errors import PlanError, TrainingError, WorkloadError
 from slrc.methods.base import MaskedMethod, Method, MethodState
 from slrc.methods.magnitude import Magnitude
 from slrc.methods.registry import make_method
 from slrc.methods.settings import MethodName
+from slrc.options import Precision
 from slrc.progress import Quiet, Reporter
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.plans import Plan

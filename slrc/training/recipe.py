@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from slrc.config import RecipeSettings
 from slrc.errors import WorkloadError
+from slrc.options import RecipeSettings
 from slrc.sparsity.shards import own, share
 from slrc.workload import Workload, user_error
 

@@ -16,9 +16,9 @@ from accelerate.utils import send_to_device
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from slrc.config import Precision
 from slrc.errors import SlrcError, TrainingError, WorkloadError
 from slrc.machine.memory import peak_bytes
+from slrc.options import Precision
 from slrc.training.distillation import Teacher
 from slrc.training.recipe import AveragedWeights
 from slrc.workload import Workload, user_error

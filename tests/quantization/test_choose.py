@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 import slrc
 from slrc import pipeline
-from slrc.config import Int8Settings
 from slrc.errors import ConfigError, WorkloadError
 from slrc.forms.quantization import ASYMMETRIC, SYMMETRIC, Range
 from slrc.ir.nodes import op_name
 from slrc.ir.program import Program, capture
+from slrc.options import Int8Settings
 from slrc.quantization.choose import quantize
 from slrc.quantization.equalize import corrected_biases, equalized
 from slrc.quantization.observe import Observed, observe

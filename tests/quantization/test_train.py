@@ -14,10 +14,11 @@ from onnx import numpy_helper
 import slrc
 from slrc import pipeline
 from slrc.backends.onnx_export import export_onnx
-from slrc.config import Int8Settings, make_config
+from slrc.config import make_config
 from slrc.errors import WorkloadError
 from slrc.forms.quantization import ASYMMETRIC
 from slrc.forms.quantize_ops import fake_quantize
+from slrc.options import Int8Settings
 from slrc.passes.quantization.insert_quantizers import QuantizeBiases
 from slrc.probes import make_probes
 from slrc.quantization.choose import Quantized, quantize

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import slrc
-from slrc.config import RecipeSettings, make_config
+from slrc.config import make_config
 from slrc.errors import ConfigError, WorkloadError
+from slrc.options import RecipeSettings
 from slrc.training.distillation import Teacher, common_outputs, output_error, returns_logits, soft_divergence
 from slrc.training.loop import train
 from slrc.training.recipe import AveragedWeights, peak_learning_rate, schedule, share_of_peak

@@ -24,24 +24,22 @@ from slrc.forms.form import FormChoice
 from slrc.ir.program import Program
 from slrc.measuring.choose_forms import choose_forms
 from slrc.measuring.devices import Device, local_device
-from slrc.measuring.timing import Latency, Percentiles
+from slrc.measuring.timing import Latency
 from slrc.methods.settings import MethodName
-from slrc.pipeline import apply_forms, lower, split_layers
+from slrc.pipeline import apply_forms, lower
 from slrc.probes import FirstCall, Probe
 from slrc.progress import Reporter
-from slrc.quantization.choose import Calibration
-from slrc.quantized_targets import IntegerTargets, Rounded
+from slrc.quantized_targets import IntegerTargets, Rounded, float_name
 from slrc.reconstruction.reconstruct import reconstruct
 from slrc.reporting.bench import INPUTS
 from slrc.reporting.page import write_page
-from slrc.reporting.report import Corner, Int8Result, Pair, Report
+from slrc.reporting.report import Int8Result, Report
 from slrc.sparsity.plans import LatencyForecast, Plan
 from slrc.training.batch_norm import constant_channels
-from slrc.training.checkpoints import EpochRecord
 from slrc.training.choose_method import choose_method
 from slrc.training.loop import train
 from slrc.training.trained import Trained, save_weights
-from slrc.verify import Check, Checker, compare_metric, compare_rounded
+from slrc.verify import Check, Checker, compare_metric
 from slrc.workload import Workload
 from slrc.workspace import Workspace
 
@@ -80,6 +78,7 @@ class Emitted:
 class DenseModel:
     """The dense model for one target, in float32, and in int8 where the target asks for it."""
 
+    program: Program
     lowered: LoweredProgram
     rounded: Rounded | None = None
 
@@ -98,8 +97,6 @@ class Compilation:
     dense_checks: tuple[Check, ...] = ()
     engines: dict[Target, tuple[EngineSummary | None, EngineSummary | None]] = field(default_factory=dict)
     """Of dense and compiled, where a device built them."""
-    corner_ms: dict[Target, list[Percentiles]] = field(default_factory=dict)
-    """Of int8 targets that were timed: dense in float32 and int8, compiled in float32 and int8."""
 
     def __post_init__(self) -> None:
         for text in self.workload.warnings:
@@ -138,18 +135,16 @@ class Compilation:
         check = Checker(self.workload.model.cpu(), probes)
         check("eager module = captured program", program.module())
         self.workspace.new_result()
-        self.dense_program = dense
         models = []
         for target in self.targets:
-            lowered = self._emit(dense, target.in_float, _in_float("dense", target), target.folder)
+            lowered = self._emit(dense, target.in_float, float_name("dense", target), target.folder)
             if runs := _runs_here(lowered):
                 self._prove_as(runs, f"eager module = dense on {target.in_float}", lowered, dense, check)
             rounded = None
             if target.is_integer:
-                quantized = self.integers.round(dense, target)
-                rounded = self._emit_rounded(quantized.program(), target, "dense", quantized.calibration)
+                rounded = self.integers.lower_dense(dense, target, self._emit)
                 check.checks += self.integers.prove("dense, rounded", rounded, probes)
-            models.append(DenseModel(lowered, rounded))
+            models.append(DenseModel(dense, lowered, rounded))
         self.dense_checks = tuple(check.checks)
         return models
 
@@ -209,10 +204,13 @@ class Compilation:
         for target, beside in zip(self.targets, dense, strict=True):
             choice = self._choose(slim, target.in_float)
             formed = apply_forms(slim, choice.forms, check.program)
-            compiled = self._emit(formed, target.in_float, _in_float("compiled", target), target.folder)
+            compiled = self._emit(formed, target.in_float, float_name("compiled", target), target.folder)
             integers = None
             if beside.rounded is not None:
-                choice, rounded = self._lower_rounded(slim, target, check)
+                choice = self._choose(slim, target)
+                choice, rounded = self.integers.lower(
+                    slim, target, choice, beside.program, self.workspace, check, self._emit
+                )
                 integers = beside.rounded, rounded
             pair = Emitted(target, beside.lowered, compiled, formed, choice, integers)
             for text in pair.own[1].artifact.warnings:
@@ -232,27 +230,6 @@ class Compilation:
         for text in choice.dropped:
             self.note(text)
         return choice
-
-    def _lower_rounded(self, slim: Program, target: Target, check: Checker) -> tuple[FormChoice, Rounded]:
-        choice = self._choose(slim, target)
-        split = split_layers(slim, choice.forms, check.program)
-        quantized = self.integers.round(split, target, choice.forms)
-        choice = choice.spared(quantized.spared)
-        folder = self.workspace.work / f"qat-{target.folder}"
-        program, training = self.integers.train(quantized, self.dense_program, folder, self.workspace.resumed)
-        packed, checks = self.integers.pack(program, choice.forms, check.probes)
-        check.checks += checks
-        return choice, self._emit_rounded(packed, target, "compiled", quantized.calibration, training)
-
-    def _emit_rounded(
-        self,
-        program: Program,
-        target: Target,
-        name: str,
-        calibration: Calibration,
-        training: tuple[EpochRecord, ...] = (),
-    ) -> Rounded:
-        return Rounded(self._emit(program, target, name, target.folder), program, calibration, training)
 
     def prove(self, slim: Program, pair: Emitted, metric: tuple[str, float] | None, check: Checker) -> float | None:
         """Run what was emitted where it runs here: compare its outputs and its metric; return the metric."""
@@ -277,32 +254,11 @@ class Compilation:
     def int8_result(
         self, pair: Emitted, metric: tuple[str, float] | None, dense_metric: float | None, check: Checker
     ) -> Int8Result | None:
-        """Measure the metric of an int8 target's models, and compare it with that of the float32 ones.
-
-        Raises:
-            VerificationError: the compiled one lost more than `--max-drop`.
-        """
+        """Return what rounding did for an int8 target. See `IntegerTargets.result`."""
         if pair.integers is None:
             return None
-        own = [self.workload.measure(x.runner(self.config.threads)) for x in pair.integers]
-        found = [None if m is None else m[1] for m in own]
-        if metric is not None and found[1] is not None:
-            step = f"{metric[0]}: masked module ~ {pair.target}"
-            check.checks.append(compare_rounded(step, metric[1], found[1], self.config.max_drop))
-        metrics = (dense_metric, found[0], None if metric is None else metric[1], found[1])
-        latencies = self.corner_ms.get(pair.target, [None] * 4)
-        lowered = (pair.dense, pair.integers[0].lowered, pair.compiled, pair.integers[1].lowered)
-        names = [(m, p) for m in ("dense", "compiled") for p in ("float32", "int8")]
-        corners = [
-            Corner(model=m, precision=p, metric=x, size_bytes=low.size_bytes, latency_ms=ms)  # type: ignore[arg-type]
-            for (m, p), x, low, ms in zip(names, metrics, lowered, latencies, strict=True)
-        ]
-        dense, compiled = pair.integers
-        return Int8Result(
-            corners=tuple(corners),
-            calibration=Pair(dense=dense.calibration, compiled=compiled.calibration),
-            training=compiled.training,
-        )
+        floats = pair.dense, pair.compiled
+        return self.integers.result(pair.target, floats, pair.integers, dense_metric, metric, check)
 
     def measure(self, slim: Program, pair: Emitted, forecast: LatencyForecast | None, check: Checker) -> Latency:
         """Time the dense and the compiled model in turns; another device also compares what they return there.
@@ -311,15 +267,12 @@ class Compilation:
         """
         inputs, threads = slim.flat_inputs(), self.config.threads
         forms = {weight: str(form) for weight, form in pair.choice.forms.items()}
-        names = [_in_float(name, pair.target) for name in ("dense", "compiled")]
-        others = {} if pair.integers is None else dict(zip(names, (pair.dense, pair.compiled), strict=True))
+        others = {} if pair.integers is None else self.integers.beside(pair.target, pair.dense, pair.compiled)
         measured = self.device.latency(*pair.own, inputs, threads, forms, self.reporter, others)
         latency = measured.latency
         self.engines[pair.target] = measured.engines
         if others:
-            in_float = (measured.others[name] for name in names)
-            rounded = (latency.dense_ms, latency.compiled_ms)
-            self.corner_ms[pair.target] = [ms for both in zip(in_float, rounded, strict=True) for ms in both]
+            self.integers.keep_times(pair.target, measured)
         check.checks += measured.checks
         if forecast and (forecast.target, forecast.threads) == (str(pair.target), latency.threads):
             predicted = forecast.predicted * latency.dense_ms.p50
@@ -407,11 +360,6 @@ def _runs_here(lowered: LoweredProgram) -> Runs | None:
     if not get_backend(lowered.target).available(lowered.target).why_not_run:
         return Runs.WHOLE
     return Runs.STOCK if find_spec("onnxruntime") else None
-
-
-def _in_float(name: str, target: Target) -> str:
-    """Return the folder of a model in float32, which lies beside an int8 target's own."""
-    return f"{name}-float32" if target.is_integer else name
 
 
 def _archive(program: Program) -> bytes:

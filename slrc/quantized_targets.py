@@ -14,22 +14,28 @@ from slrc.backends import LoweredProgram, Target, get_backend
 from slrc.backends.runner_module import RunnerModule
 from slrc.config import CompileConfig
 from slrc.errors import BackendError
-from slrc.forms.form import Forms
+from slrc.forms.form import FormChoice, Forms
 from slrc.ir.program import Program
+from slrc.measuring.devices import Measured
+from slrc.measuring.timing import Percentiles
 from slrc.passes.quantization.insert_quantizers import QuantizeBiases
-from slrc.pipeline import pack_layers
+from slrc.pipeline import pack_layers, split_layers
 from slrc.probes import Probe
 from slrc.progress import Reporter
 from slrc.quantization.choose import Calibration, Quantized, named_layers, quantizable_weights, quantize
 from slrc.quantization.prove import prove_integers, prove_same
 from slrc.quantization.train import train_rounded
 from slrc.reconstruction.calibration import Inputs, calibration_inputs
+from slrc.reporting.report import Corner, Int8Result, Pair
 from slrc.training.checkpoints import EpochRecord
 from slrc.training.distillation import returns_logits
 from slrc.training.loop import RETRAIN
-from slrc.verify import Check
+from slrc.verify import Check, Checker, compare_rounded
 from slrc.workload import Workload
+from slrc.workspace import Workspace
 
+Emit = Callable[[Program, Target, str, str], LoweredProgram]
+"""Emits a program for a target: the model's name, and the folder of the target."""
 ONNX_FILE = "model.onnx"
 """What every backend writes, an engine beside it or not: integers are checked there."""
 
@@ -76,7 +82,8 @@ class IntegerTargets:
     config: CompileConfig
     note: Callable[[str], None]
     reporter: Reporter
-    checks: list[Check] = field(default_factory=list)
+    corner_ms: dict[Target, list[Percentiles]] = field(default_factory=dict)
+    """Of the targets that were timed: dense in float32 and int8, compiled in float32 and int8."""
 
     def in_float(self, program: Program) -> tuple[str, ...]:
         """Return the weights of the layers that `--int8-skip` names.
@@ -116,7 +123,36 @@ class IntegerTargets:
             self.note(f"on {target} {len(names)} layers stay in float32: {spared}")
         return quantized
 
-    def train(
+    def lower_dense(self, program: Program, target: Target, emit: Emit) -> Rounded:
+        """Round the dense program, and emit it."""
+        quantized = self.round(program, target)
+        rounded = quantized.program()
+        return Rounded(emit(rounded, target, "dense", target.folder), rounded, quantized.calibration)
+
+    def lower(
+        self,
+        slim: Program,
+        target: Target,
+        choice: FormChoice,
+        teacher: Program,
+        workspace: Workspace,
+        check: Checker,
+        emit: Emit,
+    ) -> tuple[FormChoice, Rounded]:
+        """Round the slim program, its layers in their forms, train it if that is asked for, and emit it.
+
+        The choice that comes back has what stays in float32.
+        """
+        split = split_layers(slim, choice.forms, check.program)
+        quantized = self.round(split, target, choice.forms)
+        choice = choice.spared(quantized.spared)
+        program, training = self._train(quantized, teacher, workspace.work / f"qat-{target.folder}", workspace.resumed)
+        packed, checks = self._pack(program, choice.forms, check.probes)
+        check.checks += checks
+        emitted = emit(packed, target, "compiled", target.folder)
+        return choice, Rounded(emitted, packed, quantized.calibration, training)
+
+    def _train(
         self, quantized: Quantized, teacher: Program, checkpoints: Path, resume: bool
     ) -> tuple[Program, tuple[EpochRecord, ...]]:
         """Return the program to emit, after the epochs of quantisation-aware training that were asked for.
@@ -142,7 +178,7 @@ class IntegerTargets:
             )
         return QuantizeBiases()(rounded).program if quantized.scheme.integer_bias else rounded, curve
 
-    def pack(self, rounded: Program, forms: Forms, probes: Sequence[Probe]) -> tuple[Program, list[Check]]:
+    def _pack(self, rounded: Program, forms: Forms, probes: Sequence[Probe]) -> tuple[Program, list[Check]]:
         """Pack the layers of a rounding program that stay in floating point, and compare.
 
         Raises:
@@ -162,6 +198,56 @@ class IntegerTargets:
         step = f"{what} = {rounded.lowered.target}"
         file = rounded.lowered.folder / ONNX_FILE
         return prove_integers(step, rounded.program, file, probes, self.config.threads, rounded.kernels)
+
+    def beside(self, target: Target, dense: LoweredProgram, compiled: LoweredProgram) -> dict[str, LoweredProgram]:
+        """Return the float32 models that are timed beside an int8 target's own, by name."""
+        return {float_name("dense", target): dense, float_name("compiled", target): compiled}
+
+    def keep_times(self, target: Target, measured: Measured) -> None:
+        """Keep what a target's own models and those `beside` them took, for the result."""
+        times = measured.others
+        self.corner_ms[target] = [
+            times[float_name("dense", target)],
+            measured.latency.dense_ms,
+            times[float_name("compiled", target)],
+            measured.latency.compiled_ms,
+        ]
+
+    def result(
+        self,
+        target: Target,
+        floats: tuple[LoweredProgram, LoweredProgram],
+        rounded: tuple[Rounded, Rounded],
+        dense_metric: float | None,
+        metric: tuple[str, float] | None,
+        check: Checker,
+    ) -> Int8Result:
+        """Measure the metric of the int8 models, and compare the compiled one's with that of its float32 model.
+
+        `floats` and `rounded` are pairs of dense and compiled; the two metrics are those of `floats`.
+
+        Raises:
+            VerificationError: the compiled one lost more than `--max-drop`.
+        """
+        own = [self.workload.measure(x.runner(self.config.threads)) for x in rounded]
+        found = [None if m is None else m[1] for m in own]
+        if metric is not None and found[1] is not None:
+            step = f"{metric[0]}: masked module ~ {target}"
+            check.checks.append(compare_rounded(step, metric[1], found[1], self.config.max_drop))
+        metrics = (dense_metric, found[0], None if metric is None else metric[1], found[1])
+        lowered = (floats[0], rounded[0].lowered, floats[1], rounded[1].lowered)
+        names = [(m, p) for m in ("dense", "compiled") for p in ("float32", "int8")]
+        times = self.corner_ms.get(target, [None] * 4)
+        corners = [
+            Corner(model=m, precision=p, metric=x, size_bytes=low.size_bytes, latency_ms=ms)  # type: ignore[arg-type]
+            for (m, p), x, low, ms in zip(names, metrics, lowered, times, strict=True)
+        ]
+        dense, compiled = rounded
+        return Int8Result(
+            corners=tuple(corners),
+            calibration=Pair(dense=dense.calibration, compiled=compiled.calibration),
+            training=compiled.training,
+        )
 
     def _acceptable(self, program: Program) -> Callable[[nn.Module], bool] | None:
         """Return what `--max-drop` asks of a module that rounds, where there is a metric to ask it of."""
@@ -192,6 +278,11 @@ class IntegerTargets:
                 "and its accuracy says nothing"
             )
         return found
+
+
+def float_name(name: str, target: Target) -> str:
+    """Return the folder of a model in float32, which lies beside an int8 target's own."""
+    return f"{name}-float32" if target.is_integer else name
 
 
 class _Called(nn.Module):

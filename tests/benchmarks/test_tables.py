@@ -30,7 +30,7 @@ def test_every_table_stands_in_the_docs(tables: ModuleType) -> None:
 
 
 def test_a_table_is_filled_from_its_rows(tables: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = tables.CASES[0]
+    case = tables.latency.CASES[0]
     row = {
         "accuracy": {"dense": 0.99, "final": 0.98},
         "params": {"dense": 1000, "compiled": 250},
@@ -39,11 +39,11 @@ def test_a_table_is_filled_from_its_rows(tables: ModuleType, monkeypatch: pytest
         "speedup": 2.0,
         "spread": [1.9, 2.1],
     }
-    monkeypatch.setattr(tables, "read", lambda name: {case.command: row} if name == "front_page" else {})
+    monkeypatch.setattr(tables.latency, "read", lambda name: {case.command: row})
     page = "before\n<!-- table: front-page -->\nold\n<!-- end -->\nafter\n"
     filled = tables.filled(page)
     assert "| 99.0% → 98.0% | −75.0% | 2.00 → 1.00 ms | 2.00× (1.90 to 2.10) |" in filled
-    assert filled.count(tables.TO_FILL) == 4 * (len(tables.CASES) - 1)
+    assert filled.count(tables.latency.TO_FILL) == 4 * (len(tables.latency.CASES) - 1)
     assert "old" not in filled
     assert filled.startswith("before\n")
     assert filled.endswith("<!-- end -->\nafter\n")
@@ -52,8 +52,8 @@ def test_a_table_is_filled_from_its_rows(tables: ModuleType, monkeypatch: pytest
 def test_a_network_that_failed_says_so(tables: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     proven = {"left": 0.36, "error": 4e-7}
     rows = {"a": {"parameters": 2e6, "channel": proven, "block:8x1": {"failed": "PlanError: nothing"}}, "b": {}}
-    monkeypatch.setattr(tables, "read", lambda name: rows)
-    text = tables.detectors()
+    monkeypatch.setattr(tables.coverage, "read", lambda name: rows)
+    text = tables.coverage.detectors()
     assert "| `a` | 2.0 M | 36%, 4e-07 | PlanError: nothing |" in text
     assert "| `b` | – | ended early | ended early |" in text
 
@@ -61,7 +61,8 @@ def test_a_network_that_failed_says_so(tables: ModuleType, monkeypatch: pytest.M
 def test_what_stands_around_a_network_counts(tables: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     times = {"before_ms": 10.0, "after_ms": 10.0, "dense_ms": 100.0, "compiled_ms": 40.0}
     row = {"title": "Net, 8×8", "macs_dense": 2e9, "speedup": 2.5, "spread": [2.4, 2.6], **times}
-    monkeypatch.setattr(tables, "read", lambda name: {"net block:8x1 0.75": row, "net channel 0.75": row})
+    monkeypatch.setattr(tables.latency, "read", lambda name: {"net block:8x1 0.75": row, "net channel 0.75": row})
     speed = "2.50× (2.40 to 2.60)"
-    assert f"| Net, 8×8 | 2.00 G | 100 ms | {speed} | {tables.TO_FILL} | {speed} |" in tables.tasks_latency()
-    assert "| Net, 8×8 | 10.0 | 100.0 | 40.0 | 10.0 | 2.00× | 33% |" in tables.tasks_pipeline()
+    cells = f"| Net, 8×8 | 2.00 G | 100 ms | {speed} | {tables.latency.TO_FILL} | {speed} |"
+    assert cells in tables.latency.tasks_latency()
+    assert "| Net, 8×8 | 10.0 | 100.0 | 40.0 | 10.0 | 2.00× | 33% |" in tables.latency.tasks_pipeline()

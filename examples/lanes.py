@@ -15,7 +15,6 @@ environment:
 
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import tusimple_metric
+from common.dense_training import DEVICE, train_epochs
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
@@ -318,21 +318,10 @@ def columns_at(shares: NDArray[np.float64], rows: NDArray[np.float64], size: tup
 
 def train_dense(model: nn.Module, batches: Batches, epochs: int) -> None:
     """Train in place with Adam and a cosine schedule."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device).train()
+    model.to(DEVICE).train()
     optimizer = torch.optim.Adam(model.parameters(), LR, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * len(batches)))
-    for epoch in range(epochs):
-        total = 0.0
-        for images, cells, masks in batches:
-            loss = lane_loss(model, (images.to(device), cells.to(device), masks.to(device)))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total += loss.item()
-        print(f"dense: epoch {epoch + 1}/{epochs}, loss {total / len(batches):.3f}", file=sys.stderr, flush=True)
-    model.to("cpu")
+    train_epochs(model, batches, lane_loss, optimizer, schedule, epochs, "lanes")
 
 
 def make_workload(model: LaneNet, name: str, batch_size: int = 32) -> slrc.Workload:

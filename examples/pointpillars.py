@@ -14,7 +14,6 @@ points, which is the network's first. Also read from the environment:
 """
 
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,6 +21,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from common import kitti_metric, rotated_boxes
+from common.dense_training import DEVICE, train_epochs
 from common.kitti_frames import CLASSES, Frame, Frames, find_kitti, frame_names, to_objects, wrapped
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ SIZES = np.array([[3.9, 1.6, 1.56], [0.8, 0.6, 1.73], [1.76, 0.6, 1.73]])
 """The length, width and height of each class's anchors, and below where their lower sides are."""
 BOTTOMS = np.array([-1.78, -0.6, -0.6])
 YAWS = (0.0, np.pi / 2)
+FROM_ABOVE = [0, 1, 3, 4, 6]
+"""The numbers of a box that `rotated_boxes` takes."""
 MATCHED, UNMATCHED = (0.6, 0.5, 0.5), (0.45, 0.35, 0.35)
 DIRECTIONS, TURNED = 2, np.pi / 4
 IGNORED = -1
@@ -196,20 +198,6 @@ def make_anchors(grid: Grid) -> NDArray[np.float64]:
     return anchors.reshape(rows * columns, len(CLASSES), len(YAWS), 7)
 
 
-def upright_iou(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the overlaps from above of boxes `(n, 7)` and `(m, 7)`, each turned to the nearest axis: `(n, m)`."""
-    bounds = []
-    for boxes in (first, second):
-        lies_across = np.abs(np.sin(boxes[:, 6])) > np.abs(np.cos(boxes[:, 6]))
-        half = np.where(lies_across[:, None], boxes[:, [4, 3]], boxes[:, [3, 4]]) / 2
-        bounds.append((boxes[:, :2] - half, boxes[:, :2] + half))
-    (low, high), (other_low, other_high) = bounds
-    sides = np.minimum(high[:, None], other_high) - np.maximum(low[:, None], other_low)
-    shared = np.maximum(sides, 0).prod(-1)
-    areas = [boxes[:, 3] * boxes[:, 4] for boxes in (first, second)]
-    return shared / (areas[0][:, None] + areas[1] - shared)
-
-
 def encode(boxes: NDArray[np.float64], anchors: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return boxes `(n, 7)` relative to anchors `(n, 7)`."""
     diagonal = np.hypot(anchors[:, 3], anchors[:, 4])
@@ -243,7 +231,7 @@ def make_targets(frame: Frame, anchors: NDArray[np.float64]) -> tuple[Tensor, Te
         wanted, own = frame.boxes[frame.classes == k], anchors[:, k].reshape(-1, 7)
         if not len(wanted):
             continue
-        overlap = upright_iou(own, wanted)
+        overlap = rotated_boxes.upright_overlaps(own[:, FROM_ABOVE], wanted[:, FROM_ABOVE])
         best = overlap.max(1)
         object_of = overlap.argmax(1)
         most = overlap.max(0)
@@ -302,7 +290,7 @@ def decode_frame(
     found = decode(boxes[taken].numpy(), anchors.reshape(-1, 7)[taken.numpy()])
     half = directions[taken].argmax(1).numpy()
     found[:, 6] = wrapped((found[:, 6] - TURNED) % np.pi + TURNED + np.pi * half)
-    kept = rotated_boxes.suppress(found[:, [0, 1, 3, 4, 6]], best[taken].numpy(), MOST_OVERLAP)
+    kept = rotated_boxes.suppress(found[:, FROM_ABOVE], best[taken].numpy(), MOST_OVERLAP)
     return found[kept], classes[taken].numpy()[kept], best[taken].numpy()[kept]
 
 
@@ -359,22 +347,10 @@ def vary(frame: Frame) -> Frame:
 
 def train_dense(model: nn.Module, batches: Batches, epochs: int) -> None:
     """Train in place with AdamW and one cycle of the learning rate."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device).train()
+    model.to(DEVICE).train()
     optimizer = torch.optim.AdamW(model.parameters(), LR, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=max(1, epochs * len(batches)))
-    for epoch in range(epochs):
-        total = 0.0
-        for batch in batches:
-            loss = detection_loss(model, tuple(part.to(device) for part in batch))
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            optimizer.step()
-            schedule.step()
-            total += loss.item()
-        print(f"dense: epoch {epoch + 1}/{epochs}, loss {total / len(batches):.3f}", file=sys.stderr, flush=True)
-    model.to("cpu")
+    train_epochs(model, batches, detection_loss, optimizer, schedule, epochs, "pointpillars", clip=CLIP)
 
 
 def make_workload(model: PointPillars, name: str) -> slrc.Workload:

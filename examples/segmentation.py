@@ -17,8 +17,6 @@ cached. Also read from the environment:
 """
 
 import os
-import sys
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common.dense_training import DEVICE, train_epochs
 from common.segmentation_folders import HINTS, IGNORED, Scenes, read_scenes
 from common.segmentation_metrics import confusion_matrix, mean_iou, pixel_accuracy
 from PIL import Image
@@ -253,23 +252,10 @@ def chosen(variable: str, usual: str, choices: Collection[str]) -> str:
 
 def train_dense(model: nn.Module, batches: Batches, epochs: int, name: str) -> None:
     """Train in place with SGD and a cosine schedule."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device, memory_format=torch.channels_last).train()
+    model.to(DEVICE, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * len(batches)))
-    for epoch in range(epochs):
-        start, total = time.perf_counter(), 0.0
-        for x, y in batches:
-            loss = pixel_loss(model, (x.to(device), y.to(device)))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total += loss.item()
-        seconds = time.perf_counter() - start
-        line = f"dense {name}: epoch {epoch + 1}/{epochs}, loss {total / len(batches):.3f}, {seconds:.0f} s"
-        print(line, file=sys.stderr, flush=True)
-    model.to("cpu", memory_format=torch.contiguous_format)
+    train_epochs(model, batches, pixel_loss, optimizer, schedule, epochs, name)
 
 
 def make_workload(name: str) -> slrc.Workload:

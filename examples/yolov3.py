@@ -20,8 +20,6 @@ Also read from the environment:
 
 import math
 import os
-import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,6 +31,7 @@ from common.boxed_images import LetterboxedImages, TrainingImages, stack_labelle
 from common.boxes import corners, iou, nms
 from common.coco import CLASSES, Split, find_data, read_split
 from common.darknet import FULL, TINY, Darknet, Row, load_weights
+from common.dense_training import DEVICE, train_epochs
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
 from torch.utils.data import DataLoader
@@ -226,30 +225,20 @@ def make_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 
 def train_dense(model: nn.Module, batches: DataLoader, anchors: Tensor, epochs: int, name: str) -> None:
     """Train in place, the learning rate rising and falling once, in bfloat16 where the processor computes in it."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    is_fast = device.type == "cuda" or not processor().features.isdisjoint({"avx512_bf16", "amx_bf16"})
-    model.to(device, memory_format=torch.channels_last).train()
+    is_fast = DEVICE.type == "cuda" or not processor().features.isdisjoint({"avx512_bf16", "amx_bf16"})
+    model.to(DEVICE, memory_format=torch.channels_last).train()
     optimizer = make_optimizer(model.parameters())
     steps = max(1, epochs * len(batches))
     rise = max(1, round(WARM_UP * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / rise, (1 + math.cos(math.pi * step / steps)) / 2)
     )
-    for epoch in range(epochs):
-        start, total = time.perf_counter(), 0.0
-        for x, labels in batches:
-            with torch.autocast(device.type, torch.bfloat16, enabled=is_fast):
-                value = loss(model, (x.to(device, memory_format=torch.channels_last), labels.to(device)), anchors)
-            optimizer.zero_grad()
-            value.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), LARGEST_GRADIENT)
-            optimizer.step()
-            schedule.step()
-            total += value.item()
-        seconds = time.perf_counter() - start
-        line = f"dense {name}: epoch {epoch + 1}/{epochs}, loss {total / len(batches):.3f}, {seconds:.0f} s"
-        print(line, file=sys.stderr, flush=True)
-    model.to("cpu", memory_format=torch.contiguous_format)
+
+    def loss_of(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        x, labels = batch
+        return loss(model, (x.to(memory_format=torch.channels_last), labels), anchors)
+
+    train_epochs(model, batches, loss_of, optimizer, schedule, epochs, name, clip=LARGEST_GRADIENT, in_bfloat16=is_fast)
 
 
 def read_size() -> int:

@@ -51,6 +51,20 @@ def overlaps(first: Array, second: Array) -> Array:
     return result
 
 
+def upright_overlaps(first: Array, second: Array) -> Array:
+    """Return the overlaps of boxes `(n, 5)` and `(m, 5)`, each turned to the nearest axis: `(n, m)`."""
+    bounds = []
+    for boxes in (first, second):
+        lies_across = np.abs(np.sin(boxes[:, 4])) > np.abs(np.cos(boxes[:, 4]))
+        half = np.where(lies_across[:, None], boxes[:, [3, 2]], boxes[:, [2, 3]]) / 2
+        bounds.append((boxes[:, :2] - half, boxes[:, :2] + half))
+    (low, high), (other_low, other_high) = bounds
+    sides = np.minimum(high[:, None], other_high) - np.maximum(low[:, None], other_low)
+    shared = np.maximum(sides, 0).prod(-1)
+    areas = [boxes[:, 2] * boxes[:, 3] for boxes in (first, second)]
+    return shared / (areas[0][:, None] + areas[1] - shared)
+
+
 def suppress(boxes: Array, scores: Array, most_overlap: float) -> list[int]:
     """Return which boxes `(n, 5)` stay, best score `(n,)` first: none shares more than an IoU with a better one."""
     order = np.argsort(-scores, kind="stable")

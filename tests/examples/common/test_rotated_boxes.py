@@ -62,3 +62,9 @@ def test_worse_boxes_that_overlap_are_suppressed(boxes: ModuleType) -> None:
     assert boxes.suppress(given, np.array([0.5, 0.9, 0.8, 0.1]), 0.2) == [1, 2, 3]
     assert boxes.suppress(given, np.array([0.5, 0.9, 0.8, 0.1]), 0.01) == [1, 3]
     assert boxes.suppress(np.zeros((0, 5)), np.zeros(0), 0.1) == []
+
+
+def test_upright_overlaps_turn_boxes_to_the_nearest_axis(boxes: ModuleType) -> None:
+    first = np.array([(0, 0, 4, 2, 0.3), (0, 0, 4, 2, 1.4)])
+    second = np.array([(0, 0, 4, 2, -0.2), (10, 0, 4, 2, 0)])
+    assert boxes.upright_overlaps(first, second) == pytest.approx(np.array([(1, 0), (4 / 12, 0)]))

@@ -1,13 +1,10 @@
-"""TensorRT backends: targets, half precision in the graph, engines built without a GPU, and the runner."""
+"""TensorRT backends: targets, what they take, and engines built without a GPU."""
 
-import ctypes
 import importlib.util
 import logging
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import onnx
 import pytest
 import torch
@@ -16,13 +13,9 @@ from torch import nn
 
 from slrc.backends import get_backend, parse_target
 from slrc.backends.base import Artifact
-from slrc.backends.onnx_export import export_onnx
-from slrc.backends.ort.run import OnnxRuntimeRunner
 from slrc.backends.tensorrt import TensorRT, TensorRTRTX
 from slrc.backends.tensorrt.build import build_engine
 from slrc.backends.tensorrt.log import message_log
-from slrc.backends.tensorrt.precision import convert_to_float16
-from slrc.backends.tensorrt.run import TensorRTRunner
 from slrc.errors import BackendError
 from slrc.ir.program import Program, capture
 
@@ -172,76 +165,6 @@ def test_check_names_double_precision_and_takes_a_plain_network(program):
     assert all("float64" in r for r in reasons)
 
 
-# Half precision
-
-
-def test_half_precision_is_decided_in_the_graph(program, tmp_path):
-    export_onnx(program, tmp_path / "full.onnx")
-    export_onnx(program, tmp_path / "half.onnx")
-    convert_to_float16(tmp_path / "half.onnx")
-    full, half = (onnx.load(tmp_path / f"{name}.onnx").graph for name in ("full", "half"))
-
-    weights = {i.name: i.data_type for i in full.initializer if i.data_type == TensorProto.FLOAT}
-    assert weights
-    assert {i.name: i.data_type for i in half.initializer if i.name in weights} == dict.fromkeys(
-        weights, TensorProto.FLOAT16
-    )
-    for values in (half.input, half.output):
-        assert {v.type.tensor_type.elem_type for v in values} == {TensorProto.FLOAT}
-    assert [v.name for v in half.input] == [v.name for v in full.input]
-    assert [v.name for v in half.output] == [v.name for v in full.output]
-
-    for batch in (1, 5):
-        x = torch.randn(batch, 3, 16, 16)
-        expected, got = (OnnxRuntimeRunner(tmp_path / f"{name}.onnx")(x)[0] for name in ("full", "half"))
-        assert torch.allclose(expected, got, atol=FLOAT16_TOLERANCE)
-        assert not torch.equal(expected, got)
-
-
-def test_half_precision_looks_inside_the_models_functions(tmp_path):
-    """A constant in a function's body would stay float32 beside float16 inputs."""
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("local", 1)]
-    half = helper.make_node("Constant", [], ["c"], value=helper.make_tensor("v", TensorProto.FLOAT, [], [0.5]))
-    function = helper.make_function(
-        "local", "Halve", ["a"], ["b"], [half, helper.make_node("Mul", ["a", "c"], ["b"])], opsets[:1]
-    )
-    graph = helper.make_graph(
-        [helper.make_node("Halve", ["x"], ["y"], domain="local")],
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4])],
-    )
-    model = helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=10)
-    onnx.save(model, tmp_path / "m.onnx")
-    convert_to_float16(tmp_path / "m.onnx")
-    assert not onnx.load(tmp_path / "m.onnx").functions
-    x = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
-    assert OnnxRuntimeRunner(tmp_path / "m.onnx")(x)[0].tolist() == [[0.5, 1.0, 1.5, 2.0]]
-
-
-def test_half_precision_leaves_the_scales_of_a_resize_alone(tmp_path):
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Upsample(scale_factor=2, mode="bilinear"), nn.GroupNorm(2, 8))
-    program = captured(model)
-    export_onnx(program, tmp_path / "m.onnx")
-    convert_to_float16(tmp_path / "m.onnx")
-    types = {i.name: i.data_type for i in onnx.load(tmp_path / "m.onnx").graph.initializer}
-    assert list(types.values()).count(TensorProto.FLOAT) == 1
-    x = torch.randn(2, 3, 16, 16)
-    assert torch.allclose(OnnxRuntimeRunner(tmp_path / "m.onnx")(x)[0], program.module()(x), atol=1e-2)
-
-
-def test_weights_in_a_file_of_their_own_stay_there(program, tmp_path, monkeypatch):
-    for module in ("onnx_export", "tensorrt.precision"):
-        monkeypatch.setattr(f"slrc.backends.{module}.EXTERNAL_DATA_BYTES", 0)
-    export_onnx(program, tmp_path / "m.onnx")
-    full_bytes = (tmp_path / "m.onnx.data").stat().st_size
-    convert_to_float16(tmp_path / "m.onnx")
-    assert (tmp_path / "m.onnx.data").stat().st_size < full_bytes
-    x = torch.randn(2, 3, 16, 16)
-    got = OnnxRuntimeRunner(tmp_path / "m.onnx")(x)[0]
-    assert torch.allclose(got, program.module()(x), atol=FLOAT16_TOLERANCE)
-
-
 # Engines
 
 
@@ -374,102 +297,3 @@ def test_an_engine_agrees_with_the_program(text, program, tmp_path):
         assert torch.allclose(runner(x)[0], program.module()(x), atol=tolerance)
     with pytest.raises(BackendError, match="cannot have shape"):
         runner(torch.randn(33, 3, 16, 16))
-
-
-class FakeContext:
-    """Doubles `x`, of shape (batch, 3), into `y`, in the host's memory."""
-
-    def __init__(self) -> None:
-        self.shape: tuple[int, ...] = ()
-        self.addresses: dict[str, int] = {}
-
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        self.shape = shape
-        return shape[0] <= 32
-
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return self.shape
-
-    def set_tensor_address(self, name: str, memory: int) -> bool:
-        self.addresses[name] = memory
-        return True
-
-    def execute_async_v3(self, stream_handle: int) -> bool:
-        size = int(np.prod(self.shape))
-        x, y = (np.ctypeslib.as_array((ctypes.c_float * size).from_address(self.addresses[n])) for n in ("x", "y"))
-        y[:] = 2 * x
-        return True
-
-
-class FakeEngine:
-    """Says that its tensors lie on the host, so that the runner's buffers need no GPU."""
-
-    num_io_tensors = 2
-
-    def __init__(self, trt) -> None:
-        self._trt = trt
-
-    def get_tensor_name(self, index: int) -> str:
-        return ("x", "y")[index]
-
-    def get_tensor_dtype(self, name: str):
-        return self._trt.DataType.FLOAT
-
-    def get_tensor_location(self, name: str):
-        return self._trt.TensorLocation.HOST
-
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return (-1, 3)
-
-    def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
-        return [(1, 3), (2, 3), (32, 3)]
-
-    def create_runtime_config(self):
-        return SimpleNamespace()
-
-    def create_execution_context(self, runtime_config=None) -> FakeContext:
-        return FakeContext()
-
-
-@pytest.fixture
-def runner(trt, tmp_path, monkeypatch):
-    """A runner whose engine and stream are fakes with the methods of the real ones."""
-    for fake, real in ((FakeContext, trt.IExecutionContext), (FakeEngine, trt.ICudaEngine)):
-        assert all(hasattr(real, name) for name in vars(fake) if not name.startswith("_"))
-    stream = SimpleNamespace(cuda_stream=0, synchronize=lambda: None, wait_stream=lambda other: None)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
-    engine = FakeEngine(trt)
-    monkeypatch.setattr(trt, "Runtime", lambda logger: SimpleNamespace(deserialize_cuda_engine=lambda data: engine))
-    (tmp_path / "model.engine").write_bytes(b"engine")
-    return TensorRTRunner(tmp_path / "model.engine", trt, ["x", "unused"], ["y"])
-
-
-def test_the_runner_binds_by_name_and_takes_any_batch(runner):
-    unused = torch.zeros(1)
-    for batch in (2, 5):
-        x = torch.randn(3, batch).T  # not contiguous
-        assert torch.equal(runner(x, unused)[0], 2 * x)
-
-
-def test_a_prepared_call_keeps_its_inputs(runner):
-    x, unused = torch.randn(2, 3), torch.zeros(1)
-    call = runner.prepare(x, unused)
-    runner(torch.randn(4, 3), unused)
-    call()
-    call()
-
-
-@pytest.mark.parametrize(
-    ("inputs", "says"),
-    [
-        ((torch.zeros(33, 3), torch.zeros(1)), r"cannot have shape \(33, 3\)(.|\n)*\(1, 3\) to \(32, 3\)"),
-        ((torch.zeros(2, 3).double(), torch.zeros(1)), "is torch.float32 in the engine, got torch.float64"),
-        ((torch.zeros(2, 3),), "takes 2 inputs, got 1"),
-    ],
-)
-def test_the_runner_says_what_it_does_not_take(runner, inputs, says):
-    with pytest.raises(BackendError, match=says):
-        runner(*inputs)

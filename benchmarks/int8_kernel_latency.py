@@ -21,13 +21,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
-from kernel_latency import LEAST_RUNS, SHAPES, Kernels, Report, Row, Shape, in_turns, options
+from kernel_latency import LEAST_RUNS, SHAPES, Kernels, Report, Row, Shape, in_turns, options, prepare
 from onnx import TensorProto, helper, numpy_helper
 
 from slrc.backends.int8_onnx import Int8Layer, Window, node_of
@@ -118,25 +116,6 @@ def in_turns_by_cpu(a: Callable[[], Any], b: Callable[[], Any], seconds: float) 
             (a, b)[which]()
             times[which].append(time.thread_time() - begin)
     return statistics.median(times[0]), statistics.median(times[1]), 0.0
-
-
-def prepare(model: Any, library: Path) -> Any:
-    """Load a model with the kernels; return a call that runs it on random bytes and returns the output's buffer."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.register_custom_ops_library(str(library))
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    x = np.random.default_rng(0).integers(0, 256, session.get_inputs()[0].shape).astype(np.uint8)
-    y = session.run(None, {"x": x})[0]
-    output, binding = ort.OrtValue.ortvalue_from_numpy(y), session.io_binding()
-    binding.bind_ortvalue_input("x", ort.OrtValue.ortvalue_from_numpy(x))
-    binding.bind_ortvalue_output("y", output)
-
-    def call(_owned: object = (x, y)) -> Any:  # bound values do not keep the memory that they name
-        session.run_with_iobinding(binding)
-        return output
-
-    return call
 
 
 def dense_node(layer: Layer, x: str, y: str) -> tuple[Any, list[Any]]:

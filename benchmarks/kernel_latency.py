@@ -212,8 +212,7 @@ def prepare(model: Any, library: Path | None = None) -> Callable[[], Any]:
         options.register_custom_ops_library(str(library))
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     random = np.random.default_rng(0)
-    sizes = {v.name: [d if isinstance(d, int) else 1 for d in v.shape] for v in session.get_inputs()}
-    inputs = {name: random.standard_normal(size).astype(np.float32) for name, size in sizes.items()}
+    inputs = {value.name: _random_input(random, value) for value in session.get_inputs()}
     arrays = session.run(None, inputs)
     outputs = [ort.OrtValue.ortvalue_from_numpy(y) for y in arrays]
     binding = session.io_binding()
@@ -227,6 +226,14 @@ def prepare(model: Any, library: Path | None = None) -> Callable[[], Any]:
         return outputs[0]
 
     return call
+
+
+def _random_input(random: np.random.Generator, value: Any) -> np.ndarray:
+    """Return bytes or normal numbers, as a model's input asks for; a size that is left open is one."""
+    size = [d if isinstance(d, int) else 1 for d in value.shape]
+    if value.type == "tensor(uint8)":
+        return random.integers(0, 256, size).astype(np.uint8)
+    return random.standard_normal(size).astype(np.float32)
 
 
 def dense_model(shape: Shape, weight: np.ndarray, batch: int) -> Any:

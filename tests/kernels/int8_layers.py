@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from kernel_layers import Window as CWindow
+from any_layer import AnyLayer, pick, random_planes
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
@@ -20,30 +20,21 @@ from slrc.backends.int8_onnx import Int8Layer, Residual, Window, function_of, no
 from slrc.forms.packed_int8 import PackedInt8
 
 
-@dataclass(frozen=True)
-class QLayer:
-    """One random layer with its input. `weight` is `(out, in/groups, kh, kw)`, or `(out, in)` of a matrix."""
+@dataclass(frozen=True, kw_only=True)
+class QLayer(AnyLayer):
+    """One random layer with its input."""
 
-    block: int
-    weight: NDArray[np.int8]
-    x: NDArray[np.uint8]
     bias: NDArray[np.int32]
     scale: NDArray[np.float32]
     x_zero_point: int = 0
     y_zero_point: int | None = 0
     """`None` if the output is float32."""
-    residual: NDArray[np.uint8] | None = None
     residual_scale: float = 1.0
     residual_zero_point: int = 0
-    strides: tuple[int, int] = (1, 1)
-    pads: tuple[int, int, int, int] = (0, 0, 0, 0)
-    dilations: tuple[int, int] = (1, 1)
-    groups: int = 1
 
     @cached_property
     def emitted(self) -> Int8Layer:
         """What an emitter is given."""
-        matrix = self.weight.ndim == 2
         return Int8Layer(
             packed=PackedInt8.of(torch.from_numpy(self.weight), self.block, self.groups),
             weight_shape=self.weight.shape,
@@ -51,7 +42,7 @@ class QLayer:
             scale=torch.from_numpy(self.scale),
             x_zero_point=self.x_zero_point,
             y_zero_point=self.y_zero_point,
-            window=None if matrix else Window(self.strides, self.pads, self.dilations, self.groups),
+            window=None if self.is_matrix else Window(self.strides, self.pads, self.dilations, self.groups),
             residual=None
             if self.residual is None
             else Residual("residual", self.residual_scale, self.residual_zero_point),
@@ -60,17 +51,8 @@ class QLayer:
     @cached_property
     def expected(self) -> NDArray[Any]:
         """Exact integers, then float32 operations one by one."""
-        x, weight = torch.from_numpy(self.x).double() - self.x_zero_point, torch.from_numpy(self.weight).double()
-        if self.weight.ndim == 2:
-            sums = torch.nn.functional.linear(x, weight).numpy()
-            along = (-1,)
-        else:
-            top, left, bottom, right = self.pads
-            padded = torch.nn.functional.pad(x, (left, right, top, bottom))
-            sums = torch.nn.functional.conv2d(
-                padded, weight, None, self.strides, 0, self.dilations, self.groups
-            ).numpy()
-            along = (-1, 1, 1)
+        sums = self.sums(torch.from_numpy(self.x).double() - self.x_zero_point).numpy()
+        along = (-1,) if self.is_matrix else (-1, 1, 1)
         integers = sums.astype(np.int64) + self.bias.astype(np.int64).reshape(along)
         assert np.abs(integers).max(initial=0) < 2**31
         real = integers.astype(np.int32).astype(np.float32) * self.scale.reshape(along)
@@ -96,10 +78,6 @@ def quantized_weight(
     return (random.integers(-127, 128, shape) * mask).astype(np.int8)
 
 
-def _pick(random: np.random.Generator, *choices: Any) -> Any:
-    return choices[random.integers(len(choices))]
-
-
 def _finish(random: np.random.Generator, layer: dict[str, Any], y_shape: tuple[int, ...]) -> QLayer:
     """Add what both kinds of layers have; some outputs saturate, and some are halves that are rounded to even."""
     outputs, width = layer["weight"].shape[0], np.prod(layer["weight"].shape[1:])
@@ -110,19 +88,19 @@ def _finish(random: np.random.Generator, layer: dict[str, Any], y_shape: tuple[i
     quantized = random.random() < 0.7
     return QLayer(
         **layer,
-        bias=random.integers(-100000, 100000, outputs).astype(np.int32) // _pick(random, 1, 10),
+        bias=random.integers(-100000, 100000, outputs).astype(np.int32) // pick(random, 1, 10),
         scale=scale.astype(np.float32),
-        x_zero_point=int(_pick(random, 0, 128, 255, random.integers(256))),
-        y_zero_point=int(_pick(random, 0, 128, 255, random.integers(256))) if quantized else None,
+        x_zero_point=int(pick(random, 0, 128, 255, random.integers(256))),
+        y_zero_point=int(pick(random, 0, 128, 255, random.integers(256))) if quantized else None,
         residual=random.integers(0, 256, y_shape).astype(np.uint8) if random.random() < 0.4 else None,
-        residual_scale=float(np.float32(_pick(random, 1.0, 0.5, random.uniform(0.1, 2.0)))),
-        residual_zero_point=int(_pick(random, 0, 128, random.integers(256))),
+        residual_scale=float(np.float32(pick(random, 1.0, 0.5, random.uniform(0.1, 2.0)))),
+        residual_zero_point=int(pick(random, 0, 128, random.integers(256))),
     )
 
 
 def random_qconv(random: np.random.Generator) -> QLayer:
     """Any window that fits; planes from one pixel to a few thousand; empty rows and empty layers among them."""
-    groups, block = _pick(random, 1, 1, 1, 2, 3), _pick(random, 4, 8, 16)
+    groups, block = pick(random, 1, 1, 1, 2, 3), pick(random, 4, 8, 16)
     per_group = block * int(random.integers(1, 4)) - (int(random.integers(block)) if random.random() < 0.3 else 0)
     outputs, inputs = groups * per_group, groups * int(random.integers(1, 24))
     pointwise = random.random() < 0.25
@@ -132,14 +110,8 @@ def random_qconv(random: np.random.Generator) -> QLayer:
     pads = (0, 0, 0, 0) if pointwise or random.random() < 0.2 else tuple(int(p) for p in random.integers(0, 4, 4))
     if not pointwise and random.random() < 0.3:  # outputs of the input's size
         kernel, strides, dilations, pads = (3, 3), (1, 1), (1, 1), (1, 1, 1, 1)
-    size = [int(random.integers(1, _pick(random, 5, 20, 70))) for _ in range(2)]
-    for axis in range(2):
-        size[axis] = max(size[axis], (kernel[axis] - 1) * dilations[axis] + 1 - pads[axis] - pads[axis + 2], 1)
-    batch = int(random.integers(1, 4))
-    out_size = [
-        (size[a] + pads[a] + pads[a + 2] - (kernel[a] - 1) * dilations[a] - 1) // strides[a] + 1 for a in range(2)
-    ]
-    sparsity, cols = _pick(random, 0.0, 0.5, 0.75, 0.9, 0.97, 1.0), _pick(random, 1, 4, 4)
+    batch, size, out_size = random_planes(random, kernel, strides, dilations, pads)
+    sparsity, cols = pick(random, 0.0, 0.5, 0.75, 0.9, 0.97, 1.0), pick(random, 1, 4, 4)
     layer = {
         "block": block,
         "weight": quantized_weight(random, (outputs, inputs // groups, *kernel), block, sparsity, groups, cols),
@@ -154,11 +126,11 @@ def random_qconv(random: np.random.Generator) -> QLayer:
 
 def random_qgemm(random: np.random.Generator) -> QLayer:
     """From one token to some hundred, inputs and outputs of any size."""
-    block, outputs, inputs = _pick(random, 4, 8, 16), int(random.integers(1, 70)), int(random.integers(1, 200))
-    tokens = int(random.integers(1, _pick(random, 2, 6, 40, 250)))
+    block, outputs, inputs = pick(random, 4, 8, 16), int(random.integers(1, 70)), int(random.integers(1, 200))
+    tokens = int(random.integers(1, pick(random, 2, 6, 40, 250)))
     layer = {
         "block": block,
-        "weight": quantized_weight(random, (outputs, inputs), block, _pick(random, 0.0, 0.5, 0.75, 0.9, 1.0)),
+        "weight": quantized_weight(random, (outputs, inputs), block, pick(random, 0.0, 0.5, 0.75, 0.9, 1.0)),
         "x": random.integers(0, 256, (tokens, inputs)).astype(np.uint8),
     }
     return _finish(random, layer, (tokens, outputs))
@@ -225,8 +197,8 @@ class Int8Kernels:
         return str(self.library.slrc_instruction_set().decode())
 
     def run(self, layer: QLayer) -> NDArray[Any]:
-        """Compute a layer; the result stands between two guard zones, which are checked."""
-        error, emitted, expected = ctypes.create_string_buffer(512), layer.emitted, layer.expected
+        """Compute a layer."""
+        emitted = layer.emitted
         arrays = [*(t.numpy() for t in vars(emitted.packed).values()), layer.bias, layer.scale]
         zero_point = -1 if layer.y_zero_point is None else layer.y_zero_point
         blocks = Int8Blocks(
@@ -234,25 +206,4 @@ class Int8Kernels:
             layer.block, layer.weight.shape[0], layer.x_zero_point, zero_point, layer.residual_zero_point,
             layer.residual_scale,
         )  # fmt: skip
-        guard, size = 64, expected.size
-        held = np.full(size + 2 * guard, 77, expected.dtype)
-        y = held[guard : guard + size]
-        y[:] = 99
-        x, residual = (None if a is None else ctypes.c_void_p(a.ctypes.data) for a in (layer.x, layer.residual))
-        to, error_size = ctypes.c_void_p(y.ctypes.data), ctypes.c_size_t(512)
-        if layer.weight.ndim == 2:
-            tokens, inputs = (ctypes.c_int64(d) for d in layer.x.shape)
-            failed = self.library.slrc_int8_gemm(
-                ctypes.byref(blocks), x, tokens, inputs, residual, to, error, error_size
-            )
-        else:
-            window = CWindow(layer.weight.shape[2:], layer.strides, layer.pads, layer.dilations, layer.groups)
-            shapes = [(ctypes.c_int64 * 4)(*s) for s in (layer.x.shape, expected.shape)]
-            failed = self.library.slrc_int8_conv(
-                ctypes.byref(blocks), ctypes.byref(window), x, shapes[0], residual, to, shapes[1], error, error_size
-            )
-        if failed:
-            raise ValueError(error.value.decode())
-        assert (held[:guard] == 77).all()
-        assert (held[guard + size :] == 77).all()
-        return y.reshape(expected.shape)
+        return layer.run(self.library.slrc_int8_conv, self.library.slrc_int8_gemm, blocks, layer.expected)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from slrc.errors import SlrcError
+from slrc.user_code import said_first
 
 INTERRUPTED = 130
 
@@ -30,9 +31,8 @@ def told_errors(debug: bool) -> Iterator[None]:
         _fail("interrupted", hint, INTERRUPTED, debug)
     except Exception as error:
         _fail_if_another_ended(error, debug)
-        first = (str(error).strip().splitlines() or [""])[0]
         _fail(
-            f"internal error: {type(error).__name__}: {first}",
+            f"internal error: {type(error).__name__}: {said_first(error)}",
             "this is a bug in slrc: please report it with the output of `--debug`",
             1,
             debug,

@@ -66,9 +66,14 @@ def at(line: Line | None) -> str:
 
 def first_line(error: BaseException) -> str:
     """Return an error's type and the first line of what it says; torch may write thousands of symbols in one."""
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    said = said_first(error)
     said = said if len(said) <= LONGEST else f"{said[:LONGEST]} …"
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def said_first(error: BaseException) -> str:
+    """Return the first line of what an error says; empty if it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
 
 
 def _lines(frames: Iterable[traceback.FrameSummary]) -> list[Line]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import slrc
-from slrc.user_code import Line, users_line
+from slrc.user_code import LONGEST, Line, first_line, said_first, users_line
 
 PACKAGES = Path(sysconfig.get_paths()["purelib"])
 SLRC, PASS = slrc.__file__, str(Path(slrc.__file__).parent / "passes" / "base.py")
@@ -33,3 +33,16 @@ MINE, OTHER = "/home/me/model.py", "loss.py"
 def test_the_line_to_show(files: list[str], found: str | None) -> None:
     line = users_line([Line(file, number, "code") for number, file in enumerate(files)])
     assert (line and line.file) == found
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "line"),
+    [
+        (ValueError("\n  too wide\nby far"), "too wide", "ValueError: too wide"),
+        (KeyError(), "", "KeyError"),
+        (RuntimeError("x" * 999), "x" * 999, f"RuntimeError: {'x' * LONGEST} …"),
+    ],
+)
+def test_what_an_error_says_first(error: Exception, said: str, line: str) -> None:
+    assert said_first(error) == said
+    assert first_line(error) == line

@@ -12,9 +12,10 @@ from typing import Any
 
 from slrc.backends import Target, get_backend
 from slrc.kernels.build import sources_digest
-from slrc.measuring.devices import Candidate, Device, Timing, first_line, local_device
+from slrc.measuring.devices import Candidate, Device, Timing, local_device
 from slrc.measuring.jobs import Job, short
 from slrc.measuring.timing import Budget
+from slrc.user_code import said_first
 
 
 class Clock:
@@ -57,7 +58,7 @@ class Clock:
                 program = job.program(self.target)
                 get_backend(self.target).lower(program, self.target, folder, portable=False)
         except Exception as error:  # whatever a pass or the exporter makes of a program
-            return first_line(error)
+            return said_first(error) or type(error).__name__
         return folder
 
     def _write(self, path: Path, timings: Sequence[Timing]) -> None:

@@ -245,11 +245,12 @@ class Compilation:
             self._prove(f"masked module = {target} without kernels", pair.compiled, slim, check, stock=True)
         if module is None or metric is None:
             return None
-        measured = self.workload.measure(module)
-        if measured is None or not math.isfinite(measured[1]):
-            raise WorkloadError(f"`evaluate` returned {measured} for the compiled model")
-        check.checks.append(compare_metric(f"{metric[0]}: masked module = {target}", metric[1], measured[1]))
-        return measured[1]
+        measured = self.workload.measure_counted(module)
+        if measured is None or not math.isfinite(measured.value):
+            raise WorkloadError(f"`evaluate` returned {measured and measured[:2]} for the compiled model")
+        step = f"{metric[0]}: masked module = {target}"
+        check.checks.append(compare_metric(step, metric[1], measured.value, measured.samples))
+        return measured.value
 
     def int8_result(
         self, pair: Emitted, metric: tuple[str, float] | None, dense_metric: float | None, check: Checker

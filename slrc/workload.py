@@ -52,9 +52,22 @@ class BatchMetric(NamedTuple):
     total: float
     weight: float
 
+    @property
+    def counts_wholes(self) -> bool:
+        """Whether the sum may be a number of samples, as of those that are right."""
+        return self.total.is_integer() and self.weight.is_integer() and 0 <= self.total <= self.weight
 
-def mean(parts: Iterable[BatchMetric]) -> tuple[str, float]:
-    """Return a metric's name and its mean over batches, the same in whatever order they come.
+
+class Measurement(NamedTuple):
+    """A metric; where it is the share of samples that are right, or have some other property, of how many."""
+
+    name: str
+    value: float
+    samples: int | None = None
+
+
+def mean(parts: Iterable[BatchMetric]) -> Measurement:
+    """Return a metric's mean over batches, the same in whatever order they come.
 
     Raises:
         WorkloadError: there are none, they have different names, or their counts come to nothing.
@@ -69,7 +82,8 @@ def mean(parts: Iterable[BatchMetric]) -> tuple[str, float]:
             f"`eval_batches` hold nothing to evaluate: {len(found)} batches, a count of {count:g}",
             hint="give an iterable that starts anew each time and is not empty, such as a DataLoader",
         )
-    return names[0], total / count
+    are_wholes = all(part.counts_wholes for part in found)
+    return Measurement(names[0], total / count, int(count) if are_wholes else None)
 
 
 @dataclass
@@ -149,6 +163,11 @@ class Workload:
         Raises:
             WorkloadError: `evaluate` failed or did not return `{"metric": value}`, or `evaluate_batch` accordingly.
         """
+        found = self.measure_counted(model)
+        return None if found is None else (found.name, found.value)
+
+    def measure_counted(self, model: nn.Module) -> Measurement | None:
+        """As `measure`, with the number of samples where they count as wholes; what `evaluate` uses is not known."""
         if self.eval_batches is not None:
             with evaluating(model):
                 return mean(self.measure_batch(model, batch) for batch in read(self.eval_batches, "eval_batches"))
@@ -168,7 +187,7 @@ class Workload:
             )
         name, value = next(iter(metrics.items()))
         try:
-            return str(name), float(value)
+            return Measurement(str(name), float(value))
         except (TypeError, ValueError, RuntimeError):
             raise WorkloadError(
                 f"`evaluate` must return numbers, got {described(value)} for `{name}`",

@@ -89,6 +89,33 @@ def test_a_metric_that_moves_fails(reference: float, value: float) -> None:
         compare_metric("accuracy", reference, value)
 
 
+@pytest.mark.parametrize(("reference", "value", "samples"), [(0.9, 0.88, 100), (0.5, 0.7, 10), (0.0, 0.2, 10)])
+def test_two_of_few_samples_may_change_sides(reference: float, value: float, samples: int) -> None:
+    check = compare_metric("accuracy", reference, value, samples)
+    assert check.passed
+    assert check.tolerance == pytest.approx(check.max_rel_error)
+    with pytest.raises(VerificationError, match="check `accuracy` failed"):
+        compare_metric("accuracy", reference, value)
+
+
+@pytest.mark.parametrize(
+    ("value", "samples", "says"),
+    [
+        (0.87, 100, "now 0.8700: by 3 of 100 samples, and 2 may differ"),
+        (0.8979, 10_000, "now 0.8979: by 21 of 10,000 samples, and 18 may differ"),
+    ],
+)
+def test_more_samples_that_change_sides_are_counted(value: float, samples: int, says: str) -> None:
+    with pytest.raises(VerificationError, match=says):
+        compare_metric("accuracy", 0.9, value, samples)
+
+
+def test_of_many_samples_the_share_decides() -> None:
+    check = compare_metric("accuracy", 0.9, 0.8985, 10_000)
+    assert check.passed
+    assert check.tolerance == METRIC_TOLERANCE
+
+
 def test_outputs_of_runs_in_evaluation_mode_without_a_gradient() -> None:
     class Nested(nn.Module):
         def __init__(self) -> None:

@@ -77,6 +77,26 @@ def test_batches_count_as_many_samples_as_they_hold() -> None:
     assert segmentation.measure(nn.Identity()) == ("accuracy", 0.8)
 
 
+@pytest.mark.parametrize(
+    ("sums", "samples"),
+    [((2, 4), 8), ((2.0, 4.0), 8), ((2.5, 4), None), ((2, 4.5), None), ((9, 4), None), ((-1, 4), None)],
+)
+def test_samples_are_counted_where_each_is_a_whole(sums: tuple[float, float], samples: int | None) -> None:
+    def evaluate_batch(model: nn.Module, batch: Any) -> dict[str, Any]:
+        return {"share": sums}
+
+    identity = nn.Identity()
+    workload = slrc.Workload(model=identity, example_inputs=(X,), eval_batches=[0, 1], evaluate_batch=evaluate_batch)
+    found = workload.measure_counted(identity)
+    assert found is not None
+    assert (found[:2], found.samples) == (workload.measure(identity), samples)
+
+
+def test_of_a_function_that_evaluates_no_samples_are_known() -> None:
+    workload = slrc.Workload(model=nn.Identity(), example_inputs=(X,), evaluate=lambda model: {"accuracy": 0.5})
+    assert workload.measure_counted(nn.Identity()) == ("accuracy", 0.5, None)
+
+
 def test_batches_are_measured_in_evaluation_mode_by_a_function_of_ones_own() -> None:
     modes = []
 

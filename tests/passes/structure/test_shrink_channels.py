@@ -202,23 +202,16 @@ CASES: dict[str, Case] = {
 }
 
 
-def captured(case: Case, net: Any, randomized: Any) -> tuple[nn.Module, Program]:
-    run, layers, shape = case
-    torch.manual_seed(0)
-    model = randomized(net(run, **layers))
-    return model, capture(model, (torch.randn(2, *shape, dtype=torch.float64),))
-
-
 @pytest.mark.parametrize("name", CASES)
-def test_slim_equals_masked(name: str, net: Any, randomized: Any, slim_equals_masked: Any) -> None:
-    model, program = captured(CASES[name], net, randomized)
+def test_slim_equals_masked(name: str, captured: Any, slim_equals_masked: Any) -> None:
+    model, program = captured(CASES[name])
     plan = allocate_sparsity(program, Channel(), 0.5, allocation=Allocation.GLOBAL, keep_ends=False)
     slim_equals_masked(model, program, plan)
     last = tuple(c.model_copy(update={"keep": 1}) for c in plan)
     slim_equals_masked(model, program, plan.model_copy(update={"constraints": last}))
 
 
-def test_dict_output(net: Any, randomized: Any, slim_equals_masked: Any) -> None:
+def test_dict_output(captured: Any, slim_equals_masked: Any) -> None:
     """Its outputs are pinned, what lies before them is not; its keys stay."""
 
     def run(m: Any, x: Tensor) -> dict[str, Any]:
@@ -226,7 +219,7 @@ def test_dict_output(net: Any, randomized: Any, slim_equals_masked: Any) -> None
         return {"logits": m.o(y), "more": {"features": m.f(y), "both": [m.o(y), x]}}
 
     case: Any = (run, {"a": conv(4, 8), "f": conv(8, 6), "o": conv(8, 3)}, IMAGE)
-    model, program = captured(case, net, randomized)
+    model, program = captured(case)
     plan = allocate_sparsity(program, Channel(), 0.5, keep_ends=False)
     assert [(c.name, c.groups) for c in plan] == [("a", 8)]
     slim = slim_equals_masked(model, program, plan)
@@ -236,8 +229,8 @@ def test_dict_output(net: Any, randomized: Any, slim_equals_masked: Any) -> None
     assert out["more"]["features"].shape == (2, 6, 4, 4)
 
 
-def chain(net: Any, randomized: Any, keep: int = 5) -> tuple[nn.Module, Program, Plan, Masks]:
-    model, program = captured(CASES["chain"], net, randomized)
+def chain(captured: Any, keep: int = 5) -> tuple[nn.Module, Program, Plan, Masks]:
+    model, program = captured(CASES["chain"])
     plan = allocate_sparsity(program, Channel(), 0.5, keep_ends=False)
     plan = plan.model_copy(update={"constraints": tuple(c.model_copy(update={"keep": keep}) for c in plan)})
     return model, program, plan, Masks.project(plan, program.tensors)

@@ -144,11 +144,12 @@ def inspect(
     from slrc import api
     from slrc.load_workload import load_workload
     from slrc.passes.analysis.label_indices import label_indices
+    from slrc.planning import plan_from
     from slrc.reporting.tables import inspect_tables
 
     workload = load_workload(model)
     program = api.capture(workload)
-    plan = api.plan_from(program, config, workload, reporter=_reporter())
+    plan = plan_from(program, config, workload, reporter=_reporter())
     for table in inspect_tables(program, plan, label_indices(program, plan.attention, plan.layer_norm)):
         _console().print(table)
     if plan_out is not None:

@@ -36,6 +36,7 @@ ROOMS = (
     "quantization",
     "pipeline",
     "measuring",
+    "planning",
     "doctor",
     "reporting",
     "workspace",

@@ -16,7 +16,7 @@ from slrc.measuring.devices import Device, local_device
 from slrc.measuring.latency_meter import LatencyMeter
 from slrc.measuring.weigh_options import Weigher
 from slrc.passes.allocation.allocate_sparsity import allocate_sparsity
-from slrc.progress import Reporter
+from slrc.progress import Quiet, Reporter
 from slrc.sparsity.choices import Allocation
 from slrc.sparsity.patterns import AnyPattern, Channel
 from slrc.sparsity.plans import Plan
@@ -37,8 +37,12 @@ def plan_from(
 ) -> Plan:
     """Return the plan that a configuration asks for. See `slrc.plan`.
 
-    A budget is shared out by what pruning costs on the workload's data, where there is any, else by energy alone. Where
-    nothing is asked for and the usual budget is out of reach, most of what can be saved is.
+    A budget is shared out by what pruning costs on the workload's data, where there is any, else by energy alone. One
+    that is out of reach by times that another run measured, perhaps on a busy machine, is tried again with new ones.
+    Where nothing is asked for and the usual budget is out of reach, most of what can be saved is.
+
+    Raises:
+        UnreachableError: the latency that was asked for cannot be met.
     """
 
     def allocate(pattern: AnyPattern, allocation: Allocation, sparsity: float | None, **others: Any) -> Plan:
@@ -75,7 +79,7 @@ def plan_from(
     coupled = Channel() if isinstance(pattern, str) else pattern
     widths = Widths(meter, program, partial(allocate, coupled, Allocation.UNIFORM), weigher.widths)
 
-    def met(share: float) -> Plan:
+    def planned(share: float) -> Plan:
         if not isinstance(pattern, str) and pattern.coupled:
             return plan_widths(meter, widths, share)
         patterns = offered_patterns(target) if isinstance(pattern, str) else (pattern,)
@@ -83,6 +87,17 @@ def plan_from(
         if not isinstance(pattern, str):
             return plan_options(meter, program, start, patterns, share, weigher)
         return plan_mixed(meter, program, start, patterns, widths, share, weigher)
+
+    def met(share: float) -> Plan:
+        try:
+            return planned(share)
+        except UnreachableError:
+            if not widths.forget():
+                raise
+            (reporter or Quiet()).note(
+                f"{share:.0%} of the dense latency cannot be reached by times that were kept: they are measured again"
+            )
+            return planned(share)
 
     try:
         return met(budget)

@@ -36,7 +36,7 @@ from slrc.sparsity.patterns import AnyPattern
 from slrc.sparsity.plans import Plan
 from slrc.training import loop as training
 from slrc.training.choose_method import choose_method
-from slrc.training.trained import WEIGHTS, Trained, read_weights
+from slrc.training.trained import WEIGHTS, Trained, pruned_further, read_weights
 from slrc.workload import Workload
 from slrc.workspace import Workspace
 
@@ -195,6 +195,10 @@ def _compile(
                     else plan_from(program, config, workload, reporter=reporter, device=device)
                 )
             )
+        if config.start_from is not None:
+            start = read_weights(config.start_from, workload.model)
+            if further := pruned_further(config.start_from, start, chosen):
+                run.note(further)
         dense = pipeline.baseline(program)
         probes = make_probes(program) if leads else []
         dense_lowered = run.lower_dense(program, dense, probes) if leads else []

@@ -220,6 +220,24 @@ def test_a_compile_starts_from_what_another_trained(
         slrc.compile(tiny_workload(), tmp_path / "other", **{**options, "start_from": tmp_path})
 
 
+def test_weights_that_are_pruned_further_than_is_asked_for_are_told(
+    compile_once: Callable[[str], tuple[Report, Path]], tiny_workload: MakeWorkload, tmp_path: Path
+) -> None:
+    _, out = compile_once("channel")
+    options = {"pattern": "channel", "threads": 1, "method": "gradual", "steps": 6, "start_from": out}
+    said = f"in `{out}` "
+    for sparsity, told in ((0.0, True), (0.5, False), (0.75, False)):
+        report = slrc.compile(tiny_workload(), tmp_path / str(sparsity), sparsity=sparsity, **options)
+        notes = [note for note in report.notes if note.startswith(said)]
+        assert bool(notes) is told
+        if told:
+            assert "of the constrained weights are zero, and 0.0% are asked for: channels that are gone" in notes[0]
+            start, found = (load_file(folder / "weights.safetensors") for folder in (out, tmp_path / "0.0"))
+            gone = [name for name in ("conv2.weight", "conv3.weight") for row in start[name] if not row.any()]
+            assert gone
+            assert all(not found[n][i].any() for n in set(gone) for i, row in enumerate(start[n]) if not row.any())
+
+
 def test_a_report_of_another_version(compile_once: Callable[[str], tuple[Report, Path]], tmp_path: Path) -> None:
     _, out = compile_once("channel")
     text = (out / "report.json").read_text()

@@ -184,8 +184,9 @@ def _compile(
             workload = load_workload(model) if isinstance(model, str) else model
             run = Compilation(workload, config, targets, workspace, reporter or Quiet(), device)
             run.restore_dense()
-            if config.start_from is not None:
-                read_weights(config.start_from, workload.model)  # better said now than after planning
+            if config.start_from is not None:  # better said now than after planning
+                choose_method(config, workload, loaded_plan)
+                read_weights(config.start_from, workload.model)
         program = capture(workload)
         with processes.main_process_first():  # a resumed run goes by the plan that it began with
             chosen = workspace.keep_plan(

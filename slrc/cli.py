@@ -24,6 +24,7 @@ from slrc.cli_options import (
 from slrc.config import make_config, options, planning_options
 from slrc.errors import ConfigError, OutputError
 from slrc.machine.memory import keep_freed_memory
+from slrc.methods.settings import MethodName
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -104,7 +105,7 @@ def sweep_command(
     points = parse_points(patterns, speedups)
     configs = [point.config(given, config) for point in points]  # wrong options are told before torch is loaded
     if warm_start:
-        configs[0].check_can_start("--warm-start")
+        configs[0].check_can_start("--warm-start", MethodName.RECONSTRUCT)  # the default for a speed
     from slrc.sweep.page import sweep_notes, sweep_table
     from slrc.sweep.work import sweep
 

@@ -90,7 +90,7 @@ class Summary(_Data):
         found = [Point(name=DENSE, metric=self.dense.metric, ms=self.dense.ms, is_dense=True)]
         if (dense := self.dense_int8) is not None:
             found.append(Point(name=DENSE_INT8, kind=DENSE_INT8, metric=dense.metric, ms=dense.ms))
-        found += [Point(name=r.name, kind=r.pattern, metric=r.metric, ms=r.ms) for r in self.rows]
+        found += [Point(name=r.name, kind=r.pattern, metric=r.metric, ms=r.ms, speedup=r.speedup) for r in self.rows]
         return with_dominated(found, self.metric)
 
     def save(self, folder: Path) -> None:
@@ -135,7 +135,8 @@ def summarise(
         recommendation="",
     )
     dominated = {p.name for p in found.points if p.is_dominated}
-    name, why = recommend(found.points, metric or "accuracy", accepted)
+    over = "the dense network" if found.dense_int8 is None else "the dense network in int8"
+    name, why = recommend(found.points, metric or "accuracy", accepted, over)
     rows = tuple(row.model_copy(update={"is_dominated": row.name in dominated}) for row in found.rows)
     return found.model_copy(update={"rows": rows, "recommended": name, "recommendation": why})
 

@@ -275,7 +275,7 @@ def test_dense_int8_stands_beside_dense_float32(
     assert found.dense_int8 == compiler.dense_int8
     assert [p.name for p in found.points][:3] == ["dense", "dense-int8", "channel-2x"]
     assert found.recommended == "channel-2x"
-    assert "2.00 times as fast as the dense network" in found.recommendation
+    assert "2.00 times as fast as the dense network in int8" in found.recommendation
     lines = printed(found)
     assert lines[0] == ["0", "dense", "0.9100", "2.000", "ms", "1.564", "MB"]
     assert lines[1] == ["1", "dense-int8", "0.9070", "1.500", "ms", "0.400", "MB"]

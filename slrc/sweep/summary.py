@@ -44,7 +44,8 @@ class Figures(_Data):
 class Row(_Data):
     """One point; figures are `None` until it is done. `why` says why it failed.
 
-    `start` is the point whose trained weights it started from; empty for the dense weights.
+    `epochs` are those of training, whatever the method; one that was not whole counts. `start` is the point whose
+    trained weights it started from; empty for the dense weights.
     """
 
     name: str
@@ -53,6 +54,8 @@ class Row(_Data):
     state: State
     why: str = ""
     start: str = ""
+    method: str = ""
+    epochs: int | None = None
     metric: float | None = None
     ms: float | None = None
     speedup: float | None = None
@@ -151,6 +154,8 @@ def _row(point: SweepPoint, folder: SweepFolder, report: Report | None, why: str
         update={
             "state": State.DONE,
             "start": Path(report.config.get("start_from") or "").name,
+            "method": report.method,
+            "epochs": sum(epoch.loss is not None for epoch in report.curve),
             "metric": place.metric,
             "ms": place.ms,
             "speedup": latency.speedup if latency else None,

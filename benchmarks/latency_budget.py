@@ -28,7 +28,6 @@ from typing import Any
 from results import ROOT, Rows
 from zoo import make
 
-from slrc.api import plan_from
 from slrc.backends import parse_target
 from slrc.config import make_config
 from slrc.ir.program import Program, capture
@@ -36,6 +35,7 @@ from slrc.machine.cache import cache_folder
 from slrc.measuring.choose_forms import choose_forms
 from slrc.measuring.devices import Device, local_device
 from slrc.pipeline import apply_forms, baseline, lower, structure
+from slrc.planning import plan_from
 from slrc.progress import Quiet, Task
 from slrc.sparsity.masks import Masks
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
@@ -17,37 +16,29 @@ from slrc import pipeline
 from slrc.backends import LoweredProgram, Target, get_backend, parse_target
 from slrc.compilation import Compilation, Emitted
 from slrc.config import CompileConfig, make_config
-from slrc.errors import BackendError, ConfigError, DeviceError, OutputError, UnreachableError
+from slrc.errors import BackendError, ConfigError, DeviceError, OutputError
 from slrc.ir.program import Program
 from slrc.ir.program import capture as capture_module
 from slrc.load_workload import load_workload
 from slrc.measuring.choose_forms import choose_forms
-from slrc.measuring.choose_options import offered_patterns, plan_mixed, plan_options, without_transposed
-from slrc.measuring.choose_widths import Widths, plan_widths
 from slrc.measuring.devices import Device, local_device
-from slrc.measuring.latency_meter import LatencyMeter
-from slrc.measuring.weigh_options import Weigher
 from slrc.methods.settings import MethodName
-from slrc.passes.allocation.allocate_sparsity import allocate_sparsity
 from slrc.passes.allocation.check_plan import checked_plan
 from slrc.pipeline import Checker as ProgramChecker
+from slrc.planning import plan_from
 from slrc.probes import make_probes
 from slrc.progress import Quiet, Reporter
 from slrc.reconstruction.reconstruct import reconstruct
 from slrc.reporting.assemble import accuracy_of, assemble
 from slrc.reporting.report import Int8Result, Pair, Report, TargetResult
-from slrc.sparsity.choices import Allocation
 from slrc.sparsity.masks import Masks
-from slrc.sparsity.patterns import AnyPattern, Channel
+from slrc.sparsity.patterns import AnyPattern
 from slrc.sparsity.plans import Plan
 from slrc.training import loop as training
 from slrc.training.choose_method import choose_method
-from slrc.training.trained import WEIGHTS, Trained, read_weights
+from slrc.training.trained import WEIGHTS, Trained, pruned_further, read_weights
 from slrc.workload import Workload
 from slrc.workspace import Workspace
-
-MOST_OF_WHAT_CAN_BE = 0.75
-"""How much of the latency that can be saved is, where nobody asks for more than is in reach."""
 
 
 def capture(workload: Workload) -> Program:
@@ -193,8 +184,9 @@ def _compile(
             workload = load_workload(model) if isinstance(model, str) else model
             run = Compilation(workload, config, targets, workspace, reporter or Quiet(), device)
             run.restore_dense()
-            if config.start_from is not None:
-                read_weights(config.start_from, workload.model)  # better said now than after planning
+            if config.start_from is not None:  # better said now than after planning
+                choose_method(config, workload, loaded_plan)
+                read_weights(config.start_from, workload.model)
         program = capture(workload)
         with processes.main_process_first():  # a resumed run goes by the plan that it began with
             chosen = workspace.keep_plan(
@@ -204,6 +196,10 @@ def _compile(
                     else plan_from(program, config, workload, reporter=reporter, device=device)
                 )
             )
+        if config.start_from is not None:
+            start = read_weights(config.start_from, workload.model)
+            if further := pruned_further(config.start_from, start, chosen):
+                run.note(further)
         dense = pipeline.baseline(program)
         probes = make_probes(program) if leads else []
         dense_lowered = run.lower_dense(program, dense, probes) if leads else []
@@ -326,78 +322,3 @@ def _identify_start(folder: Path | None) -> str | None:
         )
     with path.open("rb") as file:
         return f"{folder.resolve().name} ({file_digest(file, 'sha256').hexdigest()[:12]})"
-
-
-def plan_from(
-    program: Program,
-    config: CompileConfig,
-    workload: Workload | None = None,
-    *,
-    cache: Path | None = None,
-    reporter: Reporter | None = None,
-    device: Device | None = None,
-) -> Plan:
-    """Return the plan that a configuration asks for. See `plan`.
-
-    A budget is shared out by what pruning costs on the workload's data, where there is any, else by energy alone. Where
-    nothing is asked for and the usual budget is out of reach, most of what can be saved is.
-    """
-
-    def allocate(pattern: AnyPattern, allocation: Allocation, sparsity: float | None, **others: Any) -> Plan:
-        return allocate_sparsity(
-            program,
-            pattern,
-            sparsity,
-            allocation=allocation,
-            skip=config.skip,
-            keep_ends=config.keep_ends,
-            round_to=config.width_multiple,
-            attention=config.attention,
-            layer_norm=config.layer_norm,
-            permute=config.permute,
-            **others,
-        )
-
-    device = device or local_device()
-    budget, pattern = config.latency_share, config.chosen_pattern
-    target = device.resolve(parse_target(config.target[0]))
-
-    def channels_by_half(why: str) -> Plan:
-        made = allocate(Channel(), Allocation.UNIFORM, None)
-        return _but(made, f"half of the channels are pruned, for whatever speed that gives: {why}")
-
-    if config.leaves_all_open and (why_not := device.why_not_choose(target)):
-        return channels_by_half(f"{target}: {why_not}")
-    if budget is None:
-        assert not isinstance(pattern, str)
-        return allocate(pattern, config.allocate, config.sparsity)
-
-    meter = LatencyMeter(program, target, threads=config.threads, cache=cache, reporter=reporter, device=device)
-    weigher = Weigher(program, workload, config.budget_metric, config.seed, reporter)
-    coupled = Channel() if isinstance(pattern, str) else pattern
-    widths = Widths(meter, program, partial(allocate, coupled, Allocation.UNIFORM), weigher.widths)
-
-    def met(share: float) -> Plan:
-        if not isinstance(pattern, str) and pattern.coupled:
-            return plan_widths(meter, widths, share)
-        patterns = offered_patterns(target) if isinstance(pattern, str) else (pattern,)
-        start = without_transposed(allocate(patterns[0], Allocation.UNIFORM, 0.0, alternatives=patterns[1:]))
-        if not isinstance(pattern, str):
-            return plan_options(meter, program, start, patterns, share, weigher)
-        return plan_mixed(meter, program, start, patterns, widths, share, weigher)
-
-    try:
-        return met(budget)
-    except UnreachableError as error:
-        if not config.leaves_all_open:
-            raise
-        nearer = 1 - MOST_OF_WHAT_CAN_BE * (1 - error.least)
-        missed = f"{budget:.0%} of the dense latency is out of reach"
-        try:
-            return _but(met(nearer), f"{missed}: {nearer:.0%} was gone for")
-        except UnreachableError:  # little can be saved, and each time another little is measured
-            return channels_by_half(missed)
-
-
-def _but(plan: Plan, note: str) -> Plan:
-    return plan.model_copy(update={"shortfall": "; ".join(filter(None, [note, plan.shortfall]))})

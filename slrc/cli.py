@@ -24,6 +24,7 @@ from slrc.cli_options import (
 from slrc.config import make_config
 from slrc.errors import ConfigError, OutputError
 from slrc.machine.memory import keep_freed_memory
+from slrc.methods.settings import MethodName
 from slrc.options import options, planning_options
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def sweep_command(
     points = parse_points(patterns, speedups)
     configs = [point.config(given, config) for point in points]  # wrong options are told before torch is loaded
     if warm_start:
-        configs[0].check_can_start("--warm-start")
+        configs[0].check_can_start("--warm-start", MethodName.RECONSTRUCT)  # the default for a speed
     from slrc.sweep.page import sweep_notes, sweep_table
     from slrc.sweep.work import sweep
 
@@ -145,11 +146,12 @@ def inspect(
     from slrc import api
     from slrc.load_workload import load_workload
     from slrc.passes.analysis.label_indices import label_indices
+    from slrc.planning import plan_from
     from slrc.reporting.tables import inspect_tables
 
     workload = load_workload(model)
     program = api.capture(workload)
-    plan = api.plan_from(program, config, workload, reporter=_reporter())
+    plan = plan_from(program, config, workload, reporter=_reporter())
     for table in inspect_tables(program, plan, label_indices(program, plan.attention, plan.layer_norm)):
         _console().print(table)
     if plan_out is not None:

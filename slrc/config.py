@@ -144,17 +144,18 @@ class CompileConfig(Options):
             return bool(self.epochs or self.steps)
         return self.epochs != 0
 
-    def check_can_start(self, option: str) -> None:
+    def check_can_start(self, option: str, default: MethodName | None = None) -> None:
         """Make sure that training can start from other weights than the dense ones, as `option` asks.
 
+        `default` is the method where none is asked for, as soon as that is known.
+
         Raises:
-            ConfigError: the method is, or may turn out to be, `reconstruct`, which refits the dense weights.
+            ConfigError: the method is `reconstruct`, which refits the dense weights.
         """
-        if self.method in (None, MethodName.RECONSTRUCT):
+        if (self.method or default) is MethodName.RECONSTRUCT:
+            which = "`--method reconstruct`" if self.method else "`reconstruct`, which is the default here,"
             raise ConfigError(
-                f"`{option}` needs a method that trains, got `--method {self.method}`"
-                if self.method
-                else f"`{option}` needs `--method`: one that trains, and does not refit the dense weights",
+                f"`{option}` needs a method that trains, and {which} refits the dense weights",
                 hint="add `--method gradual`",
             )
 

@@ -23,21 +23,18 @@ from slrc.backends.ort import OnnxRuntime
 from slrc.backends.ort.run import OnnxRuntimeRunner
 from slrc.backends.runner_module import RunnerModule
 from slrc.backends.tensorrt import TensorRT, backend
-from slrc.config import make_config
 from slrc.errors import (
     BackendError,
     ConfigError,
     OutputError,
     PlanError,
     SlrcError,
-    UnreachableError,
     VerificationError,
     WorkloadError,
 )
 from slrc.forms.form import FormChoice
 from slrc.ir.program import Program
 from slrc.measuring.choose_forms import choose_forms
-from slrc.measuring.clock import Clock, Timing
 from slrc.passes.base import PassResult
 from slrc.passes.structure.fold_batch_norm import FoldBatchNorm
 from slrc.reporting.report import Report
@@ -223,6 +220,24 @@ def test_a_compile_starts_from_what_another_trained(
         slrc.compile(tiny_workload(), tmp_path / "other", **{**options, "start_from": tmp_path})
 
 
+def test_weights_that_are_pruned_further_than_is_asked_for_are_told(
+    compile_once: Callable[[str], tuple[Report, Path]], tiny_workload: MakeWorkload, tmp_path: Path
+) -> None:
+    _, out = compile_once("channel")
+    options = {"pattern": "channel", "threads": 1, "method": "gradual", "steps": 6, "start_from": out}
+    said = f"in `{out}` "
+    for sparsity, told in ((0.0, True), (0.5, False), (0.75, False)):
+        report = slrc.compile(tiny_workload(), tmp_path / str(sparsity), sparsity=sparsity, **options)
+        notes = [note for note in report.notes if note.startswith(said)]
+        assert bool(notes) is told
+        if told:
+            assert "of the constrained weights are zero, and 0.0% are asked for: channels that are gone" in notes[0]
+            start, found = (load_file(folder / "weights.safetensors") for folder in (out, tmp_path / "0.0"))
+            gone = [name for name in ("conv2.weight", "conv3.weight") for row in start[name] if not row.any()]
+            assert gone
+            assert all(not found[n][i].any() for n in set(gone) for i, row in enumerate(start[n]) if not row.any())
+
+
 def test_a_report_of_another_version(compile_once: Callable[[str], tuple[Report, Path]], tmp_path: Path) -> None:
     _, out = compile_once("channel")
     text = (out / "report.json").read_text()
@@ -348,55 +363,6 @@ def test_a_mistake_leaves_nothing_behind(
 def test_plan_checks_its_options(tiny_workload: MakeWorkload, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="option `--"):
         slrc.plan(slrc.capture(tiny_workload()), **options)
-
-
-def _times(monkeypatch: pytest.MonkeyPatch, least: float) -> None:
-    """A runtime whose time is the number of weights that it holds, and something for each run."""
-
-    def made_up(clock: Any, jobs: Any, budget: Any) -> tuple[Timing, ...]:
-        sizes = [
-            sum(t.numel() for t in job.program(clock.target).tensors.values() if t.is_floating_point()) for job in jobs
-        ]
-        return tuple(Timing(least + size) for size in sizes)
-
-    monkeypatch.setattr(Clock, "times", made_up)
-
-
-def test_where_nothing_is_asked_for_the_network_becomes_twice_as_fast(
-    tiny_workload: MakeWorkload, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    _times(monkeypatch, 0.0)
-    plan = api.plan_from(slrc.capture(tiny_workload()), make_config({"threads": 1}), cache=tmp_path)
-    assert plan.latency is not None
-    assert plan.latency.budget == 0.5
-    assert "out of reach" not in plan.shortfall
-    assert plan.latency.predicted == pytest.approx(0.5, rel=0.1)
-    assert {str(c.pattern) for c in plan} - {"channel"}
-
-
-def test_three_quarters_of_what_can_be_saved_are_where_twice_as_fast_is_out_of_reach(
-    tiny_workload: MakeWorkload, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    _times(monkeypatch, 5000.0)
-    program = slrc.capture(tiny_workload())
-    with pytest.raises(UnreachableError) as error:
-        api.plan_from(program, make_config({"threads": 1, "speedup": 2}), cache=tmp_path)
-    assert 0.5 < error.value.least < 1
-    plan = api.plan_from(program, make_config({"threads": 1}), cache=tmp_path)
-    assert plan.latency is not None
-    assert plan.latency.budget == pytest.approx(0.25 + 0.75 * error.value.least)
-    assert "50% of the dense latency is out of reach" in plan.shortfall
-
-
-def test_channels_are_pruned_by_half_where_the_target_cannot_be_timed(
-    tiny_workload: MakeWorkload, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(TensorRT, "available", lambda self, target=None: Availability("", "no GPU"))
-    program = slrc.capture(tiny_workload())
-    plan = api.plan_from(program, make_config({"target": "tensorrt"}))
-    assert {str(c.pattern) for c in plan} == {"channel"}
-    assert plan.sparsity_asked == 0.5
-    assert "tensorrt: no GPU" in plan.shortfall
 
 
 def test_a_target_that_cannot_be_built_here_is_named_before_training(

@@ -37,6 +37,7 @@ ROOMS = (
     "quantization",
     "pipeline",
     "measuring",
+    "planning",
     "doctor",
     "reporting",
     "workspace",

@@ -86,6 +86,23 @@ def test_the_guide_has_every_option_and_no_other() -> None:
     assert not shown - options - others
 
 
+def test_the_reference_has_a_line_for_every_option_of_a_compile_and_a_sweep() -> None:
+    """Those of a sweep that a compile has too stand there; the text before the table names those that it has not."""
+    guide, names = (ROOT / "docs" / "guide.md").read_text(), ("compile", "sweep")
+    part = {name: guide.partition(f"### Options of a {name}\n")[2].partition("\n### ")[0] for name in names}
+    listed, taken = {}, {}
+    for name in names:
+        rows = re.findall(r"^\| (`--[^|]*)\|", part[name], re.MULTILINE)
+        listed[name] = {option for row in rows for option in re.findall(r"`(--.*?)`", row)}
+        flags = {flag for p in commands()[name].params for flag in [*p.opts, *p.secondary_opts]}
+        taken[name] = {flag for flag in flags if flag.startswith("--")} - {"--help", "--debug"}
+    left_out = set(re.findall(r"`(--.*?)`", part["sweep"].partition("| option")[0]))
+    assert listed["compile"] == taken["compile"]
+    assert listed["sweep"] | (listed["compile"] - left_out) == taken["sweep"]
+    assert left_out <= taken["compile"] - taken["sweep"]
+    assert listed["sweep"] >= taken["sweep"] - taken["compile"]
+
+
 def test_the_architecture_draws_every_room_in_its_place() -> None:
     """The picture has a name or two a line, then what they are for."""
     listed = re.search(r"ROOMS = \((.*?)\)", (ROOT / "tests" / "test_architecture.py").read_text(), flags=re.DOTALL)

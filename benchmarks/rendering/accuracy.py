@@ -37,13 +37,15 @@ def reconstruct() -> str:
 def pareto() -> str:
     """Accuracy over measured latency."""
     found, lines = list(points()), []
+    trained = {(r["network"], r["contender"], r["share"]): r["epochs"] for r in rows_of(file_of("pareto")).values()}
     for p in found:
+        epochs = str(trained.get((p.network, p.contender, p.asked), "–"))
         within = "" if p.interval is None else f" ± {p.interval:.1f}"
         asked = "–" if p.asked is None else f"{p.asked:.0%}"
         name = p.contender if p.asked is None else f"`{p.contender}`"
-        accuracy = f"{p.test:.1f}{within}"
-        lines.append([p.network, name, asked, f"{p.share:.1f}%", f"{p.ms:.3f}", accuracy, f"{p.test - p.dense:+.1f}"])
-    titles = ("network", "pruned by", "asked", "measured", "ms", "accuracy", "beside dense")
+        accuracy = f"{p.dense:.1f}", f"{p.test:.1f}{within}", f"{p.test - p.dense:+.1f}"
+        lines.append([p.network, name, asked, f"{p.share:.1f}%", f"{p.ms:.3f}", epochs, *accuracy])
+    titles = ("network", "pruned by", "asked", "measured", "ms", "epochs", "dense", "accuracy", "beside dense")
     shown = [*rows_of(file_of("pareto_latency")).values()]
     return table(titles, lines) + made(shown)
 

@@ -60,8 +60,8 @@ class PartTime(_Data):
 class SpeedupPoint(_Data):
     """The whole network, pruned by magnitude as it is: timed beside the dense one.
 
-    `speedup` is the ratio of the medians, `spread` the least and greatest ratio over blocks of alternating runs; both
-    are `None` where nothing was timed, with the reason. `reached` is the share of the constrained weights pruned.
+    `speedup` and `spread` are as in a `Latency`; both are `None` where nothing was timed, with the reason. `reached` is
+    the share of the constrained weights pruned.
     """
 
     pattern: str

@@ -72,13 +72,19 @@ def choose_forms(
     """
     device = device or local_device()
     count = threads or device.cores
+    if device.why_not_choose(target):
+        return _by_cost(program, target, count, *form_candidates(program, target, in_float))
+    return time_forms(program, Clock(target, count, cache or cache_folder(), device), reporter, in_float)
+
+
+def time_forms(
+    program: Program, clock: Clock, reporter: Reporter | None = None, in_float: Collection[str] = ()
+) -> FormChoice:
+    """Return the form of every layer, by what a clock says. See `choose_forms`."""
+    target, reporter = clock.target, reporter or Quiet()
     candidates, lost = form_candidates(program, target, in_float)
     if not candidates:
-        return FormChoice(target=str(target), threads=count, dropped=_notes(lost, target))
-    if device.why_not_choose(target):
-        return _by_cost(program, target, count, candidates, lost)
-    clock = Clock(target, count, cache or cache_folder(), device)
-    reporter = reporter or Quiet()
+        return FormChoice(target=str(target), threads=clock.threads, dropped=_notes(lost, target))
     ms = _time_layers(program, candidates, clock, reporter)
     whole = _time_whole(program, ms, clock, reporter)
     lost += [(weight, str(form), t.why_not) for weight, times in ms.items() for form, t in times.items() if t.why_not]
@@ -88,7 +94,7 @@ def choose_forms(
     forms = run[taken][0] if run else {}
     return FormChoice(
         target=str(target),
-        threads=count,
+        threads=clock.threads,
         dropped=_notes(lost, target),
         taken=taken,
         whole_ms={name: timing.ms for name, (_, timing) in run.items()},
@@ -155,6 +161,8 @@ def _layer(program: Program, weight: str, form: Form, times: Mapping[Form, Timin
 
 
 def _by_cost(program: Program, target: Target, threads: int, candidates: Candidates, lost: Lost) -> FormChoice:
+    if not candidates:
+        return FormChoice(target=str(target), threads=threads, dropped=_notes(lost, target))
     cheapest = {
         w: cheapest_form(_outputs_first(program, w), c, program.layers[w].groups) for w, c in candidates.items()
     }

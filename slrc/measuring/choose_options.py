@@ -103,12 +103,15 @@ def plan_mixed(
     reasons: list[PlanError] = []
     for share in (1.0, *(budget + (1 - budget) * part for part in WIDTH_SHARES)):
         lost, mixed, found = 0.0, start, wide
-        try:
-            if share < 1:
+        if share < 1:
+            try:
                 channels = widths.plan(share)
-                lost, mixed = widths.loss(channels), joined(channels, start)
-                found = make_menus(times, mixed, program, widths.shares(channels))
-            found = weighed(found, weights)
+            except PlanError:  # no widths are so fast, or none can be narrowed
+                continue
+            lost, mixed = widths.loss(channels), joined(channels, start)
+            found = make_menus(times, mixed, program, widths.shares(channels))
+        found = weighed(found, weights)
+        try:
             losses = losses_of(program, mixed, found)
             lost += allocate_options(program, mixed, found, table, budget, losses).loss(losses)
         except PlanError as error:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.fx import Node
 
-from slrc.errors import PlanError
+from slrc.errors import UnreachableError
 from slrc.ir.nodes import node_macs, node_shape
 from slrc.ir.program import Program
 from slrc.measuring.latency_meter import LatencyMeter, meet_budget
@@ -50,11 +50,19 @@ class Widths:
         weigh: Callable[[Plan], WidthWeights],
     ) -> None:
         self._meter, self._program, self._allocate, self._weigh = meter, program, allocate, weigh
+        self._table: LatencyTable | None = None
 
-    @cached_property
+    @property
     def table(self) -> LatencyTable:
-        """What the parts and the whole take dense and at a few widths."""
-        return self._meter.table([self._allocate(sparsity) for sparsity in PROBED_SPARSITIES])
+        """What the parts and the whole take dense and at a few widths; timed when it is needed first."""
+        if self._table is None:
+            self._table = self._meter.table([self._allocate(sparsity) for sparsity in PROBED_SPARSITIES])
+        return self._table
+
+    def forget(self) -> bool:
+        """Forget the times that another run measured, as `Clock.forget`, and the table that was made of them."""
+        self._table = None
+        return self._meter.forget()
 
     @cached_property
     def weights(self) -> WidthWeights:
@@ -65,7 +73,7 @@ class Widths:
         """Return the plan that meets a share of the dense latency by the table.
 
         Raises:
-            PlanError: the budget cannot be met by any widths.
+            UnreachableError: the budget cannot be met by any widths.
         """
         return self._allocate(None, choose_widths=LatencyGoal(table or self.table, budget, self.weights))
 
@@ -87,7 +95,7 @@ def plan_widths(meter: LatencyMeter, widths: Widths, budget: float) -> Plan:
     """Return the plan of widths that meets a share of the dense latency, timed as a whole and corrected.
 
     Raises:
-        PlanError: the budget cannot be met by any widths.
+        UnreachableError: the budget cannot be met by any widths.
     """
     return meet_budget(widths.table, budget, lambda table: widths.plan(budget, table), meter.share)
 
@@ -115,7 +123,7 @@ class LatencyGoal:
         time that they save is narrowed, until the budget is met.
 
         Raises:
-            PlanError: the budget cannot be met; the message says what can be reached.
+            UnreachableError: the budget cannot be met; the message says what can be reached.
         """
         losses = [self.weights.get(c.name, 1.0) * losses_of_widths(c, program) for c in constraints]
         search = _Search(program, labels, constraints, steps, self.table, losses)
@@ -123,10 +131,11 @@ class LatencyGoal:
         while search.total_ms > budget_ms:
             if not search.narrow_one():
                 reached = self.table.share(search.total_ms)
-                raise PlanError(
+                raise UnreachableError(
                     f"a latency of {self.budget:.0%} of the dense one cannot be reached on {self.table.target}: "
                     f"with every group at its least width {reached:.0%} are left",
-                    hint=f"ask for {nearest_budget(reached)}",
+                    f"ask for {nearest_budget(reached)}",
+                    reached,
                 )
         forecast = LatencyForecast(
             target=self.table.target,

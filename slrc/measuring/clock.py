@@ -30,11 +30,14 @@ class Clock:
         self.machine: Mapping[str, Any] = {**self._device.conditions(), "kernels": sources_digest()}
         key = json.dumps([str(target), threads, self.machine], sort_keys=True)
         self._folder = cache / "latency" / short(key)
+        self._measured: set[Path] = set()
+        self._remembered: set[Path] = set()
 
     def times(self, jobs: Sequence[Job], budget: Budget) -> tuple[Timing, ...]:
         """Return what every job takes, all measured in turns; what cannot run is not remembered."""
         path = self._folder / f"{short(' '.join(job.digest for job in jobs))}.json"
         if (known := _read(path, len(jobs))) is not None:
+            self._remembered.add(path)
             return known
         unique = {job.digest: job for job in jobs}
         with tempfile.TemporaryDirectory() as place:
@@ -46,7 +49,20 @@ class Clock:
         timings = tuple(found[job.digest] for job in jobs)
         if not any(timing.why_not for timing in timings):
             self._write(path, timings)
+            self._measured.add(path)
         return timings
+
+    def forget(self) -> bool:
+        """Forget the times that were asked for and not measured here, so that they are; return whether there were any.
+
+        Another run measured them, and perhaps on a busy machine.
+        """
+        forgotten = self._remembered - self._measured
+        for path in forgotten:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        self._remembered.clear()
+        return bool(forgotten)
 
     def _emit(self, job: Job, folder: Path) -> Path | str:
         """Write a job as an artifact into a new folder, and return that; or why it cannot be."""

@@ -25,7 +25,7 @@ from slrc.forms.packed_weight import PackedWeight
 from slrc.ir.nodes import layer_weight
 from slrc.ir.program import Layer, Program
 from slrc.machine.cache import cache_folder
-from slrc.measuring.choose_forms import LIMITS, choose_forms, mixes_types
+from slrc.measuring.choose_forms import LIMITS, mixes_types, time_forms
 from slrc.measuring.clock import Clock
 from slrc.measuring.devices import Device, local_device
 from slrc.measuring.jobs import Formed, Job, digest, form_content, to_be_timed
@@ -179,16 +179,16 @@ class LatencyMeter:
         reporter: Reporter | None = None,
         device: Device | None = None,
     ) -> None:
-        self._device = device or local_device()
-        if why_not := self._device.why_not_choose(target):
-            where = f"on `{self._device.name}`" if self._device.name else "here"
+        device = device or local_device()
+        if why_not := device.why_not_choose(target):
+            where = f"on `{device.name}`" if device.name else "here"
             raise BackendError(
                 f"a latency budget is measured on the target, and {target} cannot be timed {where}: {why_not}",
                 hint="give one that can be timed here, a `--device` for it, or `--sparsity` in place of the budget",
             )
-        self.target, self.threads = target, threads or self._device.cores
-        self._program, self._cache, self._reporter = program, cache or cache_folder(), reporter or Quiet()
-        self._clock = Clock(target, self.threads, self._cache, self._device)
+        self.target, self.threads = target, threads or device.cores
+        self._program, self._reporter = program, reporter or Quiet()
+        self._clock = Clock(target, self.threads, cache or cache_folder(), device)
         self._dense = baseline(program)
         self._no_kernels = get_backend(target).why_not_packed(target)
 
@@ -252,17 +252,14 @@ class LatencyMeter:
             BackendError: one of the two does not run on the target.
         """
         slim = self._slim(plan)
-        choice = choose_forms(
-            slim,
-            self.target,
-            threads=self.threads,
-            cache=self._cache,
-            reporter=self._reporter,
-            device=self._device,
-        )
+        choice = time_forms(slim, self._clock, self._reporter)
         jobs = [Job.of_whole(self._dense), Job.of_whole(slim, choice.forms)]
         dense, compiled = self._times(jobs, WHOLE, self._program.name)
         return compiled / dense
+
+    def forget(self) -> bool:
+        """Forget the times that another run measured, as `Clock.forget`."""
+        return self._clock.forget()
 
     def _time_options(self, c: Constraint, segment: Segment, patterns: Sequence[AnyPattern]) -> SegmentTimes:
         anchor = next(n for n in segment.module.graph.nodes if layer_weight(n) is not None)

@@ -76,11 +76,14 @@ class Percentiles(BaseModel):
 class Latency(BaseModel):
     """Dense against compiled on one target.
 
-    `speedup` is the ratio of the medians; `speedup_spread` the least and greatest ratio over blocks of alternating
-    runs. `predicted_ms` is what the plan expected of the compiled model, given the dense one's median; `None` where the
-    plan was not made for a latency. `device` is where it was measured, empty for this machine, and `caveats` what makes
-    the figures less than they seem, such as clocks that are not locked. `states` is what a device said before and
-    after: clock, governor, power mode, temperature, load.
+    Each block of alternating runs has a ratio of its medians, dense over compiled: `speedup` is the median of those
+    ratios, `speedup_spread` the least and the greatest. A machine whose pace changes from one block to the next changes
+    both models' milliseconds, and no ratio.
+
+    `predicted_ms` is what the plan expected of the compiled model, given the dense one's median; `None` where the plan
+    was not made for a latency. `device` is where it was measured, empty for this machine, and `caveats` what makes the
+    figures less than they seem, such as clocks that are not locked. `states` is what a device said before and after:
+    clock, governor, power mode, temperature, load.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -175,14 +178,13 @@ def latency_of(
     """Return what the milliseconds of dense and compiled turns, in blocks, say of two artifacts."""
     slow, fast = ([ms for block in blocks for ms in block[k]] for k in (0, 1))
     ratios = [statistics.median(a) / statistics.median(b) for a, b in blocks]
-    dense_ms, compiled_ms = percentiles(slow), percentiles(fast)
     return Latency(
         target=target,
         threads=threads,
         batch=int(inputs[0].shape[0]) if inputs and inputs[0].dim() else 1,
-        dense_ms=dense_ms,
-        compiled_ms=compiled_ms,
-        speedup=dense_ms.p50 / compiled_ms.p50,
+        dense_ms=percentiles(slow),
+        compiled_ms=percentiles(fast),
+        speedup=statistics.median(ratios),
         speedup_spread=(min(ratios), max(ratios)),
         runs=len(slow),
         device=device,

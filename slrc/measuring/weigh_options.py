@@ -49,13 +49,22 @@ class Weigher:
         self._program, self._workload, self._reporter, self._seed = program, workload, reporter, seed
         has_data = workload is not None and (workload.calibration is not None or workload.train_batches is not None)
         self._metric = metric if has_data else Metric.ENERGY
+        self._weighed: dict[tuple[Menu, ...], Weights] = {}
 
     def options(self, plan: Plan, menus: Sequence[Menu]) -> Weights:
-        """Return what the options of a plan's layers count; nothing where all count alike."""
+        """Return what the options of a plan's layers count; nothing where all count alike.
+
+        It does not depend on what they take: the same options are weighed once.
+        """
         if self._metric is Metric.ENERGY:
             return {}
-        logits = self._returns_logits
-        return weigh_options(self._program, plan, menus, self._inputs, self._metric, self._reporter, logits=logits)
+        same = tuple(Menu(name=menu.name, options=tuple(map(_untimed, menu.options))) for menu in menus)
+        if same not in self._weighed:
+            logits = self._returns_logits
+            self._weighed[same] = weigh_options(
+                self._program, plan, menus, self._inputs, self._metric, self._reporter, logits=logits
+            )
+        return self._weighed[same]
 
     def widths(self, plan: Plan) -> WidthWeights:
         """Return what a plan's groups of channels count; nothing where all count alike."""

@@ -15,7 +15,10 @@ ACCEPTED = 0.01
 
 
 class Point(BaseModel):
-    """A network's metric and milliseconds; `None` where one was not measured. `kind` is what it is marked by."""
+    """A network's metric and milliseconds; `None` where one was not measured. `kind` is what it is marked by.
+
+    `speedup` is over the dense network that was timed beside it, if one was.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -23,6 +26,7 @@ class Point(BaseModel):
     kind: str = ""
     metric: float | None
     ms: float | None
+    speedup: float | None = None
     is_dense: bool = False
     is_dominated: bool = False
 
@@ -39,6 +43,7 @@ def point_of(name: str, report: Report) -> Point:
         kind=report.pattern,
         metric=report.accuracy.final if report.accuracy else None,
         ms=report.latency[0].compiled_ms.p50 if report.latency else None,
+        speedup=report.latency[0].speedup if report.latency else None,
     )
 
 
@@ -58,7 +63,9 @@ def with_dominated(points: Sequence[Point], metric: str) -> list[Point]:
     return marked
 
 
-def recommend(points: Sequence[Point], metric: str, accepted: float = ACCEPTED) -> tuple[str | None, str]:
+def recommend(
+    points: Sequence[Point], metric: str, accepted: float = ACCEPTED, over: str = "the dense network"
+) -> tuple[str | None, str]:
     """Return the name of the network to take, and why, in one sentence.
 
     It is the fastest of those that lose no more than a share of the dense network's metric; where all lose more, the
@@ -68,6 +75,7 @@ def recommend(points: Sequence[Point], metric: str, accepted: float = ACCEPTED) 
         points: the dense one among them.
         metric: its name.
         accepted: the share that may be lost.
+        over: what the points' own speed-ups are over.
     """
     dense = next((p for p in points if p.is_dense), None)
     measured = [p for p in points if not p.is_dense and p.metric is not None and p.ms is not None]
@@ -93,7 +101,8 @@ def recommend(points: Sequence[Point], metric: str, accepted: float = ACCEPTED) 
     assert best.ms is not None
     faster = sum((p.ms or 0.0) < best.ms for p in measured)
     why = "nothing is faster" if not faster else "what is faster loses more than that"
+    speedup, than = (best.speedup, over) if best.speedup else (dense.ms / best.ms, "the dense network")
     return best.name, (
-        f"Take {best.name}: it runs {dense.ms / best.ms:.2f} times as fast as the dense network, in {best.ms:.3f} ms, "
-        f"keeps within {accepted:.0%} of its {metric}, {best.metric:.4f} against {dense.metric:.4f}, and {why}."
+        f"Take {best.name}: it runs {speedup:.2f} times as fast as {than}, in {best.ms:.3f} ms, "
+        f"keeps within {accepted:.0%} of the dense {metric}, {best.metric:.4f} against {dense.metric:.4f}, and {why}."
     )

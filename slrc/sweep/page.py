@@ -17,7 +17,8 @@ TEMPLATE = "sweep.html.j2"
 
 def sweep_table(found: Summary) -> Table:
     """The dense networks, then a line for each point; the recommended one is marked. It fits in 80 columns."""
-    table = make_table(f"{found.model} on {found.target}", "", "point")
+    trained = trainings(found)
+    table = make_table(f"{found.model} on {found.target}" + f": {trained[0]}" * (len(trained) == 1), "", "point")
     for name in (found.metric or "metric", "latency", "speed-up", "model file", "pruned"):
         table.add_column(name, justify="right", overflow="fold")
     table.add_column("", overflow="fold")
@@ -41,13 +42,21 @@ def dense_lines(found: Summary) -> list[tuple[str, tuple[str, ...], str]]:
     return lines
 
 
-def sweep_notes(found: Summary) -> list[str]:
-    """Return what speed-ups are over, what points started from, where not from the dense weights, and why they failed.
+def trainings(found: Summary) -> list[str]:
+    """Return how points were trained: by which method, for how many epochs. One line where it was so for all."""
+    done = {row.name: f"{row.method}, {_epochs(row)}" for row in found.rows if row.state is State.DONE}
+    alike = set(done.values())
+    return sorted(alike) if len(alike) == 1 else [f"{name}: {trained}" for name, trained in done.items()]
 
-    A line for each; none for what is usual.
+
+def sweep_notes(found: Summary) -> list[str]:
+    """Return what speed-ups are over, how points were trained, what they started from, and why they failed.
+
+    A line for each; none for what is usual, or the same for all.
     """
-    started = [f"{row.name} started from {row.start}" for row in found.rows if row.start]
-    notes = started + [f"{row.name} failed: {row.why}" for row in found.rows if row.state is State.FAILED]
+    notes = trained if len(trained := trainings(found)) > 1 else []
+    notes += [f"{row.name} started from {row.start}" for row in found.rows if row.start]
+    notes += [f"{row.name} failed: {row.why}" for row in found.rows if row.state is State.FAILED]
     return notes if found.dense_int8 is None else [f"speed-ups are those over {DENSE_INT8}", *notes]
 
 
@@ -78,7 +87,12 @@ def render_sweep(found: Summary) -> str:
     pareto = Markup(plots.pareto_plot(found.points, found.metric)) if found.metric else ""
     dense = dense_lines(found)
     rows = [(row, cells(row), remark(row, found.recommended)) for row in found.rows]
-    return render(TEMPLATE, found=found, pareto=pareto, dense=dense, rows=rows, notes=sweep_notes(found))
+    notes, trained = sweep_notes(found), trainings(found)
+    return render(TEMPLATE, found=found, pareto=pareto, dense=dense, rows=rows, notes=notes, trained=trained)
+
+
+def _epochs(row: Row) -> str:
+    return "no training" if not row.epochs else f"{row.epochs} epoch{'s' if row.epochs > 1 else ''}"
 
 
 def _number(value: float | None) -> str:

@@ -44,7 +44,8 @@ class Figures(_Data):
 class Row(_Data):
     """One point; figures are `None` until it is done. `why` says why it failed.
 
-    `start` is the point whose trained weights it started from; empty for the dense weights.
+    `epochs` are those of training, whatever the method; one that was not whole counts. `start` is the point whose
+    trained weights it started from; empty for the dense weights.
     """
 
     name: str
@@ -53,6 +54,8 @@ class Row(_Data):
     state: State
     why: str = ""
     start: str = ""
+    method: str = ""
+    epochs: int | None = None
     metric: float | None = None
     ms: float | None = None
     speedup: float | None = None
@@ -90,7 +93,7 @@ class Summary(_Data):
         found = [Point(name=DENSE, metric=self.dense.metric, ms=self.dense.ms, is_dense=True)]
         if (dense := self.dense_int8) is not None:
             found.append(Point(name=DENSE_INT8, kind=DENSE_INT8, metric=dense.metric, ms=dense.ms))
-        found += [Point(name=r.name, kind=r.pattern, metric=r.metric, ms=r.ms) for r in self.rows]
+        found += [Point(name=r.name, kind=r.pattern, metric=r.metric, ms=r.ms, speedup=r.speedup) for r in self.rows]
         return with_dominated(found, self.metric)
 
     def save(self, folder: Path) -> None:
@@ -135,7 +138,8 @@ def summarise(
         recommendation="",
     )
     dominated = {p.name for p in found.points if p.is_dominated}
-    name, why = recommend(found.points, metric or "accuracy", accepted)
+    over = "the dense network" if found.dense_int8 is None else "the dense network in int8"
+    name, why = recommend(found.points, metric or "accuracy", accepted, over)
     rows = tuple(row.model_copy(update={"is_dominated": row.name in dominated}) for row in found.rows)
     return found.model_copy(update={"rows": rows, "recommended": name, "recommendation": why})
 
@@ -150,6 +154,8 @@ def _row(point: SweepPoint, folder: SweepFolder, report: Report | None, why: str
         update={
             "state": State.DONE,
             "start": Path(report.config.get("start_from") or "").name,
+            "method": report.method,
+            "epochs": sum(epoch.loss is not None for epoch in report.curve),
             "metric": place.metric,
             "ms": place.ms,
             "speedup": latency.speedup if latency else None,

@@ -15,6 +15,7 @@ from slrc import api
 from slrc.config import CompileConfig
 from slrc.errors import OutputError, SlrcError, disk_error
 from slrc.load_workload import load_workload
+from slrc.methods.settings import MethodName
 from slrc.progress import Quiet, Reporter
 from slrc.reporting.pareto import ACCEPTED, point_of
 from slrc.reporting.report import Report
@@ -72,7 +73,7 @@ def sweep(
     configs = {p.name: p.config(options or {}, config_file) for p in points}
     name, first = _first(model, configs)
     if warm_start:
-        first.check_can_start("--warm-start")
+        first.check_can_start("--warm-start", MethodName.RECONSTRUCT)  # the default for a speed
     folder = SweepFolder(Path(out), identity_of(name, first, points, warm_start))
     worker = _Worker(model, folder, points, configs, storage, accepted, warm_start, reporter or Quiet())
     return worker.run(retry_failed, sleep)

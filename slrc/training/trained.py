@@ -21,6 +21,10 @@ WEIGHTS = "weights.safetensors"
 """What training left, in an output folder: the model's own tensors by their names, pruned."""
 
 
+MORE = 0.01
+"""By so much more of the constrained weights may be zero in weights to start from before it is told."""
+
+
 @dataclass(frozen=True)
 class Trained:
     """What training leaves.
@@ -74,3 +78,22 @@ def read_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
             hint="give the output of a compile of this model, whatever its pattern and speed-up",
         )
     return found
+
+
+def pruned_further(folder: Path, start: Mapping[str, Tensor], plan: Plan) -> str:
+    """Return what is to be told where weights to start from are pruned more than a plan asks; else nothing.
+
+    Args:
+        folder: where they come from.
+        start: the weights.
+        plan: what is to be pruned.
+    """
+    names = {s.tensor for c in plan for s in c.members}
+    zero = Masks({name: start[name] != 0 for name in names}).sparsity(plan)
+    asked = Masks.project(plan, start).sparsity(plan)
+    if zero <= asked + MORE:
+        return ""
+    return (
+        f"in `{folder}` {zero:.1%} of the constrained weights are zero, and {asked:.1%} are asked for: channels that "
+        "are gone stay zero, other weights may grow again; to keep more, start from less pruned or from dense weights"
+    )

@@ -72,6 +72,20 @@ def test_another_version_or_machine_measures_anew(tmp_path: Path, monkeypatch: p
     assert len(list(tmp_path.rglob("*.json"))) == 3
 
 
+def test_what_another_clock_measured_can_be_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known, new = (Job.of_whole(convolution(1, 3, size, size)) for size in (8, 9))
+    Clock(ORT, 1, tmp_path).times([known], PART)
+    clock = Clock(ORT, 1, tmp_path)
+    for job in (known, new, new):
+        clock.times([job], PART)
+    assert clock.forget()
+    assert len(list(tmp_path.rglob("*.json"))) == 1  # what it measured itself
+    clock.times([known], PART)
+    clock.times([known], PART)
+    assert not clock.forget()
+    assert len(list(tmp_path.rglob("*.json"))) == 2
+
+
 def test_what_fails_is_said_and_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = Job.of_whole(convolution(1, 3, 8, 8))
 

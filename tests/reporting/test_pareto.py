@@ -47,6 +47,17 @@ def test_the_fastest_that_keeps_the_metric_is_recommended() -> None:
     assert recommend(points((20.0, 4.0), (20.1, 2.0), (21.0, 1.0)), "perplexity")[0] == "p1"
 
 
+def test_the_recommendation_says_the_speed_up_of_the_table() -> None:
+    """Each point was timed beside a dense network of its own, which on a target in int8 is in int8."""
+    dense, point = points((0.9, 4.0), (0.899, 2.0))
+    own = point.model_copy(update={"speedup": 1.96})
+    assert "it runs 1.96 times as fast as the dense network, in 2.000 ms" in recommend([dense, own], "accuracy")[1]
+    rounded = recommend([dense, own], "accuracy", over="the dense network in int8")[1]
+    assert "1.96 times as fast as the dense network in int8, in" in rounded
+    alone = recommend([dense, point], "accuracy", over="the dense network in int8")[1]
+    assert "2.00 times as fast as the dense network, in" in alone
+
+
 def test_none_is_recommended_where_all_lose_too_much_or_are_slower() -> None:
     name, why = recommend(points((0.9, 4.0), (0.8, 2.0), (0.85, 3.0)), "accuracy")
     assert name is None

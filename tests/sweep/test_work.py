@@ -140,7 +140,9 @@ def test_every_point_starts_from_the_same_weights(
     page = Page(text)
     assert not page.faults
     assert "channel-2x/report.html" in page.addresses
-    for words in (found.recommendation, "4 of 4\xa0points done", "recommended", "dominated"):
+    assert {(row.method, row.epochs) for row in found.rows} == {("slr", 2)}
+    told = ("slr, 2 epochs", "accuracy of the dense network 0.9100")
+    for words in (found.recommendation, "4 of 4\xa0points done", "recommended", "dominated", *told):
         assert words in " ".join(page.text.split("\n")).replace("  ", " ") or words in page.text
 
 
@@ -235,9 +237,9 @@ def test_a_warm_start_fixes_the_speed_ups_and_needs_training(
     tiny_workload: MakeWorkload, tmp_path: Path, compiler: Compiler
 ) -> None:
     out = tmp_path / "sweep"
-    with pytest.raises(ConfigError, match="`--warm-start` needs `--method`"):
+    with pytest.raises(ConfigError, match=r"`--warm-start` needs .*`reconstruct`, which is the default"):
         warm(tiny_workload(), out, POINTS, method=None)
-    with pytest.raises(ConfigError, match="got `--method reconstruct`"):
+    with pytest.raises(ConfigError, match="and `--method reconstruct` refits"):
         warm(tiny_workload(), out, POINTS, method="reconstruct")
     assert not out.exists()
     warm(tiny_workload(), out, POINTS)
@@ -249,10 +251,25 @@ def test_a_warm_start_fixes_the_speed_ups_and_needs_training(
     assert found.rows[-1].start == "block-4x1-2x"
 
 
-def printed(found: Summary) -> list[list[str]]:
+def lines_of(found: Summary) -> list[str]:
     console = Console(file=StringIO(), width=80, markup=False, highlight=False)
     console.print(sweep_table(found))
-    return [line.split() for line in console.file.getvalue().splitlines()[2:]]  # type: ignore[attr-defined]
+    return console.file.getvalue().splitlines()  # type: ignore[attr-defined, no-any-return]
+
+
+def printed(found: Summary) -> list[list[str]]:
+    return [line.split() for line in lines_of(found)[2:]]
+
+
+def test_points_that_were_trained_differently_are_told_apart(
+    tiny_workload: MakeWorkload, tmp_path: Path, compiler: Compiler
+) -> None:
+    found = run(tiny_workload(), tmp_path / "sweep", POINTS[:2])
+    first, second = found.rows
+    assert lines_of(found)[0].rstrip().endswith(" on ort: slr, 2 epochs")
+    other = found.model_copy(update={"rows": (first, second.model_copy(update={"method": "magnitude", "epochs": 0}))})
+    assert lines_of(other)[0].rstrip().endswith(" on ort")
+    assert sweep_notes(other) == [f"{first.name}: slr, 2 epochs", f"{second.name}: magnitude, no training"]
 
 
 def test_dense_int8_stands_beside_dense_float32(
@@ -264,7 +281,7 @@ def test_dense_int8_stands_beside_dense_float32(
     assert found.dense_int8 == compiler.dense_int8
     assert [p.name for p in found.points][:3] == ["dense", "dense-int8", "channel-2x"]
     assert found.recommended == "channel-2x"
-    assert "2.00 times as fast as the dense network" in found.recommendation
+    assert "2.00 times as fast as the dense network in int8" in found.recommendation
     lines = printed(found)
     assert lines[0] == ["0", "dense", "0.9100", "2.000", "ms", "1.564", "MB"]
     assert lines[1] == ["1", "dense-int8", "0.9070", "1.500", "ms", "0.400", "MB"]

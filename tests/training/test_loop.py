@@ -144,9 +144,8 @@ def test_weights_to_start_from_must_be_there_and_fit(tiny_workload: MakeWorkload
     save_weights({**tiny_workload().model.state_dict(), "head.bias": torch.zeros(4)}, tmp_path)
     with pytest.raises(OutputError, match=r"is of another model: `head.bias` differs"):
         run(tiny_workload(), start_from=tmp_path, method="gradual")
-    for method in ("reconstruct", None):
-        with pytest.raises(ConfigError, match=r"`--start-from` needs (a method|`--method`)"):
-            make_config({"start_from": tmp_path, "method": method})
+    with pytest.raises(ConfigError, match="`--start-from` needs a method that trains, and `--method reconstruct`"):
+        make_config({"start_from": tmp_path, "method": "reconstruct"})
 
 
 @pytest.mark.parametrize(("updates", "expected"), [(1, 2), (2, 4), (4, 8), (100, 2 * STEPS)])
@@ -601,6 +600,30 @@ def test_choose_method(
 ) -> None:
     workload = tiny_workload() if with_data else tiny_workload(train_batches=None)
     assert choose_method(make_config(options), workload, plan_for(workload)) is expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "refused"),
+    [
+        ({}, {"sparsity": 0.5}, False),
+        ({}, {"sparsity": 0.5, "epochs": 0}, False),
+        ({}, {"speedup": 2}, True),
+        ({}, {"speedup": 2, "method": "gradual"}, False),
+        ({}, {"latency_budget": 0.5, "epochs": 0}, False),
+        ({"train_batches": None}, {"speedup": 2}, False),
+        ({"train_batches": None, "calibration": []}, {"sparsity": 0.5}, True),
+    ],
+)
+def test_a_default_method_that_refits_cannot_start_from_other_weights(
+    tiny_workload: MakeWorkload, tmp_path: Path, fields: dict[str, Any], options: dict[str, Any], refused: bool
+) -> None:
+    config, workload = make_config({"start_from": tmp_path, **options}), tiny_workload(**fields)
+    for plan in (None, plan_for(workload)) if "sparsity" in options else (None,):
+        if not refused:
+            assert choose_method(config, workload, plan) is not MethodName.RECONSTRUCT
+            continue
+        with pytest.raises(ConfigError, match="`reconstruct`, which is the default here"):
+            choose_method(config, workload, plan)
 
 
 def test_magnitude_trains_without_a_penalty(tiny_workload: MakeWorkload) -> None:

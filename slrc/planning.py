@@ -77,7 +77,7 @@ def plan_from(
     meter = LatencyMeter(program, target, threads=config.threads, cache=cache, reporter=reporter, device=device)
     weigher = Weigher(program, workload, config.budget_metric, config.seed, reporter)
     coupled = Channel() if isinstance(pattern, str) else pattern
-    widths = Widths(meter, program, partial(allocate, coupled, Allocation.UNIFORM), weigher.widths)
+    widths = Widths(meter, program, partial(allocate, coupled, Allocation.UNIFORM), weigher.widths, budget)
 
     def planned(share: float) -> Plan:
         if not isinstance(pattern, str) and pattern.coupled:

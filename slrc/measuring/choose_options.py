@@ -17,7 +17,7 @@ from slrc.sparsity.plans import LatencyForecast, LeftOut, Plan
 
 MOST_LAYERS = 6
 """How many layers an error names."""
-WIDTH_SHARES = (0.75, 0.5, 0.25, 0.0)
+WIDTH_SHARES = (0.75, 0.5, 0.25, 0.1, 0.0)
 """How much of the latency between the budget and all is left to options, where widths are chosen first."""
 
 
@@ -106,7 +106,8 @@ def plan_mixed(
         if share < 1:
             try:
                 channels = widths.plan(share)
-            except PlanError:  # no widths are so fast, or none can be narrowed
+            except PlanError as error:  # no widths are so fast, or none can be narrowed
+                reasons.append(error)
                 continue
             lost, mixed = widths.loss(channels), joined(channels, start)
             found = make_menus(times, mixed, program, widths.shares(channels))
@@ -119,7 +120,8 @@ def plan_mixed(
             continue
         tried.append((lost, mixed, found, losses))
     if not tried:
-        raise min(reasons, key=lambda one: one.least if isinstance(one, UnreachableError) else 1.0)
+        # Of widths alone the last one is for the budget itself.
+        raise min(reversed(reasons), key=lambda one: one.least if isinstance(one, UnreachableError) else 1.0)
     _, mixed, found, losses = min(tried, key=lambda one: one[0])
 
     def allocated(table: LatencyTable) -> Plan:

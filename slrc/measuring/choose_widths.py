@@ -26,6 +26,9 @@ from slrc.sparsity.plans import LatencyForecast, Plan
 
 PROBED_SPARSITIES = (0.5, 0.75)
 """Where the parts of a program are timed, besides dense."""
+DEEP, DEEP_SPARSITY = 0.3, 0.9
+"""Below this share of the dense latency parts are timed at this sparsity too: no width is taken to be faster than the
+fastest one that was timed."""
 
 
 WidthWeights = Mapping[str, float]
@@ -40,6 +43,7 @@ class Widths:
         program: the captured model.
         allocate: makes a plan of a sparsity, or of `choose_widths=`.
         weigh: tells what the groups of a plan count.
+        budget: the least share that will be asked for.
     """
 
     def __init__(
@@ -48,15 +52,17 @@ class Widths:
         program: Program,
         allocate: Callable[..., Plan],
         weigh: Callable[[Plan], WidthWeights],
+        budget: float,
     ) -> None:
         self._meter, self._program, self._allocate, self._weigh = meter, program, allocate, weigh
+        self._probed = (*PROBED_SPARSITIES, DEEP_SPARSITY) if budget < DEEP else PROBED_SPARSITIES
         self._table: LatencyTable | None = None
 
     @property
     def table(self) -> LatencyTable:
         """What the parts and the whole take dense and at a few widths; timed when it is needed first."""
         if self._table is None:
-            self._table = self._meter.table([self._allocate(sparsity) for sparsity in PROBED_SPARSITIES])
+            self._table = self._meter.table([self._allocate(sparsity) for sparsity in self._probed])
         return self._table
 
     def forget(self) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import slrc
 from slrc.backends import get_backend, parse_target
-from slrc.errors import PlanError
+from slrc.errors import PlanError, UnreachableError
 from slrc.forms.form import Form, FormKind
 from slrc.forms.packed_weight import block_density
 from slrc.ir.program import Program, capture
@@ -216,6 +216,23 @@ def test_auto_narrows_where_options_alone_do_not_reach(tmp_path: Path) -> None:
     assert plan.latency.predicted == pytest.approx(0.5, rel=0.1)
     assert any(c.pattern.coupled and c.keep < c.groups for c in plan)
     assert {str(c.pattern) for c in plan} > {"channel"}
+
+
+@pytest.mark.usefixtures("times_are_sizes")
+def test_auto_reaches_what_the_least_widths_leave(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 5, groups=64), nn.Conv2d(64, 8, 1), nn.Conv2d(8, 3, 1))
+    program = capture(net, (torch.randn(1, 3, 8, 8),), "net")
+    budget = 0.16  # less than three quarters of the channels leave
+    plan = slrc.plan(program, "auto", latency_budget=budget, threads=1, cache=tmp_path, keep_ends=False)
+    assert plan.latency is not None
+    assert plan.latency.predicted <= budget * 1.05
+    with pytest.raises(UnreachableError, match=r"a latency of 2% .* with every group at its least width") as error:
+        slrc.plan(program, "auto", latency_budget=0.02, threads=1, cache=tmp_path, keep_ends=False)
+    within = error.value.least + 0.02
+    plan = slrc.plan(program, "auto", latency_budget=within, threads=1, cache=tmp_path, keep_ends=False)
+    assert plan.latency is not None
+    assert plan.latency.predicted <= within * 1.05
 
 
 @pytest.mark.usefixtures("times_are_sizes")

@@ -20,6 +20,7 @@ sys.path.insert(1, str(Path(__file__).parent / "convergence"))
 sys.path.insert(1, str(Path(__file__).parent / "pareto"))
 import answers
 from analysis_growth import slope
+from doctor import POINTS, complete, pairs, summary
 from front_page import CASES
 from frontier import points
 from gpu_networks import NETWORKS as GPU_NETWORKS
@@ -164,6 +165,21 @@ def latency_budget() -> str:
         lines.append([model.partition(":")[2], f"`{pattern}`", device, f"{float(budget):.0%}", *shares])
     titles = ("network", "pattern", "where", "budget", "predicted", "measured", "multiply-accumulates", "parameters")
     return table(titles, lines) + made(rows.values())
+
+
+def doctor() -> str:
+    """What is foretold in under a minute, and what a compile then finds."""
+    rows = read("doctor")
+    models = complete(rows)
+    if not models:
+        return f"{TO_FILL}\n"
+    lines = [
+        [f"`{m}`", f"{rows[m]['seconds']:.0f} s", "{} of {}".format(*rows[m]["timed"]), *map(str, pairs(rows, m))]
+        for m in models
+    ]
+    points = [f"`{pattern}`, {sparsity:.0%}: predicted, measured, off by" for pattern, sparsity in POINTS]
+    titles = ("network", "examined in", "timed", *points)
+    return f"{table(titles, lines)}\n{summary(rows)}\n{made(rows.values())}"
 
 
 def zoo() -> str:
@@ -387,7 +403,7 @@ def pareto() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__.replace("_", "-"): f
     for f in (
-        *(front_page, sparse_latency, sparse_latency_other, kernel_latency, latency_budget, zoo),
+        *(front_page, sparse_latency, sparse_latency_other, kernel_latency, latency_budget, doctor, zoo),
         *(detectors, tasks_latency, tasks_pipeline, torch_target, gpu_latency),
         *(analysis_growth, step_cost, split_copies, channel_permutation, reconstruct, pareto),
         *(methods, methods_against, methods_parts, methods_budgets, methods_large, methods_inside, methods_settings),

@@ -158,6 +158,13 @@ class Backend(ABC):
         """Return why layers with packed blocks cannot run fast on the target; empty if they can."""
         return f"{self.name} has no kernels for packed blocks"
 
+    def make_ready(self, target: Target) -> None:  # noqa: B027
+        """Make what is made once on a machine and kept, such as compiled kernels, before anything is lowered.
+
+        Raises:
+            BackendError: it cannot be made.
+        """
+
     def why_not_timed(self, target: Target) -> str:
         """Return why programs cannot be timed by the hundred on the target; empty if they can."""
         return ""

@@ -83,6 +83,12 @@ FILES = (
         ("benchmarks/latency_budget.py", "passes/allocation", "passes/analysis", "slrc/measuring"),
     ),
     ResultsFile(
+        "doctor.json",
+        "taskset -c 1 python benchmarks/doctor.py",
+        ("benchmarks/doctor.py", "passes", "backends", *(f"slrc/{x}" for x in ("doctor", "forms", "measuring"))),
+        kernels=True,
+    ),
+    ResultsFile(
         "pareto.jsonl",
         "SLRC_DATA=~/data python benchmarks/pareto/train.py TIER",
         (

@@ -25,6 +25,7 @@ TABLES: dict[str, Callable[[], str]] = {
         latency.sparse_latency_other,
         latency.kernel_latency,
         latency.latency_budget,
+        latency.doctor,
         latency.tasks_latency,
         latency.tasks_pipeline,
         latency.split_copies,

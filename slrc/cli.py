@@ -170,14 +170,14 @@ def inspect(
 def doctor(
     model: ModelArgument,
     given: Given,
-    seconds: Annotated[float, typer.Option(help="about how long it may take", min=1)] = 60,
+    seconds: Annotated[float, typer.Option(help="how long it may take, once Python has started", min=1)] = 50,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
     debug: DebugOption = False,
 ) -> None:
     """Examine MODEL before anybody trains: whether a compile would work, what it could reach, how long it would take.
 
-    Each check fails on its own. The exit code is 2 if one of them did. The first examination compiles the block-sparse
-    kernels, which takes half a minute more.
+    Each check fails on its own. The exit code is 2 if one of them did. What there was no time for is marked. The first
+    examination compiles the block-sparse kernels, which takes a minute more.
     """
     config = make_config(given)
     from slrc.doctor.examine import examine

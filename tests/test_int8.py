@@ -22,7 +22,7 @@ from slrc.backends.ort.backend import OnnxRuntime
 from slrc.backends.ort.run import OnnxRuntimeRunner
 from slrc.backends.runner_module import RunnerModule
 from slrc.config import make_config
-from slrc.doctor.diagnosis import Deadline
+from slrc.doctor.deadline import Deadline
 from slrc.doctor.times import time_speedups
 from slrc.errors import BackendError, ConfigError, VerificationError
 from slrc.forms.form import FormKind
@@ -232,7 +232,7 @@ def test_speedups_that_doctor_shows_for_an_int8_target_are_of_rounding_networks(
     monkeypatch.setattr("slrc.doctor.times.PART", Budget(0.0, 1))
     monkeypatch.setattr("slrc.doctor.times.WHOLE", Budget(0.0, BLOCKS))
     monkeypatch.setattr("slrc.doctor.times.SPARSITIES", (0.5,))
-    program = slrc.capture(slrc.Workload(Residual().eval(), (torch.randn(1, 16, 8, 8),)))
+    program = pipeline.baseline(slrc.capture(slrc.Workload(Residual().eval(), (torch.randn(1, 16, 8, 8),))))
     config, target = make_config({"target": "ort+int8"}), parse_target("ort+int8")
     (point,) = time_speedups(program, (Channel(),), config, target, 1, Deadline(60.0, time.monotonic), Quiet())
     assert point.speedup is not None, point

@@ -66,6 +66,11 @@ class OnnxRuntime(Backend):
             return f"{error.message} ({error.hint})" if error.hint else error.message
         return ""
 
+    def make_ready(self, target: Target) -> None:
+        """Compile the kernels, unless the cache has them."""
+        if not self.why_not_packed(target):
+            build(family_of_target(target), int8=target.is_integer)
+
     def lower(self, program: Program, target: Target, out: Path, *, portable: bool = True) -> Artifact:
         """Write `model.onnx`, the library of kernels if it has packed layers, and the manifest.
 

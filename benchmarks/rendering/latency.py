@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from doctor import POINTS, complete, pairs, summary
 from front_page import CASES
 from rendering.markdown import TO_FILL, made, ranged, read, table
 from results import Row
@@ -104,6 +105,21 @@ def latency_budget() -> str:
         lines.append([model.partition(":")[2], f"`{pattern}`", device, f"{float(budget):.0%}", *shares])
     titles = ("network", "pattern", "where", "budget", "predicted", "measured", "multiply-accumulates", "parameters")
     return table(titles, lines) + made(rows.values())
+
+
+def doctor() -> str:
+    """What is foretold in under a minute, and what a compile then finds."""
+    rows = read("doctor")
+    models = complete(rows)
+    if not models:
+        return f"{TO_FILL}\n"
+    lines = [
+        [f"`{m}`", f"{rows[m]['seconds']:.0f} s", "{} of {}".format(*rows[m]["timed"]), *map(str, pairs(rows, m))]
+        for m in models
+    ]
+    points = [f"`{pattern}`, {sparsity:.0%}: predicted, measured, off by" for pattern, sparsity in POINTS]
+    titles = ("network", "examined in", "timed", *points)
+    return f"{table(titles, lines)}\n{summary(rows)}\n{made(rows.values())}"
 
 
 def tasks_latency() -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from enum import StrEnum
 from typing import Any, Final, Literal
 
@@ -108,29 +106,3 @@ class Diagnosis(_Data):
     def is_healthy(self) -> bool:
         """Whether no check failed."""
         return all(f.status is not Status.FAILS for f in self.findings)
-
-
-class Deadline:
-    """When to stop beginning anything more.
-
-    Args:
-        seconds: from now on.
-        now: a clock.
-    """
-
-    def __init__(self, seconds: float, now: Callable[[], float] = time.monotonic) -> None:
-        self.now, self.started, self._end = now, now(), now() + seconds
-
-    @property
-    def left(self) -> float:
-        """The seconds that are left; negative when they are over."""
-        return self._end - self.now()
-
-    @property
-    def spent(self) -> float:
-        """The seconds since it was set."""
-        return self.now() - self.started
-
-    def within(self, seconds: float) -> Deadline:
-        """Return one that comes after so many seconds, and no later than this one."""
-        return Deadline(min(seconds, self.left), self.now)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import cache as kept
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -13,7 +14,8 @@ import torch
 
 from slrc.backends import Target, get_backend, parse_target
 from slrc.config import CompileConfig
-from slrc.doctor.diagnosis import Deadline, Diagnosis, Finding, PartTime, Reach, SpeedupPoint, Status, Training
+from slrc.doctor.deadline import Deadline, Overtime
+from slrc.doctor.diagnosis import Diagnosis, Finding, PartTime, Reach, SpeedupPoint, Status, Training
 from slrc.doctor.practice import estimate_hours, practise_evaluation, practise_training
 from slrc.doctor.reach import reach_of
 from slrc.doctor.times import patterns_for, time_parts, time_speedups
@@ -26,16 +28,19 @@ from slrc.measuring.clock import Clock
 from slrc.measuring.devices import local_device
 from slrc.measuring.timing import environment
 from slrc.passes.analysis.label_indices import label_indices
+from slrc.pipeline import baseline
 from slrc.progress import Quiet, Reporter
 from slrc.user_code import first_line
 from slrc.workload import Workload
 
-SECONDS = 60.0
+SECONDS = 50.0
+"""With what Python takes to start, less than a minute."""
 FOR_TRAINING, FOR_EVALUATION, FOR_PARTS = 0.15, 0.1, 0.25
 """The most of the time that each of them takes; timing pruned networks has the rest."""
 BUSY = 0.25
 """Of the cores, by other processes: timings are then not to be relied on."""
 MOST_SHOWN = 3
+MORE_TIME = "`--seconds` gives more time"
 T = TypeVar("T")
 
 
@@ -53,7 +58,8 @@ def examine(
     Args:
         model: a workload, or what the command line takes for MODEL.
         config: the targets, threads and choices of a compile.
-        seconds: about how long it may take; one check that has begun is ended.
+        seconds: how long it may take. What has begun by then is interrupted, but for one call of a library; off the
+            main thread, and on Windows, it is ended.
         cache: a folder for measured times; `cache_folder()` by default.
         reporter: where progress goes.
         now: the clock that tells when time is over.
@@ -72,21 +78,22 @@ class _Examination:
     def run(self, model: str | Workload) -> Diagnosis:
         targets = [t for text in self.config.target if (t := self._check_target(text))]
         self._check_machine()
-        workload = self._attempt("workload", lambda: _loaded(model))
+        workload = self._attempt("workload", self._in_time(lambda: _loaded(model)))
         program, training = None, None
         if workload:
-            program = self._attempt("capture", lambda: _captured(workload))
+            program = self._attempt("capture", self._in_time(lambda: _captured(workload)))
             training = self._practise(workload)
         reach: list[Reach] = []
         parts: list[PartTime] = []
         speedups: list[SpeedupPoint] = []
         if program:
             for target in targets:
-                self._attempt(f"operators, {target}", partial(_taken, program, target))
-            reach = self._attempt("what can be pruned", lambda: self._reach(program, targets)) or []
+                self._attempt(f"operators, {target}", self._in_time(partial(_taken, program, target)))
+            reach = self._attempt("what can be pruned", self._in_time(lambda: self._reach(program, targets))) or []
             if targets and not local_device().why_not_choose(targets[0]):
-                parts = self._attempt("where the time goes", lambda: self._parts(program, targets[0])) or []
-                speedups = self._attempt("speed-ups", lambda: self._speedups(program, targets[0])) or []
+                dense = self._in_time(kept(partial(baseline, program)))
+                parts = self._attempt("where the time goes", lambda: self._parts(dense(), targets[0])) or []
+                speedups = self._attempt("speed-ups", lambda: self._speedups(dense(), targets[0])) or []
         return Diagnosis(
             model=workload.name if workload else str(model),
             target=self.config.target[0],
@@ -102,8 +109,13 @@ class _Examination:
 
     def _attempt(self, check: str, work: Callable[[], tuple[T, str]]) -> T | None:
         """Return what a check found; what it raises becomes its finding."""
+        began = self.deadline.now()
         try:
             value, said = work()
+        except Overtime:
+            took = self.deadline.now() - began
+            self._find(check, Status.NOTE, f"not done: it was stopped after {took:.1f} s", MORE_TIME)
+            return None
         except SlrcError as error:
             self._find(check, Status.FAILS, error.message, error.hint)
             return None
@@ -112,6 +124,15 @@ class _Examination:
             return None
         self._find(check, Status.OK, said)
         return value
+
+    def _in_time(self, work: Callable[[], T]) -> Callable[[], T]:
+        """Return the same, which is interrupted when all of the time is over."""
+
+        def limited() -> T:
+            with self.deadline.enforced():
+                return work()
+
+        return limited
 
     def _find(self, check: str, status: Status, said: str, hint: str | None = None) -> None:
         self.findings.append(Finding(check=check, status=status, said=said, hint=hint))
@@ -127,12 +148,22 @@ class _Examination:
         if emits:
             self._find(f"target {target}", Status.FAILS, f"cannot be built here: {emits}", "see `slrc targets`")
             return None
-        kernels = backend.why_not_packed(target)
-        not_timed = local_device().why_not_choose(target)
+        kernels, not_timed = backend.why_not_packed(target), local_device().why_not_choose(target)
+        if not not_timed:
+            kernels = kernels or self._make_ready(target)
         notes = [f"nothing is timed: {not_timed}"] if not_timed else []
         notes += [f"no fast blocks: {kernels}"] if kernels else []
         self._find(f"target {target}", Status.NOTE if notes else Status.OK, "; ".join(notes) or "builds and runs here")
         return target
+
+    def _make_ready(self, target: Target) -> str:
+        """Make what is made once on a machine, which does not count; return why it cannot be."""
+        try:
+            with self.deadline.paused():
+                get_backend(target).make_ready(target)
+        except BackendError as error:
+            return error.message
+        return ""
 
     def _check_machine(self) -> None:
         here, cores = environment(), usable_cores()
@@ -184,17 +215,17 @@ class _Examination:
             self._find("channels", Status.NOTE, f"`{operator}` has no rule: the channels it meets stay, {source}")
         return found, ", ".join(f"{x.pattern} {x.params:.0%} of the parameters" for x in found)
 
-    def _parts(self, program: Program, target: Target) -> tuple[list[PartTime], str]:
+    def _parts(self, dense: Program, target: Target) -> tuple[list[PartTime], str]:
         clock = Clock(target, self.threads, self.cache)
         deadline = self.deadline.within(FOR_PARTS * self.seconds)
-        parts = time_parts(program, clock, deadline, self.reporter)
+        parts = time_parts(dense, clock, deadline, self.reporter)
         slowest = sorted((p for p in parts if p.ms is not None), key=lambda p: -(p.ms or 0.0))
         most = ", ".join(f"{p.name} {p.ms:.3f} ms" for p in slowest[:MOST_SHOWN])
         return parts, f"{len(slowest)} of {len(parts)} parts timed" + (f"; most: {most}" if most else "")
 
-    def _speedups(self, program: Program, target: Target) -> tuple[list[SpeedupPoint], str]:
+    def _speedups(self, dense: Program, target: Target) -> tuple[list[SpeedupPoint], str]:
         found = time_speedups(
-            program, patterns_for(target), self.config, target, self.threads, self.deadline, self.reporter
+            dense, patterns_for(target), self.config, target, self.threads, self.deadline, self.reporter
         )
         timed = [p for p in found if p.speedup is not None]
         best = max(timed, key=lambda p: p.speedup or 0.0, default=None)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
-
 from slrc.config import CompileConfig
-from slrc.doctor.diagnosis import Deadline, Training
+from slrc.doctor.deadline import Deadline, Overtime
+from slrc.doctor.diagnosis import Training
 from slrc.methods.settings import MethodName
 from slrc.sparsity.plans import Plan
 from slrc.training.batches import samples_in, sparse_steps
@@ -20,12 +20,7 @@ from slrc.training.loop import train
 from slrc.workload import Workload, accuracy
 
 STEPS = 6
-"""The first one is not counted: it fills caches."""
-LEAST = 2
-
-
-class _Stop(BaseException):
-    """Ends the user's `evaluate`: no `except Exception` of theirs may catch it."""
+"""The first one is not counted where there are others: it fills caches."""
 
 
 @dataclass
@@ -45,8 +40,8 @@ class _FirstBatches:
         source = iter(self.batches)
         for count in range(STEPS):
             self.asked_at.append(self.deadline.now())
-            if count >= LEAST and self.deadline.left <= 0:
-                return
+            if count and self.deadline.left <= 0:
+                raise Overtime  # where it ended here, another epoch would begin
             try:
                 batch = next(source)
             except StopIteration:
@@ -58,9 +53,11 @@ class _FirstBatches:
 def practise_training(workload: Workload, config: CompileConfig, deadline: Deadline) -> Training:
     """Train a copy of the workload's model for a few steps, and say what all of them would take.
 
-    Nothing is pruned, so that it needs no captured program; the methods themselves take next to no time.
+    Nothing is pruned, so that it needs no captured program; the methods themselves take next to no time. A step under
+    way when time is over is not counted.
 
     Raises:
+        Overtime: not one step was done in time.
         WorkloadError: the data cannot be read, or the loss or the optimiser fails.
         TrainingError: the loss is not finite.
     """
@@ -76,8 +73,11 @@ def practise_training(workload: Workload, config: CompileConfig, deadline: Deadl
         "probe_batches": 1,
         "recalibration_batches": 0,
     }
-    train(trial, Plan(sparsity_asked=0.0, sparsity=0.0, constraints=()), config.model_copy(update=settings))
+    with suppress(Overtime), deadline.enforced():
+        train(trial, Plan(sparsity_asked=0.0, sparsity=0.0, constraints=()), config.model_copy(update=settings))
     times = [after - before for before, after in zip(few.asked_at, few.asked_at[1:], strict=False)]
+    if not times:
+        raise Overtime
     step_seconds = statistics.median(times[1:] or times)
     try:
         steps: int | None = len(workload.train_batches)  # type: ignore[arg-type]
@@ -95,23 +95,17 @@ def practise_training(workload: Workload, config: CompileConfig, deadline: Deadl
 
 
 def practise_evaluation(workload: Workload, deadline: Deadline) -> tuple[tuple[str, float] | None, float]:
-    """Run `evaluate` on the model, and stop it when time is over; return the metric and the seconds.
+    """Run `evaluate` on a copy of the model, and stop it when time is over; return the metric and the seconds.
 
     The metric is `None` where it was stopped.
 
     Raises:
         WorkloadError: it fails, or returns no metric, or one that is not finite.
     """
-    twin = copy.deepcopy(workload.model)
-
-    def stop_in_time(module: nn.Module, inputs: Any) -> None:
-        if deadline.left <= 0:
-            raise _Stop
-
-    twin.register_forward_pre_hook(stop_in_time)
     try:
-        metric = workload.measure(twin)
-    except _Stop:
+        with deadline.enforced():
+            metric = workload.measure(copy.deepcopy(workload.model))
+    except Overtime:
         return None, deadline.spent
     assert metric is not None
     check_finite(metric[1], " for the model as it was given")

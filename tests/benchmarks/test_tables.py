@@ -66,3 +66,24 @@ def test_what_stands_around_a_network_counts(tables: ModuleType, monkeypatch: py
     cells = f"| Net, 8×8 | 2.00 G | 100 ms | {speed} | {tables.latency.TO_FILL} | {speed} |"
     assert cells in tables.latency.tasks_latency()
     assert "| Net, 8×8 | 10.0 | 100.0 | 40.0 | 10.0 | 2.00× | 33% |" in tables.latency.tasks_pipeline()
+
+
+def test_what_was_foretold_stands_beside_what_was_measured(tables: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where doctor had no time, nothing is foretold, and nothing counts as an error."""
+    first, second, third = tables.latency.doctor.__globals__["complete"].__globals__["NETWORKS"][:3]
+    rows = {
+        first: {"seconds": 49.6, "timed": [2, 9], "predicted": {"block:8x1 0.75": [2.0, 1.9, 2.1]}},
+        f"{first} block:8x1 0.75": {"speedup": 2.5},
+        f"{first} channel 0.5": {"speedup": 2.0},
+        second: {"seconds": 30.0, "timed": [9, 9], "predicted": {"block:8x1 0.75": [3.0], "channel 0.5": [2.02]}},
+        f"{second} block:8x1 0.75": {"speedup": 3.0},
+        f"{second} channel 0.5": {"speedup": 2.0},
+        third: {"seconds": 70.0, "timed": [0, 9], "predicted": {}},
+    }
+    monkeypatch.setattr(tables.latency, "read", lambda name: rows)
+    text = tables.latency.doctor()
+    assert f"| `{first}` | 50 s | 2 of 9 | 2.00×, 2.50×, -20% | –, 2.00× |" in text
+    assert f"| `{second}` | 30 s | 9 of 9 | 3.00×, 3.00×, +0% | 2.02×, 2.00×, +1% |" in text
+    assert third not in text
+    assert "The longest examination took 50 s. Of the 3 pruned networks" in text
+    assert "off by 1.0% in the median and by 20.0% at most" in text

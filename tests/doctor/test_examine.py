@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,22 @@ from torch.utils.data import DataLoader, TensorDataset
 import slrc
 from slrc.backends import parse_target
 from slrc.config import make_config
+from slrc.doctor import examine as examination
 from slrc.doctor import times
-from slrc.doctor.diagnosis import Deadline, Diagnosis, Finding, Status, Training
+from slrc.doctor.deadline import Deadline, Overtime
+from slrc.doctor.diagnosis import Diagnosis, Finding, Status, Training
 from slrc.doctor.examine import examine
 from slrc.doctor.practice import STEPS, estimate_hours, practise_evaluation, practise_training
 from slrc.doctor.reach import reach_of
 from slrc.doctor.times import NO_TIME, patterns_for, time_parts, time_speedups
 from slrc.errors import WorkloadError
+from slrc.ir.program import Program
 from slrc.measuring.clock import Clock
+from slrc.measuring.timing import BLOCKS, Budget
+from slrc.pipeline import baseline
 from slrc.progress import Quiet
 from slrc.reporting.doctor_tables import doctor_tables
-from slrc.sparsity.patterns import Channel, Columns
+from slrc.sparsity.patterns import NM, Channel, Columns
 
 pytestmark = pytest.mark.usefixtures("quick_timing")
 MakeWorkload = Callable[..., slrc.Workload]
@@ -39,6 +45,10 @@ def one_sparsity(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def look(model: str | slrc.Workload, cache: Path, seconds: float = 1000, **options: Any) -> Diagnosis:
     return examine(model, make_config({"threads": 1, **options}), seconds=seconds, cache=cache)
+
+
+def dense(workload: slrc.Workload) -> Program:
+    return baseline(slrc.capture(workload))
 
 
 def finding(found: Diagnosis, check: str) -> Finding:
@@ -74,7 +84,7 @@ def test_a_workload_that_works(tiny_workload: MakeWorkload, tmp_path: Path) -> N
 def test_what_was_timed_before_is_not_timed_again(
     tiny_workload: MakeWorkload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program, clock = slrc.capture(tiny_workload()), Clock(ORT, 1, tmp_path)
+    program, clock = dense(tiny_workload()), Clock(ORT, 1, tmp_path)
     first = time_parts(program, clock, Deadline(1000), Quiet())
     monkeypatch.setattr(Clock, "_emit", None)
     assert time_parts(program, clock, Deadline(1000), Quiet()) == first
@@ -102,6 +112,25 @@ def test_a_model_that_cannot_be_captured_still_shows_whether_it_trains(
     assert found.training is not None
     assert not found.reach
     assert not found.speedups
+
+
+def test_inputs_that_the_model_does_not_take(tiny_workload: MakeWorkload, tmp_path: Path) -> None:
+    found = look(tiny_workload(example_inputs=(torch.zeros(1, 7, 6, 6),)), tmp_path)
+    assert failed(found) == ["capture"]
+    said = finding(found, "capture")
+    assert "the model does not take its example inputs" in said.said
+    assert "\n" not in said.said
+    assert "(1, 7, 6, 6)" in str(said.hint)
+
+
+@pytest.mark.usefixtures("one_sparsity")
+def test_no_evaluation_is_a_note(tiny_workload: MakeWorkload, tmp_path: Path) -> None:
+    found = look(tiny_workload(evaluate=None), tmp_path)
+    assert found.is_healthy
+    said = finding(found, "evaluation")
+    assert (said.status, "no accuracy will be measured" in said.said) == (Status.NOTE, True)
+    assert found.training is not None
+    assert found.training.evaluation_seconds is None
 
 
 @pytest.mark.usefixtures("one_sparsity")
@@ -142,56 +171,125 @@ def test_a_pattern_that_fits_nothing_says_why(tiny_workload: MakeWorkload) -> No
 
 
 def test_where_time_is_over_nothing_more_begins(tiny_workload: MakeWorkload, tmp_path: Path) -> None:
-    program, over = slrc.capture(tiny_workload()), Deadline(0.0, lambda: 0.0)
+    program, over = dense(tiny_workload()), Deadline(0.0, lambda: 0.0)
     parts = time_parts(program, Clock(ORT, 1, tmp_path), over, Quiet())
     assert [p.ms for p in parts] == [None] * 4
     points = time_speedups(program, [Channel()], make_config({}), ORT, 1, over, Quiet())
     assert [(p.speedup, p.why_not) for p in points] == [(None, NO_TIME)] * 3
 
 
-def test_the_largest_parts_are_timed_first(tiny_workload: MakeWorkload, tmp_path: Path) -> None:
-    program = slrc.capture(tiny_workload())
-    ticks = iter([0.0, 0.0, 0.5, 2.0, 2.0, 2.0])  # set, then asked before each part
-    parts = time_parts(program, Clock(ORT, 1, tmp_path), Deadline(1.0, lambda: next(ticks)), Quiet())
+class Stuck:
+    """A clock on which time is over from the moment on that something does not come to an end."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def __call__(self) -> float:
+        return self.time
+
+    def forever(self, *_: Any, **__: Any) -> Any:
+        self.time = 1000.0
+        while True:
+            pass
+
+
+def test_the_largest_parts_are_timed_first_and_kept(
+    tiny_workload: MakeWorkload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third never ends: it is interrupted."""
+    program, clock, stuck = dense(tiny_workload()), Clock(ORT, 1, tmp_path), Stuck()
+    times_of = iter([clock.times, clock.times, stuck.forever])
+    monkeypatch.setattr(clock, "times", lambda *given: next(times_of)(*given))
+    parts = time_parts(program, clock, Deadline(0.01, stuck), Quiet())
     timed = [p for p in parts if p.ms is not None]
-    assert 0 < len(timed) < len(parts)
+    assert len(timed) == 2
     assert min(p.macs for p in timed) >= max(p.macs for p in parts if p.ms is None)
 
 
+def test_what_leaves_a_quarter_of_the_weights_is_timed_first() -> None:
+    order = [(str(p), s) for p, s in times._wanted([Channel(), NM(2, 4), Columns(2)])]
+    assert order[:3] == [("channel", 0.5), ("2:4", 0.5), ("columns:2", 0.75)]
+    assert sorted(order[3:]) == [("channel", 0.75), ("channel", 0.9), ("columns:2", 0.5), ("columns:2", 0.9)]
+
+
+def test_pruned_networks_that_were_timed_are_kept(tiny_workload: MakeWorkload, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third never ends: it is interrupted."""
+    program, stuck = dense(tiny_workload()), Stuck()
+    measures = iter([times.measure, times.measure, stuck.forever])
+    monkeypatch.setattr(times, "measure", lambda *given, **more: next(measures)(*given, **more))
+    monkeypatch.setattr(times, "WHOLE", Budget(0.0, BLOCKS))
+    points = time_speedups(program, [Channel()], make_config({}), ORT, 1, Deadline(0.01, stuck), Quiet())
+    assert [(p.sparsity, p.speedup is not None, p.why_not) for p in points] == [
+        (0.5, True, ""),
+        (0.75, True, ""),
+        (0.9, False, NO_TIME),
+    ]
+
+
+def test_a_capture_that_does_not_end_is_stopped_with_a_word(
+    tiny_workload: MakeWorkload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stuck = Stuck()
+    monkeypatch.setattr(examination, "capture", stuck.forever)
+    config = make_config({"threads": 1})
+    found = examine(tiny_workload(), config, seconds=0.01, cache=tmp_path, now=stuck)
+    said = finding(found, "capture")
+    assert said.status is Status.NOTE
+    assert said.said == "not done: it was stopped after 1000.0 s"
+    assert "--seconds" in str(said.hint)
+    assert finding(found, "training data, loss and optimiser").status is Status.NOTE
+    assert not found.reach
+
+
 def test_an_evaluation_is_stopped_in_time_whatever_it_catches(tiny_workload: MakeWorkload) -> None:
-    calls = []
+    stuck = Stuck()
 
     def evaluate(model: nn.Module) -> dict[str, float]:
-        for _ in range(100):
-            calls.append(1)
-            try:
-                model(torch.zeros(1, 4, 6, 6))
-            except Exception:
-                continue
-        return {"accuracy": 1.0}
+        while True:
+            with suppress(Exception):
+                stuck.forever()
 
-    clock = iter(range(1000))
-    metric, seconds = practise_evaluation(tiny_workload(evaluate=evaluate), Deadline(5.0, lambda: next(clock)))
+    metric, seconds = practise_evaluation(tiny_workload(evaluate=evaluate), Deadline(0.01, stuck))
     assert metric is None
-    assert len(calls) < 10
-    assert seconds > 5
+    assert seconds == 1000.0
+
+
+class Endless:
+    """Batches without end; each step between two of them takes so many seconds of a clock."""
+
+    def __init__(self, clock: Stuck, step_seconds: float) -> None:
+        self.clock, self.step_seconds, self.read = clock, step_seconds, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            self.read += 1
+            yield torch.zeros(2, 4, 6, 6), torch.zeros(2, dtype=torch.long)
+            self.clock.time += self.step_seconds
 
 
 def test_training_is_stopped_in_time(tiny_workload: MakeWorkload) -> None:
-    read = []
+    clock = Stuck()
+    data = Endless(clock, 1.0)
+    slow = practise_training(tiny_workload(train_batches=data), make_config({}), Deadline(0.5, clock))
+    assert (slow.samples, slow.step_seconds, slow.steps, slow.epoch_seconds) == (2, 1.0, None, None)
+    assert data.read < STEPS
 
-    class Endless:
-        def __iter__(self) -> Iterator[Any]:
-            while True:
-                read.append(1)
-                yield torch.zeros(2, 4, 6, 6), torch.zeros(2, dtype=torch.long)
 
-    clock = iter(range(1000))
-    slow = practise_training(
-        tiny_workload(train_batches=Endless()), make_config({}), Deadline(0.5, lambda: float(next(clock)))
-    )
-    assert (slow.samples, slow.steps, slow.epoch_seconds) == (2, None, None)
-    assert len(read) < 2 * STEPS
+def test_a_step_that_does_not_end_is_not_counted(tiny_workload: MakeWorkload) -> None:
+    clock = Stuck()
+    data = Endless(clock, 1e-3)
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return clock.forever() if data.read > 3 else model(batch[0]).sum()
+
+    found = practise_training(tiny_workload(train_batches=data, loss=loss), make_config({}), Deadline(0.01, clock))
+    assert found.step_seconds == pytest.approx(1e-3)
+
+
+def test_not_one_step_in_time(tiny_workload: MakeWorkload) -> None:
+    clock = Stuck()
+    with pytest.raises(Overtime):
+        practise_training(tiny_workload(loss=clock.forever), make_config({}), Deadline(0.01, clock))
 
 
 def test_the_users_line_is_named_where_the_data_fail(tiny_workload: MakeWorkload) -> None:

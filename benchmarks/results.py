@@ -157,8 +157,8 @@ FILES = (
     ),
     ResultsFile(
         "step_cost.json",
-        "python benchmarks/step_cost.py",
-        ("benchmarks/step_cost.py", "slrc/methods", "slrc/training"),
+        "python benchmarks/step_cost.py [--fsdp]",
+        ("benchmarks/step_cost.py", "slrc/methods", "slrc/sparsity", "slrc/training"),
     ),
     ResultsFile(
         "reconstruct.json",

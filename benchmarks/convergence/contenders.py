@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 
 from slrc.config import CompileConfig
-from slrc.methods.base import Copies, Method
+from slrc.methods.base import Method
 from slrc.methods.registry import make_method
 from slrc.methods.settings import MethodName
 from slrc.methods.slr import SLR
+from slrc.methods.splitting import Copies
 from slrc.sparsity.plans import Plan
 
 PEAKS = (0.02, 0.05, 0.1)

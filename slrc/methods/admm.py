@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from torch import nn
 
-from slrc.methods.base import Iteration, Method, MethodState, Splitting, norm
+from slrc.methods.base import Iteration, Method, MethodState
 from slrc.methods.settings import ADMMSettings
+from slrc.methods.splitting import Splitting
 from slrc.sparsity.plans import Plan
 
 
@@ -39,7 +40,7 @@ class ADMM(Method):
         split = self.splitting
         self.k += 1
         f = loss()
-        lagrangian = f + split.penalty(split.difference())
+        lagrangian = f + split.penalty(split.difference()).value
         self.reallocate(split.scored())
         split.plan = self.plan
         split.copies = split.project()
@@ -54,8 +55,8 @@ class ADMM(Method):
             accepted_loss=True,
             accepted_projection=True,
             step_size=step_size,
-            residual=norm(difference),
-            multiplier_norm=norm(split.multipliers),
+            residual=split.norm(difference),
+            multiplier_norm=split.norm(split.multipliers),
         )
         self.history.append(record)
         return record

@@ -20,8 +20,9 @@ from slrc.errors import TrainingError
 from slrc.methods.base import Iteration, Method, MethodState, dense_residual
 from slrc.methods.gradual import cubic
 from slrc.methods.settings import GroupLassoSettings
+from slrc.sparsity.constraints import with_whole_members
 from slrc.sparsity.plans import Plan
-from slrc.sparsity.shards import is_shared, own, share, whole
+from slrc.sparsity.shards import is_shared, own, own_of
 
 
 class GroupLasso(Method):
@@ -49,13 +50,13 @@ class GroupLasso(Method):
     def after_step(self) -> None:
         """Shrink all groups. Weights that are shared out are gathered for it, at every step."""
         self.steps += 1
-        live = {n: whole(self.parameters[n]) for n in (self.names if self.shrink else ())}
-        for c, shrink in zip(self.plan, self.shrink, strict=False):
+        constraints = self.plan if self.shrink else ()
+        for shrink, (c, live) in zip(self.shrink, with_whole_members(constraints, self.parameters), strict=True):
             norms = c.energies(live).sqrt()
             c.scale_(live, (1.0 - shrink / norms.clamp(min=1e-12)).clamp(min=0.0))
-        for name, shrunk in live.items():
-            if is_shared(parameter := self.parameters[name]):
-                own(parameter).copy_(own(share(shrunk, parameter)))
+            for name in {s.tensor for s in c.members}:
+                if is_shared(parameter := self.parameters[name]):
+                    own(parameter).copy_(own_of(live[name], parameter))
 
     @torch.no_grad()
     def update(self, loss: Callable[[], float]) -> Iteration:
@@ -72,7 +73,8 @@ class GroupLasso(Method):
         self.k += 1
         self.reallocate()
         partly = self.plan.partly(cubic(self.k / (self.updates * self.settings.until)))
-        self.shrink = [self._threshold(c.energies(self.parameters).sqrt(), c.keep) / self.steps for c in partly]
+        members = with_whole_members(partly, self.parameters)
+        self.shrink = [self._threshold(c.energies(live).sqrt(), c.keep) / self.steps for c, live in members]
         self.steps = 0
         f = loss()
         record = Iteration.unpenalised(self.k, f, dense_residual(self))

@@ -16,9 +16,10 @@ from typing import ClassVar
 
 from torch import nn
 
-from slrc.methods.base import Iteration, MaskedMethod, MethodState, Splitting, norm
+from slrc.methods.base import Iteration, MaskedMethod, MethodState
 from slrc.methods.gradual import cubic
 from slrc.methods.settings import SLRSettings
+from slrc.methods.splitting import Splitting
 from slrc.sparsity.plans import Plan
 
 
@@ -60,9 +61,9 @@ class SLR(MaskedMethod):
 
     def start(self, loss: Callable[[], float]) -> None:
         """Record f at the start W⁰; `update` does so itself if this was not called, and then accepts nothing once."""
-        difference = self.splitting.difference()
-        self._previous_lagrangian = loss() + self.splitting.penalty(difference)
-        self._previous_residual = norm(difference)
+        penalty = self.splitting.penalty(self.splitting.difference())
+        self._previous_lagrangian = loss() + penalty.value
+        self._previous_residual = penalty.residual
 
     def step_factor(self, k: int) -> float:
         """α_k = 1 − 1/(M k^p), p = 1 − 1/k^r (arXiv 2304.04120)."""
@@ -82,32 +83,30 @@ class SLR(MaskedMethod):
         f = loss()
 
         old_difference = split.difference()
-        old_residual = norm(old_difference)
-        lagrangian = f + split.penalty(old_difference)
+        penalty = split.penalty(old_difference)
+        lagrangian = f + penalty.value
         accepted_loss = self._previous_lagrangian is not None and lagrangian < self._previous_lagrangian
         if accepted_loss:
-            self.step_size = self._bounded(alpha * _ratio(self._previous_residual, old_residual))
+            self.step_size = self._bounded(alpha * _ratio(self._previous_residual, penalty.residual))
             split.move_multipliers(self.step_size, old_difference)
 
         if self.k <= self.updates * self.settings.hold:
             self.reallocate(split.scored())
         if (plan := self.plan_at(self.k)) != split.plan:
             split.restrict(plan)
-        old_penalty = split.penalty(split.difference())
         copies = split.project()
         difference = split.difference(copies)
-        residual = norm(difference)
-        new_penalty = split.penalty(difference)
+        old, new = split.penalties(split.difference(), difference)
         # A copy that follows is the minimiser for its support: with the same support it cannot become better.
-        accepted_projection = new_penalty <= old_penalty if split.follows else new_penalty < old_penalty
+        accepted_projection = new.value <= old.value if split.follows else new.value < old.value
         if accepted_projection:
-            self.step_size = self._bounded(alpha * _ratio(old_residual, residual))
+            self.step_size = self._bounded(alpha * _ratio(penalty.residual, new.residual))
             split.move_multipliers(self.step_size, difference, copies)
 
         split.copies = copies
         split.go_on(self.k)
-        self._previous_lagrangian = f + split.penalty(split.difference())
-        self._previous_residual = residual
+        self._previous_lagrangian = f + split.penalty(split.difference()).value
+        self._previous_residual = new.residual
         record = Iteration(
             k=self.k,
             loss=f,
@@ -115,8 +114,8 @@ class SLR(MaskedMethod):
             accepted_loss=accepted_loss,
             accepted_projection=accepted_projection,
             step_size=self.step_size,
-            residual=residual,
-            multiplier_norm=norm(split.multipliers),
+            residual=new.residual,
+            multiplier_norm=split.norm(split.multipliers),
         )
         self.history.append(record)
         if self.settings.hold < 1 and self.k >= self.updates * self.settings.hold:

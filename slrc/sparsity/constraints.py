@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from slrc.errors import PlanError
 from slrc.sparsity.budget import Floats, Menu, Option
 from slrc.sparsity.patterns import PatternField
 from slrc.sparsity.projection import energies, obeys, project
-from slrc.sparsity.shards import whole
+from slrc.sparsity.shards import buckets, whole
 from slrc.sparsity.slices import Order, Slice
 from slrc.sparsity.windows import Window
 
@@ -40,13 +40,10 @@ class Constraint(BaseModel):
     order: Order = None
 
     def gather(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return what the pattern sees: a weight's outputs in `order`, or a coupled group as `(units, features)`.
-
-        Tensors that are shared out are gathered, those of this constraint alone.
-        """
+        """Return what the pattern sees: a weight's outputs in `order`, or a coupled group as `(units, features)`."""
         if not self.pattern.coupled:
-            return self.in_order(whole(tensors[self.members[0].tensor]))
-        return torch.cat([s.rows(whole(tensors[s.tensor]), self.groups) for s in self.members], dim=1)
+            return self.in_order(tensors[self.members[0].tensor])
+        return torch.cat([s.rows(tensors[s.tensor], self.groups) for s in self.members], dim=1)
 
     def num_weights(self, tensors: Mapping[str, Tensor]) -> int:
         """Return the number of constrained elements."""
@@ -130,6 +127,23 @@ class Constraint(BaseModel):
     def surviving_units(self, masks: Mapping[str, Tensor]) -> Tensor:
         """Return which units of a coupled group survive in `masks`, `(units,)`."""
         return self.gather(masks).any(dim=1)
+
+
+def with_whole_members(
+    constraints: Iterable[Constraint], tensors: Mapping[str, Tensor]
+) -> Iterator[tuple[Constraint, dict[str, Tensor]]]:
+    """Yield each constraint with the tensors of its members, whole. Those of many constraints are gathered at once.
+
+    Constraints that are gathered together see the same tensors, so that changes in place last among them.
+    """
+
+    def num_bytes(c: Constraint) -> int:
+        return sum(tensors[n].nbytes for n in {s.tensor for s in c.members})
+
+    for bucket in buckets(constraints, num_bytes):
+        live = whole({s.tensor: tensors[s.tensor] for c in bucket for s in c.members})
+        for c in bucket:
+            yield c, live
 
 
 def with_option(constraint: Constraint, option: Option) -> Constraint:

@@ -15,7 +15,7 @@ from slrc.errors import OutputError, PlanError
 from slrc.sparsity.constraints import Constraint, check_order, check_slice
 from slrc.sparsity.patterns import Channel
 from slrc.sparsity.plans import Plan
-from slrc.sparsity.shards import own, share
+from slrc.sparsity.shards import own, own_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Masks:
         """Prune `tensors` in place."""
         with torch.no_grad():
             for name, mask in self.tensors.items():
-                own(tensors[name]).mul_(own(share(mask, tensors[name])))
+                own(tensors[name]).mul_(own_of(mask, tensors[name]))
 
     def sparsity(self, plan: Plan) -> float:
         """Return the share of constrained elements that were pruned."""

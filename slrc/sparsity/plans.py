@@ -18,7 +18,14 @@ from torch import Tensor
 from slrc.errors import PatternError, PlanError
 from slrc.sparsity.budget import Budget, Floats, Option, choose_options
 from slrc.sparsity.choices import Attention, LayerNorm
-from slrc.sparsity.constraints import Constraint, check_order, check_slice, option_losses, with_option
+from slrc.sparsity.constraints import (
+    Constraint,
+    check_order,
+    check_slice,
+    option_losses,
+    with_option,
+    with_whole_members,
+)
 
 PLAN_SCHEMA_VERSION = 1
 
@@ -98,9 +105,9 @@ class Plan(_Data):
         """
         menus = self.budget.menus if self.budget else ()
         named = {c.name: c for c in self.constraints}
-        coupled = {c.name: c.project(tensors) for c in self.constraints if c.pattern.coupled}
-        left = self.left_by_channels(coupled, tensors)
-        return [option_losses(named[menu.name], menu, tensors, left.get(menu.name)) for menu in menus]
+        left = self.left_by_channels(self._project_coupled(tensors), tensors)
+        members = with_whole_members([named[menu.name] for menu in menus], tensors)
+        return [option_losses(c, menu, live, left.get(c.name)) for menu, (c, live) in zip(menus, members, strict=True)]
 
     def loss(self, losses: Sequence[Floats]) -> float:
         """Return what the options that it has cost, of `option_losses`; 0 without a budget."""
@@ -109,9 +116,14 @@ class Plan(_Data):
 
     def project(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the mask of every constraint's projection, by its name: of channels, then of what those leave."""
-        kept = {c.name: c.project(tensors) for c in self.constraints if c.pattern.coupled}
-        left = self.left_by_channels(kept, tensors)
-        return {c.name: kept[c.name] if c.name in kept else c.project(tensors, left.get(c.name)) for c in self}
+        coupled = self._project_coupled(tensors)
+        left = self.left_by_channels(coupled, tensors)
+        single = with_whole_members([c for c in self.constraints if not c.pattern.coupled], tensors)
+        return coupled | {c.name: c.project(live, left.get(c.name)) for c, live in single}
+
+    def _project_coupled(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        coupled = with_whole_members([c for c in self.constraints if c.pattern.coupled], tensors)
+        return {c.name: c.project(live) for c, live in coupled}
 
     def left_by_channels(self, kept: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what channels leave of single weights, as their constraints see them, by the constraint's name.

@@ -30,7 +30,7 @@ from slrc.options import Precision
 from slrc.progress import Quiet, Reporter
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.plans import Plan
-from slrc.sparsity.shards import own, share, whole
+from slrc.sparsity.shards import own, own_of, whole_in_turn
 from slrc.training import sharding
 from slrc.training.batches import (
     count_steps,
@@ -306,7 +306,7 @@ class _Trainer:
     def _retrain_phase(self) -> _Phase:
         # Zeroing after each step undoes what momentum, weight decay and the gradient did to pruned weights.
         parameters = _parameters(self.model)
-        masks = [(parameters[n], own(share(m, parameters[n]))) for n, m in self.masks.tensors.items()]
+        masks = [(parameters[n], own_of(m, parameters[n])) for n, m in self.masks.tensors.items()]
 
         def keep_pruned() -> None:
             with torch.no_grad():
@@ -440,7 +440,7 @@ class _Trainer:
 
     def _save(self, phase: _Phase, epochs_done: int, part: PartOfEpoch, average: AveragedWeights | None) -> None:
         assert self.folder is not None
-        kept = {n: whole(t).cpu() for n, t in average.average.items()} if average is not None else {}
+        kept = {n: t.cpu() for n, t in whole_in_turn(average.average)} if average is not None else {}
         self.folder.save(self.accelerator, self._snapshot(phase, epochs_done, part, kept))
 
     def _measure(self, phase: str, epoch: int, loss: float | None, seconds: float) -> EpochRecord:

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin, broadcast, fsdp2_prepare_model
+from accelerate.utils import FullyShardedDataParallelPlugin, fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from slrc.errors import TrainingError
-from slrc.sparsity.shards import is_shared, own, share, whole
+from slrc.sparsity.shards import copy_from_first, is_shared, own, share, whole_in_turn
 from slrc.user_code import first_line
 
 ASKED = "ACCELERATE_USE_FSDP"
@@ -92,8 +92,7 @@ def copy_state(model: nn.Module, twin: nn.Module) -> None:
 
 def follow_first(model: nn.Module) -> None:
     """Take over the first process's buffers, such as batch norm's statistics, which are of its share of samples."""
-    for buffer in model.buffers():
-        broadcast(buffer)
+    copy_from_first(list(model.buffers()))
 
 
 def _let_go(module: Any, args: Any, output: Any) -> None:
@@ -103,8 +102,10 @@ def _let_go(module: Any, args: Any, output: Any) -> None:
 
 
 def _gather_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    for name, value in state.items():
-        state[name] = _gathered(value)
+    shared = {n: t for n, t in state.items() if isinstance(t, Tensor) and is_shared(t)}
+    for name, value in whole_in_turn(shared):
+        # Copied: what is gathered of uneven parts lies in a longer storage, which safetensors refuses.
+        state[name] = value.to("cpu", copy=True)
 
 
 def _share_state(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -115,10 +116,11 @@ def _share_state(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
 
 
 def _gather_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    gathered = pytree.tree_map(
-        lambda x: whole(x).cpu() if isinstance(x, Tensor) and is_shared(x) else x, state["state"]
-    )
-    return {**state, "state": gathered}
+    values, spec = pytree.tree_flatten(state["state"])
+    shared = {str(i): x for i, x in enumerate(values) if isinstance(x, Tensor) and is_shared(x)}
+    for i, value in whole_in_turn(shared):
+        values[int(i)] = value.cpu()
+    return {**state, "state": pytree.tree_unflatten(values, spec)}
 
 
 def _share_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
@@ -135,8 +137,3 @@ def _share_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, A
         for i, of_one in state["state"].items()
     }
     return {**state, "state": own_state}
-
-
-def _gathered(value: Any) -> Any:
-    # Copied: what is gathered of uneven parts lies in a longer storage, which safetensors refuses.
-    return whole(value).to("cpu", copy=True) if isinstance(value, Tensor) and is_shared(value) else value

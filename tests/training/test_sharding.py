@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,11 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 import slrc
+from slrc.sparsity.plans import Plan
 from slrc.training.trained import save_weights
 
 # Each process takes half of a batch. Interrupted, it resumes in the same process.
 SCRIPT = """
-import gc, os, sys
+import gc, json, os, sys
 from pathlib import Path
 
 import torch
@@ -28,12 +30,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import slrc
 from slrc.config import CompileConfig
+from slrc.methods.slr import SLR
+from slrc.sparsity import shards
 from slrc.sparsity.plans import Plan
 from slrc.training.loop import train
 
 torch.set_num_threads(1)
 processes, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
-METHODS = ("slr-tightening", "group-lasso")
+CASES = [("slr-tightening", "plan"), ("admm", "channel"), ("ac-dc", "plan"), ("group-lasso", "channel")]
 
 
 class Stop(slrc.SlrcError):
@@ -84,10 +88,50 @@ def stop(folder, name, step):
     raise AssertionError
 
 
+def tensors():
+    torch.manual_seed(0)
+    made = {str(shape): torch.randn(shape) for shape in ((5, 3), (1, 2), (4,), (7, 2, 2))}
+    return {**made, "bool": torch.randn(3, 3) > 0, "int": torch.arange(5)}
+
+
+def share_out(tensors):
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (processes,))
+    return {n: distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None) for n, t in tensors.items()}
+
+
+def gather_rows(folder):
+    rows = share_out(tensors())
+    assert all(torch.equal(shards.own_of(t, rows[n]), shards.own(rows[n])) for n, t in tensors().items())
+    again = {n: shards.of_own(shards.own(t).clone(), t) for n, t in rows.items()}
+    save_file({n: t.contiguous() for n, t in shards.whole(again).items()}, folder / f"rows{rank}")
+    first = [t + rank for t in tensors().values() if t.dtype != torch.bool]
+    shards.copy_from_first([*first, torch.tensor(1.0 + rank)])
+    sums = shards.totals([1.0 + rank, 10.0], of=list(rows.values()))
+    (folder / f"sums{rank}").write_text(json.dumps({"sums": sums, "first": [t.sum().item() for t in first]}))
+
+
+def count_collectives(folder):
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    counts = []
+    for name in ("one", "plan"):
+        plan = Plan.load(folder / f"{name}.json")
+        parameters = {n: nn.Parameter(t) for n, t in share_out(dict(make().model.named_parameters())).items()}
+        slr = SLR(parameters, plan, 10)
+        with CommDebugMode() as seen:
+            slr.update(lambda: 1.0)
+        counts.append({str(op): count for op, count in seen.get_comm_counts().items()})
+    (folder / f"counts{rank}").write_text(json.dumps(counts))
+
+
 def main(folder):
     gc.freeze()  # else each phase of training collects all that was imported
-    for method in METHODS:
-        save(folder, method, run(folder, method))
+    for method, plan in CASES:
+        save(folder, f"{method}, {plan}", run(folder, method, plan))
+    gather_rows(folder)
+    count_collectives(folder)
     save(folder, "started", run(folder, "gradual", start_from=folder / "start"))
     save(folder, "norm", run(folder, "slr", "norm", norm=True))
     stop(folder, "resumed", 5)
@@ -118,8 +162,15 @@ def two(one: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with what two processes made."""
     folder = tmp_path_factory.mktemp("sharded")
     (folder / "script.py").write_text(SCRIPT)
-    for name, workload in (("plan", one.make()), ("norm", one.make(norm=True))):
-        slrc.plan(slrc.capture(workload), pattern="block:4x1", sparsity=0.5, round_to=1).save(folder / f"{name}.json")
+    program, norm = slrc.capture(one.make()), slrc.capture(one.make(norm=True))
+    for name, planned, pattern in (
+        ("plan", program, "block:4x1"),
+        ("norm", norm, "block:4x1"),
+        ("channel", program, "channel"),
+    ):
+        slrc.plan(planned, pattern=pattern, sparsity=0.5, round_to=1).save(folder / f"{name}.json")
+    plan = Plan.load(folder / "plan.json")
+    plan.model_copy(update={"constraints": plan.constraints[:1]}).save(folder / "one.json")
     (folder / "start").mkdir()
     other = {n: 1.5 * t.flip(0) for n, t in one.make().model.state_dict().items()}
     save_weights(other, folder / "start")
@@ -139,10 +190,32 @@ def assert_same(folder: Path, name: str, masks: dict[str, torch.Tensor], tensors
         assert (found[n] - tensor).abs().max() <= TOLERANCE * tensor.abs().max(), (name, n)
 
 
-@pytest.mark.parametrize("method", ["slr-tightening", "group-lasso"])
-def test_sharded_processes_train_what_one_does(one: Any, two: Path, method: str) -> None:
-    alone = one.run(two, method)
-    assert_same(two, method, dict(alone.masks.tensors), alone.tensors)
+def test_sharded_processes_train_what_one_does(one: Any, two: Path) -> None:
+    for method, plan in one.CASES:
+        alone = one.run(two, method, plan)
+        assert_same(two, f"{method}, {plan}", dict(alone.masks.tensors), alone.tensors)
+
+
+def test_rows_of_uneven_tensors_are_gathered_at_once_in_their_order_and_type(one: Any, two: Path) -> None:
+    expected = one.tensors()
+    for rank in range(2):
+        found = load_file(two / f"rows{rank}")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(t, expected[n]) for n, t in found.items())
+        assert all(t.dtype == expected[n].dtype for n, t in found.items())
+
+
+def test_sums_are_those_of_all_and_buffers_those_of_the_first(one: Any, two: Path) -> None:
+    first = [t.sum().item() for t in one.tensors().values() if t.dtype != torch.bool]
+    for rank in range(2):
+        assert json.loads((two / f"sums{rank}").read_text()) == {"sums": [3.0, 20.0], "first": first}
+
+
+def test_an_update_talks_as_often_for_many_weights_as_for_one(two: Path) -> None:
+    for rank in range(2):
+        one, many = json.loads((two / f"counts{rank}").read_text())
+        assert one == many
+        assert 2 <= sum(many.values()) <= 5, many
 
 
 def test_sharded_processes_start_from_other_weights(one: Any, two: Path) -> None:

@@ -73,6 +73,15 @@ FILES = (
         kernels=True,
     ),
     ResultsFile(
+        "int8_latency.json",
+        "taskset -c 1 python benchmarks/int8_latency.py --openvino",
+        (
+            *("benchmarks/int8_latency.py", "slrc/measuring/choose_forms.py", TIMING, *FORMS),
+            *("passes/quantization", "backends/quantized_onnx.py"),
+        ),
+        kernels=True,
+    ),
+    ResultsFile(
         "split_copies.json",
         "taskset -c 1 python benchmarks/split_copies.py",
         ("benchmarks/split_copies.py", "benchmarks/kernel_latency.py"),

@@ -37,6 +37,7 @@ from slrc.backends import Runner, get_backend, parse_target
 from slrc.backends.ort.run import OnnxRuntimeRunner
 from slrc.forms.form import Form, FormKind, Forms
 from slrc.ir.program import Program
+from slrc.machine.memory import keep_freed_memory
 from slrc.measuring.choose_forms import form_candidates
 from slrc.options import Int8Settings
 from slrc.quantization.choose import quantize
@@ -55,6 +56,13 @@ SPARSITIES = (0.0, 0.5)
 PATTERN = "block:8x4"
 PACKED = Form(FormKind.PACKED_INT8, 8)
 INT8 = parse_target("ort+int8")
+NAMES = {
+    "resnet20": "ResNet-20, CIFAR-10",
+    "resnet56": "ResNet-56, CIFAR-10",
+    "imagenette_mobilenet_v2": "MobileNetV2, Imagenette",
+    "mobilenet_v2": "MobileNetV2, ImageNet",
+    "efficientnet_lite0": "EfficientNet-Lite0, ImageNet",
+}
 Row = dict[str, Any]
 Run = Callable[[Tensor], Tensor]
 
@@ -66,6 +74,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as the command line does
     rows = Rows(__file__)
     for sparsity in SPARSITIES:
         key = row_key(args.network, sparsity)

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from rendering import accuracy, coverage, engines, latency
+from rendering import accuracy, coverage, engines, integers, latency
 from results import ROOT
 
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -29,6 +29,9 @@ TABLES: dict[str, Callable[[], str]] = {
         latency.tasks_latency,
         latency.tasks_pipeline,
         latency.split_copies,
+        integers.int8_latency,
+        integers.int8_kernel_latency,
+        integers.int8,
         engines.torch_target,
         engines.gpu_latency,
         coverage.zoo,

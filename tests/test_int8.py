@@ -194,17 +194,25 @@ def test_a_network_pruned_in_blocks_runs_in_packed_integers(tmp_path: Path, monk
     assert all(c.metric is not None for c in target.int8.corners)
 
 
-def test_forms_for_an_int8_target_are_timed_in_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slrc.measuring.timing.PATIENCE", 0.0)
-    program = pipeline.baseline(slrc.capture(slrc.Workload(Residual().eval(), (torch.randn(1, 16, 8, 8),))))
-    lowered: list[Any] = []
+@pytest.fixture
+def lowered(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The programs that ONNX Runtime's backend was given."""
+    programs: list[Any] = []
     lower = OnnxRuntime.lower
 
     def watched(self: OnnxRuntime, program: Any, *args: Any, **kwargs: Any) -> Any:
-        lowered.append(program)
+        programs.append(program)
         return lower(self, program, *args, **kwargs)
 
     monkeypatch.setattr(OnnxRuntime, "lower", watched)
+    return programs
+
+
+def test_forms_for_an_int8_target_are_timed_in_int8(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lowered: list[Any]
+) -> None:
+    monkeypatch.setattr("slrc.measuring.timing.PATIENCE", 0.0)
+    program = pipeline.baseline(slrc.capture(slrc.Workload(Residual().eval(), (torch.randn(1, 16, 8, 8),))))
     clock = Clock(parse_target("ort+int8"), 1, tmp_path)
     (timing,) = clock.times([Job.of_whole(program)], Budget(0.01, 2))
     assert 0 < timing.ms < float("inf")
@@ -219,19 +227,11 @@ def emitted(text: str, out: Path) -> LoweredProgram:
 
 
 def test_speedups_that_doctor_shows_for_an_int8_target_are_of_rounding_networks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lowered: list[Any]
 ) -> None:
     monkeypatch.setattr("slrc.doctor.times.PART", Budget(0.0, 1))
     monkeypatch.setattr("slrc.doctor.times.WHOLE", Budget(0.0, BLOCKS))
     monkeypatch.setattr("slrc.doctor.times.SPARSITIES", (0.5,))
-    lowered: list[Any] = []
-    lower = OnnxRuntime.lower
-
-    def watched(self: OnnxRuntime, program: Any, *args: Any, **kwargs: Any) -> Any:
-        lowered.append(program)
-        return lower(self, program, *args, **kwargs)
-
-    monkeypatch.setattr(OnnxRuntime, "lower", watched)
     program = slrc.capture(slrc.Workload(Residual().eval(), (torch.randn(1, 16, 8, 8),)))
     config, target = make_config({"target": "ort+int8"}), parse_target("ort+int8")
     (point,) = time_speedups(program, (Channel(),), config, target, 1, Deadline(60.0, time.monotonic), Quiet())

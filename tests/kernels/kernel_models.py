@@ -85,3 +85,11 @@ def session(model: onnx.ModelProto, library: Path, threads: int = 1) -> ort.Infe
 def feed(layer: Layer, name: str = "") -> dict[str, np.ndarray]:
     """Return a layer's run-time inputs."""
     return {name + "x": layer.x} | ({} if layer.residual is None else {name + "residual": layer.residual})
+
+
+def set_attributes(node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
+    """Give a node other attributes; it loses those that are `None`."""
+    kept = [a for a in node.attribute if a.name not in attributes]
+    del node.attribute[:]
+    node.attribute.extend(kept)
+    node.attribute.extend(helper.make_attribute(n, value) for n, value in attributes.items() if value is not None)

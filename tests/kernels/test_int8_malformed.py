@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from int8_layers import QLayer, qmodel, quantized_weight
-from kernel_models import session
+from kernel_models import session, set_attributes
 from onnx import helper, numpy_helper
 
 from slrc.kernels.build import build
@@ -35,12 +35,7 @@ def changed(given: QLayer, attributes: dict[str, Any], tensors: dict[str, Any], 
     """Return the layer's model with other attributes and initializers; `drop` makes an initializer an input."""
     model = qmodel({"": given}, functions=False)
     node = model.graph.node[0]
-    for name, value in attributes.items():
-        kept = [a for a in node.attribute if a.name != name]
-        del node.attribute[:]
-        node.attribute.extend(kept)
-        if value is not None:
-            node.attribute.append(helper.make_attribute(name, value))
+    set_attributes(node, attributes)
     for initializer in list(model.graph.initializer):
         name = initializer.name.removeprefix("node.")
         if name in tensors:

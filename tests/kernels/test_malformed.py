@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from kernel_layers import Layer, sparse_weight
-from kernel_models import feed, layer_parts, make_model, mlp_parts, pool_session, session
+from kernel_models import feed, layer_parts, make_model, mlp_parts, pool_session, session, set_attributes
 from onnx import helper, numpy_helper
 
 
@@ -28,12 +28,7 @@ def layer(shape: tuple[int, ...] = (16, 6, 3, 3)) -> Layer:
 def run(library: Path, given: Layer, attributes: dict[str, Any], tensors: dict[str, Any], drop: str = "") -> None:
     """Run a layer whose attributes and initializers have been replaced; `drop` makes an initializer an input."""
     node, inputs, initializers, output = layer_parts(given)
-    for name, value in attributes.items():
-        kept = [a for a in node.attribute if a.name != name]
-        del node.attribute[:]
-        node.attribute.extend(kept)
-        if value is not None:
-            node.attribute.append(helper.make_attribute(name, value))
+    set_attributes(node, attributes)
     arrays = {i.name: numpy_helper.to_array(i) for i in initializers} | tensors
     feeds = feed(given)
     if drop:

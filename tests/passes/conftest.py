@@ -6,13 +6,14 @@ import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis.internal.conjecture import providers
 from torch import Tensor, nn
 
-from slrc.ir.program import Program
+from slrc.ir.program import Program, capture
 from slrc.passes.structure.shrink_channels import ShrinkChannels
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.plans import Plan
@@ -99,3 +100,16 @@ def slim_equals_masked(masked_outputs: Callable[..., list[Tensor]]) -> Callable[
         return slim
 
     return check
+
+
+@pytest.fixture
+def captured(randomized: Callable[[nn.Module], nn.Module]) -> Callable[..., tuple[nn.Module, Program]]:
+    """Captures a case `(run, layers, shape)`, a `Net` on two samples of a shape; returns the model too."""
+
+    def of(case: tuple[Callable[..., object], dict[str, Any], tuple[int, ...]]) -> tuple[nn.Module, Program]:
+        run, layers, shape = case
+        torch.manual_seed(0)
+        model = randomized(Net(run, **layers))
+        return model, capture(model, (torch.randn(2, *shape, dtype=torch.float64),))
+
+    return of

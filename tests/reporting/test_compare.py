@@ -2,42 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
 from io import StringIO
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from rich.console import Console
+from sample_reports import Page, make_report
 
 from slrc.errors import OutputError
 from slrc.reporting.compare import Comparison, compare, compare_tables, render_comparison
 
-HERE = Path(__file__).parent
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-pages = load("test_page")
-
 
 def build(folder: Path, **changes: Any) -> Path:
     folder.mkdir(parents=True)
-    pages.make_report(**changes).save(folder)
+    make_report(**changes).save(folder)
     return folder
 
 
 @pytest.fixture
 def two(tmp_path: Path) -> Comparison:
-    report = pages.make_report()
+    report = make_report()
     faster = report.latency[0].model_copy(
         update={
             "compiled_ms": report.latency[0].compiled_ms.model_copy(update={"p50": 0.5}),
@@ -79,7 +64,7 @@ def test_the_table_and_the_page_show_them_all(two: Comparison) -> None:
     for table in compare_tables(two):
         console.print(table)
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    page = pages.Page(render_comparison(two))
+    page = Page(render_comparison(two))
     assert not page.faults
     assert len(set(page.ids)) == len(page.ids)
     assert all(address.startswith("#") for address in page.addresses)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import signal
+import sys
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "reporting"))
+from sample_reports import Page, make_report
 
 import slrc
 from slrc import api
@@ -31,19 +33,6 @@ from slrc.sweep.work import sweep
 pytest.importorskip("optuna")
 MakeWorkload = Callable[..., slrc.Workload]
 POINTS = parse_points("channel,block:8x1", "2,4")
-
-
-def load(name: str) -> ModuleType:
-    path = Path(__file__).parents[1] / "reporting" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-pages = load("test_page")
 
 
 class Compiler:
@@ -66,7 +55,7 @@ class Compiler:
         if error := self.errors.get(out.name):
             raise error
         out.mkdir(parents=True)
-        report = pages.make_report(pattern=str(config.pattern))
+        report = make_report(pattern=str(config.pattern))
         ms = report.latency[0].dense_ms.p50 / config.speedup
         compiled = report.latency[0].compiled_ms.model_copy(update={"p50": ms})
         latency = report.latency[0].model_copy(update={"compiled_ms": compiled, "speedup": config.speedup})
@@ -148,7 +137,7 @@ def test_every_point_starts_from_the_same_weights(
     assert "2.00 times as fast" in found.recommendation
     assert Summary.model_validate_json((tmp_path / "sweep" / "summary.json").read_text()) == found
     text = (tmp_path / "sweep" / "report.html").read_text()
-    page = pages.Page(text)
+    page = Page(text)
     assert not page.faults
     assert "channel-2x/report.html" in page.addresses
     for words in (found.recommendation, "4 of 4\xa0points done", "recommended", "dominated"):
@@ -282,7 +271,7 @@ def test_dense_int8_stands_beside_dense_float32(
     assert lines[2][:2] == ["2", "channel-2x"]
     assert sweep_notes(found) == ["speed-ups are those over dense-int8"]
     text = (tmp_path / "sweep" / "report.html").read_text()
-    assert not pages.Page(text).faults
+    assert not Page(text).faults
     assert '<td>1</td><th scope="row" class="name">dense-int8</th>' in text
     assert '<td>2</td><th scope="row" class="name"><a href="channel-2x/report.html">' in text
     assert f'aria-label="accuracy against milliseconds of {len(POINTS) + 2} networks"' in text

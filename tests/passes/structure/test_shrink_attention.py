@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slrc.ir.program import Program, capture
+from slrc.ir.program import capture
 from slrc.passes.allocation.allocate_sparsity import allocate_sparsity
 from slrc.passes.analysis.label_indices import label_indices
 from slrc.pipeline import structure
@@ -146,20 +146,13 @@ OTHERS: dict[str, Case] = {
 }
 
 
-def captured(case: Case, net: Any, randomized: Any) -> tuple[nn.Module, Program]:
-    run, layers, shape = case
-    torch.manual_seed(0)
-    model = randomized(net(run, **layers))
-    return model, capture(model, (torch.randn(2, *shape, dtype=torch.float64),))
-
-
 @pytest.mark.parametrize("keep", [1, 2])
 @pytest.mark.parametrize("attention", Attention)
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention_slim_equals_masked(
-    name: str, attention: Attention, keep: int, net: Any, randomized: Any, slim_equals_masked: Any
+    name: str, attention: Attention, keep: int, captured: Any, slim_equals_masked: Any
 ) -> None:
-    model, program = captured(ATTENTION[name], net, randomized)
+    model, program = captured(ATTENTION[name])
     plan = allocate_sparsity(program, Channel(), 0.5, keep_ends=False, attention=attention)
     assert {c.groups for c in plan} == {HEADS if attention is Attention.HEADS else HEAD_WIDTH}
     kept = tuple(c.model_copy(update={"keep": keep}) for c in plan)
@@ -168,9 +161,9 @@ def test_attention_slim_equals_masked(
     assert tuple(slim.tensors["o.weight"].shape) == (3, width)
 
 
-def test_query_heads_go_with_the_key_head_that_they_share(net: Any, randomized: Any, slim_equals_masked: Any) -> None:
+def test_query_heads_go_with_the_key_head_that_they_share(captured: Any, slim_equals_masked: Any) -> None:
     case: Case = (grouped_query, q_k_v(queries=6 * HEAD_WIDTH, keys=3 * HEAD_WIDTH), TOKENS)
-    model, program = captured(case, net, randomized)
+    model, program = captured(case)
     plan = allocate_sparsity(program, Channel(), 0.3, keep_ends=False)
     assert [(c.groups, c.keep) for c in plan] == [(3, 2)]
     slim = slim_equals_masked(model, program, plan)
@@ -189,17 +182,17 @@ def repeated_keys(m: Any, x: Tensor) -> Tensor:
     return m.o(merge_heads(F.scaled_dot_product_attention(q, k, v)))
 
 
-def test_query_heads_go_with_a_key_head_that_is_repeated(net: Any, randomized: Any, slim_equals_masked: Any) -> None:
+def test_query_heads_go_with_a_key_head_that_is_repeated(captured: Any, slim_equals_masked: Any) -> None:
     case: Case = (repeated_keys, q_k_v(queries=6 * HEAD_WIDTH, keys=3 * HEAD_WIDTH), TOKENS)
-    model, program = captured(case, net, randomized)
+    model, program = captured(case)
     plan = allocate_sparsity(program, Channel(), 0.3, keep_ends=False)
     assert [(c.groups, c.keep) for c in plan] == [(3, 2)]
     slim_equals_masked(model, program, plan)
 
 
-def test_values_narrower_than_keys(net: Any, randomized: Any) -> None:
+def test_values_narrower_than_keys(captured: Any) -> None:
     """The kernel that attention runs by, and how its result lies in memory, depend on the widths."""
-    model, program = captured((separate, q_k_v(), TOKENS), net, randomized)
+    model, program = captured((separate, q_k_v(), TOKENS))
     model, program = model.float(), capture(model.float(), (torch.randn(2, *TOKENS),))
     plan = allocate_sparsity(program, Channel(), 0.5, keep_ends=False, attention=Attention.WIDTH, skip=["v"])
     masks = Masks.project(plan, program.tensors)
@@ -210,11 +203,11 @@ def test_values_narrower_than_keys(net: Any, randomized: Any) -> None:
     assert slim.tensors["q.weight"].shape != slim.tensors["v.weight"].shape
 
 
-def test_multi_head_attention_of_torch(net: Any, randomized: Any, slim_equals_masked: Any) -> None:
+def test_multi_head_attention_of_torch(captured: Any, slim_equals_masked: Any) -> None:
     """Its view merges the heads with the batch: the width of a head is what can go."""
     layers = {"i": nn.Linear(4, 12), "a": nn.MultiheadAttention(12, 2, batch_first=True), "o": nn.Linear(12, 3)}
     case: Case = (lambda m, x: m.o(m.a(m.i(x), m.i(x), m.i(x), need_weights=False)[0]), layers, TOKENS)
-    model, program = captured(case, net, randomized)
+    model, program = captured(case)
     plan = allocate_sparsity(program, Channel(), 0.5, keep_ends=False)
     widths = {c.members[0].tensor: c.groups for c in plan}
     assert widths["a.in_proj_weight"] == 6
@@ -222,34 +215,34 @@ def test_multi_head_attention_of_torch(net: Any, randomized: Any, slim_equals_ma
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_slim_equals_masked(name: str, net: Any, randomized: Any, slim_equals_masked: Any) -> None:
-    model, program = captured(OTHERS[name], net, randomized)
+def test_slim_equals_masked(name: str, captured: Any, slim_equals_masked: Any) -> None:
+    model, program = captured(OTHERS[name])
     plan = allocate_sparsity(program, Channel(), 0.5, keep_ends=False)
     assert plan.constraints
     assert all(c.keep < c.groups for c in plan)
     slim_equals_masked(model, program, plan)
 
 
-def test_a_group_of_a_group_norm_goes_whole(net: Any, randomized: Any) -> None:
-    _, program = captured(OTHERS["group norm"], net, randomized)
+def test_a_group_of_a_group_norm_goes_whole(captured: Any) -> None:
+    _, program = captured(OTHERS["group norm"])
     assert [(g.name, g.units) for g in label_indices(program).groups] == [("a", 4)]
 
 
 @pytest.mark.parametrize(("multiple", "kept"), [(1, 5), (4, 8), (8, 8), (16, 10)])
-def test_kept_widths_are_rounded_up(multiple: int, kept: int, net: Any, randomized: Any) -> None:
+def test_kept_widths_are_rounded_up(multiple: int, kept: int, captured: Any) -> None:
     case: Case = (lambda m, x: m.o(m.a(x)), {"a": nn.Linear(4, 10), "o": nn.Linear(10, 3)}, TOKENS)
-    _, program = captured(case, net, randomized)
+    _, program = captured(case)
     plan = allocate_sparsity(program, Channel(), 0.5, keep_ends=False, round_to=multiple)
     assert [c.keep for c in plan] == [kept]
     assert ("rounded up" in plan.shortfall) == (kept > 5)
 
 
-def test_a_head_that_is_wide_enough_needs_no_rounding(net: Any, randomized: Any) -> None:
+def test_a_head_that_is_wide_enough_needs_no_rounding(captured: Any) -> None:
     case: Case = (
         lambda m, x: separate(m, x),
         {**q_k_v(HEADS * 8, HEADS * 8)},
         TOKENS,
     )
-    _, program = captured(case, net, randomized)
+    _, program = captured(case)
     plan = allocate_sparsity(program, Channel(), 0.6, keep_ends=False, round_to=8)
     assert [(c.groups, c.keep) for c in plan] == [(3, 1)]

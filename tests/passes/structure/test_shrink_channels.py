@@ -202,23 +202,16 @@ CASES: dict[str, Case] = {
 }
 
 
-def captured(case: Case, net: Any, randomized: Any) -> tuple[nn.Module, Program]:
-    run, layers, shape = case
-    torch.manual_seed(0)
-    model = randomized(net(run, **layers))
-    return model, capture(model, (torch.randn(2, *shape, dtype=torch.float64),))
-
-
 @pytest.mark.parametrize("name", CASES)
-def test_slim_equals_masked(name: str, net: Any, randomized: Any, slim_equals_masked: Any) -> None:
-    model, program = captured(CASES[name], net, randomized)
+def test_slim_equals_masked(name: str, captured: Any, slim_equals_masked: Any) -> None:
+    model, program = captured(CASES[name])
     plan = allocate_sparsity(program, Channel(), 0.5, allocation=Allocation.GLOBAL, keep_ends=False)
     slim_equals_masked(model, program, plan)
     last = tuple(c.model_copy(update={"keep": 1}) for c in plan)
     slim_equals_masked(model, program, plan.model_copy(update={"constraints": last}))
 
 
-def test_dict_output(net: Any, randomized: Any, slim_equals_masked: Any) -> None:
+def test_dict_output(captured: Any, slim_equals_masked: Any) -> None:
     """Its outputs are pinned, what lies before them is not; its keys stay."""
 
     def run(m: Any, x: Tensor) -> dict[str, Any]:
@@ -226,7 +219,7 @@ def test_dict_output(net: Any, randomized: Any, slim_equals_masked: Any) -> None
         return {"logits": m.o(y), "more": {"features": m.f(y), "both": [m.o(y), x]}}
 
     case: Any = (run, {"a": conv(4, 8), "f": conv(8, 6), "o": conv(8, 3)}, IMAGE)
-    model, program = captured(case, net, randomized)
+    model, program = captured(case)
     plan = allocate_sparsity(program, Channel(), 0.5, keep_ends=False)
     assert [(c.name, c.groups) for c in plan] == [("a", 8)]
     slim = slim_equals_masked(model, program, plan)
@@ -236,15 +229,15 @@ def test_dict_output(net: Any, randomized: Any, slim_equals_masked: Any) -> None
     assert out["more"]["features"].shape == (2, 6, 4, 4)
 
 
-def chain(net: Any, randomized: Any, keep: int = 5) -> tuple[nn.Module, Program, Plan, Masks]:
-    model, program = captured(CASES["chain"], net, randomized)
+def chain(captured: Any, keep: int = 5) -> tuple[nn.Module, Program, Plan, Masks]:
+    model, program = captured(CASES["chain"])
     plan = allocate_sparsity(program, Channel(), 0.5, keep_ends=False)
     plan = plan.model_copy(update={"constraints": tuple(c.model_copy(update={"keep": keep}) for c in plan)})
     return model, program, plan, Masks.project(plan, program.tensors)
 
 
-def test_every_tensor_of_the_group_is_narrowed(net: Any, randomized: Any) -> None:
-    _, program, plan, masks = chain(net, randomized)
+def test_every_tensor_of_the_group_is_narrowed(captured: Any) -> None:
+    _, program, plan, masks = chain(captured)
     slim, modified = ShrinkChannels(plan, masks)(program)
     assert modified
     assert {name: tuple(t.shape) for name, t in slim.tensors.items() if t.dim()} == {
@@ -262,15 +255,15 @@ def test_every_tensor_of_the_group_is_narrowed(net: Any, randomized: Any) -> Non
     assert slim.macs == (5 * 4 + 3 * 5) * 16
 
 
-def test_nothing_pruned_is_left_alone(net: Any, randomized: Any) -> None:
-    _, program, plan, masks = chain(net, randomized, keep=8)
+def test_nothing_pruned_is_left_alone(captured: Any) -> None:
+    _, program, plan, masks = chain(captured, keep=8)
     slim, modified = ShrinkChannels(plan, masks)(program)
     assert not modified
     assert slim is program
 
 
-def test_the_program_that_went_in_is_not_changed(net: Any, randomized: Any) -> None:
-    _, program, plan, masks = chain(net, randomized)
+def test_the_program_that_went_in_is_not_changed(captured: Any) -> None:
+    _, program, plan, masks = chain(captured)
     before = {name: t.clone() for name, t in program.tensors.items()}
     ShrinkChannels(plan, masks)(program)
     assert all(torch.equal(t, before[name]) for name, t in program.tensors.items())
@@ -291,8 +284,8 @@ def test_the_batch_stays_dynamic(net: Any, randomized: Any, masked_outputs: Any,
     compare("batch of 7", outputs_of(masked.module(), other), outputs_of(slim.module(), other), 1e-9)
 
 
-def test_a_missing_tensor_is_reported(net: Any, randomized: Any) -> None:
-    _, program, plan, masks = chain(net, randomized)
+def test_a_missing_tensor_is_reported(captured: Any) -> None:
+    _, program, plan, masks = chain(captured)
     moved = plan.constraints[0].model_copy(update={"members": plan.constraints[0].members[2:]})
     assert moved.members[0].tensor == "n.weight"
     folded = FoldBatchNorm()(program).program

@@ -132,22 +132,14 @@ PINNED: dict[str, tuple[Case, str]] = {
 }
 
 
-def captured(case: Case, net: Any, randomized: Any) -> tuple[nn.Module, Program]:
-    run, layers, shape = case
-    model = randomized(net(run, **layers))
-    return model, capture(model, (torch.randn(2, *shape, dtype=torch.float64),))
-
-
 def narrow(program: Program, sparsity: float = 0.5, **options: Any) -> Plan:
     return allocate_sparsity(program, Channel(), sparsity, keep_ends=False, layer_norm=LayerNorm.NARROW, **options)
 
 
 @pytest.mark.parametrize("keep", [1, 5])
 @pytest.mark.parametrize("name", NORMS)
-def test_a_narrowed_norm_equals_the_masked_one(
-    name: str, keep: int, net: Any, randomized: Any, slim_equals_masked: Any
-) -> None:
-    model, program = captured(NORMS[name], net, randomized)
+def test_a_narrowed_norm_equals_the_masked_one(name: str, keep: int, captured: Any, slim_equals_masked: Any) -> None:
+    model, program = captured(NORMS[name])
     plan = narrow(program)
     kept = tuple(c.model_copy(update={"keep": min(keep, c.groups - 1)}) for c in plan)
     slim = slim_equals_masked(model, program, plan.model_copy(update={"constraints": kept}))
@@ -155,8 +147,8 @@ def test_a_narrowed_norm_equals_the_masked_one(
 
 
 @pytest.mark.parametrize("name", ["layer norm", "rms norm"])
-def test_a_norm_that_is_kept_pins(name: str, net: Any, randomized: Any) -> None:
-    _, program = captured(NORMS[name], net, randomized)
+def test_a_norm_that_is_kept_pins(name: str, captured: Any) -> None:
+    _, program = captured(NORMS[name])
     labels = label_indices(program)
     assert next(p for p in labels.pinned if p.layer == "a").reason.startswith("normalised over by")
 
@@ -164,39 +156,37 @@ def test_a_norm_that_is_kept_pins(name: str, net: Any, randomized: Any) -> None:
 @pytest.mark.parametrize("layer_norm", LayerNorm)
 @pytest.mark.parametrize("name", MEANS)
 def test_a_mean_over_fewer_equals_the_masked_one(
-    name: str, layer_norm: LayerNorm, net: Any, randomized: Any, slim_equals_masked: Any
+    name: str, layer_norm: LayerNorm, captured: Any, slim_equals_masked: Any
 ) -> None:
-    model, program = captured(MEANS[name], net, randomized)
+    model, program = captured(MEANS[name])
     plan = allocate_sparsity(program, Channel(), 0.6, keep_ends=False, layer_norm=layer_norm)
     slim = slim_equals_masked(model, program, plan)
     assert len(slim.tensors["a.weight"]) == plan.constraints[0].keep < WIDTH
 
 
 @pytest.mark.parametrize("name", PINNED)
-def test_what_is_not_zero_pins(name: str, net: Any, randomized: Any) -> None:
+def test_what_is_not_zero_pins(name: str, captured: Any) -> None:
     case, reason = PINNED[name]
-    _, program = captured(case, net, randomized)
+    _, program = captured(case)
     labels = label_indices(program, layer_norm=LayerNorm.NARROW)
     assert [(p.layer, p.reason) for p in labels.pinned if p.layer == "a"] == [("a", reason)]
 
 
 @pytest.mark.parametrize("attention", Attention)
-def test_queries_and_keys_are_normalised_by_head(
-    attention: Attention, net: Any, randomized: Any, slim_equals_masked: Any
-) -> None:
+def test_queries_and_keys_are_normalised_by_head(attention: Attention, captured: Any, slim_equals_masked: Any) -> None:
     def heads(m: Any, y: Tensor) -> Tensor:
         q, k, v = (layer(y).unflatten(-1, (3, 6)).transpose(1, 2) for layer in (m.q, m.k, m.v))
         return m.p(F.scaled_dot_product_attention(m.n(q), m.n(k), v).transpose(1, 2).flatten(2))
 
     layers: Layers = {name: nn.Linear(WIDTH, 18) for name in "qkv"}
     case = tokens(heads, **layers, n=nn.RMSNorm(6), p=nn.Linear(18, WIDTH))
-    model, program = captured(case, net, randomized)
+    model, program = captured(case)
     plan = narrow(program, attention=attention)
     slim = slim_equals_masked(model, program, plan)
     assert len(slim.tensors["q.weight"]) < 18
 
 
-def test_features_and_tokens_go_from_one_norm(net: Any, randomized: Any, slim_equals_masked: Any) -> None:
+def test_features_and_tokens_go_from_one_norm(captured: Any, slim_equals_masked: Any) -> None:
     """A shift is added at removed tokens too, so that what comes out is not zero there."""
 
     def run(m: Any, x: Tensor) -> Tensor:
@@ -205,26 +195,26 @@ def test_features_and_tokens_go_from_one_norm(net: Any, randomized: Any, slim_eq
 
     layers: Layers = {"a": nn.Linear(4, WIDTH), "mix": nn.Linear(5, 6, bias=False), "n": nn.LayerNorm(WIDTH)}
     layers |= {"o": nn.Linear(6, 3), "p": nn.Linear(WIDTH, 2)}
-    model, program = captured((run, layers, TOKENS), net, randomized)
+    model, program = captured((run, layers, TOKENS))
     plan = narrow(program)
     assert {c.name: c.groups for c in plan} == {"a": WIDTH, "mix": 6}
     slim_equals_masked(model, program, plan)
 
 
-def test_a_scale_that_two_norms_share(net: Any, randomized: Any, slim_equals_masked: Any) -> None:
+def test_a_scale_that_two_norms_share(captured: Any, slim_equals_masked: Any) -> None:
     """The first normalises what is pruned, the second what is not the same group: both see one parameter."""
 
     def run(m: Any, x: Tensor) -> Tensor:
         return m.o(m.n(m.a(x)) + m.n(m.b(x)))
 
     layers: Layers = {"a": nn.Linear(4, WIDTH), "b": nn.Linear(4, WIDTH), "n": nn.RMSNorm(WIDTH, eps=0.1)}
-    model, program = captured((run, {**layers, "o": nn.Linear(WIDTH, 3)}, TOKENS), net, randomized)
+    model, program = captured((run, {**layers, "o": nn.Linear(WIDTH, 3)}, TOKENS))
     slim = slim_equals_masked(model, program, narrow(program))
     assert slim.tensors["n.weight"].shape == (4,)
 
 
-def test_an_rms_norm_is_narrowed_again(net: Any, randomized: Any, masked_outputs: Any) -> None:
-    model, program = captured(NORMS["rms norm, eps"], net, randomized)
+def test_an_rms_norm_is_narrowed_again(captured: Any, masked_outputs: Any) -> None:
+    model, program = captured(NORMS["rms norm, eps"])
     first = narrow(program, 0.25)
     slim = ShrinkChannels(first, Masks.project(first, program.tensors))(program).program
     second = narrow(slim, 0.5)
@@ -235,24 +225,24 @@ def test_an_rms_norm_is_narrowed_again(net: Any, randomized: Any, masked_outputs
     torch.testing.assert_close(outputs_of(again.module(), program.example_inputs), reference)
 
 
-def test_a_layer_norm_is_narrowed_once(net: Any, randomized: Any) -> None:
-    _, program = captured(NORMS["layer norm"], net, randomized)
+def test_a_layer_norm_is_narrowed_once(captured: Any) -> None:
+    _, program = captured(NORMS["layer norm"])
     plan = narrow(program)
     slim = ShrinkChannels(plan, Masks.project(plan, program.tensors))(program).program
     labels = label_indices(slim, layer_norm=LayerNorm.NARROW)
     assert [(p.layer, p.reason) for p in labels.pinned if p.layer == "a"] == [("a", "reduced over by mean")]
 
 
-def test_a_layer_norm_becomes_operators_and_an_rms_norm_stays(net: Any, randomized: Any) -> None:
+def test_a_layer_norm_becomes_operators_and_an_rms_norm_stays(captured: Any) -> None:
     for name, expected in (("layer norm", set()), ("rms norm", {"rms_norm"})):
-        _, program = captured(NORMS[name], net, randomized)
+        _, program = captured(NORMS[name])
         plan = narrow(program)
         slim = ShrinkChannels(plan, Masks.project(plan, program.tensors))(program).program
         assert {op_name(n) for n in slim.nodes} & {"layer_norm", "rms_norm"} == expected
 
 
-def test_a_plan_remembers_the_option(net: Any, randomized: Any) -> None:
-    _, program = captured(NORMS["layer norm"], net, randomized)
+def test_a_plan_remembers_the_option(captured: Any) -> None:
+    _, program = captured(NORMS["layer norm"])
     plan = narrow(program)
     assert checked_plan(program, plan) == plan
     with pytest.raises(PlanError, match="constraint `a`: its tensors are not removable together"):

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slrc.ir.program import Program, capture
 from slrc.passes.allocation.allocate_sparsity import allocate_sparsity
 from slrc.passes.analysis.index_rules.attention import einsum_terms
 from slrc.passes.analysis.label_indices import label_indices
@@ -272,17 +271,10 @@ REMOVABLE: dict[str, Case] = {
 }
 
 
-def captured(case: Case, net: Any, randomized: Any) -> tuple[nn.Module, Program]:
-    run, layers, shape = case
-    torch.manual_seed(0)
-    model = randomized(net(run, **layers))
-    return model, capture(model, (torch.randn(2, *shape, dtype=torch.float64),))
-
-
 @pytest.mark.parametrize("name", REMOVABLE)
-def test_slim_equals_masked(name: str, net: Any, randomized: Any, slim_equals_masked: Any) -> None:
+def test_slim_equals_masked(name: str, captured: Any, slim_equals_masked: Any) -> None:
     """At half of the width, and down to one index of every group."""
-    model, program = captured(REMOVABLE[name], net, randomized)
+    model, program = captured(REMOVABLE[name])
     assert label_indices(program).unruled == {}
     plan = allocate_sparsity(program, Channel(), 0.5, keep_ends=False)
     assert any(where.tensor == "a.weight" for c in plan for where in c.members)
@@ -351,16 +343,16 @@ PINNED: dict[str, tuple[Case, str]] = {
 
 
 @pytest.mark.parametrize("name", PINNED)
-def test_what_cannot_go_is_pinned(name: str, net: Any, randomized: Any) -> None:
+def test_what_cannot_go_is_pinned(name: str, captured: Any) -> None:
     case, reason = PINNED[name]
-    labels = label_indices(captured(case, net, randomized)[1])
+    labels = label_indices(captured(case)[1])
     if reason:
         assert {p.layer: p.reason for p in labels.pinned}["a"] == reason
     assert not any(group.name in ("a", "r.weight_ih_l0") for group in labels.groups)
 
 
-def test_a_recurrent_unit_goes_from_every_gate_and_both_directions(net: Any, randomized: Any) -> None:
-    _, program = captured(REMOVABLE["two layers of an lstm in both directions"], net, randomized)
+def test_a_recurrent_unit_goes_from_every_gate_and_both_directions(captured: Any) -> None:
+    _, program = captured(REMOVABLE["two layers of an lstm in both directions"])
     state = next(g for g in label_indices(program).groups if g.name != "a")
     assert state.units == 6
     rows = next(s for s in state.members if s.tensor == "r.weight_ih_l0")

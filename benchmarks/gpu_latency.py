@@ -35,6 +35,7 @@ from slrc.ir.program import Program
 from slrc.measuring.timing import Budget, time_in_turns
 from slrc.pipeline import baseline, lower
 from slrc.training.batch_norm import recalibrate_batch_norm
+from slrc.user_code import reason_of
 from slrc.verify import outputs_of
 
 DENSE, PAIRS = "dense", "2:4"
@@ -213,7 +214,7 @@ def measure_torch(name: str, variants: dict[str, Variant], precision: str, batch
         try:
             calls[label], errors[label] = prepared(variant, label, precision, x, run)
         except Exception as error:  # whatever PyTorch has no kernel or no memory for: the others go on
-            missing[label] = first_line(error)
+            missing[label] = reason_of(error)
     if DENSE in calls:
         times = time_in_turns(list(calls.values()), run.budget)
         add_rows(run, name, precision, batch, "torch", dict(zip(calls, times, strict=True)), errors)
@@ -236,7 +237,7 @@ def measure_target(name: str, variants: dict[str, Variant], text: str, run: Run)
                 lowered = lower(variants[label].program, target, Path(folder) / str(len(runners)))
                 runners[label] = backend.load(lowered.folder, threads=1)
             except Exception as error:  # whatever the target cannot take: the others go on
-                run.add(key(name, label, precision, 0, text), {"why_not": first_line(error)})
+                run.add(key(name, label, precision, 0, text), {"why_not": reason_of(error)})
         for batch in run.batches:
             calls, errors = {}, {}
             for label, runner in runners.items():
@@ -245,7 +246,7 @@ def measure_target(name: str, variants: dict[str, Variant], text: str, run: Run)
                     errors[label] = error_of(expected_of(variants[label], x), runner(x))
                     calls[label] = runner.prepare(x)
                 except Exception as error:  # such as a batch that an engine does not take
-                    run.add(key(name, label, precision, batch, text), {"why_not": first_line(error)})
+                    run.add(key(name, label, precision, batch, text), {"why_not": reason_of(error)})
             if DENSE in calls:
                 times = time_in_turns(list(calls.values()), run.budget)
                 add_rows(run, name, precision, batch, text, dict(zip(calls, times, strict=True)), errors)
@@ -328,11 +329,6 @@ def measure_all(names: Sequence[str], run: Run) -> None:
             continue
         for name in names:
             measure_target(name, variants[name], text, run)
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of what an error says, or its type."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def lines_of(run: Run) -> Iterator[str]:

@@ -76,6 +76,11 @@ def said_first(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
 
 
+def reason_of(error: BaseException) -> str:
+    """Return the first line of what an error says, or its type."""
+    return said_first(error) or type(error).__name__
+
+
 def _lines(frames: Iterable[traceback.FrameSummary]) -> list[Line]:
     return [Line(f.filename, f.lineno or 0, _code(f)) for f in frames]
 

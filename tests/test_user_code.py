@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import slrc
-from slrc.user_code import LONGEST, Line, first_line, said_first, users_line
+from slrc.user_code import LONGEST, Line, first_line, reason_of, said_first, users_line
 
 PACKAGES = Path(sysconfig.get_paths()["purelib"])
 SLRC, PASS = slrc.__file__, str(Path(slrc.__file__).parent / "passes" / "base.py")
@@ -46,3 +46,4 @@ def test_the_line_to_show(files: list[str], found: str | None) -> None:
 def test_what_an_error_says_first(error: Exception, said: str, line: str) -> None:
     assert said_first(error) == said
     assert first_line(error) == line
+    assert reason_of(error) == (said or "KeyError")

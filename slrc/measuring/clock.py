@@ -15,7 +15,7 @@ from slrc.kernels.build import sources_digest
 from slrc.measuring.devices import Candidate, Device, Timing, local_device
 from slrc.measuring.jobs import Job, short
 from slrc.measuring.timing import Budget
-from slrc.user_code import said_first
+from slrc.user_code import reason_of
 
 
 class Clock:
@@ -58,7 +58,7 @@ class Clock:
                 program = job.program(self.target)
                 get_backend(self.target).lower(program, self.target, folder, portable=False)
         except Exception as error:  # whatever a pass or the exporter makes of a program
-            return said_first(error) or type(error).__name__
+            return reason_of(error)
         return folder
 
     def _write(self, path: Path, timings: Sequence[Timing]) -> None:

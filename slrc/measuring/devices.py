@@ -20,7 +20,7 @@ from slrc.backends.engine_summary import EngineSummary
 from slrc.machine.cores import usable_cores
 from slrc.measuring.timing import Budget, Latency, Percentiles, environment, medians, time_in_turns, time_with
 from slrc.progress import Reporter
-from slrc.user_code import said_first
+from slrc.user_code import reason_of
 from slrc.verify import Check
 
 
@@ -151,5 +151,5 @@ def _prepare(target: Target, candidate: Candidate, threads: int) -> Callable[[],
         call = get_backend(target).load(candidate.folder, threads=threads).prepare(*candidate.inputs)
         call()
     except Exception as error:  # whatever a runtime makes of a program
-        return said_first(error) or type(error).__name__
+        return reason_of(error)
     return call

@@ -236,8 +236,8 @@ def chain(captured: Any, keep: int = 5) -> tuple[nn.Module, Program, Plan, Masks
     return model, program, plan, Masks.project(plan, program.tensors)
 
 
-def test_every_tensor_of_the_group_is_narrowed(net: Any, randomized: Any) -> None:
-    _, program, plan, masks = chain(net, randomized)
+def test_every_tensor_of_the_group_is_narrowed(captured: Any) -> None:
+    _, program, plan, masks = chain(captured)
     slim, modified = ShrinkChannels(plan, masks)(program)
     assert modified
     assert {name: tuple(t.shape) for name, t in slim.tensors.items() if t.dim()} == {
@@ -255,15 +255,15 @@ def test_every_tensor_of_the_group_is_narrowed(net: Any, randomized: Any) -> Non
     assert slim.macs == (5 * 4 + 3 * 5) * 16
 
 
-def test_nothing_pruned_is_left_alone(net: Any, randomized: Any) -> None:
-    _, program, plan, masks = chain(net, randomized, keep=8)
+def test_nothing_pruned_is_left_alone(captured: Any) -> None:
+    _, program, plan, masks = chain(captured, keep=8)
     slim, modified = ShrinkChannels(plan, masks)(program)
     assert not modified
     assert slim is program
 
 
-def test_the_program_that_went_in_is_not_changed(net: Any, randomized: Any) -> None:
-    _, program, plan, masks = chain(net, randomized)
+def test_the_program_that_went_in_is_not_changed(captured: Any) -> None:
+    _, program, plan, masks = chain(captured)
     before = {name: t.clone() for name, t in program.tensors.items()}
     ShrinkChannels(plan, masks)(program)
     assert all(torch.equal(t, before[name]) for name, t in program.tensors.items())
@@ -284,8 +284,8 @@ def test_the_batch_stays_dynamic(net: Any, randomized: Any, masked_outputs: Any,
     compare("batch of 7", outputs_of(masked.module(), other), outputs_of(slim.module(), other), 1e-9)
 
 
-def test_a_missing_tensor_is_reported(net: Any, randomized: Any) -> None:
-    _, program, plan, masks = chain(net, randomized)
+def test_a_missing_tensor_is_reported(captured: Any) -> None:
+    _, program, plan, masks = chain(captured)
     moved = plan.constraints[0].model_copy(update={"members": plan.constraints[0].members[2:]})
     assert moved.members[0].tensor == "n.weight"
     folded = FoldBatchNorm()(program).program

@@ -36,6 +36,7 @@ from slrc.sparsity.patterns import AnyPattern
 from slrc.sparsity.plans import Plan
 from slrc.training import loop as training
 from slrc.training.choose_method import choose_method
+from slrc.training.run import ON_CPU
 from slrc.training.trained import WEIGHTS, Trained, pruned_further, read_weights
 from slrc.workload import Workload
 from slrc.workspace import Workspace
@@ -164,7 +165,7 @@ def _compile(
         "plan": _identify(config.plan, loaded_plan),
         "start_from": _identify_start(config.start_from),
     }
-    processes = PartialState(cpu=training.ON_CPU)
+    processes = PartialState(cpu=ON_CPU)
     if config.qat_epochs and processes.num_processes > 1:
         raise ConfigError(
             f"quantisation-aware training runs in one process, got {processes.num_processes}",

@@ -54,14 +54,10 @@ class Evaluation:
     def twin(self, model: nn.Module) -> nn.Module:
         """Return a copy of a model without the wrapper that casts to the training precision; sharded if that is."""
         if is_sharded(model):
-            sharded = shard(self.twin(self._workload.model), self._accelerator)
+            sharded = shard(twin_of(self._workload.model), self._accelerator)
             copy_state(model, sharded)
             return sharded
-        # A tensor with a gradient that `forward` kept, such as an auxiliary loss, cannot be copied as it is.
-        held = [t for m in model.modules() for t in pytree.tree_leaves(vars(m)) if isinstance(t, Tensor)]
-        twin = copy.deepcopy(model, {id(t): t.detach().clone() for t in held if not t.is_leaf})
-        unwrap(twin)
-        return twin
+        return twin_of(model)
 
     def recalibrate(self, model: nn.Module) -> None:
         """Take batch norm's statistics anew. See `recalibrate_batch_norm`."""
@@ -78,6 +74,15 @@ class Evaluation:
         seed_epoch(batches, self._seed, "recalibrate", 0)
         on_device = (send_to_device(batch, self._accelerator.device) for batch in read(batches))
         take(model, lambda model, batch: call_loss(self._workload, model, batch), on_device, self._count)
+
+
+def twin_of(model: nn.Module) -> nn.Module:
+    """Return a copy of a whole model without the wrapper that casts to the training precision."""
+    # A tensor with a gradient that `forward` kept, such as an auxiliary loss, cannot be copied as it is.
+    held = [t for m in model.modules() for t in pytree.tree_leaves(vars(m)) if isinstance(t, Tensor)]
+    twin = copy.deepcopy(model, {id(t): t.detach().clone() for t in held if not t.is_leaf})
+    unwrap(twin)
+    return twin
 
 
 def check_finite(metric: float | None, of: str) -> None:

@@ -1,27 +1,21 @@
-"""The training loop: the user's model, loss and optimiser; the method's penalty; hard-pruning on a copy.
+"""Training under a plan: its phases in order, the method in them, hard-pruning on a copy after each epoch.
 
-Every epoch starts from a seed of its own, so that a run resumed from the last checkpoint repeats what the interrupted
-one did, bit by bit, as long as the user's batches depend on torch's, numpy's and Python's random state alone.
+`slrc/training/phase.py` takes the steps of a phase.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
-from itertools import islice
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration, broadcast, send_to_device
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from slrc.config import CompileConfig
-from slrc.errors import PlanError, TrainingError, WorkloadError
+from slrc.errors import PlanError, WorkloadError
 from slrc.methods.base import MaskedMethod, Method, MethodState
 from slrc.methods.magnitude import Magnitude
 from slrc.methods.registry import make_method
@@ -30,52 +24,27 @@ from slrc.options import Precision
 from slrc.progress import Quiet, Reporter
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.plans import Plan
-from slrc.sparsity.shards import own, own_of, whole_in_turn
-from slrc.training import sharding
-from slrc.training.batches import (
-    count_steps,
-    samples_in,
-    seed_epoch,
-    share_of_first,
-    share_out,
-    sparse_steps,
-    update_steps,
-)
-from slrc.training.checkpoints import CheckpointFolder, EpochRecord, PartOfEpoch, Snapshot, Timer, misfit
+from slrc.sparsity.shards import own, own_of
+from slrc.training.batches import sparse_steps, update_steps
+from slrc.training.checkpoints import CheckpointFolder, EpochRecord, PartOfEpoch, Snapshot, misfit
 from slrc.training.choose_method import choose_method
 from slrc.training.distillation import Teacher
-from slrc.training.evaluation import Evaluation, check_finite, unwrap
-from slrc.training.pace import Pace
-from slrc.training.random_state import RandomState
-from slrc.training.recipe import AveragedWeights, make_optimizer
-from slrc.training.steps import Hooks, Steps, Stopwatch, call_loss
+from slrc.training.evaluation import check_finite, unwrap
+from slrc.training.phase import Listener, Phase, PhaseLoop, Resumed
+from slrc.training.probe import Probe
+from slrc.training.run import Run
+from slrc.training.steps import Hooks
 from slrc.training.trained import Trained, read_weights
-from slrc.workload import Workload, read
+from slrc.workload import Workload
 
 RETRAIN = "retrain"
-ON_CPU = not torch.accelerator.is_available()
-"""Told so, `accelerate` takes several processes on a CPU for a distributed run; it does not by itself."""
 Pruner = Callable[[], Masks]
 """Prunes a workload's model in place; returns the masks that it now obeys."""
 MethodMaker = Callable[[MethodName, Mapping[str, nn.Parameter], Plan, int, CompileConfig], Method]
-MIXED_PRECISION = {Precision.FP32: "no", Precision.BF16: "bf16", Precision.FP16: "fp16"}
 
 
 def _nothing() -> object:
     return None
-
-
-def _no_penalty(time: float) -> float:
-    return 0.0
-
-
-class _Phase(NamedTuple):
-    """One stretch of steps with an optimiser of its own, and what is done besides them; `rho` is as in the recipe."""
-
-    name: str
-    steps: int
-    hooks: Hooks
-    rho: Callable[[float], float] = _no_penalty
 
 
 def train(
@@ -109,7 +78,7 @@ def train(
     """
     trainer = _Trainer(workload, plan, config, checkpoints, resume, reporter or Quiet(), make, prune, teacher)
     try:
-        return trainer.run()
+        return trainer.train()
     finally:
         unwrap(workload.model)
 
@@ -132,17 +101,10 @@ class _Trainer:
         self.make, self.prune, self.given_teacher = make, prune, teacher
         self.workload, self.plan, self.config, self.reporter = workload, plan, config, reporter
         self.method_name = choose_method(config, workload, plan)
-        AcceleratorState._reset_state()  # else the first run's precision holds for the whole process
-        with sharding.left_to_us():
-            self.accelerator = Accelerator(
-                cpu=ON_CPU,
-                mixed_precision=MIXED_PRECISION[config.precision],
-                dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
-            )
-        self.sharded = sharding.is_asked_for() and self.accelerator.num_processes > 1
+        self.run = Run.of(workload, config, reporter)
+        self.accelerator, self.evaluation = self.run.accelerator, self.run.evaluation
         self.model = workload.model.to(self.accelerator.device)
         self.start = read_weights(config.start_from, self.model) if config.start_from else None
-        self.evaluation = Evaluation(workload, config, self.accelerator)
         self.folder = CheckpointFolder(checkpoints) if checkpoints else None
         found = self.folder.newest() if self.folder and resume else None
         self.resume_from = found
@@ -150,11 +112,10 @@ class _Trainer:
         self.curve = list(self.snapshot.curve) if self.snapshot else []
         self.masks = Masks(self.snapshot.masks) if self.snapshot else Masks()
         self.method: Method = Magnitude(_parameters(self.model), plan)
-        self.probe: list[Any] = []
+        self.probe: Probe | None = None
         self.teacher: Teacher | None = None
-        self.stopwatch = Stopwatch(self.accelerator.device)
 
-    def run(self) -> Trained:
+    def train(self) -> Trained:
         """Sparse epochs, projection, retraining; what the newest checkpoint has done already is not done again."""
         self._check_storable()
         if self.snapshot:
@@ -162,9 +123,10 @@ class _Trainer:
             self.reporter.note(f"going on after {self.snapshot.phase} epoch {self.snapshot.epochs_done}{within}")
         if self._has_steps and self.config.distill:
             given = self.given_teacher
-            taught_by = self.evaluation.twin(self.model) if given is None else given.to(self.accelerator.device)
-            if self.sharded and given is None:
-                taught_by = sharding.shard(taught_by, self.accelerator)
+            if given is None:
+                taught_by = self.run.placement.teacher(self.evaluation.twin(self.model))
+            else:
+                taught_by = given.to(self.accelerator.device)
             self.teacher = Teacher(taught_by, self.workload, self.config.recipe)
         in_retraining = self.snapshot is not None and self.snapshot.phase == RETRAIN
         if self.snapshot:
@@ -176,12 +138,12 @@ class _Trainer:
         if in_retraining:
             assert self.snapshot is not None
             self.method.history = list(self.snapshot.method.history)
-            self._share_model_out()
+            self._place_model()
         elif self.prune is not None:
             self._prune_without_training(self.prune)
-            self._share_model_out()
+            self._place_model()
         else:
-            self._share_model_out()
+            self._place_model()
             self._run_sparse_phase()
             self.plan, self.masks = self.method.plan, self.method.masks()
         parameters = _parameters(self.model)
@@ -205,15 +167,13 @@ class _Trainer:
             hard_pruned=[r.hard_pruned for r in self.curve if r.phase != RETRAIN][-1],
             curve=tuple(self.curve),
             history=tuple(self.method.history),
-            cost=self.stopwatch.cost(self.teacher.num_bytes if self.teacher else 0, self._method_bytes()),
+            cost=self.run.stopwatch.cost(self.teacher.num_bytes if self.teacher else 0, self._method_bytes()),
             undistilled=(self.teacher and self.teacher.unfit) or "",
         )
 
-    def _share_model_out(self) -> None:
-        """Train a copy whose parameters lie in all processes, where that is asked for."""
-        if self.sharded and self._has_steps:
-            twin = self.evaluation.twin(self.workload.model.cpu())
-            self.model = sharding.shard(twin, self.accelerator)
+    def _place_model(self) -> None:
+        if self._has_steps:
+            self.model = self.run.placement.trained(self.workload.model)
 
     @property
     def _has_steps(self) -> bool:
@@ -234,7 +194,7 @@ class _Trainer:
         total = self._sparse_steps
         self.method = self._make_method(total)
         if total:
-            self._read_probe()
+            self.probe = Probe(self.run)
         if self.snapshot:
             self._load_method(self.snapshot)
         else:
@@ -244,14 +204,14 @@ class _Trainer:
                 self.model.load_state_dict(self.start, strict=False)
                 self.method = self._make_method(total)
             if total:
-                self.method.start(self.probe_loss)
+                self.method.start(self._probe_loss)
         if total:
             hooks = Hooks(
                 after_backward=self.method.add_penalty_gradient,
                 after_step=self.method.after_step,
-                on_update=lambda: self.method.update(self.probe_loss),
+                on_update=lambda: self.method.update(self._probe_loss),
             )
-            self._run_phase(_Phase(str(self.method_name), total, hooks, self.method.rho_at))
+            self._run_phase(Phase(str(self.method_name), total, hooks, self.method.rho_at))
 
     def _make_method(self, steps: int) -> Method:
         updates = self._updates_in(steps)
@@ -279,21 +239,21 @@ class _Trainer:
     @property
     def _masked_steps(self) -> int:
         """The steps under masks that stay: all of a network that is pruned without a method, and retraining."""
-        retraining = self.config.retrain_epochs * self.steps if self.config.retrain_epochs else 0
+        retraining = self.config.retrain_epochs * self.run.epoch_steps if self.config.retrain_epochs else 0
         return retraining + (0 if self.prune is None else self._asked_steps)
 
     @property
     def _asked_steps(self) -> int:
         if self.workload.train_batches is None or not self.config.trains:
             return 0
-        return sparse_steps(self.config, self.steps)
+        return sparse_steps(self.config, self.run.epoch_steps)
 
     def _updates_in(self, total: int) -> int:
         """Return how many updates there are in so many steps."""
         if not total:
             return 0
-        due = update_steps(self.steps, self.config.updates_per_epoch)
-        epochs, rest = divmod(total, self.steps)
+        due = update_steps(self.run.epoch_steps, self.config.updates_per_epoch)
+        epochs, rest = divmod(total, self.run.epoch_steps)
         return epochs * len(due) + sum(step <= rest for step in due)
 
     def _load_method(self, snapshot: Snapshot) -> None:
@@ -303,7 +263,7 @@ class _Trainer:
         except (KeyError, RuntimeError) as error:
             raise misfit(self.resume_from, error) from error
 
-    def _retrain_phase(self) -> _Phase:
+    def _retrain_phase(self) -> Phase:
         # Zeroing after each step undoes what momentum, weight decay and the gradient did to pruned weights.
         parameters = _parameters(self.model)
         masks = [(parameters[n], own_of(m, parameters[n])) for n, m in self.masks.tensors.items()]
@@ -313,135 +273,25 @@ class _Trainer:
                 for parameter, mask in masks:
                     own(parameter).mul_(mask)
 
-        return _Phase(RETRAIN, self._masked_steps, Hooks(_nothing, keep_pruned, _nothing))
+        return Phase(RETRAIN, self._masked_steps, Hooks(_nothing, keep_pruned, _nothing))
 
-    @cached_property
-    def steps(self) -> int:
-        """Steps of an epoch in each process."""
-        assert self.workload.train_batches is not None
-        return count_steps(self.workload.train_batches, self.accelerator.num_processes, self.config.seed)
+    def _probe_loss(self) -> float:
+        assert self.probe is not None
+        return self.probe.loss(self.model, len(self.curve) - 1)
 
-    def probe_loss(self) -> float:
-        """Return f on the fixed probe batches, in evaluation mode and without a gradient."""
-        training = self.model.training
-        self._follow_first()
-        self.model.eval()
-        with torch.no_grad(), self.accelerator.autocast():
-            losses = [call_loss(self.workload, self.model, batch) for batch in self.probe]
-        self.model.train(training)
-        mean = torch.stack([loss.float() for loss in losses]).mean()
-        value = float(self.accelerator.reduce(mean, reduction="mean"))
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"the loss is {value} on the probe batches, in evaluation mode, after {len(self.curve) - 1} epochs",
-                hint="lower the learning rate or the penalty (`rho`), or check the model's running statistics",
-            )
-        return value
-
-    def _follow_first(self) -> None:
-        if self.sharded:  # several whole copies follow the first one's buffers at every step
-            sharding.follow_first(self.model)
-
-    def _mean_of_processes(self, value: float) -> float:
-        if self.accelerator.num_processes == 1:
-            return value
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
-        return float(self.accelerator.reduce(tensor, reduction="mean"))
-
-    def _run_phase(self, phase: _Phase) -> None:
-        batches, steps, recipe = self.workload.train_batches, self.steps, self.config.recipe
-        assert batches is not None
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
-        # accelerate steps a schedule once for each process
-        total = phase.steps * self.accelerator.num_processes
-        optimizer, scheduler = make_optimizer(self.workload, trainable, total, recipe, phase.rho)
-        self.accelerator.free_memory()
-        if self.sharded:
-            sharding.gathers_state(optimizer)
-            unwrap(self.model)
-            model = self.accelerator.prepare_model(self.model, evaluation_mode=True)  # else one more copy in each
-            optimizer, scheduler = self.accelerator.prepare(optimizer, scheduler)
-        else:
-            model, optimizer, scheduler = self.accelerator.prepare(self.model, optimizer, scheduler)
-        loader = share_out(batches, self.accelerator)
-        optimizer.zero_grad()  # the user's own training may have left gradients, and a resumed run has others
-        average = AveragedWeights(_parameters(self.model), recipe.average, phase.steps) if recipe.average else None
-        taker = Steps(
-            workload=self.workload,
-            accelerator=self.accelerator,
-            precision=self.config.precision,
-            inner=self.model,
-            model=model,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            hooks=phase.hooks,
-            clip=recipe.clip if self.workload.optimizer is None else 0.0,
-            average=average,
-            stopwatch=self.stopwatch,
-        )
-        first, part, random_state = 0, PartOfEpoch(), None
+    def _run_phase(self, phase: Phase) -> None:
+        resumed = None
         if self.snapshot and self.folder and self.resume_from and self.snapshot.phase == phase.name:
-            self.folder.restore(self.accelerator, self.resume_from)
-            first, part, random_state = self.snapshot.epochs_done, self.snapshot.part, RandomState.of_now()
-            if average is not None:
-                average.load(self.snapshot.average)
-        due, epochs = update_steps(steps, self.config.updates_per_epoch), math.ceil(phase.steps / steps)
-        timer = Timer(self.config.checkpoint_minutes)
-        for epoch in range(first, epochs):
-            seed_epoch(batches, self.config.seed, phase.name, epoch)
-            started, done, before = time.perf_counter() - part.seconds, epoch * steps, part.steps
-            model.train()
-            left = min(steps, phase.steps - done)
-            pace = Pace(phase.steps - done - before, self.accelerator.num_processes)
-            source, count = islice(read(loader), left), before
-            if random_state is not None and before:
-                self._read_again(source, before, random_state)
-            with self.reporter.task(f"{phase.name} epoch {epoch + 1}/{epochs}", left - before) as task:
-                for count, batch in enumerate(source, start=before + 1):
-                    where = f"{phase.name}, epoch {epoch + 1}, step {count}"
-                    loss = taker.take(batch, self.teacher, where, done + count)
-                    if count in due:
-                        taker.update()
-                    pace.step(samples_in(batch))
-                    part = PartOfEpoch(steps=count, summed=part.summed + loss, seconds=time.perf_counter() - started)
-                    if count < left and self._saves_within_epochs and timer.is_due:
-                        self._save(phase, epoch, part, average)
-                        timer.restart()
-                    task.advance(f"loss {loss:.4f}, {pace}")
-            if count == 0:
-                raise WorkloadError(
-                    f"`train_batches` yielded nothing in epoch {epoch + 1}",
-                    hint="give an iterable that starts anew each epoch and is not empty, such as a DataLoader",
-                )
-            if average is not None and epoch + 1 == epochs:
-                average.store()
-            self._follow_first()
-            mean_loss = self._mean_of_processes(part.summed / count)
-            record = self._measure(phase.name, epoch + 1, mean_loss, time.perf_counter() - started)
-            self.curve.append(record)
-            self.reporter.note(_describe(record))
-            part = PartOfEpoch()
-            if self.folder:
-                self._save(phase, epoch + 1, part, average)
-                timer.restart()
-            self.accelerator.wait_for_everyone()
+            folder, found = self.folder, self.resume_from
+            resumed = Resumed(self.snapshot, lambda: folder.restore(self.accelerator, found))
+        save = partial(self._save, phase.name) if self.folder else None
+        listener = Listener(partial(self._end_epoch, phase.name), save)
+        PhaseLoop(self.run, phase, self.model, self.teacher, listener).go(resumed)
 
-    @property
-    def _saves_within_epochs(self) -> bool:
-        """One process alone does: several would have to save at the same step, with the random numbers of each."""
-        return self.folder is not None and self.accelerator.num_processes == 1
-
-    def _read_again(self, source: Iterator[Any], steps: int, random_state: RandomState) -> None:
-        """Pass over what an interrupted epoch has trained on; then random numbers go on where they were."""
-        with self.reporter.task("reading what was trained on", steps) as task:
-            for _ in islice(source, steps):
-                task.advance()
-        random_state.restore()
-
-    def _save(self, phase: _Phase, epochs_done: int, part: PartOfEpoch, average: AveragedWeights | None) -> None:
-        assert self.folder is not None
-        kept = {n: t.cpu() for n, t in whole_in_turn(average.average)} if average is not None else {}
-        self.folder.save(self.accelerator, self._snapshot(phase, epochs_done, part, kept))
+    def _end_epoch(self, phase: str, epoch: int, loss: float, seconds: float) -> None:
+        record = self._measure(phase, epoch, loss, seconds)
+        self.curve.append(record)
+        self.reporter.note(_describe(record))
 
     def _measure(self, phase: str, epoch: int, loss: float | None, seconds: float) -> EpochRecord:
         """Evaluate the live model and, while it is not pruned yet, a hard-pruned copy, in float32.
@@ -461,25 +311,14 @@ class _Trainer:
                 hard = self.evaluation.metric(pruned)
         return EpochRecord(phase=phase, epoch=epoch, loss=loss, metric=metric, hard_pruned=hard, seconds=seconds)
 
-    def _snapshot(self, phase: _Phase, epochs_done: int, part: PartOfEpoch, average: Mapping[str, Tensor]) -> Snapshot:
-        retraining = phase.name == RETRAIN
+    def _save(self, phase: str, epochs_done: int, part: PartOfEpoch, average: Mapping[str, Tensor]) -> None:
+        assert self.folder is not None
+        retraining = phase == RETRAIN
         state = MethodState({}, {}, tuple(self.method.history)) if retraining else self.method.state()
         masks = self.masks.tensors if retraining else {}
         options = (self.plan if retraining else self.method.plan).options()
-        return Snapshot(phase.name, epochs_done, part, tuple(self.curve), state, masks, average, options)
-
-    def _read_probe(self) -> None:
-        """Take the first batches once, from a seed of their own, so that a resumed run takes the same."""
-        batches = self.workload.train_batches
-        assert batches is not None
-        seed_epoch(batches, self.config.seed, "probe", 0)
-        index, processes = self.accelerator.process_index, self.accelerator.num_processes
-        first = share_of_first(batches, self.config.probe_batches, index, processes)
-        self.probe = [send_to_device(batch, self.accelerator.device) for batch in first]
-        if not self.probe:
-            raise WorkloadError(
-                "`train_batches` yielded nothing", hint="check the data folder and the loader's batch size"
-            )
+        snapshot = Snapshot(phase, epochs_done, part, tuple(self.curve), state, masks, average, options)
+        self.folder.save(self.accelerator, snapshot)
 
 
 def _describe(record: EpochRecord) -> str:

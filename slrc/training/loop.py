@@ -20,7 +20,6 @@ from slrc.methods.base import MaskedMethod, Method, MethodState
 from slrc.methods.magnitude import Magnitude
 from slrc.methods.registry import make_method
 from slrc.methods.settings import MethodName
-from slrc.options import Precision
 from slrc.progress import Quiet, Reporter
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.plans import Plan

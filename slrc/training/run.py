@@ -11,7 +11,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration
 from torch import Tensor
 
-from slrc.config import CompileConfig, Precision
+from slrc.config import CompileConfig
+from slrc.options import Precision
 from slrc.progress import Reporter
 from slrc.training import sharding
 from slrc.training.batches import count_steps

@@ -74,6 +74,7 @@ def measure_row(name: str, sparsity: float, *, openvino: bool = False) -> Row:
         "ms": {corner: statistics.median(ms) for corner, ms in times.items()},
         "over": {x: ratio(times[x], times["compiled-int8"]) for x in times if x != "compiled-int8"},
         "taken": choices[INT8].taken,
+        "whole_ms": dict(choices[INT8].whole_ms),
         "forms": dict(Counter(str(form) for form in choices[INT8].forms.values())),
         "layers": len(program.layers),
         "sparsity_reached": plan.sparsity,

@@ -208,6 +208,7 @@ def prepare(model: Any, library: Path | None = None) -> Callable[[], Any]:
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
+    options.add_session_config_entry("session.x64quantprecision", "1")  # without VNNI, sums of bytes overflow
     if library is not None:
         options.register_custom_ops_library(str(library))
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -13,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 from int8_layers import QLayer, qmodel, quantized_weight, random_qconv, random_qgemm
+from kernel_models import exact_options
 
 from slrc.forms.packed_int8 import PackedInt8, int8_density
 from slrc.forms.packed_weight import block_density
@@ -21,11 +22,9 @@ from slrc.sparsity.projection import project
 
 
 def run(layers: dict[str, QLayer]) -> list[np.ndarray]:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
     model = qmodel(layers, functions=True)
     onnx.checker.check_model(model)
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(model.SerializeToString(), exact_options(), providers=["CPUExecutionProvider"])
     return session.run(None, {key: x for name, layer in layers.items() for key, x in layer.feed(name).items()})
 
 

@@ -73,10 +73,17 @@ def pool_session(library: Path, threads: int = 1) -> ort.InferenceSession:
     return session(make_model([(node, [x], [], y)]), library, threads)
 
 
-def session(model: onnx.ModelProto, library: Path, threads: int = 1) -> ort.InferenceSession:
-    """Load a model with the kernels."""
+def exact_options(threads: int = 1) -> ort.SessionOptions:
+    """Return options of a session whose integer sums are exact: without VNNI, usual ones overflow in 16 bits."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
+
+
+def session(model: onnx.ModelProto, library: Path, threads: int = 1) -> ort.InferenceSession:
+    """Load a model with the kernels."""
+    options = exact_options(threads)
     options.log_severity_level = 4
     options.register_custom_ops_library(str(library))
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

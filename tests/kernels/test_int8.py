@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from int8_layers import Int8Kernels, QLayer, qmodel, quantized_weight, random_qconv, random_qgemm
-from kernel_models import session
+from kernel_models import exact_options, session
 
 CASES = min(1000, int(os.environ.get("SLRC_FUZZ", "3000")) // 30)  # all stay in memory
 SETS = {
@@ -56,13 +56,12 @@ def test_kernels_and_functions_give_the_same_bits_in_onnxruntime(library: Path, 
     layers = {f"n{seed}_": random_layer(seed) for seed in range(60)}
     feeds = {key: x for name, layer in layers.items() for key, x in layer.feed(name).items()}
     model = qmodel(layers, functions=True)
-    exact = ort.SessionOptions()
-    exact.add_session_config_entry("session.x64quantprecision", "1")  # without VNNI, sums in 16 bits overflow
-    stock = ort.InferenceSession(model.SerializeToString(), exact, providers=["CPUExecutionProvider"]).run(None, feeds)
+    stock = ort.InferenceSession(model.SerializeToString(), exact_options(), providers=["CPUExecutionProvider"])
+    theirs = stock.run(None, feeds)
     running = session(model, library, threads)
     for _ in range(2):  # the second run finds its layouts and scratch memory
-        for (name, layer), ours, theirs in zip(layers.items(), running.run(None, feeds), stock, strict=True):
-            np.testing.assert_array_equal(ours, theirs, err_msg=name)
+        for (name, layer), ours, its in zip(layers.items(), running.run(None, feeds), theirs, strict=True):
+            np.testing.assert_array_equal(ours, its, err_msg=name)
             np.testing.assert_array_equal(ours, layer.expected, err_msg=name)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,6 @@ from slrc.machine.processor import processor
 
 VNNI = frozenset({"avx512_vnni", "avx_vnni"})
 """Instructions that sum four products of bytes in 32 bits."""
-
-
-def sums_are_exact() -> bool:
-    """Whether ONNX Runtime's own integer products are exact on this machine, whatever operators they are of."""
-    return platform.machine() not in ("x86_64", "AMD64") or bool(VNNI & processor().features)
 
 
 class OnnxRuntimeRunner:

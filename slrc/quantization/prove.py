@@ -113,13 +113,13 @@ def prove_integers(
         VerificationError: a value is off by more than one step, outputs by more than they may, or kernels differ from
             what the file says.
     """
-    from slrc.backends.ort.run import OnnxRuntimeRunner, sums_are_exact
+    from slrc.backends.ort.run import OnnxRuntimeRunner
 
     plain = OnnxRuntimeRunner(file, threads, kernels)
     with tempfile.TemporaryDirectory() as folder:
         shown = show_codes(file, Path(folder) / file.name)
         showing = OnnxRuntimeRunner(Path(folder) / file.name, threads, kernels)
-        compares = kernels is not None and bool(shown.packed) and sums_are_exact()
+        compares = kernels is not None and bool(shown.packed)
         stock = OnnxRuntimeRunner(Path(folder) / file.name, threads) if compares else None
     alike = _Alike(step, shown.packed)
     most = differing = numbers = values = 0

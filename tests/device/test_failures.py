@@ -12,7 +12,7 @@ from typing import Any
 
 import onnx
 import pytest
-from rig import NAME, Device, free_port
+from rig import NAME, Device, free_port, why_no_sshd
 
 import slrc
 from slrc.device.build_bundle import RUNNER_FILE
@@ -139,6 +139,8 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_timing: No
     """A device whose home is a file system of 700 KiB."""
     if os.getuid() != 0 or shutil.which("unshare") is None:
         pytest.skip("a small disk is mounted by root, with unshare")
+    if reason := why_no_sshd():
+        pytest.skip(reason)
     home = tmp_path / "device" / "home"
     mount = f'mount -t tmpfs -o size=700k none {home} && exec "$@"'
     device = Device(tmp_path / "device", python=sys.executable, wrapper=("unshare", "-m", "sh", "-c", mount, "-"))

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kernel_layers import Blocks, Kernels, Layer, Window
+from any_layer import Window
+from kernel_layers import Blocks, Kernels, Layer
 
 from slrc.kernels.limits import (
     BLOCKS,

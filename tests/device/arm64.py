@@ -11,8 +11,10 @@ import os
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
+
+import systems
+from systems import RUNTIME, System
 
 QEMU = "qemu-aarch64-static"
 MAGIC = (
@@ -22,42 +24,20 @@ MAGIC = (
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
 PLACE = "/mnt"
 """Where the root lies, in a mount namespace of its own: sshd wants all above it to be root's."""
-WHEELS = ("onnxruntime==1.32.0", "numpy", "flatbuffers", "protobuf", "packaging")
-"""The newest: earlier versions abort or hang under qemu."""
+SYSTEM = System("bookworm", "aarch64", "3.11", ("onnxruntime==1.32.0", *RUNTIME[1:]))
+"""The newest ONNX Runtime: earlier ones abort or hang under qemu."""
 
 
 def why_not() -> str:
     """Return what is missing for it here; empty if nothing."""
     if os.getuid() != 0:
         return "an arm64 root is made by root"
-    missing = [name for name in (QEMU, "debootstrap", "dpkg-deb", "tar") if shutil.which(name) is None]
-    if missing:
-        return f"{', '.join(missing)} not installed: apt-get install qemu-user-static debootstrap"
+    if shutil.which(QEMU) is None:
+        return f"{QEMU} not installed: apt-get install qemu-user-static"
+    if reason := systems.why_not():
+        return reason
     allowed = subprocess.run(["unshare", "--user", "--mount", "true"], capture_output=True, check=False)
     return "" if allowed.returncode == 0 else f"no user namespaces here: {allowed.stderr.decode().strip()}"
-
-
-def make_root(root: Path) -> None:
-    """Unpack Debian for arm64 with Python and ONNX Runtime; half a minute.
-
-    Raises:
-        CalledProcessError: a mirror or package registry cannot be reached.
-    """
-    include = "--include=python3-minimal,libpython3-stdlib"
-    _run("debootstrap", "--foreign", "--variant=minbase", include, "--arch=arm64", "bookworm", str(root))
-    for package in sorted((root / "var/cache/apt/archives").glob("*.deb")):
-        _run("sh", "-c", f"dpkg-deb --fsys-tarfile {package} | tar -x -C {root}")
-    wheels = root / "wheels"
-    platforms = [x for p in ("2_28", "2_27", "2_17") for x in ("--platform", f"manylinux_{p}_aarch64")]
-    pip = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:")
-    _run(*pip, *platforms, "--platform", "manylinux2014_aarch64", "--python-version", "311", "-d", str(wheels), *WHEELS)
-    for wheel in wheels.glob("*.whl"):
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(root / "usr/local/lib/python3.11/dist-packages")
-
-
-def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True)
 
 
 def enter(root: str, command: list[str]) -> None:

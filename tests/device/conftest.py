@@ -18,6 +18,7 @@ from slrc.device.ssh_device import SshDevice
 sys.path.insert(0, str(Path(__file__).parent))
 
 import arm64
+import systems
 from rig import NAME, Device, why_no_sshd
 
 
@@ -62,7 +63,7 @@ def arm64_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not root.is_dir():
         root = tmp_path_factory.mktemp("arm64") / "root"
         try:
-            arm64.make_root(root)
+            systems.unpack(arm64.SYSTEM, root)
         except subprocess.CalledProcessError as error:
             pytest.skip(f"an arm64 root cannot be made: {error.stderr.decode()[-200:] or error}")
     return root

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import systems
 
 from slrc.device.build_bundle import RUNNER_FILE, choose_target
 from slrc.device.bundle import BUNDLE_VERSION, Manifest, pack, read_bundle, unpack
@@ -95,14 +96,29 @@ def test_the_runner_proves_and_times(unpacked: Path) -> None:
     assert {"work_ms", "load", "governor"} <= result.before.keys() & result.after.keys()
 
 
-@pytest.mark.parametrize("version", ["3.8", "3.13"])
-def test_the_runner_passes_on_old_and_new_pythons(unpacked: Path, version: str) -> None:
+@pytest.fixture(params=systems.PYTHONS)
+def another_python(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Python of another version with ONNX Runtime."""
+    version = request.param
     name = f"SLRC_PYTHON{version.replace('.', '')}"
     python = os.environ.get(name) or shutil.which(f"python{version}")
+    if python == "fetch":
+        if reason := systems.why_not():
+            pytest.skip(reason)
+        root = tmp_path_factory.mktemp("python") / "root"
+        try:
+            systems.unpack(systems.PYTHONS[version], root)
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"Python {version} cannot be fetched: {error.stderr.decode()[-200:] or error}")
+        return str(systems.python_of(systems.PYTHONS[version], root))
     has = python and subprocess.run([python, "-c", "import onnxruntime"], capture_output=True, check=False)
     if not has or has.returncode:
-        pytest.skip(f"no python{version} with onnxruntime (or one named in {name})")
-    done = bench(unpacked, str(python))
+        pytest.skip(f"no python{version} with onnxruntime: name one in {name}, or set it to `fetch`")
+    return str(python)
+
+
+def test_the_runner_passes_on_old_and_new_pythons(unpacked: Path, another_python: str) -> None:
+    done = bench(unpacked, another_python)
     assert done.returncode == 0, done.stderr
     assert Result.read(unpacked).failure is None
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +12,7 @@ from torch.export.graph_signature import ConstantArgument
 from torch.fx import Node
 
 from slrc.backends import pack_integers, packed_onnx, quantized_onnx
+from slrc.backends.onnx_export_memory import spared
 from slrc.backends.packed_onnx import attach_functions
 from slrc.errors import BackendError
 from slrc.ir.export_memory import remembered
@@ -43,7 +41,7 @@ def export_onnx(program: Program, path: Path, opset: int = OPSET) -> bool:
 
     exported_program = _without_constant_outputs(_with_plain_attention(program))
     try:
-        with quiet_torch(), remembered(), _translations_read_once():
+        with quiet_torch(), remembered(), spared():
             exported = torch.onnx.export(
                 exported_program,
                 dynamo=True,
@@ -65,35 +63,6 @@ def export_onnx(program: Program, path: Path, opset: int = OPSET) -> bool:
     exported.save(path, external_data=_bytes(program) > EXTERNAL_DATA_BYTES)
     onnx.checker.check_model(str(path))
     return is_packed
-
-
-@contextlib.contextmanager
-def _translations_read_once() -> Iterator[None]:
-    """Keep what torch reads anew in every export, the sources of a thousand translations: half of its time."""
-    try:
-        from torch.onnx._internal.exporter._registration import ONNXRegistry
-    except ImportError:  # a version of torch that keeps them elsewhere
-        yield
-        return
-    registry: Any = ONNXRegistry
-    own, read = vars(registry)["from_torchlib"], registry.from_torchlib
-
-    def copied(opset_version: int) -> Any:
-        if opset_version not in _TRANSLATIONS:
-            _TRANSLATIONS[opset_version] = read(opset_version)
-        kept = _TRANSLATIONS[opset_version]
-        fresh = copy.copy(kept)
-        fresh.functions = {name: list(translations) for name, translations in kept.functions.items()}
-        return fresh
-
-    registry.from_torchlib = staticmethod(copied)
-    try:
-        yield
-    finally:
-        registry.from_torchlib = own
-
-
-_TRANSLATIONS: dict[int, Any] = {}
 
 
 def _with_plain_attention(program: Program) -> ExportedProgram:

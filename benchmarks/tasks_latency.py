@@ -1,12 +1,11 @@
 """The networks of segmentation, detection, lanes and lidar at their usual sizes: dense against compiled, one thread.
 
-    python benchmarks/tasks_latency.py                            # all: half an hour of one quiet core
+    python benchmarks/tasks_latency.py                            # all: an hour of one quiet core
     python benchmarks/tasks_latency.py unet pointpillars --pattern block:8x1
-    python benchmarks/tasks_latency.py yolov3 --choose            # forms by timing each layer, as a compile does
 
 Random weights, pruned by magnitude in one shot: how fast a network is does not depend on what it has learnt. Every
-layer with zeros in its blocks is packed, unless `--choose` asks for the fastest form of each. Dense and compiled are
-timed in turns in ONNX Runtime. What stands around a network is timed too, on synthetic inputs: what makes its input of
+layer with zeros in its blocks has the form that is fastest, by timing as in a compile. Dense and compiled are timed in
+turns in ONNX Runtime. What stands around a network is timed too, on synthetic inputs: what makes its input of
 an image or of a lidar's points, and what makes boxes, lanes or labels of its output. Rows go to
 `benchmarks/results/tasks_latency.json` as they come, and a second run goes on with what is missing or out of date.
 """
@@ -18,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +41,6 @@ from scenes import LidarScenes
 
 import slrc
 from slrc.backends import get_backend, parse_target
-from slrc.forms.form import Form, FormKind, Forms, candidate_forms
 from slrc.ir.program import Program
 from slrc.measuring.choose_forms import choose_forms
 from slrc.measuring.timing import time_pair
@@ -50,7 +49,6 @@ from slrc.sparsity.masks import Masks
 from slrc.verify import outputs_of
 
 PRUNED = (("block:8x1", 0.75), ("channel", 0.5), ("channel", 0.75))
-PACKED = Form(FormKind.PACKED, 8)
 CAMVID, CAMVID_CLASSES = (180, 240), 11
 PHOTO = (640, 480)
 DETECTED = 100
@@ -185,24 +183,14 @@ def captured(network: Network, name: str, part: Callable[[nn.Module], nn.Module]
     return slrc.capture(slrc.Workload(model.eval(), network.inputs(), name=name))
 
 
-def packed(slim: Program) -> Forms:
-    """Return the packed form for every layer that has zeros in its blocks."""
-    return {
-        weight: PACKED
-        for weight, layer in slim.layers.items()
-        if PACKED in candidate_forms(layer.outputs_first(slim.tensors[weight]), layer.op, layer.groups)
-    }
-
-
-def measure_row(name: str, pattern: str, sparsity: float, *, choose: bool) -> dict[str, Any]:
+def measure_row(name: str, pattern: str, sparsity: float) -> dict[str, Any]:
     """Prune, emit and time one network, and what stands around it."""
     network = NETWORKS[name]()
     program = captured(network, name)
     # The first layer of PointPillars is the one on points, of which the width of the pillars follows.
     plan = slrc.plan(program, pattern, sparsity, keep_ends=name != "pointpillars")
     slim = structure(program, plan, Masks.project(plan, program.tensors))
-    blocks = pattern.startswith("block")
-    forms = choose_forms(slim, TARGET, threads=1).forms if choose else packed(slim) if blocks else {}
+    forms = choose_forms(slim, TARGET, threads=1).forms if pattern.startswith("block") else {}
     dense, formed = baseline(program), apply_forms(slim, forms)
     with tempfile.TemporaryDirectory() as place:
         lowered = [lower(one, TARGET, Path(place) / str(k)) for k, one in enumerate((dense, formed))]
@@ -226,8 +214,7 @@ def measure_row(name: str, pattern: str, sparsity: float, *, choose: bool) -> di
         "macs_dense": dense.macs,
         "macs_compiled": formed.macs,
         "parameters_left": formed.num_parameters / dense.num_parameters,
-        "packed": len(forms),
-        "forms": "chosen" if choose else "packed",
+        "forms": dict(Counter(str(form) for form in forms.values())),
         "max_rel_error": error,
     }
 
@@ -248,7 +235,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", default=list(NETWORKS))
     parser.add_argument("--pattern", nargs="+", default=[pattern for pattern, _ in PRUNED])
-    parser.add_argument("--choose", action="store_true", help="time the forms of every layer")
     parser.add_argument("--again", action="store_true", help="also rows that there are already")
     parser.add_argument("--results", type=Path)
     args = parser.parse_args()
@@ -258,7 +244,7 @@ def main() -> None:
         for name in args.networks if pattern in args.pattern else ():
             row_key = key(name, pattern, sparsity)
             if args.again or not rows.has(row_key):
-                rows.add(row_key, measure_row(name, pattern, sparsity, choose=args.choose))
+                rows.add(row_key, measure_row(name, pattern, sparsity))
             row = rows[row_key]
             around = f"before {row['before_ms']:.1f} ms, after {row['after_ms']:.1f} ms"
             print(

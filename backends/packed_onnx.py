@@ -8,8 +8,8 @@ says which: overloads would do, but TensorRT's parser takes the first function o
 The function of two matrix multiplications, one behind the other, has the operators of both: TensorRT's parser mixes up
 the values of functions that call functions.
 
-Pools behind packed layers are nodes of the domain too: for a pool of its own, ONNX Runtime would bring what the
-kernels write into another layout and back.
+Pools and upsampling behind packed layers are nodes of the domain too: for a pool of its own, ONNX Runtime would bring
+what the kernels write into another layout and back, and its bilinear upsampling goes pixel by pixel.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 DOMAIN = "ai.slrc"
 VERSION = 1
-CONV, GEMM, MLP, POOL = "BlockSparseConv", "BlockSparseGemm", "BlockSparseMlp", "MaxPool2x2"
+CONV, GEMM, MLP = "BlockSparseConv", "BlockSparseGemm", "BlockSparseMlp"
+POOL, UPSAMPLE = "MaxPool2x2", "UpsampleBilinear2x"
 
 _WEIGHT = f"""
     {PLACES}
@@ -71,8 +72,17 @@ _OPERANDS = {
     GEMM: ("x", *_WEIGHT_OPERANDS),
     MLP: ("x", *_WEIGHT_OPERANDS, *(f"down_{name}" for name in _WEIGHT_OPERANDS)),
     POOL: ("x",),
+    UPSAMPLE: ("x",),
 }
-"""The inputs of each node; of all but pools the residual may follow."""
+"""The inputs of each node; the residual of layers may follow."""
+_PLANES = {
+    POOL: "y = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (x)",
+    UPSAMPLE: """
+    scales = Constant <value_floats = [1.0, 1.0, 2.0, 2.0]> ()
+    y = Resize <mode = "linear", coordinate_transformation_mode = "half_pixel"> (x, , scales)
+""",
+}
+"""What the nodes that have no weight mean."""
 _INTS, _INT, _FLOAT, _TEXT = "INTS", "INT", "FLOAT", "STRING"
 _OWN = {"block": _INT, "weight_shape": _INTS, "activation": _TEXT, "slope": _FLOAT}
 _ATTRIBUTES = {
@@ -80,6 +90,7 @@ _ATTRIBUTES = {
     CONV: _OWN | {"strides": _INTS, "pads": _INTS, "dilations": _INTS, "group": _INT},
     MLP: _OWN | {"down_block": _INT, "down_weight_shape": _INTS},
     POOL: {},
+    UPSAMPLE: {},
 }
 """The attributes of each node and their types."""
 
@@ -90,7 +101,8 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
         torch.ops.slrc.block_sparse_conv.default: _translate_conv,
         torch.ops.slrc.block_sparse_gemm.default: _translate_gemm,
         torch.ops.slrc.block_sparse_mlp.default: _translate_mlp,
-        torch.ops.slrc.max_pool2x2.default: _translate_pool,
+        torch.ops.slrc.max_pool2x2.default: lambda x: _op(POOL)(x),
+        torch.ops.slrc.upsample_bilinear2x.default: lambda x: _op(UPSAMPLE)(x),
         torch.ops.slrc.depth_to_space.default: _translate_shuffle,
     }
 
@@ -114,10 +126,6 @@ def _translate_mlp(*arguments: Any) -> Any:
         "down_weight_shape": [out_channels, hidden_channels],
     }
     return _node(MLP, arguments[:10], [hidden_channels, int(arguments[0].shape[-1])], *activation, **down)
-
-
-def _translate_pool(x: Any) -> Any:
-    return _op(POOL)(x)
 
 
 def _translate_shuffle(x: Any, block: int) -> Any:
@@ -152,7 +160,7 @@ def _op(name: str) -> Any:
         name,
         DOMAIN,
         VERSION,
-        inputs=inputs if name == POOL else [*inputs, residual],
+        inputs=inputs if name in _PLANES else [*inputs, residual],
         outputs=[OpSchema.FormalParameter("y", number)],
         attributes=[OpSchema.Attribute(n, getattr(OpSchema.AttrType, kind)) for n, kind in _ATTRIBUTES[name].items()],
     )
@@ -166,8 +174,8 @@ def attach_functions(model: onnx_ir.Model, opset: int) -> bool:
     functions: dict[str, onnx.FunctionProto] = {}
     for node in model.graph.all_nodes():
         if node.domain == DOMAIN:
-            if node.op_type == POOL:
-                function = pool_function(opset)
+            if node.op_type in _PLANES:
+                function = planes_function(node.op_type, opset)
             elif node.op_type.startswith((int8_onnx.QCONV, int8_onnx.QGEMM)):
                 function = int8_onnx.function_of(node.op_type, opset)
             else:
@@ -188,13 +196,12 @@ def _name(op_type: str, activation: str, residual: bool) -> str:
     return "_".join([op_type, activation, *(["residual"] if residual else [])])
 
 
-def pool_function(opset: int) -> onnx.FunctionProto:
-    """Return the meaning of a pool."""
+def planes_function(op_type: str, opset: int) -> onnx.FunctionProto:
+    """Return the meaning of a pool or an upsampling."""
     from onnx import parser
 
     return parser.parse_function(
-        f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
-        f"{POOL} (x) => (y) {{ y = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (x) }}"
+        f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n{op_type} (x) => (y) {{ {_PLANES[op_type]} }}'
     )
 
 
@@ -248,7 +255,7 @@ def replace_blocks(model: onnx.ModelProto, packed: PackedWeight) -> None:
     """Give the one packed layer of a model other blocks, of any number of rows."""
     from onnx import numpy_helper
 
-    (node,) = [n for n in model.graph.node if n.domain == DOMAIN and n.op_type != POOL]
+    (node,) = [n for n in model.graph.node if n.domain == DOMAIN and n.op_type not in _PLANES]
     tensors = (packed.values, packed.columns, packed.row_pointers)
     blocks = dict(zip(node.input[1:4], tensors, strict=True))
     for initializer in model.graph.initializer:

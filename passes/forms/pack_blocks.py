@@ -36,7 +36,8 @@ class PackBlocks(Transform):
        unless the first one adds a residual or the second one has an activation.
     5. Queries, keys and values that one `linear` computes become a packed `linear` each (see `cut_projections`).
     6. A 2×2 `max_pool2d` of what a packed convolution computes becomes `slrc::max_pool2x2`, in the same layout.
-    7. `conv_transpose2d` becomes a packed convolution that computes the phases of its stride, and what puts their
+    7. Bilinear upsampling of it to twice the size becomes `slrc::upsample_bilinear2x`, likewise.
+    8. `conv_transpose2d` becomes a packed convolution that computes the phases of its stride, and what puts their
        pixels between each other (see `unroll_transposed`): with a kernel as large as the stride, a 1×1 convolution and
        a pixel shuffle. An activation goes into the operator, an addition does not.
 
@@ -62,10 +63,10 @@ class PackBlocks(Transform):
         for node in list(module.graph.nodes):
             if op_name(node) == "block_sparse_gemm" and _is_mlp(node.args[0], node):
                 _join(node.args[0], node)
-            if _is_plain_pool(node) and op_name(node.args[0]) == "block_sparse_conv":
-                pool = call_before(node, torch.ops.slrc.max_pool2x2.default, node.args[0])
-                pool.meta["val"] = node.meta["val"]
-                node.replace_all_uses_with(pool)
+            if own := _own_of_planes(node):
+                taken = call_before(node, own, node.args[0])
+                taken.meta["val"] = node.meta["val"]
+                node.replace_all_uses_with(taken)
         return bool(layers)
 
     def _rows(self, node: Node) -> int:
@@ -122,8 +123,25 @@ def _window_of(layer: Node) -> dict[str, Any]:
     }
 
 
+def _own_of_planes(node: Node) -> Any:
+    """Return the operator of slrc for a pool or an upsampling that reads what a packed convolution wrote, if any."""
+    if op_name(node) not in ("max_pool2d", "upsample_bilinear2d") or op_name(node.args[0]) != "block_sparse_conv":
+        return None
+    if op_name(node) == "max_pool2d":
+        return torch.ops.slrc.max_pool2x2.default if _is_plain_pool(node) else None
+    return torch.ops.slrc.upsample_bilinear2x.default if _is_doubling(node) else None
+
+
+def _is_doubling(node: Node) -> bool:
+    sizes, given = node_shape(node)[2:], node_shape(node.args[0])[2:]  # type: ignore[arg-type]
+    scales = [x for x in node.args[3:] if x is not None]
+    scales = [y for x in scales for y in (x if isinstance(x, list | tuple) else [x])]
+    is_double = sizes == [2 * size for size in given] and all(scale == 2 for scale in scales)
+    return is_double and not argument(node, 2, "align_corners", False)
+
+
 def _is_plain_pool(node: Node) -> bool:
-    if op_name(node) != "max_pool2d" or argument(node, 5, "ceil_mode", False):
+    if argument(node, 5, "ceil_mode", False):
         return False
     kernel = argument(node, 1, "kernel_size", None)
     stride, padding = argument(node, 2, "stride", None) or kernel, argument(node, 3, "padding", 0)

@@ -1,7 +1,7 @@
 """`slrc::block_sparse_conv` and `slrc::block_sparse_gemm`: layers with packed blocks, as operators of a program.
 
-`slrc::block_sparse_mlp` is two of the latter, `slrc::max_pool2x2` goes on in the memory layout of the former, and
-`slrc::depth_to_space` makes an image of what it computes for each phase of a stride.
+`slrc::block_sparse_mlp` is two of the latter, `slrc::max_pool2x2` and `slrc::upsample_bilinear2x` go on in the
+memory layout of the former, and `slrc::depth_to_space` makes an image of what it computes for each phase of a stride.
 
 Here they mean what they compute, in PyTorch's own operators; a backend replaces them with its kernels. The packed
 form is that of `slrc.forms.packed_weight.PackedWeight`.
@@ -114,6 +114,17 @@ def max_pool2x2(x: Tensor) -> Tensor:
 @max_pool2x2.register_fake
 def _(x: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:2], x.shape[2] // 2, x.shape[3] // 2)
+
+
+@torch.library.custom_op("slrc::upsample_bilinear2x", mutates_args=())
+def upsample_bilinear2x(x: Tensor) -> Tensor:
+    """Twice the size, bilinear between the centers of pixels; `x` is `(n, c, h, w)`."""
+    return functional.interpolate(x, scale_factor=2.0, mode="bilinear")
+
+
+@upsample_bilinear2x.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:2], x.shape[2] * 2, x.shape[3] * 2)
 
 
 @torch.library.custom_op("slrc::depth_to_space", mutates_args=())

@@ -7,7 +7,7 @@
 #include "conv.h"
 #include "gemm.h"
 #include "int8.h"
-#include "pool.h"
+#include "planes.h"
 #include "processor.h"
 #include "window.h"
 
@@ -95,6 +95,10 @@ int slrc_int8_gemm(const SlrcInt8Blocks* blocks, const uint8_t* x, int64_t rows,
 
 void slrc_max_pool_2x2(const float* x, const int64_t x_shape[4], float* y) {
   slrc::MaxPool2x2(x, x_shape, y, slrc::kSerial);
+}
+
+void slrc_upsample_bilinear_2x(const float* x, const int64_t x_shape[4], float* y) {
+  slrc::UpsampleBilinear2x(x, x_shape, y, slrc::kSerial);
 }
 
 int slrc_check_sizes(const SlrcBlocks* blocks, const SlrcWindow* window, const int64_t* x_shape, char* error,

@@ -10,14 +10,15 @@
 // the second one's four, residual (optional); every bias is there. Attributes of the second: down_block,
 // down_weight_shape.
 //
-// And `ai.slrc::MaxPool2x2`, without attributes: x (n, c, h, w) -> (n, c, h / 2, w / 2).
+// And `ai.slrc::MaxPool2x2`, without attributes: x (n, c, h, w) -> (n, c, h / 2, w / 2), and `UpsampleBilinear2x`, ->
+// (n, c, 2 h, 2 w).
 // The int8 ones are in ort_int8_ops.cpp.
 #include <stdlib.h>
 #include <string.h>
 
 #include "gemm.h"
 #include "ort_node.h"
-#include "pool.h"
+#include "planes.h"
 
 namespace slrc {
 
@@ -152,20 +153,42 @@ struct MlpKernel : FloatKernel {
   Mlp mlp;
 };
 
-struct PoolKernel : FloatKernel {
-  static constexpr const char* kName = "MaxPool2x2";
+// What goes over planes, whose rows and columns are as many as `Size` says of those of x.
+template <class Own>
+struct PlaneKernel : FloatKernel {
   static constexpr size_t kInputCount = 1, kOptional = 0;
-  explicit PoolKernel(const OrtKernelInfo*) {}
+  explicit PlaneKernel(const OrtKernelInfo*) {}
 
   void Compute(OrtKernelContext* context) const {
     const Call call(context);
     std::vector<int64_t> y_shape = call.x.shape;
     if (y_shape.size() != 4) throw Error("x must have 4 dimensions");
-    for (int axis = 2; axis < 4; ++axis)
-      if ((y_shape[axis] /= 2) < 1) throw Error("x must have at least 2 rows and 2 columns");
+    for (int axis = 2; axis < 4; ++axis) {
+      if (y_shape[axis] < Own::kLeast) {
+        const std::string least = std::to_string(Own::kLeast);
+        throw Error("x must have at least " + least + " rows and " + least + " columns");
+      }
+      y_shape[axis] = Own::Size(y_shape[axis]);
+    }
     float* y = static_cast<float*>(call.Output(y_shape));
-    MaxPool2x2(call.x.As<float>(kOrtFloat, "x"), call.x.shape.data(), y, call.Threads());
+    Own::Run(call.x.As<float>(kOrtFloat, "x"), call.x.shape.data(), y, call.Threads());
   }
+};
+
+struct PoolKernel : PlaneKernel<PoolKernel> {
+  static constexpr const char* kName = "MaxPool2x2";
+  static constexpr int64_t kLeast = 2;
+  static constexpr auto Run = MaxPool2x2;
+  static int64_t Size(int64_t size) { return size / 2; }
+  using PlaneKernel::PlaneKernel;
+};
+
+struct UpsampleKernel : PlaneKernel<UpsampleKernel> {
+  static constexpr const char* kName = "UpsampleBilinear2x";
+  static constexpr int64_t kLeast = 1;
+  static constexpr auto Run = UpsampleBilinear2x;
+  static int64_t Size(int64_t size) { return 2 * size; }
+  using PlaneKernel::PlaneKernel;
 };
 
 // An operator has a name for each of the functions that mean the same: the activation, with or without a residual.
@@ -183,6 +206,7 @@ OrtCustomOpDomain* MakeDomain() {
   AddNames<GemmKernel>(&ops);
   AddNames<MlpKernel>(&ops);
   ops.push_back({MakeOp<PoolKernel>(), PoolKernel::kName});
+  ops.push_back({MakeOp<UpsampleKernel>(), UpsampleKernel::kName});
   AddInt8Ops(&ops);
   OrtCustomOpDomain* domain;
   Check(ort->CreateCustomOpDomain("ai.slrc", &domain));

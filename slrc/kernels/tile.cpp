@@ -88,6 +88,7 @@ extern const TileLoops SLRC_TILE_SET = {
     CopyEachRow,
     Transpose,
     MaxPool2x2,
+    UpsampleBilinear2x,
     Spin,
 #if defined(SLRC_TILE_INT8)
     MakeResults,

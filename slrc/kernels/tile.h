@@ -127,7 +127,7 @@ using MoveRows = void (*)(const float* from, int64_t from_pitch, int64_t rows, i
                           int64_t to_pitch);
 
 // y (height / 2, width / 2) = the maxima of 2 x 2 windows of x (height, width), side by side.
-using PoolLoop = void (*)(const float* x, int64_t height, int64_t width, float* y);
+using PlaneLoop = void (*)(const float* x, int64_t height, int64_t width, float* y);
 
 // What becomes of the sums of an int8 layer (see SlrcInt8Blocks): some rows of `count` each, `sums_pitch` apart. Of a
 // row all have one scale, or (`by_lane`) each its own.
@@ -164,7 +164,7 @@ struct TileLoops {
   StripLoop pixel[kRowSizes];                         // runs of one pixel, the rows side by side in a vector
   CopyLoop copy;
   MoveRows copy_rows, transpose;
-  PoolLoop max_pool_2x2;
+  PlaneLoop max_pool_2x2, upsample_bilinear_2x;
   double (*spin)(int64_t rounds);  // independent multiply-adds only; returns the operations done, two for each
   // Of int8 layers alone:
   ResultLoop results;

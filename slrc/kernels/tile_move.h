@@ -1,4 +1,4 @@
-// Copies, transposes and pools of whole matrices. For tile.cpp alone.
+// Copies, transposes, pools and upsampling of whole matrices. For tile.cpp alone.
 #pragma once
 
 #include <utility>
@@ -117,6 +117,51 @@ SLRC_INLINE inline void PoolRows(const float* x, int64_t width, int64_t j, float
 
 void MaxPool2x2(const float* x, int64_t height, int64_t width, float* y) {
   for (int64_t o = 0; o < height / 2; ++o) PoolRows<kLanes>(x + 2 * o * width, width, 0, y + o * (width / 2));
+}
+
+// One and then the other of the first (or, `High`, the last) halves of two vectors.
+template <int N, bool High>
+struct Zip {
+  static constexpr int At(int l) { return High * N / 2 + l / 2 + l % 2 * N; }
+};
+
+template <class V>
+SLRC_INLINE inline V Nearer(V near, V far) {
+  return near * 0.75f + far * 0.25f;
+}
+
+// A row between two of x, the first of them nearer, from its j-th pixel up to the last but one: two pixels for each.
+template <int N>
+SLRC_INLINE inline void UpsampleRow(const float* near, const float* far, int64_t width, int64_t j, float* y) {
+  constexpr auto kAll = std::make_integer_sequence<int, N>();
+  for (; j + N < width; j += N) {
+    const auto here = Nearer(Load<N>(near + j), Load<N>(far + j));
+    const auto left = Nearer(here, Nearer(Load<N>(near + j - 1), Load<N>(far + j - 1)));
+    const auto right = Nearer(here, Nearer(Load<N>(near + j + 1), Load<N>(far + j + 1)));
+    if constexpr (N == 1) {
+      Store<1>(y + 2 * j, left);
+      Store<1>(y + 2 * j + 1, right);
+    } else {
+      Store<N>(y + 2 * j, Shuffle<Zip<N, false>>(left, right, kAll));
+      Store<N>(y + 2 * j + N, Shuffle<Zip<N, true>>(left, right, kAll));
+    }
+  }
+  if constexpr (N > 1) UpsampleRow<N / 2>(near, far, width, j, y);
+}
+
+void UpsampleBilinear2x(const float* x, int64_t height, int64_t width, float* y) {
+  for (int64_t o = 0; o < 2 * height; ++o, y += 2 * width) {
+    const int64_t next = o / 2 + (o % 2 ? 1 : -1), last = width - 1;
+    const float* near = x + o / 2 * width;
+    const float* far = next < 0 || next == height ? near : x + next * width;
+    const float first = Nearer(near[0], far[0]), end = Nearer(near[last], far[last]);
+    y[0] = first;
+    y[2 * last + 1] = end;
+    if (width == 1) continue;
+    y[1] = Nearer(first, Nearer(near[1], far[1]));
+    y[2 * last] = Nearer(end, Nearer(near[last - 1], far[last - 1]));
+    UpsampleRow<kLanes>(near, far, width, 1, y);
+  }
 }
 
 }  // namespace

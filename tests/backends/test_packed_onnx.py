@@ -16,7 +16,7 @@ import slrc
 from slrc.backends import Availability, parse_target
 from slrc.backends.onnx_export import OPSET
 from slrc.backends.ort import OnnxRuntime
-from slrc.backends.packed_onnx import CONV, GEMM, MLP, POOL, function_of, pool_function
+from slrc.backends.packed_onnx import CONV, GEMM, MLP, POOL, UPSAMPLE, function_of, planes_function
 from slrc.errors import BackendError
 from slrc.forms.activations import ACTIVATIONS
 from slrc.forms.form import DEPTHWISE, Form, FormKind
@@ -163,7 +163,8 @@ def test_every_function_is_valid_onnx(op_type: str) -> None:
             assert function.domain == "ai.slrc"
             assert function.name.startswith(f"{op_type}_{activation}")
             onnx.checker.check_function(function, context)
-    onnx.checker.check_function(pool_function(OPSET), context)
+    for op_type in (POOL, UPSAMPLE):
+        onnx.checker.check_function(planes_function(op_type, OPSET), context)
 
 
 def test_tensorrt_parses_it(artifact: Path) -> None:

@@ -244,6 +244,28 @@ bool PoolAgrees(uint64_t seed) {
   return true;
 }
 
+// Whether a random image at twice the size has what lies between four pixels, one of them nearest.
+bool UpsamplingAgrees(uint64_t seed) {
+  Random random{std::mt19937_64(seed)};
+  const int64_t shape[4] = {random.Int(1, 2), random.Int(1, 3), random.Int(1, 40), random.Int(1, 60)};
+  const auto x = random.Floats(Case::Size(shape));
+  const std::unique_ptr<float[]> y(new float[4 * Case::Size(shape)]);
+  slrc_upsample_bilinear_2x(x.get(), shape, y.get());
+  auto other = [](int64_t o, int64_t size) {
+    return std::clamp(o / 2 + (o % 2 ? 1 : -1), int64_t{0}, size - 1);
+  };
+  for (int64_t c = 0; c < shape[0] * shape[1]; ++c)
+    for (int64_t h = 0; h < 2 * shape[2]; ++h)
+      for (int64_t w = 0; w < 2 * shape[3]; ++w) {
+        auto at = [&](int64_t row, int64_t column) { return double(x[(c * shape[2] + row) * shape[3] + column]); };
+        const int64_t row = other(h, shape[2]), column = other(w, shape[3]);
+        const double near = 0.75 * at(h / 2, w / 2) + 0.25 * at(row, w / 2);
+        const double far = 0.75 * at(h / 2, column) + 0.25 * at(row, column);
+        if (!(std::abs(y[(2 * c * shape[2] + h) * 2 * shape[3] + w] - (0.75 * near + 0.25 * far)) < 1e-5)) return false;
+      }
+  return true;
+}
+
 // Two matrix multiplications at once, sound or broken in one place of the second.
 bool MlpAgrees(uint64_t seed, bool broken, long* refused) {
   Random random{std::mt19937_64(seed)};
@@ -301,6 +323,7 @@ int main(int argc, char** argv) {
     }
     worst = std::max(worst, difference);
     if (!PoolAgrees(seed)) return printf("pool %llu differs\n", (unsigned long long)seed), 1;
+    if (!UpsamplingAgrees(seed)) return printf("upsampling %llu differs\n", (unsigned long long)seed), 1;
     for (bool broken : {false, true})
       if (!MlpAgrees(seed, broken, &refused)) return printf("mlp %llu differs\n", (unsigned long long)seed), 1;
     if (!Int8Agrees(seed, &refused)) return printf("int8 %llu differs\n", (unsigned long long)seed), 1;

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from kernel_layers import Layer, sparse_weight
-from kernel_models import feed, layer_parts, make_model, mlp_parts, pool_session, session, set_attributes
+from kernel_models import feed, layer_parts, make_model, mlp_parts, planes_session, session, set_attributes
 from onnx import helper, numpy_helper
 
 
@@ -179,11 +179,19 @@ def test_a_runtime_that_is_too_old_is_refused(library: Path) -> None:
 
 
 def test_pools_of_the_wrong_shape(library: Path) -> None:
-    running = pool_session(library)
+    running = planes_session("MaxPool2x2", library)
     for shape, reason in (((3, 9, 9), "4 dimensions"), ((1, 3, 1, 9), "at least 2"), ((1, 3, 9, 0), "at least 2")):
         with pytest.raises(Exception, match=reason):
             running.run(None, {"x": np.zeros(shape, np.float32)})
     assert running.run(None, {"x": np.zeros((0, 3, 9, 9), np.float32)})[0].shape == (0, 3, 4, 4)
+
+
+def test_upsampling_of_the_wrong_shape(library: Path) -> None:
+    running = planes_session("UpsampleBilinear2x", library)
+    for shape, reason in (((3, 9, 9), "4 dimensions"), ((1, 3, 0, 9), "at least 1"), ((1, 3, 9, 0), "at least 1")):
+        with pytest.raises(Exception, match=reason):
+            running.run(None, {"x": np.zeros(shape, np.float32)})
+    assert running.run(None, {"x": np.zeros((0, 3, 9, 9), np.float32)})[0].shape == (0, 3, 18, 18)
 
 
 def test_two_matrices_that_do_not_fit(library: Path) -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
+import torch
 from kernel_layers import ACTIVATIONS, Kernels, Layer, random_conv, random_gemm, sparse_weight
-from kernel_models import feed, layer_parts, make_model, mlp_parts, pool_session, session
+from kernel_models import feed, layer_parts, make_model, mlp_parts, planes_session, session
 
 CASES = min(1000, int(os.environ.get("SLRC_FUZZ", "2400")) // 10)  # all stay in memory
 TOLERANCE = 2e-5
@@ -208,7 +209,7 @@ def test_two_matrices_at_once(library: Path, threads: int) -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_pools_of_random_shapes(library: Path, threads: int) -> None:
     random = np.random.default_rng(2)
-    running = pool_session(library, threads)
+    running = planes_session("MaxPool2x2", library, threads)
     for _ in range(60):
         height, width = random.integers(2, 80, 2)
         x = random.standard_normal((2, 3, height, width)).astype(np.float32)
@@ -216,6 +217,16 @@ def test_pools_of_random_shapes(library: Path, threads: int) -> None:
         even = x[:, :, : height // 2 * 2, : width // 2 * 2]
         expected = even.reshape(2, 3, height // 2, 2, width // 2, 2).max((3, 5))
         np.testing.assert_array_equal(running.run(None, {"x": x})[0], expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_upsampling_of_random_shapes(library: Path, threads: int) -> None:
+    random = np.random.default_rng(2)
+    running = planes_session("UpsampleBilinear2x", library, threads)
+    for _ in range(60):
+        x = torch.from_numpy(random.standard_normal((2, 3, *random.integers(1, 70, 2))).astype(np.float32))
+        expected = torch.nn.functional.interpolate(x, scale_factor=2, mode="bilinear")
+        np.testing.assert_allclose(running.run(None, {"x": x.numpy()})[0], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -167,6 +167,26 @@ def test_a_pool_behind_a_packed_layer(name: str, net: Any, randomized: Any, mask
     compare("masked = packed", reference, outputs_of(result.module(), program.example_inputs), 1e-10)
 
 
+UPSAMPLINGS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "by scale": (lambda y: F.interpolate(y, scale_factor=2, mode="bilinear"), True),
+    "to a size": (lambda y: F.interpolate(y, size=(14, 10), mode="bilinear"), True),
+    "to another size": (lambda y: F.interpolate(y, size=(14, 11), mode="bilinear"), False),
+    "by another scale": (lambda y: F.interpolate(y, size=None, scale_factor=3, mode="bilinear"), False),
+    "from corner to corner": (lambda y: F.interpolate(y, scale_factor=2, mode="bilinear", align_corners=True), False),
+    "of something else": (lambda y: F.interpolate(y - 1.0, scale_factor=2, mode="bilinear"), False),
+}
+
+
+@pytest.mark.parametrize("name", UPSAMPLINGS)
+def test_upsampling_behind_a_packed_layer(name: str, net: Any, randomized: Any, masked_outputs: Any) -> None:
+    upsampling, taken = UPSAMPLINGS[name]
+    case: Case = (lambda m, x: upsampling(m.a(x)), {"a": nn.Conv2d(8, 8, 1)}, (8, 7, 5))
+    model, program, masks, result, _ = packed(case, net, randomized)
+    assert ("upsample_bilinear2x" in [op_name(n) for n in result.nodes]) == taken
+    reference = masked_outputs(model, program, masks)
+    compare("masked = packed", reference, outputs_of(result.module(), program.example_inputs), 1e-10)
+
+
 def mlp(run: Callable[[Any, Tensor], Tensor], **options: Any) -> Case:
     return run, {"a": nn.Linear(8, 12, **options), "b": nn.Linear(12, 8)}, (5, 8)
 

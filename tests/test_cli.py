@@ -368,7 +368,7 @@ def workload():
 def test_an_example_that_does_not_fit_is_one_error(run: Run, model: Path, command: str) -> None:
     model.write_text(BAD_EXAMPLE)
     result = run(command, model)
-    assert_mistake(result, "does not take its example inputs at tinynet.py:9: `return slrc.Workload(", "(2, 5)")
+    assert_mistake(result, "fails on its example inputs at tinynet.py:9: `return slrc.Workload(", "(2, 5)")
     assert len(result.err.strip().splitlines()) == 3
 
 

@@ -324,8 +324,8 @@ def _try(model: nn.Module, inputs: tuple[Any, ...], where: str) -> None:
         line = at(users_line(lines_of(error))) or where
         given = ", ".join(_describe(x) for x in inputs)
         raise CaptureError(
-            f"the model does not take its example inputs{line}: {first_line(error)}",
-            hint=f"`Workload.example_inputs` are ({given}): do they fit `forward`?",
+            f"the model fails on its example inputs{line}: {first_line(error)}",
+            hint=f"mend that line, or `Workload.example_inputs`, which are ({given}) and have to fit `forward`",
         ) from error
 
 

@@ -113,7 +113,9 @@ def summarise(
 ) -> Summary:
     """Read what the points' compiles have reported.
 
-    The dense networks' milliseconds are the median over the points' reports, each of which timed them anew.
+    The dense networks' milliseconds are the median over the points' reports, each of which timed them anew. A point's
+    are those of the dense network that it was timed in turns with, by that median, over its speed-up: how fast the
+    machine happened to be at the time of a point does not move it among the others.
 
     Args:
         model: its name.
@@ -126,6 +128,7 @@ def summarise(
     reports = {p.name: report for p in points if (report := _report(folder.build(p))) is not None}
     metric = next((r.accuracy.metric for r in reports.values() if r.accuracy), "")
     timed = [r.latency[0] for r in reports.values() if r.latency]
+    dense_ms = statistics.median(t.dense_ms.p50 for t in timed) if timed else None
     found = Summary(
         model=model,
         target=target,
@@ -133,7 +136,7 @@ def summarise(
         metric=metric,
         dense=_dense_corner(reports.values(), "float32") or _dense(reports.values()),
         dense_int8=_dense_corner(reports.values(), "int8"),
-        rows=tuple(_row(p, folder, reports.get(p.name), failures.get(p.name, "")) for p in points),
+        rows=tuple(_row(p, folder, reports.get(p.name), failures.get(p.name, ""), dense_ms) for p in points),
         recommended=None,
         recommendation="",
     )
@@ -144,20 +147,20 @@ def summarise(
     return found.model_copy(update={"rows": rows, "recommended": name, "recommendation": why})
 
 
-def _row(point: SweepPoint, folder: SweepFolder, report: Report | None, why: str) -> Row:
+def _row(point: SweepPoint, folder: SweepFolder, report: Report | None, why: str, dense_ms: float | None) -> Row:
     row = Row(name=point.name, pattern=point.pattern, speedup_asked=point.speedup, state=State.WAITING)
     if report is None:
         state = State.FAILED if why else State.AT_WORK if folder.is_claimed(point) else State.WAITING
         return row.model_copy(update={"state": state, "why": why})
-    place, latency = point_of(point.name, report), report.latency[0] if report.latency else None
+    latency = report.latency[0] if report.latency else None
     return row.model_copy(
         update={
             "state": State.DONE,
             "start": Path(report.config.get("start_from") or "").name,
             "method": report.method,
             "epochs": sum(epoch.loss is not None for epoch in report.curve),
-            "metric": place.metric,
-            "ms": place.ms,
+            "metric": point_of(point.name, report).metric,
+            "ms": dense_ms / latency.speedup if latency and dense_ms else None,
             "speedup": latency.speedup if latency else None,
             "speedup_spread": latency.speedup_spread if latency else None,
             "size_bytes": report.size_bytes.compiled,

@@ -61,7 +61,7 @@ class OnnxRuntime:
             import onnxruntime
         except Exception as error:
             what = f"onnxruntime cannot be imported: {first_line(error)}"
-            raise Failure("runtime", what, "install onnxruntime") from error
+            raise Failure("runtime", what, f"`{sys.executable} -m pip install onnxruntime` installs it") from error
         self.ort, self.threads = onnxruntime, manifest["threads"]
         self.version = onnxruntime.__version__
         needed = manifest["requires"]["onnxruntime"]
@@ -700,6 +700,11 @@ def report(result: Data) -> Iterator[str]:
         for name in run["models"]:
             ms = [x for block in kept for x in block["ms"][name]]
             yield f"{name}: {statistics.median(ms):.3f} ms, {len(ms)} turns"
+        for name in run["models"][1:]:
+            pairs = [(block["ms"][run["models"][0]], block["ms"][name]) for block in kept]
+            found = sorted(statistics.median(first) / statistics.median(ms) for first, ms in pairs)
+            told = f"{statistics.median(found):.2f} times as fast as {run['models'][0]}"
+            yield f"{name}: {told}, {found[0]:.2f} to {found[-1]:.2f} in blocks of turns"
         rejected = len(run["blocks"]) - sum(1 for b in run["blocks"] if not b["drift"])
         if rejected:
             yield f"{rejected} of {len(run['blocks'])} blocks rejected: the clock drifted"

@@ -174,7 +174,7 @@ def openvino_runs(file: Path, shape: torch.Size) -> Run:
 
     core = openvino.Core()
     model = core.read_model(file)
-    model.reshape([BATCH, *shape])
+    model.reshape([-1, *shape])
     compiled = core.compile_model(model, "CPU")
     return lambda x: torch.cat([torch.from_numpy(compiled([p.numpy()])[0].copy()) for p in x.split(BATCH)])
 

@@ -125,18 +125,19 @@ def _window_of(layer: Node) -> dict[str, Any]:
 
 def _own_of_planes(node: Node) -> Any:
     """Return the operator of slrc for a pool or an upsampling that reads what a packed convolution wrote, if any."""
-    if op_name(node) not in ("max_pool2d", "upsample_bilinear2d") or op_name(node.args[0]) != "block_sparse_conv":
+    if not node.args or not isinstance(node.args[0], Node) or op_name(node.args[0]) != "block_sparse_conv":
         return None
-    if op_name(node) == "max_pool2d":
-        return torch.ops.slrc.max_pool2x2.default if _is_plain_pool(node) else None
-    return torch.ops.slrc.upsample_bilinear2x.default if _is_doubling(node) else None
+    if op_name(node) == "max_pool2d" and _is_plain_pool(node):
+        return torch.ops.slrc.max_pool2x2.default
+    if op_name(node) == "upsample_bilinear2d" and _is_doubling(node):
+        return torch.ops.slrc.upsample_bilinear2x.default
+    return None
 
 
 def _is_doubling(node: Node) -> bool:
-    sizes, given = node_shape(node)[2:], node_shape(node.args[0])[2:]  # type: ignore[arg-type]
-    scales = [x for x in node.args[3:] if x is not None]
-    scales = [y for x in scales for y in (x if isinstance(x, list | tuple) else [x])]
-    is_double = sizes == [2 * size for size in given] and all(scale == 2 for scale in scales)
+    *_, height, width = node_shape(node.args[0])  # type: ignore[arg-type]
+    scales = [y for x in node.args[3:] if x is not None for y in (x if isinstance(x, list | tuple) else [x])]
+    is_double = node_shape(node)[2:] == [2 * height, 2 * width] and all(scale == 2 for scale in scales)
     return is_double and not argument(node, 2, "align_corners", False)
 
 

@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 import slrc
 from slrc.backends import onnx_export, onnx_export_memory
@@ -108,4 +109,27 @@ def test_operators_that_onnx_has_are_not_traced_again(tmp_path: Path, monkeypatc
         module, x = CASES[case]
         export_onnx(slrc.capture(slrc.Workload(model=module.eval(), example_inputs=(x,))), tmp_path / "model.onnx")
         assert len(traced) == (case == "pool to two")
-    assert onnx_export_memory._TRANSLATIONS
+
+
+def test_torchs_translations_are_read_once_and_left_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    own = ONNXRegistry.from_torchlib
+
+    def counted(opset_version: int) -> ONNXRegistry:
+        read.append(opset_version)
+        return own(opset_version)
+
+    monkeypatch.setattr(ONNXRegistry, "from_torchlib", counted)
+    monkeypatch.setattr(onnx_export_memory, "_TRANSLATIONS", {})
+    module = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    program = slrc.capture(slrc.Workload(model=module, example_inputs=(torch.randn(2, 4),)))
+    for name in ("first", "second"):
+        export_onnx(program, tmp_path / f"{name}.onnx")
+    assert read == [onnx_export.OPSET]
+    assert ONNXRegistry.from_torchlib is counted
+    first, second = (onnx.load(tmp_path / f"{name}.onnx").graph for name in ("first", "second"))
+    assert [n.op_type for n in first.node] == [n.op_type for n in second.node]
+    (kept,) = onnx_export_memory._TRANSLATIONS.values()
+    assert not [x for translations in kept.functions.values() for x in translations if x.is_custom]

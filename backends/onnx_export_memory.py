@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 aten = torch.ops.aten
 
@@ -59,8 +59,7 @@ def _decomposed_where_needed(passes: Any, tables: Any) -> Iterator[None]:
 
     def decomposed(program: ExportedProgram, registry: Any) -> ExportedProgram:
         graph = copy.deepcopy(program.graph)
-        for node, own_node in zip(graph.nodes, program.graph.nodes, strict=True):
-            node.name = own_node.name  # copies do not keep names that Python has, such as `input`
+        _keep_names(graph, program)
         _average_by_mean(graph)
         known = {*tables.get_onnx_implemented_overloads(registry), operator.getitem}
         if any(node.op == "call_function" and node.target not in known for node in graph.nodes):
@@ -74,6 +73,19 @@ def _decomposed_where_needed(passes: Any, tables: Any) -> Iterator[None]:
         yield
     finally:
         passes.decompose_with_registry = own
+
+
+def _keep_names(graph: Graph, program: ExportedProgram) -> None:
+    """Name a copy's nodes as the program and its signature do: a copy has other names for Python's, such as `input`."""
+    for node, own in zip(graph.nodes, program.graph.nodes, strict=True):
+        node.name = own.name
+    signature = program.graph_signature
+    for spec, node in zip(signature.input_specs, graph.find_nodes(op="placeholder"), strict=True):
+        node.name = spec.arg.name
+    outputs: Any = graph.output_node().args[0]
+    for output, node in zip(signature.output_specs, outputs, strict=True):
+        if isinstance(node, Node) and node.op != "placeholder":
+            node.name = output.arg.name
 
 
 def _average_by_mean(graph: Graph) -> None:

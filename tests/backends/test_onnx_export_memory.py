@@ -27,6 +27,13 @@ class Mixed(nn.Module):
         return (x * count + 1).clamp(min=0) / 3 + x.double()
 
 
+class Named(nn.Module):
+    """Names of Python's functions, of an input and of what is returned."""
+
+    def forward(self, input: Tensor, slice: Tensor) -> tuple[Tensor, Tensor]:
+        return input.sum(1), (input * slice).abs()
+
+
 class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -60,6 +67,17 @@ CASES = {
     "residual": (Residual(), torch.randn(2, 4, 6, 6)),
     "attention": (Attention(), torch.randn(2, 5, 16)),
 }
+
+
+def test_names_of_pythons_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 4)
+    captured = slrc.capture(slrc.Workload(model=Named().eval(), example_inputs=(x, x)))
+    for program in (captured, captured.rewrite(lambda module: True)[0]):
+        spared = exported(program, tmp_path / "spared.onnx")
+        assert [value.name for value in onnx.load(tmp_path / "spared.onnx").graph.input] == ["input", "slice"]
+        with monkeypatch.context() as patched:
+            patched.setattr(onnx_export, "spared", nothing_spared)
+            assert spared == exported(program, tmp_path / "plain.onnx")
 
 
 @contextmanager

@@ -38,9 +38,9 @@ class _FirstBatches:
     def __iter__(self) -> Iterator[Any]:
         self.asked_at = []
         source = iter(self.batches)
-        for count in range(STEPS):
+        for _ in range(STEPS):
             self.asked_at.append(self.deadline.now())
-            if count and self.deadline.left <= 0:
+            if self.deadline.left <= 0:
                 raise Overtime  # where it ended here, another epoch would begin
             try:
                 batch = next(source)

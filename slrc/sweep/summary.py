@@ -128,15 +128,17 @@ def summarise(
     reports = {p.name: report for p in points if (report := _report(folder.build(p))) is not None}
     metric = next((r.accuracy.metric for r in reports.values() if r.accuracy), "")
     timed = [r.latency[0] for r in reports.values() if r.latency]
-    dense_ms = statistics.median(t.dense_ms.p50 for t in timed) if timed else None
+    dense = _dense_corner(reports.values(), "float32") or _dense(reports.values())
+    dense_int8 = _dense_corner(reports.values(), "int8")
+    timed_with = (dense_int8 or dense).ms
     found = Summary(
         model=model,
         target=target,
         threads=timed[0].threads if timed else None,
         metric=metric,
-        dense=_dense_corner(reports.values(), "float32") or _dense(reports.values()),
-        dense_int8=_dense_corner(reports.values(), "int8"),
-        rows=tuple(_row(p, folder, reports.get(p.name), failures.get(p.name, ""), dense_ms) for p in points),
+        dense=dense,
+        dense_int8=dense_int8,
+        rows=tuple(_row(p, folder, reports.get(p.name), failures.get(p.name, ""), timed_with) for p in points),
         recommended=None,
         recommendation="",
     )

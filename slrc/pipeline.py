@@ -15,6 +15,7 @@ from slrc.passes.forms.split_columns import SplitColumns
 from slrc.passes.structure.apply_masks import ApplyMasks
 from slrc.passes.structure.drop_copies import DropCopies
 from slrc.passes.structure.fold_batch_norm import FoldBatchNorm
+from slrc.passes.structure.maximum_first import MaximumFirst
 from slrc.passes.structure.permute_channels import PermuteChannels
 from slrc.passes.structure.shrink_channels import ShrinkChannels
 from slrc.sparsity.masks import Masks
@@ -23,7 +24,7 @@ from slrc.sparsity.plans import Plan
 Checker = Callable[[str, Program], object]
 """Makes sure of a program after the transform that is named; it raises where it computes something else."""
 
-DENSE: tuple[Transform, ...] = (FoldBatchNorm(), DropCopies())
+DENSE: tuple[Transform, ...] = (FoldBatchNorm(), DropCopies(), MaximumFirst())
 """What the dense model gets too, so that only sparsity is measured."""
 
 

@@ -17,6 +17,7 @@ from slrc.ir.nodes import argument, conv_groups, layer_weight, node_shape, op_na
 from slrc.ir.program import Program
 from slrc.kernels.limits import why_not, why_not_int8
 from slrc.passes.base import PassResult, Transform
+from slrc.passes.forms.concatenations import cut_concatenation, parts_of
 from slrc.passes.forms.projections import cut_projections
 from slrc.passes.forms.unroll_transposed import axes_of, interleave, is_unrolled, pair, unroll_weight, why_not_unrolled
 from slrc.passes.graph_edits import call_before, get_tensor, insert_tensor, layer_bias, only_user, sibling
@@ -40,6 +41,8 @@ class PackBlocks(Transform):
     8. `conv_transpose2d` becomes a packed convolution that computes the phases of its stride, and what puts their
        pixels between each other (see `unroll_transposed`): with a kernel as large as the stride, a 1×1 convolution and
        a pixel shuffle. An activation goes into the operator, an addition does not.
+    9. A packed `conv2d` of a `cat` that nothing else reads becomes one of each part (see `cut_concatenation`), where
+       that copies less; each adds what the one before has computed.
 
         conv2d ─▶ add(·, shortcut) ─▶ relu          block_sparse_conv(…, residual=shortcut, activation="relu")
     """
@@ -57,7 +60,7 @@ class PackBlocks(Transform):
         ]
         for layer in layers:
             rows = self._rows(layer)
-            for part in cut_projections(module, layer, rows):
+            for part in _cut(module, layer, rows):
                 _pack(module, part, rows)
         module.graph.eliminate_dead_code()  # so that a layer's users are those that count
         for node in list(module.graph.nodes):
@@ -72,6 +75,16 @@ class PackBlocks(Transform):
     def _rows(self, node: Node) -> int:
         form = self.forms.get(layer_weight(node) or "")
         return form.size if form is not None and form.kind is FormKind.PACKED else 0
+
+
+def _cut(module: GraphModule, layer: Node, rows: int) -> list[Node]:
+    """Return the layers that are to be packed in the place of one."""
+    parts = parts_of(layer)
+    outputs, _, *kernel = node_shape(layer.args[1])  # type: ignore[arg-type]
+    if not parts or any(why_not([outputs, node_shape(p)[1], *kernel], rows, **_window_of(layer)) for p in parts):
+        return cut_projections(module, layer, rows)
+    last, residual = _sum(layer)
+    return cut_concatenation(module, layer, parts, last, residual)
 
 
 def why_not_packed(layer: Node, rows: int) -> str:
@@ -206,15 +219,19 @@ _WINDOW = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
 
 def _tail(layer: Node, *, takes_residual: bool) -> tuple[Node, Node | None, str, float]:
     """Return the last operator that goes with a layer, the residual that is added, the activation and its slope."""
-    last, residual = layer, None
+    last, residual = _sum(layer) if takes_residual else (layer, None)
     follower = only_user(last)
-    if takes_residual and follower is not None and (other := _residual(follower, last)) is not None:
-        last, residual = follower, other
-        follower = only_user(last)
     if follower is not None and (activation := activation_of(follower)):
         slope = float(argument(follower, 1, "negative_slope", 0.01)) if activation == "leakyrelu" else 0.0
         return follower, residual, activation, slope
     return last, residual, "none", 0.0
+
+
+def _sum(layer: Node) -> tuple[Node, Node | None]:
+    """Return the addition to a layer's result that goes with it, and what it adds; or the layer and nothing."""
+    follower = only_user(layer)
+    other = _residual(follower, layer) if follower is not None else None
+    return (layer, None) if follower is None or other is None else (follower, other)
 
 
 def _residual(node: Node, layer: Node) -> Node | None:

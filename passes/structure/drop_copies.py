@@ -21,6 +21,7 @@ class DropCopies(Transform):
     1. `pad` by nothing, and a `slice` of everything, go.
     2. `roll(x, s, d)` becomes `index_select(x, d, …)`, dimension by dimension: a copy each, where slices and a
        concatenation make two. A dimension whose size is not known stays.
+    3. A `permute` that undoes the one before goes with it, as around the batch norm of a linear layer.
 
     Window attention has both in every block.
     """
@@ -35,12 +36,24 @@ class DropCopies(Transform):
 def _drop_all(module: GraphModule) -> bool:
     modified = False
     for node in list(module.graph.nodes):
-        if _is_whole(node):
-            node.replace_all_uses_with(node.args[0])
+        if (same := _unchanged(node)) is not None:
+            node.replace_all_uses_with(same)
             modified = True
         elif op_name(node) == "roll" and _select(module, node):
             modified = True
     return modified
+
+
+def _unchanged(node: Node) -> Node | None:
+    """Return the value of which a node is a copy, if it is one."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, Node):
+        return None
+    if op_name(node) == op_name(source) == "permute":
+        (x, first), second = source.args, node.args[1]
+        undone = all(first[dim] % len(first) == k for k, dim in enumerate(second))  # type: ignore[index, union-attr, arg-type]
+        return x if undone and isinstance(x, Node) else None
+    return source if _is_whole(node) else None
 
 
 def _is_whole(node: Node) -> bool:

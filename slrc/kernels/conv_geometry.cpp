@@ -23,6 +23,7 @@ constexpr double kRepaysCopy = 0.6;            // surviving values of an input c
 constexpr double kRepaysRows = 3.5;            // if it is one run, and if it is several rows
 constexpr double kRepaysPlane = 6;      // saved multiply-adds of vectors, for each vector of a kernel column's plane
 constexpr double kLeastDensity = 0.15;  // of fewer columns most of several rows' copy would stay unread
+constexpr int64_t kPlacesRead = 4 * 1024;      // of kTileReads, in place: channels are pages apart
 constexpr int64_t kPanelChannels = 16;         // of groups of fewer, which share a panel,
 constexpr int64_t kPanelFloats = 4 * 1024;     // and of their input
 constexpr int64_t kMostTaps = 49;              // of masked lanes
@@ -93,7 +94,8 @@ bool RepaysColumnPlanes(const Weight& weight, const Image& image, const Axis& al
 // Whether enough block rows read a tile to repay its copy.
 bool RepaysTiles(const Weight& weight, const Image& image, int64_t widest, int64_t tile_floats) {
   if (image.pointwise && image.Pixels() < Loops().lanes) return image.Pixels() > 2;  // a vector reads past the input
-  if (ReadsPlanes() || image.per_group * TileReads(image.rows, image.columns, widest) <= kTileReads) return false;
+  const int64_t read = image.per_group * TileReads(image.rows, image.columns, widest);
+  if (ReadsPlanes() || read <= (image.pointwise ? kPlacesRead : kTileReads)) return false;
   const double values = ValuesPerChannel(weight, image);
   if (image.Taps() == 1) return values >= kRepaysCopy * static_cast<double>(tile_floats);
   const double density = values / static_cast<double>(weight.rows_per_group * weight.block * image.Taps());

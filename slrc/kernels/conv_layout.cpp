@@ -6,10 +6,10 @@
 namespace slrc {
 namespace {
 
-constexpr int64_t kCopiedFloats = 24 * 1024;   // of tiles copied at a time
-constexpr int64_t kTogetherFloats = 6 * 1024;  // of copied tiles that a block row runs on before the next one
-constexpr int64_t kMostCopied = 8;             // tiles at a time
-constexpr int64_t kLeastBlocks = 32;           // of a block row, in a slice: it also loads and stores the sums
+constexpr int64_t kCopiedFloats = 24 * 1024;    // of tiles copied at a time
+constexpr int64_t kTogetherFloats = 24 * 1024;  // of copied tiles that a block row runs on before the next one
+constexpr int64_t kMostCopied = 8;              // tiles at a time
+constexpr int64_t kLeastBlocks = 32;            // of a block row, in a slice: it also loads and stores the sums
 
 // From where a tile stands in a channel of the store, to what each tap reads there.
 std::vector<int32_t> TapOffsets(const Geometry& g, const SlrcWindow& window) {

@@ -187,6 +187,46 @@ def test_upsampling_behind_a_packed_layer(name: str, net: Any, randomized: Any, 
     compare("masked = packed", reference, outputs_of(result.module(), program.example_inputs), 1e-10)
 
 
+def cat_of(run: Callable[[Any, Tensor], Tensor], **options: Any) -> Case:
+    return run, {"a": nn.Conv2d(18, 8, 3, padding=1, **options), "b": nn.Conv2d(6, 8, 1)}, IMAGE
+
+
+def side_by_side(x: Tensor) -> Tensor:
+    return torch.cat((x, x.tanh(), x.relu()), 1)
+
+
+def residual_into_parts(m: Any, x: Tensor) -> Tensor:
+    return F.silu(m.a(side_by_side(x)) + m.b(x.tanh()))
+
+
+CONCATENATIONS: dict[str, tuple[Case, int]] = {
+    "its parts": (cat_of(lambda m, x: m.a(side_by_side(x))), 3),
+    "no bias, an activation": (cat_of(lambda m, x: m.a(side_by_side(x)).relu(), bias=False), 3),
+    "a residual": (cat_of(residual_into_parts), 4),
+    "strided": (cat_of(lambda m, x: m.a(torch.cat((side_by_side(x)[:, 6:], x), -3)), stride=2), 2),
+    "twice the same": (cat_of(lambda m, x: m.a(torch.cat((x, x, x), 1))), 3),
+    "read elsewhere": (cat_of(lambda m, x: m.a(y := side_by_side(x)) + y.mean()), 1),
+    "along the rows": (cat_of(lambda m, x: m.a(torch.cat((y := side_by_side(x), y), 2))), 1),
+    "in groups": (cat_of(lambda m, x: m.a(side_by_side(x)), groups=2), 1),
+    "more outputs than inputs": (
+        (lambda m, x: m.a(torch.cat((x, x.tanh()), 1)), {"a": nn.Conv2d(12, 12, 1)}, IMAGE),
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONCATENATIONS)
+def test_a_concatenation_is_not_made(name: str, net: Any, randomized: Any, masked_outputs: Any) -> None:
+    case, convs = CONCATENATIONS[name]
+    model, program, masks, result, _ = packed(case, net, randomized)
+    names = [op_name(n) for n in result.nodes]
+    assert names.count("block_sparse_conv") == convs
+    assert ("cat" in names) == (convs == 1 or name == "strided")
+    assert "add" not in names or convs == 1
+    reference = masked_outputs(model, program, masks)
+    compare("masked = packed", reference, outputs_of(result.module(), program.example_inputs), 1e-10)
+
+
 def mlp(run: Callable[[Any, Tensor], Tensor], **options: Any) -> Case:
     return run, {"a": nn.Linear(8, 12, **options), "b": nn.Linear(12, 8)}, (5, 8)
 

@@ -27,6 +27,8 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], list[str]]] = {
     "a roll of two dimensions": (lambda x: x.roll((-2, 9), (1, -1)).tanh(), ["index_select", "index_select", "tanh"]),
     "a roll of the batch": (lambda x: x.roll(1, 0).tanh(), ["roll", "tanh"]),
     "a roll of the flat values": (lambda x: x.roll(1).tanh(), ["roll", "tanh"]),
+    "a permutation undone": (lambda x: x.permute(2, 0, 1).permute(1, -1, 0).tanh(), ["tanh"]),
+    "two permutations": (lambda x: x.permute(2, 0, 1).permute(2, 0, 1).tanh(), ["permute", "permute", "tanh"]),
     "one after the other": (lambda x: F.pad(x[:, :5], (0, 0)).roll(1, 2)[:, :, :7].tanh(), ["index_select", "tanh"]),
 }
 

@@ -49,10 +49,10 @@ def _unchanged(node: Node) -> Node | None:
     source = node.args[0] if node.args else None
     if not isinstance(source, Node):
         return None
-    if op_name(node) == op_name(source) == "permute":
-        (x, first), second = source.args, node.args[1]
-        undone = all(first[dim] % len(first) == k for k, dim in enumerate(second))  # type: ignore[index, union-attr, arg-type]
-        return x if undone and isinstance(x, Node) else None
+    if op_name(node) == op_name(source) == "permute" and isinstance(source.args[0], Node):
+        first, second = (list[int](permute.args[1]) for permute in (source, node))  # type: ignore[arg-type]
+        undone = all(first[dim] % len(first) == k for k, dim in enumerate(second))
+        return source.args[0] if undone else None
     return source if _is_whole(node) else None
 
 

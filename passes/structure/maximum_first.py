@@ -43,7 +43,7 @@ class MaximumFirst(Transform):
 
 def _move_all(module: GraphModule) -> bool:
     module.graph.eliminate_dead_code()  # indices that nothing reads
-    return any([_move(node) for node in list(module.graph.nodes) if _is_maximum(node)])
+    return sum(_move(node) for node in list(module.graph.nodes) if _is_maximum(node)) > 0
 
 
 def _is_maximum(node: Node) -> bool:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 DOMAIN = "ai.slrc"
 VERSION = 1
 CONV, GEMM, MLP = "BlockSparseConv", "BlockSparseGemm", "BlockSparseMlp"
-POOL, UPSAMPLE = "MaxPool2x2", "UpsampleBilinear2x"
+POOL, UPSAMPLE, FIRST, LAST = "MaxPool2x2", "UpsampleBilinear2x", "ChannelsFirst", "ChannelsLast"
 
 _WEIGHT = f"""
     {PLACES}
@@ -66,31 +66,31 @@ _GEMM = """
     product = Add (unbiased, bias)
 """
 
-_WEIGHT_OPERANDS = ("values", "columns", "row_pointers", "bias")
-_OPERANDS = {
-    CONV: ("x", *_WEIGHT_OPERANDS),
-    GEMM: ("x", *_WEIGHT_OPERANDS),
-    MLP: ("x", *_WEIGHT_OPERANDS, *(f"down_{name}" for name in _WEIGHT_OPERANDS)),
-    POOL: ("x",),
-    UPSAMPLE: ("x",),
-}
-"""The inputs of each node; the residual of layers may follow."""
 _PLANES = {
     POOL: "y = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (x)",
     UPSAMPLE: """
     scales = Constant <value_floats = [1.0, 1.0, 2.0, 2.0]> ()
     y = Resize <mode = "linear", coordinate_transformation_mode = "half_pixel"> (x, , scales)
 """,
+    FIRST: "y = Transpose <perm = [0, 3, 1, 2]> (x)",
+    LAST: "y = Transpose <perm = [0, 2, 3, 1]> (x)",
 }
 """What the nodes that have no weight mean."""
+_WEIGHT_OPERANDS = ("values", "columns", "row_pointers", "bias")
+_OPERANDS = {
+    CONV: ("x", *_WEIGHT_OPERANDS),
+    GEMM: ("x", *_WEIGHT_OPERANDS),
+    MLP: ("x", *_WEIGHT_OPERANDS, *(f"down_{name}" for name in _WEIGHT_OPERANDS)),
+    **dict.fromkeys(_PLANES, ("x",)),
+}
+"""The inputs of each node; the residual of layers may follow."""
 _INTS, _INT, _FLOAT, _TEXT = "INTS", "INT", "FLOAT", "STRING"
 _OWN = {"block": _INT, "weight_shape": _INTS, "activation": _TEXT, "slope": _FLOAT}
 _ATTRIBUTES = {
     GEMM: _OWN,
     CONV: _OWN | {"strides": _INTS, "pads": _INTS, "dilations": _INTS, "group": _INT},
     MLP: _OWN | {"down_block": _INT, "down_weight_shape": _INTS},
-    POOL: {},
-    UPSAMPLE: {},
+    **{op_type: {} for op_type in _PLANES},
 }
 """The attributes of each node and their types."""
 
@@ -103,6 +103,8 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
         torch.ops.slrc.block_sparse_mlp.default: _translate_mlp,
         torch.ops.slrc.max_pool2x2.default: lambda x: _op(POOL)(x),
         torch.ops.slrc.upsample_bilinear2x.default: lambda x: _op(UPSAMPLE)(x),
+        torch.ops.slrc.channels_first.default: lambda x: _op(FIRST)(x),
+        torch.ops.slrc.channels_last.default: lambda x: _op(LAST)(x),
         torch.ops.slrc.depth_to_space.default: _translate_shuffle,
     }
 
@@ -197,7 +199,7 @@ def _name(op_type: str, activation: str, residual: bool) -> str:
 
 
 def planes_function(op_type: str, opset: int) -> onnx.FunctionProto:
-    """Return the meaning of a pool or an upsampling."""
+    """Return the meaning of a node that has no weight."""
     from onnx import parser
 
     return parser.parse_function(

@@ -41,7 +41,9 @@ class PackBlocks(Transform):
     8. `conv_transpose2d` becomes a packed convolution that computes the phases of its stride, and what puts their
        pixels between each other (see `unroll_transposed`): with a kernel as large as the stride, a 1×1 convolution and
        a pixel shuffle. An activation goes into the operator, an addition does not.
-    9. A packed `conv2d` of a `cat` that nothing else reads becomes one of each part (see `cut_concatenation`), where
+    9. `permute(0, 3, 1, 2)` that packed convolutions alone read becomes `slrc::channels_first`, and
+       `permute(0, 2, 3, 1)` of what one computes `slrc::channels_last`.
+    10. A packed `conv2d` of a `cat` that nothing else reads becomes one of each part (see `cut_concatenation`), where
        that copies less; each adds what the one before has computed.
 
         conv2d ─▶ add(·, shortcut) ─▶ relu          block_sparse_conv(…, residual=shortcut, activation="relu")
@@ -137,14 +139,24 @@ def _window_of(layer: Node) -> dict[str, Any]:
 
 
 def _own_of_planes(node: Node) -> Any:
-    """Return the operator of slrc for a pool or an upsampling that reads what a packed convolution wrote, if any."""
+    """Return the operator of slrc for what stands at a packed convolution's input or output, if there is one."""
+    if op_name(node) == "permute" and _dims(node) == (0, 3, 1, 2) and node.users:
+        is_read = all(op_name(user) == "block_sparse_conv" for user in node.users)
+        return torch.ops.slrc.channels_first.default if is_read else None
     if not node.args or not isinstance(node.args[0], Node) or op_name(node.args[0]) != "block_sparse_conv":
         return None
+    if op_name(node) == "permute" and _dims(node) == (0, 2, 3, 1):
+        return torch.ops.slrc.channels_last.default
     if op_name(node) == "max_pool2d" and _is_plain_pool(node):
         return torch.ops.slrc.max_pool2x2.default
     if op_name(node) == "upsample_bilinear2d" and _is_doubling(node):
         return torch.ops.slrc.upsample_bilinear2x.default
     return None
+
+
+def _dims(permute: Node) -> tuple[int, ...]:
+    dims = list[int](permute.args[1])  # type: ignore[arg-type]
+    return tuple(dim % len(dims) for dim in dims)
 
 
 def _is_doubling(node: Node) -> bool:

@@ -1,7 +1,8 @@
 """`slrc::block_sparse_conv` and `slrc::block_sparse_gemm`: layers with packed blocks, as operators of a program.
 
 `slrc::block_sparse_mlp` is two of the latter, `slrc::max_pool2x2` and `slrc::upsample_bilinear2x` go on in the
-memory layout of the former, and `slrc::depth_to_space` makes an image of what it computes for each phase of a stride.
+memory layout of the former, `slrc::channels_first` and `slrc::channels_last` lead from another one to it and back, and
+`slrc::depth_to_space` makes an image of what it computes for each phase of a stride.
 
 Here they mean what they compute, in PyTorch's own operators; a backend replaces them with its kernels. The packed
 form is that of `slrc.forms.packed_weight.PackedWeight`.
@@ -125,6 +126,28 @@ def upsample_bilinear2x(x: Tensor) -> Tensor:
 @upsample_bilinear2x.register_fake
 def _(x: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:2], x.shape[2] * 2, x.shape[3] * 2)
+
+
+@torch.library.custom_op("slrc::channels_first", mutates_args=())
+def channels_first(x: Tensor) -> Tensor:
+    """`(n, h, w, c)` to `(n, c, h, w)`."""
+    return x.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
+
+
+@channels_first.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[3], *x.shape[1:3])
+
+
+@torch.library.custom_op("slrc::channels_last", mutates_args=())
+def channels_last(x: Tensor) -> Tensor:
+    """`(n, c, h, w)` to `(n, h, w, c)`."""
+    return x.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
+
+
+@channels_last.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], *x.shape[2:], x.shape[1])
 
 
 @torch.library.custom_op("slrc::depth_to_space", mutates_args=())

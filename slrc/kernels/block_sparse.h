@@ -88,6 +88,9 @@ SLRC_EXPORT int slrc_int8_gemm(const SlrcInt8Blocks* blocks, const uint8_t* x, i
 SLRC_EXPORT void slrc_max_pool_2x2(const float* x, const int64_t x_shape[4], float* y);
 // y (n, c, 2 h, 2 w) = x (n, c, h, w) at twice the size, bilinear between the centers of pixels.
 SLRC_EXPORT void slrc_upsample_bilinear_2x(const float* x, const int64_t x_shape[4], float* y);
+// y (n, c, h, w) = x (n, h, w, c), and back.
+SLRC_EXPORT void slrc_channels_first(const float* x, const int64_t x_shape[4], float* y);
+SLRC_EXPORT void slrc_channels_last(const float* x, const int64_t x_shape[4], float* y);
 
 // Returns 0 if the kernels take a layer of these sizes, or 1 with the reason in error. Reads no array of the weight.
 // window is null for a matrix multiplication, whose x_shape is (rows, inputs).

@@ -101,6 +101,14 @@ void slrc_upsample_bilinear_2x(const float* x, const int64_t x_shape[4], float* 
   slrc::UpsampleBilinear2x(x, x_shape, y, slrc::kSerial);
 }
 
+void slrc_channels_first(const float* x, const int64_t x_shape[4], float* y) {
+  slrc::ChannelsFirst(x, x_shape, y, slrc::kSerial);
+}
+
+void slrc_channels_last(const float* x, const int64_t x_shape[4], float* y) {
+  slrc::ChannelsLast(x, x_shape, y, slrc::kSerial);
+}
+
 int slrc_check_sizes(const SlrcBlocks* blocks, const SlrcWindow* window, const int64_t* x_shape, char* error,
                      size_t error_size) {
   return slrc::Guarded(error, error_size, [&] {

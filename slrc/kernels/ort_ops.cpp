@@ -10,8 +10,8 @@
 // the second one's four, residual (optional); every bias is there. Attributes of the second: down_block,
 // down_weight_shape.
 //
-// And `ai.slrc::MaxPool2x2`, without attributes: x (n, c, h, w) -> (n, c, h / 2, w / 2), and `UpsampleBilinear2x`, ->
-// (n, c, 2 h, 2 w).
+// And, without attributes, `ai.slrc::MaxPool2x2`: x (n, c, h, w) -> (n, c, h / 2, w / 2), `UpsampleBilinear2x`, ->
+// (n, c, 2 h, 2 w), `ChannelsFirst`: x (n, h, w, c) -> (n, c, h, w), and `ChannelsLast`, which undoes it.
 // The int8 ones are in ort_int8_ops.cpp.
 #include <stdlib.h>
 #include <string.h>
@@ -153,7 +153,7 @@ struct MlpKernel : FloatKernel {
   Mlp mlp;
 };
 
-// What goes over planes, whose rows and columns are as many as `Size` says of those of x.
+// What goes over planes; `Shape` says that of y.
 template <class Own>
 struct PlaneKernel : FloatKernel {
   static constexpr size_t kInputCount = 1, kOptional = 0;
@@ -161,33 +161,47 @@ struct PlaneKernel : FloatKernel {
 
   void Compute(OrtKernelContext* context) const {
     const Call call(context);
-    std::vector<int64_t> y_shape = call.x.shape;
-    if (y_shape.size() != 4) throw Error("x must have 4 dimensions");
-    for (int axis = 2; axis < 4; ++axis) {
-      if (y_shape[axis] < Own::kLeast) {
-        const std::string least = std::to_string(Own::kLeast);
-        throw Error("x must have at least " + least + " rows and " + least + " columns");
-      }
-      y_shape[axis] = Own::Size(y_shape[axis]);
-    }
-    float* y = static_cast<float*>(call.Output(y_shape));
+    if (call.x.shape.size() != 4) throw Error("x must have 4 dimensions");
+    float* y = static_cast<float*>(call.Output(Own::Shape(call.x.shape)));
     Own::Run(call.x.As<float>(kOrtFloat, "x"), call.x.shape.data(), y, call.Threads());
   }
 };
 
+// The shape of what has `up` / `down` times as many rows and columns.
+std::vector<int64_t> Resized(std::vector<int64_t> shape, int64_t up, int64_t down) {
+  for (int axis = 2; axis < 4; ++axis) {
+    const std::string least = std::to_string(down);
+    if (shape[axis] < down) throw Error("x must have at least " + least + " rows and " + least + " columns");
+    shape[axis] = up * shape[axis] / down;
+  }
+  return shape;
+}
+
 struct PoolKernel : PlaneKernel<PoolKernel> {
   static constexpr const char* kName = "MaxPool2x2";
-  static constexpr int64_t kLeast = 2;
   static constexpr auto Run = MaxPool2x2;
-  static int64_t Size(int64_t size) { return size / 2; }
+  static std::vector<int64_t> Shape(const std::vector<int64_t>& x) { return Resized(x, 1, 2); }
   using PlaneKernel::PlaneKernel;
 };
 
 struct UpsampleKernel : PlaneKernel<UpsampleKernel> {
   static constexpr const char* kName = "UpsampleBilinear2x";
-  static constexpr int64_t kLeast = 1;
   static constexpr auto Run = UpsampleBilinear2x;
-  static int64_t Size(int64_t size) { return 2 * size; }
+  static std::vector<int64_t> Shape(const std::vector<int64_t>& x) { return Resized(x, 2, 1); }
+  using PlaneKernel::PlaneKernel;
+};
+
+struct FirstKernel : PlaneKernel<FirstKernel> {
+  static constexpr const char* kName = "ChannelsFirst";
+  static constexpr auto Run = ChannelsFirst;
+  static std::vector<int64_t> Shape(const std::vector<int64_t>& x) { return {x[0], x[3], x[1], x[2]}; }
+  using PlaneKernel::PlaneKernel;
+};
+
+struct LastKernel : PlaneKernel<LastKernel> {
+  static constexpr const char* kName = "ChannelsLast";
+  static constexpr auto Run = ChannelsLast;
+  static std::vector<int64_t> Shape(const std::vector<int64_t>& x) { return {x[0], x[2], x[3], x[1]}; }
   using PlaneKernel::PlaneKernel;
 };
 
@@ -207,6 +221,8 @@ OrtCustomOpDomain* MakeDomain() {
   AddNames<MlpKernel>(&ops);
   ops.push_back({MakeOp<PoolKernel>(), PoolKernel::kName});
   ops.push_back({MakeOp<UpsampleKernel>(), UpsampleKernel::kName});
+  ops.push_back({MakeOp<FirstKernel>(), FirstKernel::kName});
+  ops.push_back({MakeOp<LastKernel>(), LastKernel::kName});
   AddInt8Ops(&ops);
   OrtCustomOpDomain* domain;
   Check(ort->CreateCustomOpDomain("ai.slrc", &domain));

@@ -11,4 +11,8 @@ void MaxPool2x2(const float* x, const int64_t shape[4], float* y, const Parallel
 // beyond the image.
 void UpsampleBilinear2x(const float* x, const int64_t shape[4], float* y, const Parallel& parallel);
 
+// y (n, c, h, w) = x (n, h, w, c), and back.
+void ChannelsFirst(const float* x, const int64_t shape[4], float* y, const Parallel& parallel);
+void ChannelsLast(const float* x, const int64_t shape[4], float* y, const Parallel& parallel);
+
 }  // namespace slrc

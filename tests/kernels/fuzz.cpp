@@ -244,6 +244,22 @@ bool PoolAgrees(uint64_t seed) {
   return true;
 }
 
+// Whether random pixels of channels become planes, and pixels again.
+bool LayoutsAgree(uint64_t seed) {
+  Random random{std::mt19937_64(seed)};
+  const int64_t shape[4] = {random.Int(1, 2), random.Int(1, 30), random.Int(1, 30), random.Int(1, 150)};
+  const int64_t pixels = shape[1] * shape[2], channels = shape[3], back[4] = {shape[0], channels, shape[1], shape[2]};
+  const auto x = random.Floats(Case::Size(shape));
+  const std::unique_ptr<float[]> planes(new float[Case::Size(shape)]), again(new float[Case::Size(shape)]);
+  slrc_channels_first(x.get(), shape, planes.get());
+  slrc_channels_last(planes.get(), back, again.get());
+  for (int64_t n = 0; n < shape[0]; ++n)
+    for (int64_t p = 0; p < pixels; ++p)
+      for (int64_t c = 0; c < channels; ++c)
+        if (planes[(n * channels + c) * pixels + p] != x[(n * pixels + p) * channels + c]) return false;
+  return std::equal(x.get(), x.get() + Case::Size(shape), again.get());
+}
+
 // Whether a random image at twice the size has what lies between four pixels, one of them nearest.
 bool UpsamplingAgrees(uint64_t seed) {
   Random random{std::mt19937_64(seed)};
@@ -323,6 +339,7 @@ int main(int argc, char** argv) {
     }
     worst = std::max(worst, difference);
     if (!PoolAgrees(seed)) return printf("pool %llu differs\n", (unsigned long long)seed), 1;
+    if (!LayoutsAgree(seed)) return printf("layout %llu differs\n", (unsigned long long)seed), 1;
     if (!UpsamplingAgrees(seed)) return printf("upsampling %llu differs\n", (unsigned long long)seed), 1;
     for (bool broken : {false, true})
       if (!MlpAgrees(seed, broken, &refused)) return printf("mlp %llu differs\n", (unsigned long long)seed), 1;

@@ -188,6 +188,13 @@ def test_planes_of_the_wrong_shape(library: Path, op_type: str, least: int, size
     assert running.run(None, {"x": np.zeros((0, 3, 9, 9), np.float32)})[0].shape == (0, 3, size, size)
 
 
+def test_layouts_of_the_wrong_shape(library: Path) -> None:
+    running = planes_session("ChannelsFirst", library)
+    with pytest.raises(Exception, match="4 dimensions"):
+        running.run(None, {"x": np.zeros((3, 9, 9), np.float32)})
+    assert running.run(None, {"x": np.zeros((1, 0, 9, 3), np.float32)})[0].shape == (1, 3, 0, 9)
+
+
 def test_two_matrices_that_do_not_fit(library: Path) -> None:
     up, down = layer((16, 6)), layer((8, 16))
     assert session(make_model([mlp_parts(up, down)]), library).run(None, feed(up))[0].shape[-1] == 8

@@ -229,6 +229,16 @@ def test_upsampling_of_random_shapes(library: Path, threads: int) -> None:
         np.testing.assert_allclose(running.run(None, {"x": x.numpy()})[0], expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("op_type", "order"), [("ChannelsFirst", (0, 3, 1, 2)), ("ChannelsLast", (0, 2, 3, 1))])
+def test_layouts_of_random_shapes(library: Path, op_type: str, order: tuple[int, ...], threads: int) -> None:
+    random = np.random.default_rng(2)
+    running = planes_session(op_type, library, threads)
+    for _ in range(60):
+        x = random.standard_normal((2, *random.integers(1, 150, 3) // random.permuted([1, 5, 5]))).astype(np.float32)
+        np.testing.assert_array_equal(running.run(None, {"x": x})[0], x.transpose(order))
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_over_their_whole_range(library: Path, activation: str) -> None:
     values = np.concatenate([np.linspace(-100, 100, 4001), np.linspace(-6, 6, 4001), [0.0, -0.0]]).astype(np.float32)

@@ -227,6 +227,24 @@ def test_a_concatenation_is_not_made(name: str, net: Any, randomized: Any, maske
     compare("masked = packed", reference, outputs_of(result.module(), program.example_inputs), 1e-10)
 
 
+PERMUTATIONS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
+    "to planes": (lambda m, x: m.a(x.tanh().permute(0, 3, 1, 2)), "channels_first"),
+    "to planes that are added": (lambda m, x: m.a(y := x.tanh().permute(0, 3, 1, 2)) + y, "channels_first"),
+    "to planes that are read elsewhere": (lambda m, x: m.a(y := x.tanh().permute(0, 3, 1, 2)) * y, "permute"),
+    "from planes": (lambda m, x: m.a(x.mT.contiguous()).permute(0, -2, 3, 1).tanh(), "channels_last"),
+    "rows and columns too": (lambda m, x: m.a(x.tanh().permute(0, 3, 2, 1)), "permute"),
+}
+
+
+@pytest.mark.parametrize("name", PERMUTATIONS)
+def test_a_way_to_another_layout(name: str, net: Any, randomized: Any, masked_outputs: Any) -> None:
+    run, taken = PERMUTATIONS[name]
+    model, program, masks, result, _ = packed((run, {"a": nn.Conv2d(8, 8, 1)}, (8, 8, 8)), net, randomized)
+    assert taken in [op_name(n) for n in result.nodes]
+    reference = masked_outputs(model, program, masks)
+    compare("masked = packed", reference, outputs_of(result.module(), program.example_inputs), 1e-10)
+
+
 def mlp(run: Callable[[Any, Tensor], Tensor], **options: Any) -> Case:
     return run, {"a": nn.Linear(8, 12, **options), "b": nn.Linear(12, 8)}, (5, 8)
 

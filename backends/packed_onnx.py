@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 DOMAIN = "ai.slrc"
 VERSION = 1
 CONV, GEMM, MLP = "BlockSparseConv", "BlockSparseGemm", "BlockSparseMlp"
-POOL, UPSAMPLE, FIRST, LAST = "MaxPool2x2", "UpsampleBilinear2x", "ChannelsFirst", "ChannelsLast"
+POOL, UPSAMPLE = "MaxPool2x2", "UpsampleBilinear2x"
+FIRST, LAST, SHUFFLE = "ChannelsFirst", "ChannelsLast", "DepthToSpace"
 
 _WEIGHT = f"""
     {PLACES}
@@ -74,6 +75,7 @@ _PLANES = {
 """,
     FIRST: "y = Transpose <perm = [0, 3, 1, 2]> (x)",
     LAST: "y = Transpose <perm = [0, 2, 3, 1]> (x)",
+    SHUFFLE: "y = DepthToSpace <blocksize: int = @blocksize> (x)",
 }
 """What the nodes that have no weight mean."""
 _WEIGHT_OPERANDS = ("values", "columns", "row_pointers", "bias")
@@ -91,6 +93,7 @@ _ATTRIBUTES = {
     CONV: _OWN | {"strides": _INTS, "pads": _INTS, "dilations": _INTS, "group": _INT},
     MLP: _OWN | {"down_block": _INT, "down_weight_shape": _INTS},
     **{op_type: {} for op_type in _PLANES},
+    SHUFFLE: {"blocksize": _INT},
 }
 """The attributes of each node and their types."""
 
@@ -105,7 +108,7 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
         torch.ops.slrc.upsample_bilinear2x.default: lambda x: _op(UPSAMPLE)(x),
         torch.ops.slrc.channels_first.default: lambda x: _op(FIRST)(x),
         torch.ops.slrc.channels_last.default: lambda x: _op(LAST)(x),
-        torch.ops.slrc.depth_to_space.default: _translate_shuffle,
+        torch.ops.slrc.depth_to_space.default: lambda x, block: _op(SHUFFLE)(x, blocksize=block),
     }
 
 
@@ -128,12 +131,6 @@ def _translate_mlp(*arguments: Any) -> Any:
         "down_weight_shape": [out_channels, hidden_channels],
     }
     return _node(MLP, arguments[:10], [hidden_channels, int(arguments[0].shape[-1])], *activation, **down)
-
-
-def _translate_shuffle(x: Any, block: int) -> Any:
-    from onnxscript import opset21
-
-    return opset21.DepthToSpace(x, blocksize=block, mode="DCR")
 
 
 def _node(
@@ -202,8 +199,9 @@ def planes_function(op_type: str, opset: int) -> onnx.FunctionProto:
     """Return the meaning of a node that has no weight."""
     from onnx import parser
 
+    attributes = f" <{', '.join(_ATTRIBUTES[op_type])}>" if _ATTRIBUTES[op_type] else ""
     return parser.parse_function(
-        f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n{op_type} (x) => (y) {{ {_PLANES[op_type]} }}'
+        f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n{op_type}{attributes} (x) => (y) {{ {_PLANES[op_type]} }}'
     )
 
 

@@ -91,6 +91,8 @@ SLRC_EXPORT void slrc_upsample_bilinear_2x(const float* x, const int64_t x_shape
 // y (n, c, h, w) = x (n, h, w, c), and back.
 SLRC_EXPORT void slrc_channels_first(const float* x, const int64_t x_shape[4], float* y);
 SLRC_EXPORT void slrc_channels_last(const float* x, const int64_t x_shape[4], float* y);
+// y (n, c, block h, block w) = x (n, block block c, h, w), whose phases go between each other.
+SLRC_EXPORT void slrc_depth_to_space(const float* x, const int64_t x_shape[4], int64_t block, float* y);
 
 // Returns 0 if the kernels take a layer of these sizes, or 1 with the reason in error. Reads no array of the weight.
 // window is null for a matrix multiplication, whose x_shape is (rows, inputs).

@@ -109,6 +109,10 @@ void slrc_channels_last(const float* x, const int64_t x_shape[4], float* y) {
   slrc::ChannelsLast(x, x_shape, y, slrc::kSerial);
 }
 
+void slrc_depth_to_space(const float* x, const int64_t x_shape[4], int64_t block, float* y) {
+  slrc::DepthToSpace(x, x_shape, block, y, slrc::kSerial);
+}
+
 int slrc_check_sizes(const SlrcBlocks* blocks, const SlrcWindow* window, const int64_t* x_shape, char* error,
                      size_t error_size) {
   return slrc::Guarded(error, error_size, [&] {

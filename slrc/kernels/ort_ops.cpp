@@ -11,7 +11,9 @@
 // down_weight_shape.
 //
 // And, without attributes, `ai.slrc::MaxPool2x2`: x (n, c, h, w) -> (n, c, h / 2, w / 2), `UpsampleBilinear2x`, ->
-// (n, c, 2 h, 2 w), `ChannelsFirst`: x (n, h, w, c) -> (n, c, h, w), and `ChannelsLast`, which undoes it.
+// (n, c, 2 h, 2 w), `ChannelsFirst`: x (n, h, w, c) -> (n, c, h, w), and `ChannelsLast`, which undoes it;
+// with the attribute blocksize (an integer), `DepthToSpace`: x (n, blocksize² c, h, w) -> (n, c, blocksize h,
+// blocksize w), as ONNX's in the mode DCR.
 // The int8 ones are in ort_int8_ops.cpp.
 #include <stdlib.h>
 #include <string.h>
@@ -205,6 +207,27 @@ struct LastKernel : PlaneKernel<LastKernel> {
   using PlaneKernel::PlaneKernel;
 };
 
+struct ShuffleKernel : FloatKernel {
+  static constexpr const char* kName = "DepthToSpace";
+  static constexpr size_t kInputCount = 1, kOptional = 0;
+  static constexpr int64_t kMostBlock = 256;
+  explicit ShuffleKernel(const OrtKernelInfo* info) : block_(Node(info).Integer("blocksize")) {
+    if (block_ < 1 || block_ > kMostBlock) throw Error("blocksize must be 1 to " + std::to_string(kMostBlock));
+  }
+
+  void Compute(OrtKernelContext* context) const {
+    const Call call(context);
+    const std::vector<int64_t>& x = call.x.shape;
+    if (x.size() != 4) throw Error("x must have 4 dimensions");
+    if (x[1] % (block_ * block_)) throw Error("x must have a multiple of blocksize² channels");
+    float* y = static_cast<float*>(call.Output({x[0], x[1] / (block_ * block_), x[2] * block_, x[3] * block_}));
+    DepthToSpace(call.x.As<float>(kOrtFloat, "x"), x.data(), block_, y, call.Threads());
+  }
+
+ private:
+  int64_t block_;
+};
+
 // An operator has a name for each of the functions that mean the same: the activation, with or without a residual.
 template <class Kernel>
 void AddNames(std::deque<NamedOp>* ops) {
@@ -223,6 +246,7 @@ OrtCustomOpDomain* MakeDomain() {
   ops.push_back({MakeOp<UpsampleKernel>(), UpsampleKernel::kName});
   ops.push_back({MakeOp<FirstKernel>(), FirstKernel::kName});
   ops.push_back({MakeOp<LastKernel>(), LastKernel::kName});
+  ops.push_back({MakeOp<ShuffleKernel>(), ShuffleKernel::kName});
   AddInt8Ops(&ops);
   OrtCustomOpDomain* domain;
   Check(ort->CreateCustomOpDomain("ai.slrc", &domain));

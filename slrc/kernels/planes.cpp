@@ -32,6 +32,14 @@ void TransposeEach(const float* x, int64_t n, int64_t rows, int64_t columns, flo
   RunTasks(parallel, 1, n * strips, 1, 4.0 * n * rows * columns, task);
 }
 
+// One row of each phase, `apart` from the one before, pixel by pixel; `Block` is 0 where the compiler does not know it.
+template <int Block>
+void Interleave(const float* __restrict x, int64_t apart, int64_t block, int64_t width, float* __restrict y) {
+  if (Block) block = Block;
+  for (int64_t j = 0; j < width; ++j)
+    for (int64_t k = 0; k < block; ++k) y[j * block + k] = x[k * apart + j];
+}
+
 }  // namespace
 
 void MaxPool2x2(const float* x, const int64_t shape[4], float* y, const Parallel& parallel) {
@@ -50,6 +58,23 @@ void ChannelsFirst(const float* x, const int64_t shape[4], float* y, const Paral
 
 void ChannelsLast(const float* x, const int64_t shape[4], float* y, const Parallel& parallel) {
   TransposeEach(x, shape[0], shape[1], shape[2] * shape[3], y, parallel);
+}
+
+void DepthToSpace(const float* x, const int64_t shape[4], int64_t block, float* y, const Parallel& parallel) {
+  const int64_t channels = shape[1] / (block * block), rows = shape[2], width = shape[3];
+  const int64_t apart = channels * rows * width, planes = shape[0] * channels;
+  if (planes * rows * width == 0) return;
+  const auto interleave = block == 2 ? Interleave<2> : block == 4 ? Interleave<4> : Interleave<0>;
+  auto task = [&](int64_t, int64_t first, int64_t last) {
+    for (int64_t p = first; p < last; ++p)
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t phase = 0; phase < block; ++phase) {
+          const int64_t image = p / channels, place = p % channels * rows + row, to = (p * rows + row) * block + phase;
+          interleave(x + (image * block + phase) * block * apart + place * width, apart, block, width,
+                     y + to * width * block);
+        }
+  };
+  RunTasks(parallel, 1, planes, 1, 4.0 * planes * rows * width * block * block, task);
 }
 
 }  // namespace slrc

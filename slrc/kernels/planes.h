@@ -15,4 +15,7 @@ void UpsampleBilinear2x(const float* x, const int64_t shape[4], float* y, const 
 void ChannelsFirst(const float* x, const int64_t shape[4], float* y, const Parallel& parallel);
 void ChannelsLast(const float* x, const int64_t shape[4], float* y, const Parallel& parallel);
 
+// y (n, c, block h, block w) = x (n, block block c, h, w), whose phases go between each other (ONNX's mode DCR).
+void DepthToSpace(const float* x, const int64_t shape[4], int64_t block, float* y, const Parallel& parallel);
+
 }  // namespace slrc

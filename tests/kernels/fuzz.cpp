@@ -260,6 +260,26 @@ bool LayoutsAgree(uint64_t seed) {
   return std::equal(x.get(), x.get() + Case::Size(shape), again.get());
 }
 
+// Whether the phases of a random image stand between each other.
+bool ShufflesAgree(uint64_t seed) {
+  Random random{std::mt19937_64(seed)};
+  const int64_t block = random.Int(1, 5), channels = random.Int(1, 4);
+  const int64_t shape[4] = {random.Int(1, 2), block * block * channels, random.Int(1, 9), random.Int(1, 40)};
+  const auto x = random.Floats(Case::Size(shape));
+  const std::unique_ptr<float[]> y(new float[Case::Size(shape)]);
+  slrc_depth_to_space(x.get(), shape, block, y.get());
+  const int64_t rows = shape[2] * block, columns = shape[3] * block;
+  for (int64_t n = 0; n < shape[0]; ++n)
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t h = 0; h < rows; ++h)
+        for (int64_t w = 0; w < columns; ++w) {
+          const int64_t channel = (h % block * block + w % block) * channels + c;
+          const float expected = x[((n * shape[1] + channel) * shape[2] + h / block) * shape[3] + w / block];
+          if (y[((n * channels + c) * rows + h) * columns + w] != expected) return false;
+        }
+  return true;
+}
+
 // Whether a random image at twice the size has what lies between four pixels, one of them nearest.
 bool UpsamplingAgrees(uint64_t seed) {
   Random random{std::mt19937_64(seed)};
@@ -339,6 +359,7 @@ int main(int argc, char** argv) {
     }
     worst = std::max(worst, difference);
     if (!PoolAgrees(seed)) return printf("pool %llu differs\n", (unsigned long long)seed), 1;
+    if (!ShufflesAgree(seed)) return printf("shuffle %llu differs\n", (unsigned long long)seed), 1;
     if (!LayoutsAgree(seed)) return printf("layout %llu differs\n", (unsigned long long)seed), 1;
     if (!UpsamplingAgrees(seed)) return printf("upsampling %llu differs\n", (unsigned long long)seed), 1;
     for (bool broken : {false, true})

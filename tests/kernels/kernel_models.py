@@ -66,9 +66,9 @@ def make_model(parts: list[tuple[Any, list[Any], list[Any], Any]]) -> onnx.Model
     return helper.make_model(graph, opset_imports=opsets, ir_version=8)
 
 
-def planes_session(op_type: str, library: Path, threads: int = 1) -> ort.InferenceSession:
-    """Load a model of one pool or upsampling from `x` to `y`, of any sizes."""
-    node = helper.make_node(op_type, ["x"], ["y"], domain="ai.slrc")
+def planes_session(op_type: str, library: Path, threads: int = 1, **attributes: int) -> ort.InferenceSession:
+    """Load a model of one node without a weight from `x` to `y`, of any sizes."""
+    node = helper.make_node(op_type, ["x"], ["y"], domain="ai.slrc", **attributes)
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy")
     return session(make_model([(node, [x], [], y)]), library, threads)
 

@@ -195,6 +195,19 @@ def test_layouts_of_the_wrong_shape(library: Path) -> None:
     assert running.run(None, {"x": np.zeros((1, 0, 9, 3), np.float32)})[0].shape == (1, 3, 0, 9)
 
 
+def test_a_shuffle_that_does_not_fit(library: Path) -> None:
+    for block in (0, -2, 257):
+        with pytest.raises(Exception, match="blocksize must be 1 to 256"):
+            planes_session("DepthToSpace", library, blocksize=block)
+    with pytest.raises(Exception, match="blocksize"):
+        planes_session("DepthToSpace", library)
+    running = planes_session("DepthToSpace", library, blocksize=2)
+    for shape, reason in (((4, 9, 9), "4 dimensions"), ((1, 6, 9, 9), "a multiple of blocksize")):
+        with pytest.raises(Exception, match=reason):
+            running.run(None, {"x": np.zeros(shape, np.float32)})
+    assert running.run(None, {"x": np.zeros((1, 0, 9, 9), np.float32)})[0].shape == (1, 0, 18, 18)
+
+
 def test_two_matrices_that_do_not_fit(library: Path) -> None:
     up, down = layer((16, 6)), layer((8, 16))
     assert session(make_model([mlp_parts(up, down)]), library).run(None, feed(up))[0].shape[-1] == 8

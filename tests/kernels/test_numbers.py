@@ -239,6 +239,18 @@ def test_layouts_of_random_shapes(library: Path, op_type: str, order: tuple[int,
         np.testing.assert_array_equal(running.run(None, {"x": x})[0], x.transpose(order))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("block", [1, 2, 3, 4])
+def test_shuffles_of_random_shapes(library: Path, block: int, threads: int) -> None:
+    random = np.random.default_rng(2)
+    running = planes_session("DepthToSpace", library, threads, blocksize=block)
+    for _ in range(30):
+        n, c, h, w = random.integers(1, [3, 6, 40, 70])
+        x = random.standard_normal((n, block, block, c, h, w)).astype(np.float32)
+        expected = x.transpose(0, 3, 4, 1, 5, 2).reshape(n, c, h * block, w * block)
+        np.testing.assert_array_equal(running.run(None, {"x": x.reshape(n, -1, h, w)})[0], expected)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_over_their_whole_range(library: Path, activation: str) -> None:
     values = np.concatenate([np.linspace(-100, 100, 4001), np.linspace(-6, 6, 4001), [0.0, -0.0]]).astype(np.float32)

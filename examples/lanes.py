@@ -261,8 +261,9 @@ def load(picture: Picture, size: tuple[int, int], varied: bool = False) -> tuple
 
 def normalize(image: Image.Image, size: tuple[int, int]) -> Tensor:
     """Return an image's pixels, scaled to a height and width: float32 `(3, h, w)`."""
-    pixels = np.array(image.resize(size[::-1], Image.Resampling.BILINEAR), dtype=np.float32) / 255
-    return ((torch.from_numpy(pixels) - MEAN) / STD).permute(2, 0, 1).contiguous()
+    pixels = torch.from_numpy(np.array(image.resize(size[::-1], Image.Resampling.BILINEAR))).permute(2, 0, 1)
+    planes = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+    return planes.sub_(255 * MEAN[:, None, None]).div_(255 * STD[:, None, None])
 
 
 class Batches:

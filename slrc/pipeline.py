@@ -18,13 +18,14 @@ from slrc.passes.structure.fold_batch_norm import FoldBatchNorm
 from slrc.passes.structure.maximum_first import MaximumFirst
 from slrc.passes.structure.permute_channels import PermuteChannels
 from slrc.passes.structure.shrink_channels import ShrinkChannels
+from slrc.passes.structure.trim_kernels import TrimKernels
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.plans import Plan
 
 Checker = Callable[[str, Program], object]
 """Makes sure of a program after the transform that is named; it raises where it computes something else."""
 
-DENSE: tuple[Transform, ...] = (FoldBatchNorm(), DropCopies(), MaximumFirst())
+DENSE: tuple[Transform, ...] = (FoldBatchNorm(), DropCopies(), MaximumFirst(), TrimKernels())
 """What the dense model gets too, so that only sparsity is measured."""
 
 

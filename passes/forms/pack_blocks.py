@@ -13,13 +13,13 @@ from slrc.forms import packed_ops  # noqa: F401, registers the operators
 from slrc.forms.activations import activation_of
 from slrc.forms.form import FormKind, Forms
 from slrc.forms.packed_weight import PackedWeight
-from slrc.ir.nodes import argument, conv_groups, layer_weight, node_shape, op_name
+from slrc.ir.nodes import argument, conv_groups, conv_window, layer_weight, node_shape, op_name, pair
 from slrc.ir.program import Program
 from slrc.kernels.limits import why_not, why_not_int8
 from slrc.passes.base import PassResult, Transform
 from slrc.passes.forms.concatenations import cut_concatenation, parts_of
 from slrc.passes.forms.projections import cut_projections
-from slrc.passes.forms.unroll_transposed import axes_of, interleave, is_unrolled, pair, unroll_weight, why_not_unrolled
+from slrc.passes.forms.unroll_transposed import axes_of, interleave, is_unrolled, unroll_weight, why_not_unrolled
 from slrc.passes.graph_edits import call_before, get_tensor, insert_tensor, layer_bias, only_user, sibling
 
 
@@ -127,7 +127,7 @@ def _why_no_window(layer: Node) -> str:
 
 
 def _window_of(layer: Node) -> dict[str, Any]:
-    strides, pads, dilations = (pair(argument(layer, k, key, default)) for k, key, default in _WINDOW)
+    strides, pads, dilations = conv_window(layer)
     size = node_shape(layer.args[0])[2:]  # type: ignore[arg-type]
     return {
         "strides": strides,
@@ -198,9 +198,7 @@ def _pack(module: GraphModule, layer: Node, rows: int) -> None:
     if op_name(layer) == "linear":
         node = call_before(last, torch.ops.slrc.block_sparse_gemm.default, *operands, activation, slope)
     else:
-        window = [pair(argument(layer, k, key, default)) for k, key, default in _WINDOW]
-        if axes:
-            window = [[1, 1], [axis.pads for axis in axes], [1, 1]]
+        window = [[1, 1], [axis.pads for axis in axes], [1, 1]] if axes else conv_window(layer)
         shape = list(weight.shape[2:])
         conv = torch.ops.slrc.block_sparse_conv.default
         node = call_before(last, conv, *operands, shape, *window, groups, activation, slope)
@@ -224,9 +222,6 @@ def _join(up: Node, down: Node) -> None:
     node = call_before(down, torch.ops.slrc.block_sparse_mlp.default, *operands)
     node.meta["val"] = down.meta["val"]
     down.replace_all_uses_with(node)
-
-
-_WINDOW = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
 
 
 def _tail(layer: Node, *, takes_residual: bool) -> tuple[Node, Node | None, str, float]:

@@ -10,7 +10,7 @@ from torch.fx import Node
 from torch.nn import functional
 
 from slrc.forms import packed_ops  # noqa: F401, registers the operators
-from slrc.ir.nodes import argument, conv_groups, node_shape, op_name
+from slrc.ir.nodes import argument, conv_groups, node_shape, op_name, pair
 from slrc.passes.graph_edits import call_before
 
 
@@ -104,12 +104,6 @@ def interleave(before: Node, phases: Node, axes: list[Axis]) -> Node:
         if axis.out_size != axis.rows * axis.stride:
             result = call_before(before, aten.slice.Tensor, result, dim, axis.start, axis.start + axis.out_size)
     return result
-
-
-def pair(value: object) -> list[int]:
-    """Return both of a window's sizes, which may be given as one."""
-    sizes = [value] if isinstance(value, int) else list(value)  # type: ignore[call-overload]
-    return [int(size) for size in (sizes * 2)[:2]]
 
 
 def is_unrolled(layer: Node) -> bool:

@@ -52,6 +52,18 @@ def conv_groups(node: Node) -> int:
     return int(argument(node, position, "groups", 1)) if name in CONVOLUTIONS | TRANSPOSED else 1
 
 
+def pair(value: object) -> list[int]:
+    """Return both of a window's sizes, which may be given as one."""
+    sizes = [value] if isinstance(value, int) else list(value)  # type: ignore[call-overload]
+    return [int(size) for size in (sizes * 2)[:2]]
+
+
+def conv_window(node: Node) -> list[list[int]]:
+    """Return the strides, the padding and the dilations of a `conv2d` whose padding is numbers."""
+    window = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
+    return [pair(argument(node, position, name, default)) for position, name, default in window]
+
+
 def is_transposed(node: Node) -> bool:
     """Return whether a convolution is transposed, so that its weight is `(in, out/groups, *kernel)`."""
     return op_name(node) in TRANSPOSED or (op_name(node) == "convolution" and bool(node.args[6]))

@@ -319,7 +319,7 @@ def columns_at(shares: NDArray[np.float64], rows: NDArray[np.float64], size: tup
 
 def train_dense(model: nn.Module, batches: Batches, epochs: int) -> None:
     """Train in place with Adam and a cosine schedule."""
-    model.to(DEVICE, memory_format=torch.channels_last).train()
+    model.to(DEVICE).train()
     optimizer = torch.optim.Adam(model.parameters(), LR, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * len(batches)))
     train_epochs(model, batches, lane_loss, optimizer, schedule, epochs, "lanes")

@@ -347,7 +347,7 @@ def vary(frame: Frame) -> Frame:
 
 def train_dense(model: nn.Module, batches: Batches, epochs: int) -> None:
     """Train in place with AdamW and one cycle of the learning rate."""
-    model.to(DEVICE, memory_format=torch.channels_last).train()
+    model.to(DEVICE).train()
     optimizer = torch.optim.AdamW(model.parameters(), LR, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=max(1, epochs * len(batches)))
     train_epochs(model, batches, detection_loss, optimizer, schedule, epochs, "pointpillars", clip=CLIP)

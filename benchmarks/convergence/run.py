@@ -196,7 +196,9 @@ def run_row(row: Row) -> dict[str, Any]:
     started = time.perf_counter()
     contender, task = CONTENDERS[row.contender], load_task(row.case[0])
     plan = plan_of(row.case, prunes=row.contender != "dense")
-    model = task.make().to(memory_format=torch.channels_last)
+    model = task.make()
+    if task.bfloat16:
+        model.to(memory_format=torch.channels_last)
     first = Masks.project(plan, dict(model.named_parameters()))
     looks = row.tier != "tuning"
     start = task.measure(model, task.validation), task.measure(model, task.test) if looks else None

@@ -54,7 +54,7 @@ class Task:
     validation: Any
     test: Any
     bfloat16: bool = False
-    """Whether training computes in bfloat16, by autocast."""
+    """Whether training computes in bfloat16, by autocast, with channels last."""
     metric: str = "accuracy"
     evaluate: Callable[[nn.Module, Any], float] | None = None
     """What is measured of a network on a split, in percent; by itself the share of the images that it gets right."""

@@ -167,7 +167,8 @@ def train_plan(row: Row, task: Task, model: nn.Module) -> tuple[nn.Module, dict[
     )
     program, go_on = capture(model, row, task), {"checkpoints": row.folder / "checkpoints", "resume": True}
     plan = planned(row, program, workload)
-    model.to(memory_format=torch.channels_last)
+    if task.bfloat16:
+        model.to(memory_format=torch.channels_last)
     common = {"seed": row.seed, **precision(task)}
     if row.contender.endswith(GRADUAL):
         trained = train(workload, plan, make_config({"epochs": row.epochs, **common}), **go_on)
@@ -200,8 +201,9 @@ def train_whole(row: Row, task: Task, dense: nn.Module) -> tuple[nn.Module, dict
         peak = settings.peak_lr if row.contender in TRAINED else SCRATCH_LR
         settings = settings.model_copy(update={"peak_lr": peak})
     model, teacher = smaller(row, task), dense.eval().requires_grad_(False)
-    for network in (model, teacher):
-        network.to(memory_format=torch.channels_last)
+    if task.bfloat16:
+        for network in (model, teacher):
+            network.to(memory_format=torch.channels_last)
 
     def loss(student: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, y = batch

@@ -24,6 +24,9 @@ from slrc.sparsity.constraints import Constraint
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.plans import Plan
 
+TELLING, NEIGHBOURS = 256, 16
+"""Outputs on which a layer's error is measured, each with weights of its own to fit, and how many stand together."""
+
 
 def layer_errors(
     program: Program,
@@ -37,7 +40,8 @@ def layer_errors(
     """Return the relative error of each option, in order, by the options' name.
 
     It is the mean squared error of the layer's outputs, pruned and refitted on the inputs of the dense network, as a
-    share of the outputs' variance. Options of one weight and pattern share one elimination.
+    share of the outputs' variance; of a layer with many outputs some tell it. Options of one weight and pattern share
+    one elimination.
 
     Args:
         program: the dense network.
@@ -83,9 +87,17 @@ def _by_pattern(own: Sequence[tuple[str, int, Constraint]]) -> list[list[tuple[s
 def _errors(seen: Observed, constraints: Sequence[Constraint], settings: ReconstructSettings) -> list[float]:
     damped, least = _damped(seen, settings), torch.finfo(torch.float64).tiny
     assert seen.moments is not None
-    energy = seen.moments.energy.sum().clamp_min(least)
     masks = select(constraints, damped, tuple(seen.weight.shape), settings.rate)
-    return [float(error(seen.seen, refit(damped, mask)).sum() / energy) for mask in masks]
+    rows = _telling(len(damped.cross)) if len(damped.hessian) == 1 else slice(None)
+    part, moments = damped._replace(cross=damped.cross[rows]), seen.seen
+    moments = moments._replace(cross=moments.cross[rows], energy=moments.energy[rows])
+    energy = seen.moments.energy[rows].sum().clamp_min(least)
+    return [float(error(moments, refit(part, mask[rows])).sum() / energy) for mask in masks]
+
+
+def _telling(outputs: int) -> Tensor:
+    """Return which of a layer's outputs tell its error: runs of neighbours, which share blocks, spread evenly."""
+    return torch.cat(torch.arange(outputs).split(NEIGHBOURS)[:: -(-outputs // TELLING)])
 
 
 def output_divergences(

@@ -56,6 +56,22 @@ def test_an_error_is_that_of_a_refit() -> None:
     assert found == pytest.approx(best / float(y.square().sum()), rel=0.05)
 
 
+@pytest.mark.parametrize("pattern", ["block:8x1", "block:16x4", "columns:2", "unstructured"])
+def test_some_outputs_tell_the_error_of_many(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 320), nn.ReLU(), nn.Linear(320, 4))
+    x = torch.randn(300, 12)
+    workload = slrc.Workload(model=model, example_inputs=(x[:1],), calibration=[x])
+    program = slrc.capture(workload)
+    options = {c.name: [c] for c in slrc.plan(program, pattern, 0.5) if c.name == "2"}
+    inputs, found = calibration_inputs(program, workload, 300, 0), []
+    for telling in (320, 64):
+        monkeypatch.setattr("slrc.reconstruction.errors.TELLING", telling)
+        found += layer_errors(program, inputs, options, SETTINGS)["2"]
+    assert found[0] != found[1]
+    assert found[1] == pytest.approx(found[0], rel=0.15)
+
+
 def test_a_group_alone_moves_the_outputs_as_its_refitted_reader_does() -> None:
     """Against least squares: the reader of a group, fitted to what is left of it, and a group that nothing misses."""
     torch.manual_seed(0)

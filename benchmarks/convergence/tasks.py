@@ -78,9 +78,9 @@ class Task:
 
 def share_right(model: nn.Module, images: Images) -> float:
     """Return the share of images whose greatest output is their label's, in percent."""
-    right = seen = 0
+    device, right, seen = next(model.parameters()).device, 0, 0
     for x, y in images:
-        right += int((model(x).argmax(1) == y).sum())
+        right += int((model(x.to(device)).argmax(1).cpu() == y).sum())
         seen += len(y)
     return 100 * right / seen
 

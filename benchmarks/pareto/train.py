@@ -209,7 +209,7 @@ def train_whole(row: Row, task: Task, dense: nn.Module) -> tuple[nn.Module, dict
         x, y = batch
         output = student(x)
         with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=task.bfloat16):
-            answer = teacher(x)
+            answer = teacher.to(x.device)(x)
         distance = soft_divergence(output, answer.float(), settings.temperature)
         return (1 - settings.distill_weight) * cross_entropy(output, y) + settings.distill_weight * distance
 

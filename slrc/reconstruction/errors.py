@@ -22,10 +22,11 @@ from slrc.reconstruction.solve import Damped, error, refit
 from slrc.reconstruction.units import choose_units
 from slrc.sparsity.constraints import Constraint
 from slrc.sparsity.masks import Masks
+from slrc.sparsity.patterns import Block, Columns
 from slrc.sparsity.plans import Plan
 
 TELLING, NEIGHBOURS = 256, 16
-"""Outputs on which a layer's error is measured, each with weights of its own to fit, and how many stand together."""
+"""Outputs that tell a layer's error, each with weights of its own to fit, and how many stand together at least."""
 
 
 def layer_errors(
@@ -85,19 +86,31 @@ def _by_pattern(own: Sequence[tuple[str, int, Constraint]]) -> list[list[tuple[s
 
 
 def _errors(seen: Observed, constraints: Sequence[Constraint], settings: ReconstructSettings) -> list[float]:
-    damped, least = _damped(seen, settings), torch.finfo(torch.float64).tiny
     assert seen.moments is not None
-    masks = select(constraints, damped, tuple(seen.weight.shape), settings.rate)
-    rows = _telling(len(damped.cross)) if len(damped.hessian) == 1 else slice(None)
-    part, moments = damped._replace(cross=damped.cross[rows]), seen.seen
-    moments = moments._replace(cross=moments.cross[rows], energy=moments.energy[rows])
-    energy = seen.moments.energy[rows].sum().clamp_min(least)
-    return [float(error(moments, refit(part, mask[rows])).sum() / energy) for mask in masks]
+    damped, shape, moments, dense = _damped(seen, settings), tuple(seen.weight.shape), seen.seen, seen.moments
+    if len(damped.hessian) == 1 and not isinstance(constraints[0].pattern, Columns):  # their outputs share supports
+        rows = _telling(constraints[0], shape[0])
+        constraints = [_of_some(c, len(rows) / shape[0]) for c in constraints]
+        shape, damped = (len(rows), *shape[1:]), damped._replace(cross=damped.cross[rows])
+        moments, dense = (m._replace(cross=m.cross[rows], energy=m.energy[rows]) for m in (moments, dense))
+    energy = dense.energy.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    masks = select(constraints, damped, shape, settings.rate)
+    return [float(error(moments, refit(damped, mask)).sum() / energy) for mask in masks]
 
 
-def _telling(outputs: int) -> Tensor:
-    """Return which of a layer's outputs tell its error: runs of neighbours, which share blocks, spread evenly."""
-    return torch.cat(torch.arange(outputs).split(NEIGHBOURS)[:: -(-outputs // TELLING)])
+def _telling(c: Constraint, outputs: int) -> Tensor:
+    """Return which of a layer's outputs tell its error: runs of neighbours, with all of a block, spread evenly."""
+    together = max(NEIGHBOURS, c.pattern.rows) if isinstance(c.pattern, Block) else NEIGHBOURS
+    order = torch.arange(outputs) if c.order is None else torch.tensor(c.order)
+    return torch.cat(order.split(together)[:: -(-outputs // TELLING)])
+
+
+def _of_some(c: Constraint, share: float) -> Constraint:
+    """Return a constraint on a share of its outputs, in their order, of whose groups it keeps the same part."""
+    if c.pattern.fixed_sparsity is not None:
+        return c.model_copy(update={"order": None})
+    keep, groups = max(1, round(c.keep * share)), round(c.groups * share)
+    return c.model_copy(update={"order": None, "keep": keep, "groups": groups})
 
 
 def output_divergences(

@@ -56,14 +56,15 @@ def test_an_error_is_that_of_a_refit() -> None:
     assert found == pytest.approx(best / float(y.square().sum()), rel=0.05)
 
 
-@pytest.mark.parametrize("pattern", ["block:8x1", "block:16x4", "columns:2", "unstructured"])
+@pytest.mark.parametrize("pattern", ["block:8x1", "block:16x4", "block:32x1", "2:4", "unstructured"])
 def test_some_outputs_tell_the_error_of_many(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    sparsity = None if pattern == "2:4" else 0.5
     model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 320), nn.ReLU(), nn.Linear(320, 4))
     x = torch.randn(300, 12)
     workload = slrc.Workload(model=model, example_inputs=(x[:1],), calibration=[x])
     program = slrc.capture(workload)
-    options = {c.name: [c] for c in slrc.plan(program, pattern, 0.5) if c.name == "2"}
+    options = {c.name: [c] for c in slrc.plan(program, pattern, sparsity) if c.name == "2"}
     inputs, found = calibration_inputs(program, workload, 300, 0), []
     for telling in (320, 64):
         monkeypatch.setattr("slrc.reconstruction.errors.TELLING", telling)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -375,6 +376,8 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:]
     if debug:
         os.environ["SLRC_DEBUG"] = "1"
+    else:
+        warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")  # torch 2.11, on its copies
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_freed_memory()
     with told_errors(debug):

@@ -16,6 +16,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+WIDE = 110
+"""Characters of a line from which on bars and what is left of the work stand beside the notes."""
+
 
 class Task(Protocol):
     """One piece of work under way."""
@@ -63,13 +66,14 @@ class Bars:
 
     @contextmanager
     def task(self, what: str, total: int) -> Iterator[Task]:
-        """Show a bar while the work lasts; leave one line."""
+        """Show a bar while the work lasts, where there is room for one; leave one line."""
+        wide = self._console.width >= WIDE
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            *((BarColumn(bar_width=24),) if wide else ()),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            *((TimeRemainingColumn(),) if wide else ()),
             TextColumn("{task.fields[note]}", style="dim"),
         )
         with Progress(*columns, console=self._console) as progress:

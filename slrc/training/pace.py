@@ -6,6 +6,9 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 
+FEW = 10
+"""Samples a second below which a tenth is told."""
+
 
 class Pace:
     """Counts the steps and samples of one epoch.
@@ -30,4 +33,5 @@ class Pace:
         if not self._steps or seconds <= 0:
             return ""
         left = timedelta(seconds=round((self._left - self._steps) * seconds / self._steps))
-        return f"{self._samples / seconds:,.0f} samples/s, {left} of training left"
+        rate = self._samples / seconds
+        return f"{rate:,.{0 if rate >= FEW else 1}f} samples/s, {left} to go"

@@ -21,7 +21,15 @@ def test_samples_a_second_and_the_time_that_is_left() -> None:
     for _ in range(10):
         clock.seconds += 2.0
         pace.step(32)
-    assert str(pace) == "32 samples/s, 0:33:00 of training left"
+    assert str(pace) == "32 samples/s, 0:33:00 to go"
+
+
+def test_few_samples_a_second_are_told_with_a_tenth() -> None:
+    clock = Clock()
+    pace = Pace(3, now=clock)
+    clock.seconds = 5.0
+    pace.step(8)
+    assert str(pace) == "1.6 samples/s, 0:00:10 to go"
 
 
 def test_a_clock_that_stands_still_says_nothing() -> None:

@@ -49,6 +49,7 @@ SIDE, REGIONS = 128, 4
 SECOND_STAGES = {"fasterrcnn": ("box",), "maskrcnn": ("box", "mask"), "keypointrcnn": ("box", "keypoint")}
 TIMM = (
     "convnext_atto",
+    "dla34",
     "efficientnet_b0",
     "ese_vovnet19b_dw",
     "ghostnet_100",

@@ -50,6 +50,8 @@ IGNORED = 0.7
 LEAST_SCORE, HIDDEN, MOST_CANDIDATES = 0.001, 0.45, 2000
 BATCH = 16
 LR, WARM_UP, LARGEST_GRADIENT = 1e-3, 0.1, 500.0
+PART, PRUNING_LR = 0.1, 3e-3
+"""The part of the loss that pruning sees, since the recipe limits gradients to a tenth of its, and a rate for it."""
 ADAPT_EPOCHS, SCRATCH_EPOCHS = 10, 100
 
 
@@ -177,6 +179,37 @@ def head_loss(values: Tensor, labels: Tensor, best: Tensor, anchors: Tensor, siz
     )
 
 
+def distance(heads: Sequence[Tensor], taught: Sequence[Tensor]) -> Tensor:
+    """Return how far heads are from the dense network's, the sum over an image: the loss with its answers for labels.
+
+    Every anchor in every cell has an answer. Classes and geometry count by how sure the dense network is that an object
+    is there (Mehta & Ozturk, arXiv 1805.06361).
+
+    Args:
+        heads: raw, `(n, 255, h, w)` each.
+        taught: the dense network's, of the same shapes.
+    """
+    cross_entropy, total = partial(binary_cross_entropy_with_logits, reduction="none"), torch.zeros(())
+    for own, theirs in zip(heads, taught, strict=True):
+        said, right = unpack(own.float()), unpack(theirs.float())
+        shares, there = right.sigmoid(), right[..., 4].sigmoid()
+        answered = (
+            cross_entropy(said[..., :2], shares[..., :2]).sum(-1)
+            + (said[..., 2:4] - right[..., 2:4]).square().sum(-1) / 2
+            + cross_entropy(said[..., 5:], shares[..., 5:]).sum(-1)
+        )
+        total = total.to(said.device) + (cross_entropy(said[..., 4], there) + there * answered).sum() / len(own)
+    return total
+
+
+def pruned_by(anchors: Tensor) -> dict[str, Callable[..., Tensor]]:
+    """Return a workload's `loss` and `distill`: parts of the loss and of the distance, see `PART`."""
+    return {
+        "loss": lambda model, batch: PART * loss(model, batch, anchors),
+        "distill": lambda heads, taught: PART * distance(heads, taught),
+    }
+
+
 def read_processes() -> int:
     """Return how many processes read images: with a GPU some, else this one, as reading takes little of the time."""
     return min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 0
@@ -218,16 +251,16 @@ def weights_file(data: Path, name: str) -> Path | None:
     return next((file for file in files if file.exists()), None)
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
     """Return Darknet's optimiser."""
-    return torch.optim.SGD(parameters, LR, momentum=0.9, weight_decay=5e-4)
+    return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=5e-4)
 
 
 def train_dense(model: nn.Module, batches: DataLoader, anchors: Tensor, epochs: int, name: str) -> None:
     """Train in place, the learning rate rising and falling once, in bfloat16 where the processor computes in it."""
     is_fast = DEVICE.type == "cuda" or not processor().features.isdisjoint({"avx512_bf16", "amx_bf16"})
     model.to(DEVICE, memory_format=torch.channels_last).train()
-    optimizer = make_optimizer(model.parameters())
+    optimizer = make_optimizer(model.parameters(), LR)
     steps = max(1, epochs * len(batches))
     rise = max(1, round(WARM_UP * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -280,9 +313,9 @@ def make_workload(name: str) -> slrc.Workload:
         model=model,
         example_inputs=(LetterboxedImages(validation, size)[0][0][None].contiguous(),),
         train_batches=batches,
-        loss=partial(loss, anchors=anchors),
+        **pruned_by(anchors),
         evaluate=partial(evaluate, split=validation, anchors=anchors, size=size),
-        optimizer=make_optimizer,
+        optimizer=lambda parameters: make_optimizer(parameters, PRUNING_LR),
         name=f"coco-{name}",
     )
 

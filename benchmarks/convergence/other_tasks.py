@@ -104,7 +104,7 @@ def coco_task(name: str) -> Task:
         bfloat16=cifar10.has_bfloat16(),
         metric="mAP50",
         evaluate=average_precision,
-        others={"loss": partial(yolov3.loss, anchors=anchors)},
+        others=yolov3.pruned_by(anchors),
     )
 
 

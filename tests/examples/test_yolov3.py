@@ -117,6 +117,21 @@ def test_the_loss_is_the_mean_over_images_with_any_number_of_labels(yolov3: Modu
     torch.testing.assert_close(both, sum(alone) / 2)
 
 
+def test_the_distance_is_least_from_the_same_heads(yolov3: ModuleType) -> None:
+    torch.manual_seed(0)
+    taught = [torch.randn(2, 255, SIZE // stride, SIZE // stride) for stride in (32, 16)]
+    same = [head.clone().requires_grad_() for head in taught]
+    least = yolov3.distance(same, taught)
+    least.backward()
+    assert all(head.grad.abs().max() < 1e-6 for head in same)
+    for value in (0, 2, 4, 50):  # centre, extent, objectness, a class
+        moved = [head.clone() for head in taught]
+        moved[1][:, value] += 1
+        assert yolov3.distance(moved, taught) > least + 1e-3
+    alone = [yolov3.distance([h[k : k + 1] + 1 for h in taught], [h[k : k + 1] for h in taught]) for k in (0, 1)]
+    torch.testing.assert_close(yolov3.distance([h + 1 for h in taught], taught), sum(alone) / 2)
+
+
 def test_a_box_that_fits_anyway_is_no_error(yolov3: ModuleType) -> None:
     label = torch.tensor([[[7, 25 / SIZE, 39 / SIZE, 40 / SIZE, 30 / SIZE]]])
     heads = ideal_heads(SIZE)

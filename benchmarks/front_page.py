@@ -11,66 +11,28 @@ minutes.
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
-import subprocess
-import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from results import ROOT, Rows
+from compiles import Compile
+from results import Rows
 
 RESNET50 = "torchvision:resnet50@random --method magnitude --epochs 0"
 
 
-@dataclass(frozen=True)
-class Case:
-    """One compile."""
-
-    network: str
-    pattern: str
-    sparsity: float
-    arguments: str
-    """The model and what is not the default."""
-
-    @property
-    def command(self) -> str:
-        """What a reader types."""
-        return f"slrc compile {self.arguments} --pattern {self.pattern} --sparsity {self.sparsity:g} --threads 1"
+def case(network: str, pattern: str, sparsity: float, arguments: str) -> Compile:
+    """Return a compile on one thread."""
+    asked = f"--pattern {pattern} --sparsity {sparsity:g} --threads 1"
+    return Compile(network, f"`{pattern}`, {sparsity:.0%}", f"{arguments} {asked}")
 
 
 CASES = (
-    Case("small ResNet, scikit-learn's digits", "channel", 0.5, "examples/digits.py --epochs 5"),
-    Case("small ResNet, scikit-learn's digits", "block:8x1", 0.75, "examples/digits.py --epochs 5"),
-    Case("small ResNet, Fashion-MNIST", "block:8x1", 0.75, "examples/fashion_mnist.py --epochs 6"),
-    Case("ResNet-50, random weights", "channel", 0.5, RESNET50),
-    Case("ResNet-50, random weights", "block:8x1", 0.75, RESNET50),
+    case("small ResNet, scikit-learn's digits", "channel", 0.5, "examples/digits.py --epochs 5"),
+    case("small ResNet, scikit-learn's digits", "block:8x1", 0.75, "examples/digits.py --epochs 5"),
+    case("small ResNet, Fashion-MNIST", "block:8x1", 0.75, "examples/fashion_mnist.py --epochs 6"),
+    case("ResNet-50, random weights", "channel", 0.5, RESNET50),
+    case("ResNet-50, random weights", "block:8x1", 0.75, RESNET50),
 )
-
-
-def compile_case(case: Case) -> dict[str, Any]:
-    """Run a compile in a process of its own and return what its report says."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out"
-        words = [*shlex.split(case.command)[1:], "--out", str(out)]
-        subprocess.run([sys.executable, "-m", "slrc", *words], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-        report = json.loads((out / "report.json").read_text())
-    latency = report["latency"][0]
-    return {
-        "network": case.network,
-        "pattern": case.pattern,
-        "sparsity": case.sparsity,
-        "accuracy": report["accuracy"],
-        "params": report["params"],
-        "macs": report["macs"],
-        "size_bytes": report["size_bytes"],
-        "dense_ms": latency["dense_ms"]["p50"],
-        "compiled_ms": latency["compiled_ms"]["p50"],
-        "speedup": latency["speedup"],
-        "spread": latency["speedup_spread"],
-    }
 
 
 def main() -> None:
@@ -85,7 +47,8 @@ def main() -> None:
             continue
         if args.again or not rows.has(case.command):
             print(case.command, flush=True)
-            rows.add(case.command, compile_case(case))
+            with tempfile.TemporaryDirectory() as folder:
+                rows.add(case.command, case.run(Path(folder) / "out"))
         row = rows[case.command]
         print(f"    {row['speedup']:.2f}x ({row['spread'][0]:.2f} to {row['spread'][1]:.2f})", flush=True)
 

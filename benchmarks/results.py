@@ -51,7 +51,10 @@ FILES = (
     ResultsFile(
         "front_page.json",
         "SLRC_DATA=~/data python benchmarks/front_page.py",
-        ("benchmarks/front_page.py", "examples", "passes", "backends", *(f"slrc/{x}" for x in COMPILED)),
+        (
+            *("benchmarks/front_page.py", "benchmarks/compiles.py", "examples", "passes", "backends"),
+            *(f"slrc/{x}" for x in COMPILED),
+        ),
         kernels=True,
     ),
     ResultsFile(
@@ -142,6 +145,15 @@ FILES = (
         "tasks_latency.json",
         "taskset -c 1 python benchmarks/tasks_latency.py",
         ("benchmarks/tasks_latency.py", "benchmarks/convergence/scenes.py", "examples", TIMING, *FORMS),
+        kernels=True,
+    ),
+    ResultsFile(
+        "tasks_accuracy.json",
+        "SLRC_DATA=~/data python benchmarks/tasks_accuracy.py",
+        (
+            *("benchmarks/tasks_accuracy.py", "benchmarks/compiles.py", "examples", "passes", "backends"),
+            *("slrc/reconstruction", *(f"slrc/{x}" for x in COMPILED)),
+        ),
         kernels=True,
     ),
     ResultsFile(

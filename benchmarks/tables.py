@@ -41,11 +41,13 @@ TABLES: dict[str, Callable[[], str]] = {
         accuracy.step_cost,
         accuracy.reconstruct,
         accuracy.pareto,
+        accuracy.tasks_accuracy,
         accuracy.methods,
         accuracy.methods_against,
         accuracy.methods_parts,
         accuracy.methods_budgets,
         accuracy.methods_large,
+        accuracy.methods_tasks,
         accuracy.methods_inside,
         accuracy.methods_settings,
     )

@@ -12,8 +12,9 @@ from frontier import points
 from reconstruct import CASES as RECONSTRUCTED
 from reconstruct import NAMES as RECONSTRUCTED_NAMES
 from reconstruct import more, row_key
-from rendering.markdown import made, read, table
+from rendering.markdown import TO_FILL, made, ranged, read, table
 from results import Row, file_of, rows_of
+from tasks_accuracy import CASES as TASKS
 
 
 def reconstruct() -> str:
@@ -48,6 +49,32 @@ def pareto() -> str:
     titles = ("network", "pruned by", "asked", "measured", "ms", "epochs", "dense", "accuracy", "beside dense")
     shown = [*rows_of(file_of("pareto_latency")).values()]
     return table(titles, lines) + made(shown)
+
+
+def tasks_accuracy() -> str:
+    """What the examples of other tasks keep of their metric."""
+    rows, lines, commands = read("tasks_accuracy"), [], ""
+    for number, case in enumerate(TASKS, start=1):
+        commands += f"{number}. `{case.command}`\n"
+        if (row := rows.get(case.command)) is None:
+            lines.append([str(number), case.network, case.how, *[TO_FILL] * 6])
+            continue
+        found, left = row["accuracy"], row["params"]["compiled"] / row["params"]["dense"]
+        figures = [f"{100 * found[x]:.1f}" for x in ("dense", "hard_pruned", "final")]
+        speed = ranged(row["speedup"], row["spread"])
+        lines.append([str(number), case.network, case.how, found["metric"], *figures, f"{left:.0%}", speed])
+    titles = (
+        "",
+        "network and data",
+        "asked",
+        "metric",
+        "dense",
+        "before training",
+        "after",
+        "weights left",
+        "speed-up",
+    )
+    return table(titles, lines) + "\n" + commands + made(rows.values())
 
 
 def channel_permutation() -> str:
@@ -97,6 +124,12 @@ def methods_large() -> str:
     """Larger networks."""
     rows = {**compared("middle"), **compared("large")}
     return answers.others_table(answers.Results(compared())) + made(rows.values())
+
+
+def methods_tasks() -> str:
+    """Segmentation, detection, lanes and lidar."""
+    rows = compared("tasks")
+    return answers.others_table(answers.Results(rows), ("tasks",)) + made(rows.values())
 
 
 def methods_inside() -> str:

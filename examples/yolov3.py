@@ -51,7 +51,7 @@ LEAST_SCORE, HIDDEN, MOST_CANDIDATES = 0.001, 0.45, 2000
 BATCH = 16
 LR, WARM_UP, LARGEST_GRADIENT = 1e-3, 0.1, 500.0
 PART, PRUNING_LR = 0.1, 3e-3
-"""The part of the loss that pruning sees, since the recipe limits gradients to a tenth of its, and a rate for it."""
+"""The part of the loss that pruning sees, whose gradients would be ten times too large for the recipe, and its rate."""
 ADAPT_EPOCHS, SCRATCH_EPOCHS = 10, 100
 
 

@@ -100,7 +100,8 @@ def _errors(seen: Observed, constraints: Sequence[Constraint], settings: Reconst
 
 def _telling(c: Constraint, outputs: int) -> Tensor:
     """Return which of a layer's outputs tell its error: runs of neighbours, with all of a block, spread evenly."""
-    together = max(NEIGHBOURS, c.pattern.rows) if isinstance(c.pattern, Block) else NEIGHBOURS
+    rows = c.pattern.rows if isinstance(c.pattern, Block) else 1
+    together = -(-NEIGHBOURS // rows) * rows
     order = torch.arange(outputs) if c.order is None else torch.tensor(c.order)
     return torch.cat(order.split(together)[:: -(-outputs // TELLING)])
 

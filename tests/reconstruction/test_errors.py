@@ -56,7 +56,7 @@ def test_an_error_is_that_of_a_refit() -> None:
     assert found == pytest.approx(best / float(y.square().sum()), rel=0.05)
 
 
-@pytest.mark.parametrize("pattern", ["block:8x1", "block:16x4", "block:32x1", "2:4", "unstructured"])
+@pytest.mark.parametrize("pattern", ["block:8x1", "block:16x4", "block:32x1", "block:5x1", "2:4", "unstructured"])
 def test_some_outputs_tell_the_error_of_many(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     sparsity = None if pattern == "2:4" else 0.5

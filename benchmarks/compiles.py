@@ -35,19 +35,15 @@ class Compile:
         """Compile into a folder and return what the report says; an interrupted compile goes on.
 
         Raises:
-            subprocess.CalledProcessError: the compile failed.
+            SystemExit: the compile failed, and has said why.
         """
         if not (out / "report.json").exists():
             resumed = ["--resume"] if out.with_name(f"{out.name}.work").exists() else []
             words = [*shlex.split(self.arguments), "--out", str(out), *resumed]
             environment = {**os.environ, **self.environment}
-            subprocess.run(
-                [sys.executable, "-m", "slrc", "compile", *words],
-                check=True,
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.DEVNULL,
-            )
+            command = [sys.executable, "-m", "slrc", "compile", *words]
+            if subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL).returncode:
+                raise SystemExit(f"failed: {self.command}")
         report = json.loads((out / "report.json").read_text())
         latency = report["latency"][0]
         return {

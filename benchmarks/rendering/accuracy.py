@@ -69,8 +69,8 @@ def tasks_accuracy() -> str:
         "asked",
         "metric",
         "dense",
-        "before training",
-        "after",
+        "pruned",
+        "compiled",
         "weights left",
         "speed-up",
     )

@@ -86,8 +86,9 @@ def _by_pattern(own: Sequence[tuple[str, int, Constraint]]) -> list[list[tuple[s
 
 
 def _errors(seen: Observed, constraints: Sequence[Constraint], settings: ReconstructSettings) -> list[float]:
-    assert seen.moments is not None
-    damped, shape, moments, dense = _damped(seen, settings), tuple(seen.weight.shape), seen.seen, seen.moments
+    damped, shape, moments = _damped(seen, settings), tuple(seen.weight.shape), seen.seen
+    dense = seen.moments
+    assert dense is not None
     if len(damped.hessian) == 1 and not isinstance(constraints[0].pattern, Columns):  # their outputs share supports
         rows = _telling(constraints[0], shape[0])
         constraints = [_of_some(c, len(rows) / shape[0]) for c in constraints]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 import slrc
 from slrc.errors import PlanError
 from slrc.methods.settings import ReconstructSettings
+from slrc.reconstruction import errors as errors_of_layers
 from slrc.reconstruction import select as selecting
 from slrc.reconstruction.calibration import calibration_inputs
 from slrc.reconstruction.errors import group_divergences, layer_errors
@@ -129,3 +132,17 @@ def test_a_coupled_group_has_no_error_of_one_layer(residual_workload: slrc.Workl
     c = slrc.plan(program, "channel", 0.5).constraints[0]
     with pytest.raises(PlanError, match="spans layers"):
         layer_errors(program, [], {c.name: [c]}, SETTINGS)
+
+
+def test_a_layer_that_was_not_observed_says_why(
+    residual_workload: slrc.Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = slrc.capture(residual_workload)
+    inputs = calibration_inputs(program, residual_workload, 32, 0)
+    c = slrc.plan(program, "block:8x1", 0.5).constraints[0]
+    observe = errors_of_layers.observe
+    monkeypatch.setattr(
+        errors_of_layers, "observe", lambda *args: replace(observe(*args), moments=None, why_not="it is odd")
+    )
+    with pytest.raises(PlanError, match="has no error of reconstruction: it is odd"):
+        layer_errors(program, inputs, {c.name: [c]}, SETTINGS)

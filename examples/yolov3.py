@@ -189,7 +189,7 @@ def distance(heads: Sequence[Tensor], taught: Sequence[Tensor]) -> Tensor:
         heads: raw, `(n, 255, h, w)` each.
         taught: the dense network's, of the same shapes.
     """
-    cross_entropy, total = partial(binary_cross_entropy_with_logits, reduction="none"), torch.zeros(())
+    cross_entropy, distances = partial(binary_cross_entropy_with_logits, reduction="none"), []
     for own, theirs in zip(heads, taught, strict=True):
         said, right = unpack(own.float()), unpack(theirs.float())
         shares, there = right.sigmoid(), right[..., 4].sigmoid()
@@ -198,8 +198,8 @@ def distance(heads: Sequence[Tensor], taught: Sequence[Tensor]) -> Tensor:
             + (said[..., 2:4] - right[..., 2:4]).square().sum(-1) / 2
             + cross_entropy(said[..., 5:], shares[..., 5:]).sum(-1)
         )
-        total = total.to(said.device) + (cross_entropy(said[..., 4], there) + there * answered).sum() / len(own)
-    return total
+        distances.append((cross_entropy(said[..., 4], there) + there * answered).sum() / len(own))
+    return torch.stack(distances).sum()
 
 
 def pruned_by(anchors: Tensor) -> dict[str, Callable[..., Tensor]]:

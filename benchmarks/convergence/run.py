@@ -251,7 +251,7 @@ def precision(task: Task) -> dict[str, Any]:
 def changed(first: Masks, last: Masks) -> float | None:
     """Return the share of the weights that magnitudes kept at the start and that are pruned at the end."""
     kept = sum(int(mask.sum()) for mask in first.tensors.values())
-    lost = sum(int((mask & ~last.tensors[n].cpu()).sum()) for n, mask in first.tensors.items())
+    lost = sum(int((mask & ~last.tensors[n]).sum()) for n, mask in first.tensors.items())
     return round(lost / kept, 4) if kept else None
 
 

@@ -33,12 +33,15 @@ CASES = (
     case("ResNet-50, random weights", "channel", 0.5, RESNET50),
     case("ResNet-50, random weights", "block:8x1", 0.75, RESNET50),
 )
+NUMBERS = range(1, len(CASES) + 1)
 
 
 def main() -> None:
     """Run what is missing; write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=int, nargs="+", help="numbers of the compiles, from 1", metavar="N")
+    parser.add_argument(
+        "--only", type=int, nargs="+", choices=NUMBERS, help="numbers of the compiles, from 1", metavar="N"
+    )
     parser.add_argument("--again", action="store_true", help="also rows that there are already")
     args = parser.parse_args()
     rows = Rows(__file__)

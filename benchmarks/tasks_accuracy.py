@@ -33,12 +33,15 @@ CASES = (
     ),
     Compile("PointPillars, KITTI, six frames", "`block:8x1`, 75%", f"examples/pointpillars.py {OVERFITTED}"),
 )
+NUMBERS = range(1, len(CASES) + 1)
 
 
 def main() -> None:
     """Run what is missing; write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=int, nargs="+", help="numbers of the compiles, from 1", metavar="N")
+    parser.add_argument(
+        "--only", type=int, nargs="+", choices=NUMBERS, help="numbers of the compiles, from 1", metavar="N"
+    )
     args = parser.parse_args()
     rows = Rows(__file__)
     for number, case in enumerate(CASES, start=1):

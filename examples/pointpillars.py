@@ -14,7 +14,7 @@ points, which is the network's first. Also read from the environment:
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -278,6 +278,30 @@ def detection_loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
     return focal + (regression.sum(1) * share).mean()
 
 
+def distance(heads: Sequence[Tensor], taught: Sequence[Tensor]) -> Tensor:
+    """Return how far heads are from the dense network's: the loss with its answers for labels.
+
+    Scores count by how far they are off (Li et al., arXiv 2006.04388), boxes and directions where the dense network
+    finds something, by how sure it is: what it says of other boxes nothing has taught it.
+
+    Args:
+        heads: scores, boxes and directions, `(n, anchors·numbers, h, w)` each.
+        taught: the dense network's, of the same shapes.
+    """
+    numbers = (len(CLASSES), 7, DIRECTIONS)
+    scores, boxes, directions = (by_anchor(h, n) for h, n in zip(heads, numbers, strict=True))
+    right, wanted, turned = (by_anchor(h, n) for h, n in zip(taught, numbers, strict=True))
+    truth = right.sigmoid()
+    best = truth.amax(2)
+    sure = best * (best >= LEAST_SCORE)
+    off = (scores.sigmoid() - truth).abs() ** FOCAL_GAMMA
+    focal = (off * binary_cross_entropy_with_logits(scores, truth, reduction="none")).sum((1, 2))
+    apart = cross_entropy(directions.transpose(1, 2), turned.softmax(2).transpose(1, 2), reduction="none")
+    missed = smooth_l1_loss(boxes, wanted, reduction="none", beta=SMOOTH_BELOW).sum(2)
+    regression = ((BOX_WEIGHT * missed + DIRECTION_WEIGHT * apart) * sure).sum(1)
+    return ((focal + regression) / sure.sum(1).clamp_min(1)).mean()
+
+
 def decode_frame(
     heads: tuple[Tensor, Tensor, Tensor], anchors: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
@@ -294,10 +318,16 @@ def decode_frame(
     return found[kept], classes[taken].numpy()[kept], best[taken].numpy()[kept]
 
 
-def evaluate(model: nn.Module, frames: FrameList, grid: Grid) -> dict[str, float]:
-    """Return KITTI's average precisions in space at moderate difficulty, in percent, their mean first."""
+@torch.no_grad()
+def evaluate(
+    model: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]], frames: FrameList, grid: Grid
+) -> dict[str, float]:
+    """Return KITTI's average precisions in space at moderate difficulty, their mean first, of anything with its heads.
+
+    It runs on the device of the model's parameters, if it has any.
+    """
     anchors, true, found = make_anchors(grid), [], []
-    device = next(model.parameters(), torch.empty(0)).device
+    device = next(model.parameters(), torch.empty(0)).device if isinstance(model, nn.Module) else torch.device("cpu")
     for number in range(len(frames)):
         frame = frames[number]
         features, cells = (x[None].to(device) for x in make_pillars(frame.points, grid))
@@ -367,6 +397,7 @@ def make_workload(model: PointPillars, name: str) -> slrc.Workload:
         example_inputs=(features[None], cells[None]),
         train_batches=batches,
         loss=detection_loss,
+        distill=distance,
         evaluate=lambda model: evaluate(model, held_out, grid),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, LR / 10, weight_decay=WEIGHT_DECAY),
         name=name,

@@ -96,7 +96,7 @@ def coco_task(name: str) -> Task:
 
     start = "scratch" if weights is None else weights.stem
     return Task(
-        make=lambda: start_of(lambda: yolov3.Darknet(rows), f"{data.stem}-{size}-{start}-{epochs}epochs", adapt),
+        make=lambda: start_of(lambda: yolov3.Darknet(rows), f"{data.stem}-{size}-{name}-{start}-{epochs}epochs", adapt),
         example=(LetterboxedImages(validation, size)[0][0][None].contiguous(),),
         batches=batches,
         validation=validation,
@@ -151,7 +151,7 @@ def pillars_task(count: int = FRAMES, held_out: int = HELD_OUT) -> Task:
     features, cells = pointpillars.make_pillars(splits["test"][0].points, QUARTER)
 
     def mean_precision(model: nn.Module, scenes: LidarScenes) -> float:
-        return pointpillars.evaluate(model, scenes, QUARTER)["mean_ap"]
+        return 100 * pointpillars.evaluate(model, scenes, QUARTER)["mean_ap"]
 
     return Task(
         make=lambda: start_of(

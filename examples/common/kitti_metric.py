@@ -58,10 +58,10 @@ class Objects:
 def average_precision(
     true: Sequence[Objects], found: Sequence[Objects], name: str, level: int, kind: str, recalls: int = 40
 ) -> float:
-    """Return a class's average precision over frames, in percent.
+    """Return a class's average precision over frames, of 1.
 
     Precision is taken at one score for each recall, and at no more scores than there are objects found: of fewer than
-    40 objects, all of them found, it is less than 100.
+    40 objects, all of them found, it is less than 1.
 
     Args:
         true: labels of each frame.
@@ -80,11 +80,11 @@ def average_precision(
         precision[i] = right / max(right + wrong, 1)
     precision = np.maximum.accumulate(precision[::-1])[::-1]
     chosen = precision[1:] if recalls == 40 else precision[:: (SAMPLES - 1) // 10]
-    return float(100 * chosen.mean())
+    return float(chosen.mean())
 
 
 def evaluate(true: Sequence[Objects], found: Sequence[Objects], kind: str = "space") -> dict[str, float]:
-    """Return the mean over classes and that of each class at moderate difficulty, over 40 recalls, in percent."""
+    """Return the mean over classes and that of each class at moderate difficulty, over 40 recalls."""
     each = {f"{name}_ap": average_precision(true, found, name, 1, kind) for name in LEAST_OVERLAP}
     return {"mean_ap": float(np.mean(list(each.values()))), **each}
 

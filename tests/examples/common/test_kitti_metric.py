@@ -47,15 +47,15 @@ def test_reads_a_line_of_labels(metric: ModuleType) -> None:
 @pytest.mark.parametrize("kind", ["image", "ground", "space"])
 def test_all_found_and_nothing_found(metric: ModuleType, kind: str) -> None:
     many = [line(at=10.0 * k, score=0.5 + k / 100) for k in range(41)]
-    assert ap(metric, many, many, kind=kind) == 100
-    assert ap(metric, many, many, kind=kind, recalls=11) == 100
+    assert ap(metric, many, many, kind=kind) == 1
+    assert ap(metric, many, many, kind=kind, recalls=11) == 1
     assert ap(metric, many, [], kind=kind) == 0
 
 
 def test_half_found_reaches_half_of_the_recall(metric: ModuleType) -> None:
     many = [line(at=10.0 * k, score=0.5 + k / 100) for k in range(40)]
-    assert ap(metric, many, many[:20]) == pytest.approx(100 * 19 / 40)
-    assert ap(metric, many, many[:20], recalls=11) == pytest.approx(100 * 5 / 11)
+    assert ap(metric, many, many[:20]) == pytest.approx(19 / 40)
+    assert ap(metric, many, many[:20], recalls=11) == pytest.approx(5 / 11)
 
 
 def test_false_detections_cost_precision_below_their_score(metric: ModuleType) -> None:
@@ -107,19 +107,19 @@ def test_levels(metric: ModuleType, fields: dict[str, Any], levels: tuple[bool, 
     plain = [line(at=10.0 * k, score=0.9) for k in range(41)]
     hard = [line(at=-50.0, **fields)]
     for level, counts in enumerate(levels):
-        assert (ap(metric, plain + hard, plain, level) < 100) == counts
-        assert ap(metric, plain + hard, [*plain, line(at=-50.0, score=0.99, **fields)], level) == 100
+        assert (ap(metric, plain + hard, plain, level) < 1) == counts
+        assert ap(metric, plain + hard, [*plain, line(at=-50.0, score=0.99, **fields)], level) == 1
 
 
 def test_vans_and_what_is_not_labelled_are_no_mistakes(metric: ModuleType) -> None:
     plain = [line(at=10.0 * k, score=0.9) for k in range(41)]
     extra = [line(at=-50.0, score=0.99)]
     wrong = ap(metric, plain, plain + extra, kind="image")
-    assert wrong < 100
-    assert ap(metric, [*plain, line("Van", at=-50.0)], plain + extra, kind="image") == 100
-    assert ap(metric, [*plain, line("DontCare", at=-50.0)], plain + extra, kind="image") == 100
+    assert wrong < 1
+    assert ap(metric, [*plain, line("Van", at=-50.0)], plain + extra, kind="image") == 1
+    assert ap(metric, [*plain, line("DontCare", at=-50.0)], plain + extra, kind="image") == 1
     assert ap(metric, [*plain, line("Truck", at=-50.0)], plain + extra, kind="image") == wrong
-    assert ap(metric, plain, [*plain, line(at=-50.0, height=24, score=0.99)], kind="image") == 100
+    assert ap(metric, plain, [*plain, line(at=-50.0, height=24, score=0.99)], kind="image") == 1
 
 
 def test_two_detections_of_one_car(metric: ModuleType) -> None:
@@ -132,8 +132,8 @@ def test_means_over_classes(metric: ModuleType) -> None:
     cars = metric.Objects.parse("\n".join(line(at=10.0 * k, score=0.9) for k in range(41)))
     scores = metric.evaluate([cars], [cars])
     assert scores == {
-        "mean_ap": pytest.approx(100 / 3),
-        "Car_ap": 100,
+        "mean_ap": pytest.approx(1 / 3),
+        "Car_ap": 1,
         "Pedestrian_ap": 0,
         "Cyclist_ap": 0,
     }

@@ -46,6 +46,8 @@ from slrc.workspace import Workspace
 PROGRAM = "program"
 T = TypeVar("T")
 FORECAST_TOLERANCE = 0.15
+BUDGET_TOLERANCE = 0.05
+"""By how much more than the latency that was asked for a compiled model may take before its report says so."""
 ILL_CONDITIONED = 1e-3
 """The share of an output that a model loses in float32 from which on its report says so."""
 
@@ -278,6 +280,12 @@ class Compilation:
         if forecast and (forecast.target, forecast.threads) == (str(pair.target), latency.threads):
             predicted = forecast.predicted * latency.dense_ms.p50
             latency = latency.model_copy(update={"predicted_ms": predicted})
+            reached = 1 / latency.speedup
+            if reached > forecast.budget * (1 + BUDGET_TOLERANCE):
+                self.note(
+                    f"on {pair.target} the compiled model takes {reached:.1%} of the dense latency, "
+                    f"{forecast.budget:.1%} were asked for: compile again with the budget smaller by as much"
+                )
             if abs(latency.compiled_ms.p50 / predicted - 1) > FORECAST_TOLERANCE:
                 self.note(
                     f"on {pair.target} the compiled model takes {latency.compiled_ms.p50:.3f} ms, "

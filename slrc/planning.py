@@ -8,7 +8,7 @@ from typing import Any
 
 from slrc.backends import parse_target
 from slrc.config import CompileConfig
-from slrc.errors import UnreachableError
+from slrc.errors import PlanError, UnreachableError
 from slrc.ir.program import Program
 from slrc.measuring.choose_options import offered_patterns, plan_mixed, plan_options, without_transposed
 from slrc.measuring.choose_widths import Widths, plan_widths
@@ -83,7 +83,12 @@ def plan_from(
         if not isinstance(pattern, str) and pattern.coupled:
             return plan_widths(meter, widths, share)
         patterns = offered_patterns(target) if isinstance(pattern, str) else (pattern,)
-        start = without_transposed(allocate(patterns[0], Allocation.UNIFORM, 0.0, alternatives=patterns[1:]))
+        try:
+            start = without_transposed(allocate(patterns[0], Allocation.UNIFORM, 0.0, alternatives=patterns[1:]))
+        except PlanError as error:
+            if not isinstance(pattern, str):
+                raise
+            return _but(plan_widths(meter, widths, share), f"only channels are pruned: {error.message}")
         if not isinstance(pattern, str):
             return plan_options(meter, program, start, patterns, share, weigher)
         return plan_mixed(meter, program, start, patterns, widths, share, weigher)

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import slrc
 from slrc.backends import Availability
 from slrc.backends.tensorrt import TensorRT
 from slrc.config import make_config
-from slrc.errors import UnreachableError
+from slrc.errors import PlanError, UnreachableError
 from slrc.measuring.clock import Clock, Timing
 from slrc.measuring.devices import LocalDevice
 from slrc.measuring.jobs import Job
@@ -128,3 +130,18 @@ def test_what_was_just_measured_is_not_measured_again(
             plan_from(program, config, cache=tmp_path)
         took.append(machine.took())
     assert took[0] == took[1] == took[2] == len(list(tmp_path.rglob("*.json")))
+
+
+def test_where_no_layer_has_blocks_channels_are_pruned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No layer has as many outputs as a block has rows, or a multiple."""
+    times_are_sizes(monkeypatch, 0.0)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 30), nn.ReLU(), nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 10))
+    program = slrc.capture(slrc.Workload(model, (torch.randn(1, 12),)))
+    plan = plan_from(program, make_config({"threads": 1, "speedup": 1.5}), cache=tmp_path)
+    assert plan.patterns == "channel"
+    assert plan.latency is not None
+    assert plan.latency.predicted == pytest.approx(1 / 1.5, rel=0.1)
+    assert "only channels are pruned: nothing" in plan.shortfall
+    with pytest.raises(PlanError, match="block:8x1"):
+        plan_from(program, make_config({"threads": 1, "speedup": 1.5, "pattern": "block:8x1"}), cache=tmp_path)

@@ -9,14 +9,12 @@ from slrc.errors import PlanError, UnreachableError
 from slrc.ir.program import Program
 from slrc.measuring.choose_widths import Widths
 from slrc.measuring.latency_meter import LatencyMeter, Menus, make_menus, meet_budget
-from slrc.measuring.latency_table import LatencyTable, nearest_budget
+from slrc.measuring.latency_table import LatencyTable, nearest_budget, told_layers
 from slrc.measuring.weigh_options import Weigher, weighed
 from slrc.sparsity.budget import Budget, Floats, Menu
 from slrc.sparsity.patterns import AnyPattern, Block, Columns
 from slrc.sparsity.plans import LatencyForecast, LeftOut, Plan
 
-MOST_LAYERS = 6
-"""How many layers an error names."""
 WIDTH_SHARES = (0.75, 0.5, 0.25, 0.1, 0.0)
 """How much of the latency between the budget and all is left to options, where widths are chosen first."""
 
@@ -178,16 +176,10 @@ def allocate_options(
 
 
 def _unreachable(found: Menus, table: LatencyTable, budget: float) -> str:
-    slowest = sorted(found.menus, key=_least, reverse=True)
-    layers = [f"`{menu.name}` {menu.options[0].ms:.3f} to {_least(menu):.3f} ms" for menu in slowest[:MOST_LAYERS]]
-    if len(slowest) > MOST_LAYERS:
-        others = slowest[MOST_LAYERS:]
-        layers.append(
-            f"{len(others)} more {sum(m.options[0].ms for m in others):.3f} to {sum(map(_least, others)):.3f} ms"
-        )
+    layers = told_layers([(menu.name, menu.options[0].ms, _least(menu)) for menu in found.menus])
     return (
         f"a latency of {budget:.0%} of the dense one cannot be reached on {table.target}: with every layer at its "
-        f"fastest {table.share(found.least_ms):.0%} are left; {'; '.join(layers)}; "
+        f"fastest {table.share(found.least_ms):.0%} are left; {layers}; "
         f"what is not pruned {found.rest_ms:.3f} ms"
     )
 

@@ -18,7 +18,7 @@ from slrc.errors import UnreachableError
 from slrc.ir.nodes import node_macs, node_shape
 from slrc.ir.program import Program
 from slrc.measuring.latency_meter import LatencyMeter, meet_budget
-from slrc.measuring.latency_table import LatencyTable, nearest_budget
+from slrc.measuring.latency_table import LatencyTable, nearest_budget, told_layers
 from slrc.passes.analysis.cut_segments import anchors
 from slrc.passes.analysis.label_indices import IndexLabels, label_indices
 from slrc.sparsity.constraints import Constraint
@@ -139,7 +139,7 @@ class LatencyGoal:
                 reached = self.table.share(search.total_ms)
                 raise UnreachableError(
                     f"a latency of {self.budget:.0%} of the dense one cannot be reached on {self.table.target}: "
-                    f"with every group at its least width {reached:.0%} are left",
+                    f"with every group at its least width {reached:.0%} are left; {search.slowest()}",
                     f"ask for {nearest_budget(reached)}",
                     reached,
                 )
@@ -196,6 +196,11 @@ class _Search:
         for k, ms in best[1].items():
             self._ms[k] = ms
         return True
+
+    def slowest(self) -> str:
+        """Tell what the slowest layers take dense, and what is left of that."""
+        rows = zip(self._table.segments, self._ms, strict=True)
+        return told_layers([(segment.name, segment.ms[0], ms) for segment, ms in rows])
 
     def _segment_ms(self, k: int, keep: NDArray[np.int64]) -> float:
         return self._table.segment_ms(k, self._work.macs(k, keep))

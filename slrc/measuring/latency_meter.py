@@ -17,7 +17,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from slrc.backends import Artifact, Target, get_backend
-from slrc.errors import BackendError, PlanError
+from slrc.errors import BackendError, PlanError, UnreachableError
 from slrc.forms.cost import density_of
 from slrc.forms.form import BLOCK_ROWS, DENSE, Form, FormKind, candidate_forms
 from slrc.forms.packed_int8 import CHANNELS
@@ -68,7 +68,12 @@ def meet_budget(
     """
     measured: list[Plan] = []
     for _ in range(1 + CORRECTIONS):
-        plan = allocate(table)
+        try:
+            plan = allocate(table)
+        except UnreachableError:
+            if not measured:
+                raise
+            break  # by what was corrected: what is nearest so far is all there is
         assert plan.latency is not None
         reached = share(plan)
         measured.append(plan.model_copy(update={"latency": plan.latency.model_copy(update={"predicted": reached})}))

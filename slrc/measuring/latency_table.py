@@ -19,12 +19,23 @@ from slrc.errors import OutputError
 
 MARGIN = 0.02
 """Of the dense latency: times that are measured anew differ by about so much."""
+MOST_LAYERS = 6
+"""How many layers an error names."""
 
 
 def nearest_budget(reached: float) -> str:
     """Return what to ask for where no less than a share of the dense latency can be reached, as options."""
     share = min(0.99, math.ceil(round((reached + MARGIN) * 100, 6)) / 100)
     return f"`--latency-budget {share:.2f}` or more, which is `--speedup {math.floor(100 / share) / 100:.2f}` or less"
+
+
+def told_layers(rows: Sequence[tuple[str, float, float]]) -> str:
+    """Return what layers take dense and at their fastest, by name, those that stay slowest first, the rest as one."""
+    slowest = sorted(rows, key=lambda row: row[2], reverse=True)
+    said = [f"`{name}` {dense:.3f} to {least:.3f} ms" for name, dense, least in slowest[:MOST_LAYERS]]
+    if others := slowest[MOST_LAYERS:]:
+        said.append(f"{len(others)} more {sum(row[1] for row in others):.3f} to {sum(row[2] for row in others):.3f} ms")
+    return "; ".join(said)
 
 
 class _Data(BaseModel):

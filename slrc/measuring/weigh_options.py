@@ -73,8 +73,8 @@ class Weigher:
         return weigh_widths(self._program, plan, self._inputs, self._reporter, logits=self._returns_logits)
 
     @property
-    def _returns_logits(self) -> bool:
-        return self._workload is not None and returns_logits(self._workload)
+    def _returns_logits(self) -> bool | None:
+        return None if self._workload is None else returns_logits(self._workload)
 
     @cached_property
     def _inputs(self) -> list[Inputs]:
@@ -90,7 +90,7 @@ def weigh_options(
     metric: Metric,
     reporter: Reporter | None = None,
     *,
-    logits: bool = False,
+    logits: bool | None = None,
 ) -> Weights:
     """Return by what the loss of energy of each option counts, so that the dense weights' loss is what was measured.
 
@@ -106,7 +106,7 @@ def weigh_options(
         inputs: of the network's calls.
         metric: `error` or `divergence`.
         reporter: where progress goes.
-        logits: whether outputs are logits over dimension 1, whatever other dimensions they have.
+        logits: as for `output_divergences`.
 
     Raises:
         PlanError: a layer's inputs cannot be unfolded.
@@ -141,7 +141,7 @@ def weigh_widths(
     inputs: Sequence[Inputs],
     reporter: Reporter | None = None,
     *,
-    logits: bool = False,
+    logits: bool | None = None,
 ) -> WidthWeights:
     """Return by what the loss of energy of each group of channels counts.
 
@@ -152,7 +152,7 @@ def weigh_widths(
         plan: of channels.
         inputs: of the network's calls.
         reporter: where progress goes.
-        logits: whether outputs are logits over dimension 1, whatever other dimensions they have.
+        logits: as for `output_divergences`.
     """
     half = [c.model_copy(update={"keep": max(1, round(WIDTH_REFERENCE * c.groups))}) for c in plan]
     moved = group_divergences(program, inputs, half, logits=logits, reporter=reporter)

@@ -89,7 +89,7 @@ class _Search:
     scheme: Scheme
     inputs: Sequence[Inputs]
     settings: Int8Settings
-    logits: bool
+    logits: bool | None
     blocks: Mapping[str, int] = field(default_factory=dict)
     tried: dict[str, float] = field(default_factory=dict)
 
@@ -171,7 +171,7 @@ def quantize(
     *,
     skip: Sequence[str] = ("auto",),
     forms: Forms | None = None,
-    logits: bool = False,
+    logits: bool | None = None,
     acceptable: Callable[[nn.Module], bool] | None = None,
     reporter: Reporter | None = None,
 ) -> Quantized:
@@ -189,7 +189,7 @@ def quantize(
         settings: what to try.
         skip: `auto`, `none`, or globs of layers' names.
         forms: of the program's layers, of which those in floating point are not rounded.
-        logits: whether outputs are logits over dimension 1, whatever other dimensions they have.
+        logits: as for `output_divergences`.
         acceptable: says whether a rounding module will do, in place of `settings.loss`.
         reporter: where progress goes.
 

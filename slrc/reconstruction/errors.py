@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -27,6 +28,8 @@ from slrc.sparsity.plans import Plan
 
 TELLING, NEIGHBOURS = 256, 16
 """Outputs that tell a layer's error, each with weights of its own to fit, and how many stand together at least."""
+MOST_OUTPUTS = 2**27
+"""Numbers of the dense network's outputs that are kept, half a gigabyte: no further batch is compared after these."""
 
 
 def layer_errors(
@@ -121,25 +124,28 @@ def output_divergences(
     chosen: Mapping[str, Constraint],
     settings: ReconstructSettings | None = None,
     *,
-    logits: bool = False,
+    logits: bool | None = None,
     seed: int = 0,
     reporter: Reporter | None = None,
 ) -> dict[str, float]:
     """Return how far the network's outputs move when one layer alone is pruned and refitted, by the constraint's name.
 
-    For outputs `(n, classes)`, and with `logits` for `(n, classes, …)`, it is the divergence of the dense network's
-    probabilities from those of the pruned one, KL(dense ‖ pruned) in nats, averaged over samples and positions; for
-    others the mean squared difference as a share of the outputs' variance. Several outputs are added up.
+    For logits `(n, classes, …)` it is the divergence of the dense network's probabilities from those of the pruned one,
+    KL(dense ‖ pruned) in nats, averaged over samples and positions; for other outputs the mean squared difference as a
+    share of their variance. Several outputs are added up. Of large outputs fewer samples are compared.
 
     Args:
         program: the dense network.
         inputs: of its calls.
         chosen: constraints on one weight each.
         settings: positions, rate and damping.
-        logits: whether dimension 1 of outputs with more than two is classes too: by its shape alone a map of logits is
-            not told from one of other features.
+        logits: whether dimension 1 of outputs is classes; `None` if nobody says: then that of `(n, classes)` is, while
+            by its shape alone a map of logits is not told from one of other features.
         seed: of the positions.
         reporter: where progress goes.
+
+    Raises:
+        PlanError: a layer's inputs cannot be unfolded, or the outputs are not finite.
     """
     settings = settings or ReconstructSettings()
     by_weight = {id(program.tensors[c.members[0].tensor]): (name, c) for name, c in chosen.items()}
@@ -163,7 +169,7 @@ def group_divergences(
     chosen: Sequence[Constraint],
     settings: ReconstructSettings | None = None,
     *,
-    logits: bool = False,
+    logits: bool | None = None,
     seed: int = 0,
     reporter: Reporter | None = None,
 ) -> dict[str, float]:
@@ -218,30 +224,46 @@ def _columns(mask: Tensor) -> Tensor:
 class _Outputs:
     """The outputs of a network, and how far they move when some of its tensors change."""
 
-    def __init__(self, program: Program, inputs: Sequence[Inputs], logits: bool) -> None:
-        self._inputs, self._original, self._logits = inputs, program.tensors, logits
+    def __init__(self, program: Program, inputs: Sequence[Inputs], logits: bool | None) -> None:
+        self._original, self._logits = program.tensors, logits
         self._changed = program.with_tensors({})
         self._runs = Interpreter(self._changed.graph_module)
-        self._dense = self._run()
+        self._compared: list[tuple[Inputs, list[Tensor]]] = []
+        numbers = 0
+        for batch in inputs:
+            self._compared.append((batch, self._run(batch)))
+            numbers += sum(t.numel() for t in self._compared[-1][1])
+            if numbers > MOST_OUTPUTS:
+                break
 
     def divergence(self, changed: Mapping[str, Tensor]) -> float:
         """Return the mean over batches, with the tensors of these names in place of the network's own."""
         for name, value in changed.items():
             self._changed.tensors[name].data.copy_(value)
-        both = zip(self._dense, self._run(), strict=True)
-        parts = [divergence(before, after, self._logits) for before, after in both]
+        parts = [divergence(dense, self._run(batch), self._logits) for batch, dense in self._compared]
         for name in changed:
             self._changed.tensors[name].data.copy_(self._original[name])
-        return sum(parts) / len(parts)
+        mean = sum(parts) / len(parts)
+        if not math.isfinite(mean):
+            raise PlanError(
+                f"the network's outputs are not finite once {', '.join(f'`{name}`' for name in changed)} is pruned, so "
+                "that what pruning costs cannot be told from them",
+                hint='are the calibration inputs what the network is used on? `budget-metric = "energy"` in a TOML '
+                "file goes by the weights alone",
+            )
+        return mean
 
-    def _run(self) -> list[list[Tensor]]:
+    def _run(self, batch: Inputs) -> list[Tensor]:
         with torch.no_grad():
-            return [output_tensors(self._runs.run(*batch)) for batch in self._inputs]
+            return output_tensors(self._runs.run(*batch))
 
 
 def _damped(seen: Observed, settings: ReconstructSettings) -> Damped:
     if seen.moments is None:
-        raise PlanError(f"`{operands(seen.layer)[1].target}` has no error of reconstruction: {seen.why_not}")
+        weight = operands(seen.layer)[1].target
+        raise PlanError(
+            f"`{weight}` has no error of reconstruction: {seen.why_not}", hint=f"leave it out: --skip {weight}"
+        )
     return seen.damped(settings.damping)
 
 
@@ -263,13 +285,15 @@ def output_tensors(outputs: object) -> list[Tensor]:
     return [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor) and x.is_floating_point()]
 
 
-def divergence(dense: Sequence[Tensor], pruned: Sequence[Tensor], logits: bool) -> float:
+def divergence(dense: Sequence[Tensor], pruned: Sequence[Tensor], logits: bool | None) -> float:
     """Return how far outputs have moved, see `output_divergences`."""
     total = 0.0
     for a, b in zip(dense, pruned, strict=True):
-        if (a.dim() == 2 or (logits and a.dim() > 2)) and a.shape[1] > 1:
+        of_classes = a.dim() == 2 if logits is None else logits and a.dim() >= 2
+        if of_classes and a.shape[1] > 1:
             log_a, log_b = a.double().log_softmax(1), b.double().log_softmax(1)
-            total += float((log_a.exp() * (log_a - log_b)).sum(dim=1).mean())
+            apart = torch.where(log_a.isneginf(), 0.0, log_a.exp() * (log_a - log_b))  # 0 · log 0 = 0
+            total += float(apart.sum(dim=1).mean())
         else:
             variance = a.double().var(correction=0).clamp_min(torch.finfo(torch.float64).tiny)
             total += float((a.double() - b.double()).square().mean() / variance)

@@ -175,9 +175,11 @@ def _pairs(ours: Any, theirs: Any) -> Iterator[tuple[Tensor, Tensor]]:
         yield from _pairs(our_leaves[0], their_leaves[0])
 
 
-def returns_logits(workload: Workload) -> bool:
-    """Tell whether a workload says that its outputs are logits over dimension 1: by its loss, or its distance."""
-    return workload.distill is soft_divergence or (workload.distill is None and workload.loss is cross_entropy)
+def returns_logits(workload: Workload) -> bool | None:
+    """Tell whether outputs are logits over dimension 1, by a workload's distance or loss; `None` if it does not say."""
+    if workload.distill is not None:
+        return workload.distill is soft_divergence
+    return True if workload.loss is cross_entropy else None
 
 
 def _distance(workload: Workload, temperature: float) -> Distance:

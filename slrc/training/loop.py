@@ -147,6 +147,9 @@ class _Trainer:
             self.plan, self.masks = self.method.plan, self.method.masks()
         parameters = _parameters(self.model)
         self.masks.check(self.plan, parameters)
+        if self.plan.budget is not None:  # which may have been shared out anew
+            reached = self.masks.sparsity(self.plan)
+            self.plan = self.plan.model_copy(update={"sparsity": reached, "sparsity_asked": reached})
         if self._masked_steps:
             self.masks.apply_(parameters)
             self._run_phase(self._retrain_phase())

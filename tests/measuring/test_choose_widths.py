@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -135,6 +136,7 @@ def test_small_weights_go_first(program: Program) -> None:
 def test_a_budget_out_of_reach_is_an_error_that_says_what_is_not(program: Program) -> None:
     with pytest.raises(PlanError, match=r"cannot be reached on ort.*% are left") as error:
         by_latency(program, table_of(program), 0.01)
+    assert re.search(r"left; `\w+` \d+\.\d{3} to \d+\.\d{3} ms; .* 2 more ", error.value.message)
     assert "--latency-budget" in (error.value.hint or "")
 
 

@@ -12,10 +12,11 @@ from torch import nn
 import slrc
 from slrc.backends import parse_target
 from slrc.backends.ort import OnnxRuntime
-from slrc.errors import BackendError, PlanError
+from slrc.errors import BackendError, PlanError, UnreachableError
 from slrc.ir.program import Program, capture
 from slrc.measuring.clock import Clock, Timing
-from slrc.measuring.latency_meter import CORRECTIONS, LatencyMeter, SegmentTimes
+from slrc.measuring.latency_meter import CORRECTIONS, LatencyMeter, SegmentTimes, meet_budget
+from slrc.measuring.latency_table import LatencyTable
 from slrc.sparsity.patterns import Block
 from slrc.sparsity.plans import Plan
 
@@ -108,6 +109,28 @@ def test_a_plan_for_a_latency_is_checked_on_the_whole(
     assert plan.latency is not None
     assert plan.latency.predicted == pytest.approx(share, rel=0.1)
     assert 0.4 < share < 0.7
+
+
+def test_a_correction_that_goes_too_far_leaves_what_was_nearest(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the table that the first plan's time has joined, nothing reaches the budget any more."""
+    plans: list[Plan] = []
+
+    def allocate(table: LatencyTable) -> Plan:
+        if plans:
+            raise UnreachableError("out of reach", "ask for more", 0.65)
+        plans.append(start)
+        return start
+
+    sizes_for_times(monkeypatch)
+    start = plan_for(program, 0.6, tmp_path)
+    made = meet_budget(meter(program, tmp_path).whole(1.0), 0.6, allocate, lambda plan: 0.625)
+    assert made.latency is not None
+    assert made.latency.predicted == 0.625
+    assert "60.0% of the dense one was asked for, and 62.5% reached" in made.shortfall
+    with pytest.raises(UnreachableError):
+        meet_budget(meter(program, tmp_path).whole(1.0), 0.6, allocate, lambda plan: 0.625)
 
 
 def test_a_budget_that_is_missed_is_said_with_what_was_measured(

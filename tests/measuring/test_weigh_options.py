@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import slrc
+from slrc.errors import PlanError
 from slrc.ir.program import Program, capture
 from slrc.measuring.choose_widths import losses_of_widths
 from slrc.measuring.latency_meter import Menus, SegmentTimes, make_menus
 from slrc.measuring.weigh_options import weigh_options, weigh_widths, weighed
+from slrc.reconstruction import errors
 from slrc.reconstruction.calibration import Inputs, calibration_inputs
-from slrc.reconstruction.errors import group_divergences, layer_errors, output_divergences
+from slrc.reconstruction.errors import divergence, group_divergences, layer_errors, output_divergences
 from slrc.sparsity.choices import Metric
 from slrc.sparsity.constraints import with_option
 from slrc.sparsity.patterns import Block
@@ -114,6 +116,40 @@ def test_a_map_of_logits_moves_as_logits_do(make: Callable[..., Case]) -> None:
             squared = output_divergences(program, inputs, {"loud": constraint})["loud"]
     assert moved[0] == pytest.approx(moved[1], rel=1e-6)
     assert squared != pytest.approx(moved[1], rel=0.1)
+
+
+@pytest.mark.parametrize(("logits", "of_classes"), [(None, True), (True, True), (False, False)])
+def test_two_dimensions_are_classes_unless_the_workload_says_otherwise(logits: bool | None, of_classes: bool) -> None:
+    """A shift of all outputs alike is nothing to classes, and something to coordinates."""
+    dense, moved = [torch.tensor([[1.0, 2.0], [3.0, 5.0]])], [torch.tensor([[2.0, 3.0], [4.0, 6.0]])]
+    assert (divergence(dense, moved, logits) < 1e-12) == of_classes
+
+
+def test_a_class_that_is_ruled_out_moves_nothing() -> None:
+    out = [torch.tensor([[0.5, -torch.inf, 1.0]])]
+    assert divergence(out, out, None) == 0
+    assert divergence(out, [torch.tensor([[1.0, -torch.inf, 1.0]])], None) > 0
+
+
+def test_outputs_that_are_not_finite_cannot_weigh_options(make: Callable[..., Case]) -> None:
+    program, plan, menus, inputs = make()
+    constraint = with_option(next(c for c in plan if c.name == "loud"), menus.menus[0].options[5])
+    program.tensors["head.bias"].data[0] = torch.inf
+    with pytest.raises(PlanError, match=r"not finite once `loud\.weight`") as error:
+        output_divergences(program, inputs, {"loud": constraint})
+    assert "budget-metric" in (error.value.hint or "")
+
+
+def test_of_large_outputs_fewer_batches_are_compared(
+    make: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, plan, menus, inputs = make()
+    constraint = with_option(next(c for c in plan if c.name == "loud"), menus.menus[0].options[5])
+    whole = output_divergences(program, inputs, {"loud": constraint})["loud"]
+    monkeypatch.setattr(errors, "MOST_OUTPUTS", 64 * 5)
+    some = output_divergences(program, inputs, {"loud": constraint})["loud"]
+    assert some != whole
+    assert some == pytest.approx(whole, rel=0.5)
 
 
 def test_half_of_a_group_costs_what_it_was_measured_to(make: Callable[..., Case]) -> None:

@@ -731,6 +731,7 @@ def test_a_budget_is_shared_out_anew_and_a_resumed_run_goes_on_with_it(
     took = [option.ms for option in whole.plan.options().values()]
     assert sum(took) <= whole.plan.budget.ms
     whole.masks.check(whole.plan, whole.tensors)
+    assert whole.plan.sparsity == whole.masks.sparsity(whole.plan)
     for at in (STEPS + 4, 3 * STEPS + 2):  # in the second epoch, and in retraining
         folder = tmp_path / str(at)
         with pytest.raises(WorkloadError, match="StopHere"):

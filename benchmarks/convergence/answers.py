@@ -201,15 +201,35 @@ def budgets_table(results: Results) -> str:
     return table(["", *(f"{e} epochs" for e in lengths), *targets], rows)
 
 
-def others_table(results: Results, tiers: Sequence[str] = ("middle", "large")) -> str:
-    """Larger networks, or other tasks: the metric on test images, and what the dense network had."""
+def others_table(results: Results) -> str:
+    """Larger networks: the accuracy on test images, and what the dense network had."""
     rows = []
     for (tier, case, name, epochs), found in sorted(results.rows.items()):
-        if tier in tiers:
+        if tier in ("middle", "large"):
             tests = {s: r["test"] for s, r in found.items()}
             starts = {s: r["dense"] for s, r in found.items()}
             rows.append([*titles([case]), name, str(epochs), mean_of(starts), mean_of(tests), str(len(found))])
     return table(["case", "contender", "epochs", "dense start", "accuracy", "seeds"], rows)
+
+
+def tasks_table(results: Results) -> str:
+    """Other tasks: the metric on test data, and after how many epochs the pruned network was as good as ADMM's ends."""
+    rows = []
+    for (tier, case, name, epochs), found in sorted(results.rows.items()):
+        if tier == "tasks":
+            goals = results.seeds(tier, case, "admm", epochs, "val")
+            took = [first_at(goals[seed], row["curve"]) for seed, row in found.items() if seed in goals]
+            tests = Interval.of([row["test"] for row in found.values()])
+            within = f"{tests.mean:.2f}" + (f" ± {tests.half:.2f}" if math.isfinite(tests.half) else "")
+            starts = {seed: row["dense"] for seed, row in found.items()}
+            fast = " ".join("never" if epoch is None else str(epoch) for epoch in took) or "–"
+            rows.append([*titles([case]), name, str(epochs), mean_of(starts), within, str(len(found)), fast])
+    return table(["case", "contender", "epochs", "dense start", "metric", "seeds", "epochs to ADMM's last"], rows)
+
+
+def first_at(goal: float, curve: Sequence[float | None]) -> int | None:
+    """Return the first epoch after which a metric is not below a goal; `None` if it always is."""
+    return next((epoch for epoch, value in enumerate(curve) if value is not None and value >= goal), None)
 
 
 def inside_table(results: Results) -> str:
@@ -267,7 +287,7 @@ def main() -> None:
         ("Parts of the default left out or changed, one seed", parts_table(results)),
         (f"Whole runs of few and of many epochs, {name_of(CASES[0])}", budgets_table(results)),
         ("Larger networks", others_table(results)),
-        ("Segmentation, detection, lanes and lidar", others_table(results, ("tasks",))),
+        ("Segmentation, detection, lanes and lidar", tasks_table(results)),
         ("What happens inside", inside_table(results)),
         ("Settings", settings_table(rows)),
     )

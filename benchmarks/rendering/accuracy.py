@@ -129,7 +129,7 @@ def methods_large() -> str:
 def methods_tasks() -> str:
     """Segmentation, detection, lanes and lidar."""
     rows = compared("tasks")
-    return answers.others_table(answers.Results(rows), ("tasks",)) + made(rows.values())
+    return answers.tasks_table(answers.Results(rows)) + made(rows.values())
 
 
 def methods_inside() -> str:

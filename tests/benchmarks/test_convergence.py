@@ -56,6 +56,12 @@ def test_the_short_form_measures_resumes_and_answers(run: Callable[..., str], tm
     assert f"| gradual | {gradual['test']:.2f} | 1 |" in answers
     assert f"| dense | {dense['test']:.2f} | 1 |" in answers
     assert f"{gradual['test'] - masked['test']:+.2f}" in answers
+    assert "epochs to ADMM's last" in answers
+    renamed = rows.read_text().replace('"row": "small/', '"row": "tasks/')
+    rows.write_text(renamed.replace("/masks from the start/", "/admm/"))
+    answers = run("convergence/answers.py", "--rows", str(rows), "--out", str(tmp_path))
+    last = next(e for e, value in enumerate(masked["curve"]) if value >= masked["val"])
+    assert f"| admm | 6 | {masked['dense']:.2f} | {masked['test']:.2f} | 1 | {last} |" in answers
     assert "<svg" in (tmp_path / "convergence_budgets.svg").read_text()
 
 

@@ -23,7 +23,7 @@ from tasks import load_task
 import slrc
 from slrc.backends import get_backend, parse_target
 from slrc.ir.program import Program
-from slrc.measuring.latency_meter import LatencyMeter
+from slrc.measuring.latency_meter import CORRECTIONS, MARGIN, LatencyMeter
 from slrc.measuring.timing import Budget, time_in_turns
 from slrc.pipeline import baseline, lower
 from slrc.sparsity.plans import Plan
@@ -37,7 +37,7 @@ UNIFORM = ("uniform block:8x1", "uniform channel", "uniform block:8x1, gradual")
 """Plans that prune the same share of each layer."""
 TORCH_PRUNING = "Torch-Pruning"
 UNIFORM_TRIED = (0.3, 0.5, 0.625, 0.75, 0.85, 0.92)
-"""Sparsities whose latency is measured; the one that meets the budget is interpolated."""
+"""Sparsities whose latency is measured; the one that meets the budget is interpolated, measured and corrected."""
 RATIOS = (0.05, 0.95)
 HALVINGS = 6
 TIMED = Budget(3.0, 8)
@@ -76,10 +76,16 @@ def plan_for(program: Program, workload: slrc.Workload, contender: str, share: f
         budget = {"budget_metric": "energy"} if contender.endswith(BY_ENERGY) else {}
         return slrc.plan(program, pattern, latency_budget=share, threads=1, workload=workload, **budget)
     pattern = pattern.removeprefix("uniform ")
-    meter = LatencyMeter(program, TARGET, threads=1)
-    shares = [meter.share(slrc.plan(program, pattern, sparsity)) for sparsity in UNIFORM_TRIED]
-    sparsity = float(np.interp(share, shares[::-1], UNIFORM_TRIED[::-1]))
-    return slrc.plan(program, pattern, round(sparsity, 4))
+    meter, tried = LatencyMeter(program, TARGET, threads=1), {}
+    untried = list(UNIFORM_TRIED)
+    for _ in range(1 + CORRECTIONS):
+        tried |= {sparsity: meter.share(slrc.plan(program, pattern, sparsity)) for sparsity in untried}
+        nearest = min(tried, key=lambda sparsity: abs(tried[sparsity] - share))
+        if abs(tried[nearest] / share - 1) <= MARGIN:
+            break
+        known = sorted((ms, sparsity) for sparsity, ms in tried.items())
+        untried = [round(float(np.interp(share, *zip(*known, strict=True))), 4)]
+    return slrc.plan(program, pattern, nearest)
 
 
 def torch_pruned(model: nn.Module, example: Tensor, ratio: float) -> nn.Module:

@@ -59,7 +59,7 @@ SHARES = (1 / 2, 1 / 3, 1 / 5)
 REFITTED_ON = 1024
 """Training images that layers are refitted on."""
 RECIPE = {"recipe": {"peak_lr": 0.02}}
-"""Of networks that were refitted: they need no large steps."""
+"""Of networks whose layers were refitted, or that Torch-Pruning has pruned: they keep what they knew by small steps."""
 SCRATCH_LR = 0.1
 """Highest learning rate of networks that start from scratch."""
 MASK = "mask:"
@@ -197,9 +197,9 @@ def train_whole(row: Row, task: Task, dense: nn.Module) -> tuple[nn.Module, dict
     settings, found = CompileConfig().recipe, {}
     if row.contender == TORCH_PRUNING:
         found["ratio"] = pruned_ratio(row, task, dense)
-    else:
-        peak = settings.peak_lr if row.contender in TRAINED else SCRATCH_LR
-        settings = settings.model_copy(update={"peak_lr": peak})
+        settings = settings.model_copy(update=RECIPE["recipe"])
+    elif row.contender not in TRAINED:
+        settings = settings.model_copy(update={"peak_lr": SCRATCH_LR})
     model, teacher = smaller(row, task), dense.eval().requires_grad_(False)
     if task.bfloat16:
         for network in (model, teacher):

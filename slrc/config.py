@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 from slrc.errors import ConfigError, SlrcError
 from slrc.methods.settings import MethodName, MethodSettings
 from slrc.options import Int8Settings, Options, RecipeSettings, planning_options
-from slrc.sparsity.choices import Allocation
+from slrc.sparsity.choices import Allocation, Metric
 from slrc.sparsity.patterns import AUTO, AnyPattern, Block, Channel
 
 USUAL_SHARE = 0.5
@@ -51,6 +51,12 @@ class CompileConfig(Options):
                     hint="add `--speedup 2`, or name a pattern",
                 )
             return self
+        if self.budget_metric is Metric.ERROR and self.chosen_pattern == AUTO:
+            raise ConfigError(
+                '`budget-metric = "error"` weighs layers alone, while `--pattern auto` narrows channels too and has to '
+                "know which of both costs less",
+                hint="leave it out, or name a pattern, such as `block:8x1`",
+            )
         option = "--speedup" if self.speedup is not None else "--latency-budget"
         if self.sparsity is not None:
             raise ConfigError(

@@ -131,6 +131,7 @@ def test_underscores_will_do_in_a_file(toml: Any) -> None:
         ({"latency_budget": True}, "option `--latency-budget`: input should be a number"),
         ({"speedup": 1}, "option `--speedup`: .*greater than 1, got 1"),
         ({"speedup": 2, "latency_budget": 0.5}, "`--speedup` and `--latency-budget` exclude each other"),
+        ({"speedup": 2, "budget_metric": "error"}, '`budget-metric = "error"` weighs layers alone'),
         ({"latency_budget": 0.5, "sparsity": 0.5}, "`--sparsity` and `--latency-budget` exclude"),
         ({"speedup": 2, "allocate": "global"}, "`--allocate global` and `--speedup` exclude"),
         ({"speedup": 2, "pattern": "block:8x1", "permute": True}, "`--permute` and `--speedup` exclude"),

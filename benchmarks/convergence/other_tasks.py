@@ -102,6 +102,7 @@ def coco_task(name: str) -> Task:
         validation=validation,
         test=test,
         bfloat16=cifar10.has_bfloat16(),
+        peak_lr=yolov3.PRUNING_LR,
         metric="mAP50",
         evaluate=average_precision,
         others=yolov3.pruned_by(anchors),

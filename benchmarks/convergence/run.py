@@ -204,13 +204,14 @@ def run_row(row: Row) -> dict[str, Any]:
     start = task.measure(model, task.validation), task.measure(model, task.test) if looks else None
     workload = task.workload(model, watched=row.tier in WATCHED)
     checkpoints = CACHE / "convergence-checkpoints" / digest(row)
-    config = make_config({**contender.config(row.epochs, row.options), **precision(task), "seed": row.seed})
+    options = row.options if task.peak_lr is None else merged(row.options, {"recipe": {"peak_lr": task.peak_lr}})
+    config = make_config({**contender.config(row.epochs, options), **precision(task), "seed": row.seed})
     trained = run(contender, workload, plan, config, checkpoints)
     result = {
         "row": str(row),
         "contender": row.contender,
         "setting": row.setting,
-        "options": row.options,
+        "options": options,
         "dense": start[1],
         "dense_val": start[0],
         "val": task.measure(model, task.validation),

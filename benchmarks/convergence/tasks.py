@@ -55,6 +55,8 @@ class Task:
     test: Any
     bfloat16: bool = False
     """Whether training computes in bfloat16, by autocast, with channels last."""
+    peak_lr: float | None = None
+    """The highest learning rate of all methods, where what suits Fashion-MNIST is none for this task's loss."""
     metric: str = "accuracy"
     evaluate: Callable[[nn.Module, Any], float] | None = None
     """What is measured of a network on a split, in percent; by itself the share of the images that it gets right."""

@@ -15,7 +15,7 @@ environment:
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -45,6 +45,8 @@ NO_LANE = -2
 TURN, SHIFT = 6.0, (200 / 1280, 100 / 720)
 """Degrees by which training images are turned at most, and the shares of their width and height that they shift by."""
 EPOCHS, LR, WEIGHT_DECAY = 100, 4e-4, 1e-4
+Output = Tensor | tuple[Tensor, Tensor]
+"""Scores of the cells; in training with those of the segmentation."""
 
 
 class Aux(nn.Module):
@@ -98,7 +100,7 @@ class LaneNet(nn.Module):
             nn.Linear(8 * positions, hidden), nn.ReLU(), nn.Linear(hidden, (CELLS + 1) * len(ANCHORS) * LANES)
         )
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Output:
         """`(n, 3, h, w)` to scores `(n, cells + 1, anchors, lanes)`, the last cell for no lane.
 
         In training the segmentation's scores `(n, lanes + 1, h/8, w/8)` are returned too.
@@ -108,6 +110,11 @@ class LaneNet(nn.Module):
         stages = [x := net.layer2(x), x := net.layer3(x), x := net.layer4(x)]
         scores = self.cls(self.pool(x).flatten(1)).view(-1, CELLS + 1, len(ANCHORS), LANES)
         return (scores, self.aux(stages)) if self.training else scores
+
+
+def scores_of(output: Output) -> Tensor:
+    """Return the cells' scores among what a network returns."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def lane_loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -293,13 +300,18 @@ class Batches:
             yield images, cells, masks
 
 
-def evaluate(model: nn.Module, pictures: Sequence[Picture], size: tuple[int, int]) -> dict[str, float]:
-    """Return TuSimple's accuracy, and its shares of false lanes and of missed ones."""
-    device = next(model.parameters(), torch.empty(0)).device
+@torch.no_grad()
+def evaluate(model: Callable[[Tensor], Output], pictures: Sequence[Picture], size: tuple[int, int]) -> dict[str, float]:
+    """Return TuSimple's accuracy, and its shares of false lanes and of missed ones, of anything that returns scores.
+
+    A module computes on the device of its parameters, if it has any.
+    """
+    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
+    device = next(parameters, torch.empty(0)).device
     scored = []
     for picture in pictures:
         image = picture.image()
-        shares = decode(model(normalize(image, size)[None].to(device)))[0]
+        shares = decode(scores_of(model(normalize(image, size)[None].to(device))))[0]
         found = [columns_at(column, picture.rows, image.size) for column in shares.T]
         found = [column for column in found if (column >= 0).any()]
         scored.append((found, picture.lanes, picture.rows, image.width))
@@ -339,9 +351,7 @@ def make_workload(model: LaneNet, name: str, batch_size: int = 32) -> slrc.Workl
         train_batches=batches,
         loss=lane_loss,
         evaluate=lambda net: evaluate(net, test, model.size),
-        distill=lambda output, teacher: nn.functional.mse_loss(
-            output[0] if isinstance(output, tuple) else output, teacher
-        ),
+        distill=lambda output, teacher: nn.functional.mse_loss(scores_of(output), teacher),
         optimizer=lambda parameters: torch.optim.Adam(parameters, LR, weight_decay=WEIGHT_DECAY),
         name=name,
         warnings=[]

@@ -124,6 +124,15 @@ def test_perfect_scores_of_the_labels_are_all_right(example: ModuleType, picture
     assert (scores["false_positives"], scores["false_negatives"]) == (0, 0)
 
 
+def test_the_metric_takes_anything_that_returns_scores(example: ModuleType, pictures: Any, small: Any) -> None:
+    """A network that trains returns two outputs, with gradients; a function has no parameters."""
+    one = pictures[:1]
+    assert example.evaluate(small.train(), one, small.size).keys() == {"accuracy", "false_positives", "false_negatives"}
+    nothing = torch.eye(101)[100][None, :, None, None].expand(1, 101, 56, 4)
+    found = example.evaluate(lambda image: nothing, one, small.size)
+    assert (found["false_positives"], found["false_negatives"]) == (0, 1)
+
+
 def test_the_mask_marks_the_lanes(example: ModuleType, pictures: Any) -> None:
     _, cells, mask = example.load(pictures[1], (288, 800))
     assert cells.shape == (56, 4)

@@ -4,10 +4,10 @@
     slrc compile examples/lanes.py --pattern block:8x1 --sparsity 0.75 --epochs 20 --out build/lanes
 
 `SLRC_DATA` names a folder with `tusimple/` as https://github.com/TuSimple/tusimple-benchmark packs it: `clips/`, label
-files `label_data*.json` and, to test on, `test_label.json`; without that one the metric says nothing of other images.
-Images may be of any size, with the labels in their pixels. The last linear layer holds 46 of the network's 61 million
-parameters, so slrc prunes it like the others, which it does not with a small classifier. Also read from the
-environment:
+files `label_data*.json` and, to test on, `test_label.json`, which comes with the test set; without that one training
+does not vary the images, and the metric says nothing of others. Images may be of any size, with the labels in their
+pixels. The last linear layer holds 46 of the network's 61 million parameters, so slrc prunes it like the others, which
+it does not with a small classifier. Also read from the environment:
 
 - `SLRC_CACHE`: where the dense network is kept; `~/.cache/slrc` unless given.
 - `SLRC_DENSE_EPOCHS`: epochs of dense training; 100 unless given.
@@ -45,6 +45,7 @@ NO_LANE = -2
 TURN, SHIFT = 6.0, (200 / 1280, 100 / 720)
 """Degrees by which training images are turned at most, and the shares of their width and height that they shift by."""
 EPOCHS, LR, WEIGHT_DECAY = 100, 4e-4, 1e-4
+SPLIT_HINT = "put `test_label.json`, the labels of TuSimple's test set, in `tusimple/`"
 Output = Tensor | tuple[Tensor, Tensor]
 """Scores of the cells; in training with those of the segmentation."""
 
@@ -174,7 +175,7 @@ def find_tusimple() -> Path:
         if folder
         else "no TuSimple: `SLRC_DATA` is not set",
         hint="download train_set.zip and test_set.zip of https://github.com/TuSimple/tusimple-benchmark and unpack "
-        "them in `tusimple/`; then set SLRC_DATA to the folder that holds `tusimple`",
+        f"them in `tusimple/`; {SPLIT_HINT}; then set SLRC_DATA to the folder that holds `tusimple`",
     )
 
 
@@ -356,7 +357,7 @@ def make_workload(model: LaneNet, name: str, batch_size: int = 32) -> slrc.Workl
         name=name,
         warnings=[]
         if is_split
-        else ["no tusimple/test_label.json: the metric is that of the images that it trains on"],
+        else [f"no tusimple/test_label.json: the metric is that of the images it trains on, unvaried; {SPLIT_HINT}"],
     )
 
 

@@ -5,8 +5,9 @@
 
 `SLRC_DATA` names a folder with `kitti/training/`, which holds `velodyne`, `calib`, `label_2` and perhaps `image_2` as
 https://www.cvlibs.net/datasets/kitti packs them. `kitti/ImageSets/train.txt` and `val.txt` list the frames of each
-split; without them all frames are in both, and the metric says nothing of other frames. The network goes from pillars
-to raw heads: points become pillars before it, and its outputs boxes after it. `--prune-ends` is for the linear layer on
+split; KITTI does not pack them, OpenPCDet's `data/kitti/ImageSets` has the usual ones. Without them all frames are in
+both, training does not vary them, and the metric says nothing of other frames. The network goes from pillars to raw
+heads: points become pillars before it, and its outputs boxes after it. `--prune-ends` is for the linear layer on
 points, which is the network's first. Also read from the environment:
 
 - `SLRC_CACHE`: where the dense network is kept; `~/.cache/slrc` unless given.
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from common import kitti_metric, rotated_boxes
 from common.dense_training import DEVICE, train_epochs
-from common.kitti_frames import CLASSES, Frame, Frames, find_kitti, frame_names, to_objects, wrapped
+from common.kitti_frames import CLASSES, SPLIT_HINT, Frame, Frames, find_kitti, frame_names, to_objects, wrapped
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot, smooth_l1_loss
@@ -401,7 +402,9 @@ def make_workload(model: PointPillars, name: str) -> slrc.Workload:
         evaluate=lambda model: evaluate(model, held_out, grid),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, LR / 10, weight_decay=WEIGHT_DECAY),
         name=name,
-        warnings=[] if is_split else ["no kitti/ImageSets: the metric is that of the frames that it trains on"],
+        warnings=[]
+        if is_split
+        else [f"no kitti/ImageSets: the metric is that of the frames that it trains on, unvaried; {SPLIT_HINT}"],
     )
 
 

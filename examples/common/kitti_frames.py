@@ -20,6 +20,11 @@ CLASSES = tuple(LEAST_OVERLAP)
 FOLDERS = ("velodyne", "calib", "label_2")
 USUAL_IMAGE = (1242, 375)
 LEAST_DEPTH = 0.1
+SPLIT_HINT = (
+    "put `train.txt` and `val.txt` in `kitti/ImageSets/`: the usual split of Chen et al., 3712 and 3769 frames, is in "
+    "`data/kitti/ImageSets` of https://github.com/open-mmlab/OpenPCDet"
+)
+"""KITTI's own downloads do not say which frames are to train on."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,8 @@ def find_kitti() -> Path:
         if folder
         else "no KITTI: `SLRC_DATA` is not set",
         hint="download the velodyne points, calibration and labels of the 3D object data set from "
-        "https://www.cvlibs.net/datasets/kitti and unpack them in `kitti/`; then set SLRC_DATA to the folder that "
-        "holds `kitti`",
+        f"https://www.cvlibs.net/datasets/kitti and unpack them in `kitti/`; {SPLIT_HINT}; then set SLRC_DATA to the "
+        "folder that holds `kitti`",
     )
 
 
@@ -94,11 +99,17 @@ def frame_names(folder: Path, split: str) -> tuple[list[str], bool]:
     """Return the names of the frames of `train` or `val`, and whether `ImageSets/` says which these are.
 
     Without it every frame is in both.
+
+    Raises:
+        WorkloadError: it lists the frames of one split alone.
     """
-    listed = folder.parent / "ImageSets" / f"{split}.txt"
-    if listed.exists():
-        return listed.read_text().split(), True
-    return sorted(file.stem for file in (folder / "velodyne").glob("*.bin")), False
+    lists = {name: folder.parent / "ImageSets" / f"{name}.txt" for name in ("train", "val")}
+    missing = [path for path in lists.values() if not path.exists()]
+    if len(missing) == 1:
+        raise WorkloadError(f"KITTI's split is not whole: `{missing[0]}` is missing", hint=SPLIT_HINT)
+    if missing:
+        return sorted(file.stem for file in (folder / "velodyne").glob("*.bin")), False
+    return lists[split].read_text().split(), True
 
 
 def read_frame(folder: Path, name: str) -> Frame:

@@ -193,11 +193,11 @@ def test_it_learns_synthetic_images_and_compiles(
     options = {"pattern": "channel", "sparsity": 0.5, "method": "magnitude"}
     report = slrc.compile(workload, out=tmp_path / "out", epochs=1, threads=1, **options)
     assert all(check.passed for check in report.checks)
-    assert any("test_label" in warning for warning in workload.warnings)
+    assert any("unvaried; put `test_label.json`" in warning for warning in workload.warnings)
 
 
 def test_without_data_the_error_says_what_to_download(example: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(WorkloadError, match=r"(?s)no TuSimple in `SLRC_DATA=.*tusimple-benchmark"):
+    with pytest.raises(WorkloadError, match=r"(?s)no TuSimple in `SLRC_DATA=.*tusimple-benchmark.*`test_label\.json`"):
         load_workload(str(FILE))
     monkeypatch.delenv("SLRC_DATA")
     with pytest.raises(WorkloadError, match="`SLRC_DATA` is not set"):

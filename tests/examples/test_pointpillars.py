@@ -176,11 +176,23 @@ def test_it_learns_a_synthetic_scene_and_compiles(
     options = {"pattern": "channel", "sparsity": 0.5, "keep_ends": False, "round_to": 1, "method": "magnitude"}
     report = slrc.compile(workload, out=tmp_path / "out", epochs=1, threads=1, **options)
     assert all(check.passed for check in report.checks)
-    assert any("ImageSets" in warning for warning in workload.warnings)
+    assert any("unvaried; put `train.txt` and `val.txt`" in warning for warning in workload.warnings)
+
+
+def test_the_frames_of_a_split_are_those_listed_for_both(example: ModuleType, frames: Path) -> None:
+    assert example.frame_names(frames, "val") == (["000000"], False)
+    (lists := frames.parent / "ImageSets").mkdir()
+    (lists / "train.txt").write_text("000001\n000002\n")
+    for split in ("train", "val"):
+        with pytest.raises(WorkloadError, match=r"`.*ImageSets/val\.txt` is missing\n\nhint: .*OpenPCDet"):
+            example.frame_names(frames, split)
+    (lists / "val.txt").write_text("000000\n")
+    assert example.frame_names(frames, "train") == (["000001", "000002"], True)
+    assert example.frame_names(frames, "val") == (["000000"], True)
 
 
 def test_without_data_the_error_says_what_to_download(example: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(WorkloadError, match=r"(?s)no KITTI in `SLRC_DATA=.*cvlibs"):
+    with pytest.raises(WorkloadError, match=r"(?s)no KITTI in `SLRC_DATA=.*cvlibs.*`kitti/ImageSets/`"):
         load_workload(str(FILE))
     monkeypatch.delenv("SLRC_DATA")
     with pytest.raises(WorkloadError, match="`SLRC_DATA` is not set"):

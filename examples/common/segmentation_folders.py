@@ -91,7 +91,10 @@ def read_scenes(data: Path, name: str, split: str) -> Scenes | None:
     Raises:
         WorkloadError: the set has no such split, or files of it are missing.
     """
-    scenes = {"camvid": _camvid, "voc": _voc, "cityscapes": _cityscapes}[name](data, split)
+    try:
+        scenes = {"camvid": _camvid, "voc": _voc, "cityscapes": _cityscapes}[name](data, split)
+    except (OSError, RuntimeError) as error:  # torchvision's, where folders or lists of files are missing
+        raise WorkloadError(f"`{split}` of {name} in `{data}` is not whole: {error}", hint=HINTS[name]) from error
     if scenes is not None:
         for file in (file for pair in scenes.files for file in pair):
             if isinstance(file, Path) and not file.is_file():

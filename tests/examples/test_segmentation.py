@@ -246,6 +246,19 @@ def test_reads_cityscapes(example: ModuleType, data: Path, monkeypatch: pytest.M
     assert np.asarray(scenes[0][1]).tolist() == [[IGNORED, 0, 18, IGNORED]]
 
 
+@pytest.mark.parametrize(
+    ("name", "held"),
+    [("voc", "VOCdevkit/VOC2012/JPEGImages"), ("cityscapes", "cityscapes/leftImg8bit/train/aachen")],
+)
+def test_what_is_unpacked_by_half_is_not_whole(
+    data: Path, name: str, held: str, monkeypatch: pytest.MonkeyPatch, example: ModuleType
+) -> None:
+    (data / held).mkdir(parents=True)
+    monkeypatch.setenv("SLRC_DATASET", name)
+    with pytest.raises(WorkloadError, match=rf"`train` of {name} in `.*` is not whole: .*\n\nhint: .*SLRC_DATA to"):
+        load_workload(str(FILE))
+
+
 @pytest.mark.parametrize("name", ["camvid", "voc", "cityscapes"])
 def test_without_data_the_error_says_what_to_get(
     example: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch

@@ -18,12 +18,17 @@ def thaw(detector: nn.Module) -> None:
     """Put batch norm that computes the same in the place of frozen one, which trained detectors have.
 
     What frozen one adds to a channel is a constant of the network: no mask makes it vanish, so the channel has to stay.
+    Torch does not train with an epsilon of 0, which torchvision's trained RetinaNet has: each gets the usual one, and
+    weights that make up for it.
     """
     for layer in list(detector.modules()):
         for name, frozen in list(layer.named_children()):
             if isinstance(frozen, FrozenBatchNorm2d):
-                norm = nn.BatchNorm2d(len(frozen.weight), frozen.eps)
-                norm.load_state_dict(frozen.state_dict() | {"num_batches_tracked": norm.num_batches_tracked})
+                norm = nn.BatchNorm2d(len(frozen.weight)).to(frozen.weight)
+                state = {**frozen.state_dict(), "num_batches_tracked": norm.num_batches_tracked}
+                variance = frozen.running_var
+                state["weight"] = frozen.weight * ((variance + norm.eps) / (variance + frozen.eps)).sqrt()
+                norm.load_state_dict(state)
                 layer.add_module(name, norm.train(frozen.training))
 
 

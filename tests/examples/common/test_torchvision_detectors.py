@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,10 @@ def anchors() -> AnchorGenerator:
     return AnchorGenerator(((8,), (16,), (32,)), ((1.0,),) * 3)
 
 
-def frozen_retinanet() -> nn.Module:
-    return RetinaNet(backbone(FrozenBatchNorm2d), 3, anchor_generator=anchors(), min_size=64, max_size=64)
+def frozen_retinanet(eps: float = 1e-5) -> nn.Module:
+    return RetinaNet(
+        backbone(partial(FrozenBatchNorm2d, eps=eps)), 3, anchor_generator=anchors(), min_size=64, max_size=64
+    )
 
 
 def retinanet() -> nn.Module:
@@ -87,17 +90,27 @@ def test_they_say_what_the_detector_sees(make: Callable[[], nn.Module]) -> None:
     assert RawHeads(detector).state_dict().keys() <= detector.state_dict().keys()
 
 
-def test_thawed_batch_norm_computes_the_same() -> None:
+@pytest.mark.parametrize("eps", [1e-5, 0.0])
+def test_thawed_batch_norm_computes_the_same(eps: float) -> None:
     torch.manual_seed(0)
-    detector = frozen_retinanet().eval()
-    for buffer in detector.backbone.buffers():
-        buffer.uniform_(0.5, 1.5)
-    x = torch.randn(1, 3, 64, 64)
+    detector = frozen_retinanet(eps).double().eval()
+    for name, buffer in detector.backbone.named_buffers():
+        buffer.uniform_(0.5, 1.5).mul_(1e-4 if "running_var" in name else 1)
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     before = outputs_of(RawHeads(detector), (x,))
     thaw(detector)
     assert not any(isinstance(layer, FrozenBatchNorm2d) for layer in detector.modules())
     for a, b in zip(before, outputs_of(RawHeads(detector), (x,)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_masked_channel_trains_though_the_frozen_epsilon_was_nothing() -> None:
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), FrozenBatchNorm2d(4, eps=0.0))
+    thaw(layers)
+    with torch.no_grad():
+        layers[0].weight[1] = 0
+    layers.train()(torch.rand(2, 3, 8, 8)).square().sum().backward()
+    assert layers[0].weight.grad.isfinite().all()
 
 
 @pytest.mark.parametrize(

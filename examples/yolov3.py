@@ -18,7 +18,6 @@ Also read from the environment:
 - `SLRC_SUBSET`: take only so many training and validation images, evenly spread, with a dense network of their own.
 """
 
-import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -26,12 +25,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from common.average_precision import Found, average_precision
-from common.boxed_images import LetterboxedImages, TrainingImages, stack_labelled
+from common.average_precision import Found
+from common.boxed_images import LetterboxedImages, measure, read_size, training_batches
 from common.boxes import corners, iou, nms
 from common.coco import CLASSES, Split, find_data, read_split
 from common.darknet import FULL, TINY, Darknet, Row, load_weights
-from common.dense_training import DEVICE, train_epochs
+from common.dense_training import DEVICE, rise_and_fall, train_epochs
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
 from torch.utils.data import DataLoader
@@ -41,15 +40,12 @@ from slrc.errors import WorkloadError
 from slrc.machine.cache import cache_folder
 from slrc.machine.processor import processor
 
-STRIDE = 32
-"""Pixels of the coarsest cell: the input's sides are multiples of it."""
 VALUES = 5 + CLASSES
 """Of an anchor in a cell: centre, extent, objectness and classes."""
 IGNORED = 0.7
 """A box that overlaps a label by more is no error, though another one is responsible."""
 LEAST_SCORE, HIDDEN, MOST_CANDIDATES = 0.001, 0.45, 2000
-BATCH = 16
-LR, WARM_UP, LARGEST_GRADIENT = 1e-3, 0.1, 500.0
+LR, LARGEST_GRADIENT = 1e-3, 500.0
 PART, PRUNING_LR = 0.1, 3e-3
 """The part of the loss that pruning sees, whose gradients would be ten times too large for the recipe, and its rate."""
 ADAPT_EPOCHS, SCRATCH_EPOCHS = 10, 100
@@ -103,7 +99,7 @@ def find(heads: Sequence[Tensor], anchors: Tensor, size: int) -> list[Found]:
         anchors: `(heads, 3, 2)`.
         size: the side of the input in pixels.
     """
-    values = [unpack(head.float()) for head in heads]
+    values = [unpack(head.float().cpu()) for head in heads]
     boxes = torch.cat(
         [decode(v, own, size / v.shape[3]).flatten(1, 3) for v, own in zip(values, anchors, strict=True)], 1
     )
@@ -210,37 +206,9 @@ def pruned_by(anchors: Tensor) -> dict[str, Callable[..., Tensor]]:
     }
 
 
-def read_processes() -> int:
-    """Return how many processes read images: with a GPU some, else this one, as reading takes little of the time."""
-    return min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 0
-
-
-def training_batches(split: Split, size: int) -> DataLoader:
-    """Return shuffled batches, anew every epoch; the last images, too few for a batch, are left out."""
-    batch = min(BATCH, len(split))
-    images = TrainingImages(split, size)
-    return DataLoader(
-        images, batch, shuffle=True, drop_last=True, collate_fn=stack_labelled, num_workers=read_processes()
-    )
-
-
-@torch.no_grad()
 def evaluate(model: Callable[[Tensor], Sequence[Tensor]], split: Split, anchors: Tensor, size: int) -> dict[str, float]:
     """Return `mAP50` and `mAP` of anything that returns raw heads, on the device of its parameters, if it has any."""
-    device = next(iter(model.parameters()), anchors).device if isinstance(model, nn.Module) else anchors.device
-    loader = DataLoader(
-        LetterboxedImages(split, size),
-        BATCH,
-        collate_fn=lambda samples: tuple(zip(*samples, strict=True)),
-        num_workers=read_processes(),
-    )
-    found: list[Found] = []
-    for images, placements, sizes in loader:
-        heads = [head.float().cpu() for head in model(torch.stack(images).to(device))]
-        for ours, placement, (width, height) in zip(find(heads, anchors, size), placements, sizes, strict=True):
-            edges = torch.tensor([width, height, width, height])
-            found.append(ours._replace(boxes=placement.back(ours.boxes).clamp(min=0).minimum(edges)))
-    return average_precision(found, split.labels)
+    return measure(model, partial(find, anchors=anchors, size=size), split, size)
 
 
 def weights_file(data: Path, name: str) -> Path | None:
@@ -261,29 +229,13 @@ def train_dense(model: nn.Module, batches: DataLoader, anchors: Tensor, epochs: 
     is_fast = DEVICE.type == "cuda" or not processor().features.isdisjoint({"avx512_bf16", "amx_bf16"})
     model.to(DEVICE, memory_format=torch.channels_last).train()
     optimizer = make_optimizer(model.parameters(), LR)
-    steps = max(1, epochs * len(batches))
-    rise = max(1, round(WARM_UP * steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / rise, (1 + math.cos(math.pi * step / steps)) / 2)
-    )
+    schedule = rise_and_fall(optimizer, epochs * len(batches))
 
     def loss_of(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
         x, labels = batch
         return loss(model, (x.to(memory_format=torch.channels_last), labels), anchors)
 
     train_epochs(model, batches, loss_of, optimizer, schedule, epochs, name, clip=LARGEST_GRADIENT, in_bfloat16=is_fast)
-
-
-def read_size() -> int:
-    """Return the side of the input that `SLRC_SIZE` asks for.
-
-    Raises:
-        WorkloadError: it is no multiple of 32.
-    """
-    text = os.environ.get("SLRC_SIZE", "416")
-    if not text.isdecimal() or int(text) % STRIDE or not int(text):
-        raise WorkloadError(f"`SLRC_SIZE={text}` must be a multiple of {STRIDE}", hint="Darknet's are 320, 416 and 608")
-    return int(text)
 
 
 def make_workload(name: str) -> slrc.Workload:

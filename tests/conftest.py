@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import multiprocessing
 import os
 import sys
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch._subclasses import fake_impls
 from torch.export import exported_program
@@ -269,3 +272,31 @@ def workload():
 def workload_source() -> str:
     """The text of a workload file of a tiny convolutional network."""
     return WORKLOAD_FILE
+
+
+@pytest.fixture
+def write_coco_pack(tmp_path: Path) -> Callable[[int], None]:
+    """Writes `data/coco128.npz` of so many images a split: bright rectangles on dark, of class 1 if wide, else 0."""
+
+    def write(count: int) -> None:
+        side, generator = 64, np.random.default_rng(0)
+        pack: dict[str, np.ndarray] = {}
+        for split in ("train", "val"):
+            files, boxes = [], []
+            for _ in range(count):
+                pixels = generator.integers(40, 70, (side, side, 3), np.uint8)
+                width, height = [(36, 18), (18, 36)][generator.integers(2)]
+                left, top = generator.integers(0, side - width), generator.integers(0, side - height)
+                pixels[top : top + height, left : left + width] = 220
+                file = io.BytesIO()
+                Image.fromarray(pixels).save(file, "JPEG", quality=95)
+                files.append(file.getvalue())
+                boxes.append([width > height, left + width / 2, top + height / 2, width, height])
+            pack[f"{split}_img"] = np.frombuffer(b"".join(files), np.uint8)
+            pack[f"{split}_offset"] = np.cumsum([0, *map(len, files)])
+            pack[f"{split}_box"] = (np.array(boxes) / [1, *[side] * 4]).astype(np.float32)
+            pack[f"{split}_box_image"] = np.arange(count)
+        (folder := tmp_path / "data").mkdir(exist_ok=True)
+        np.savez(folder / "coco128.npz", **pack)
+
+    return write

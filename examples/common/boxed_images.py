@@ -1,18 +1,26 @@
-"""Images with boxes as the input of a network: whole on grey, or varied for training as Darknet varies them."""
+"""Images with boxes as the input of a network: whole on grey, or varied for training as Darknet varies them.
 
-from collections.abc import Sequence
-from typing import NamedTuple
+What reads them in batches, and what measures a network on whole ones, is here too.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from common.average_precision import Labels
+from common.average_precision import Found, Labels, average_precision
 from common.coco import Split
+from slrc.errors import WorkloadError
 
+BATCH = 16
+STRIDE = 32
+"""Pixels of a coarse cell: the input's sides are multiples of it."""
 GREY = (127, 127, 127)
 ZOOM = 0.5, 1.5
 """The larger side of a training image, over that of the input."""
@@ -146,3 +154,61 @@ def stack_labelled(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Te
     """Return images `(n, 3, size, size)` and labels `(n, m, 5)`, filled up with rows of -1."""
     images, labels = zip(*samples, strict=True)
     return torch.stack(images), pad_sequence(list(labels), batch_first=True, padding_value=-1.0)
+
+
+def read_size(usual: int = 416) -> int:
+    """Return the side of the input in pixels that `SLRC_SIZE` asks for.
+
+    Raises:
+        WorkloadError: it is no multiple of 32.
+    """
+    text = os.environ.get("SLRC_SIZE", str(usual))
+    if not text.isdecimal() or int(text) % STRIDE or not int(text):
+        raise WorkloadError(f"`SLRC_SIZE={text}` must be a multiple of {STRIDE}", hint=f"{usual} is the usual one")
+    return int(text)
+
+
+def read_processes() -> int:
+    """Return how many processes read images: with a GPU some, else this one, as reading takes little of the time."""
+    return min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 0
+
+
+def training_batches(split: Split, size: int, batch_size: int = BATCH) -> DataLoader:
+    """Return shuffled batches, anew every epoch; the last images, too few for a batch, are left out."""
+    return DataLoader(
+        TrainingImages(split, size),
+        min(batch_size, len(split)),
+        shuffle=True,
+        drop_last=True,
+        collate_fn=stack_labelled,
+        num_workers=read_processes(),
+    )
+
+
+@torch.no_grad()
+def measure(
+    model: Callable[[Tensor], Any], find: Callable[[Any], list[Found]], split: Split, size: int
+) -> dict[str, float]:
+    """Return `mAP50` and `mAP` of what is found in whole images.
+
+    Args:
+        model: takes images `(n, 3, size, size)`, on the device of its parameters, if it has any.
+        find: from what the model returns to what is found in each image, in the pixels of the input, on the CPU.
+        split: images and labels.
+        size: the side of the input in pixels.
+    """
+    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
+    device = next(parameters, torch.empty(0)).device
+    loader = DataLoader(
+        LetterboxedImages(split, size),
+        BATCH,
+        collate_fn=lambda samples: tuple(zip(*samples, strict=True)),
+        num_workers=read_processes(),
+    )
+    found: list[Found] = []
+    for images, placements, sizes in loader:
+        in_input = find(model(torch.stack(images).to(device)))
+        for ours, placement, (width, height) in zip(in_input, placements, sizes, strict=True):
+            edges = torch.tensor([width, height, width, height])
+            found.append(ours._replace(boxes=placement.back(ours.boxes).clamp(min=0).minimum(edges)))
+    return average_precision(found, split.labels)

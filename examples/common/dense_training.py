@@ -1,5 +1,6 @@
 """The loop that trains an example's dense network."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Collection
@@ -8,9 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+WARM_UP = 0.1
+"""The share of the steps in which a learning rate rises."""
+
+
+def rise_and_fall(optimizer: Optimizer, steps: int) -> LRScheduler:
+    """Return the schedule of a learning rate that rises linearly, then falls as a cosine, in so many steps."""
+    steps = max(1, steps)
+    rise = max(1, round(WARM_UP * steps))
+    return LambdaLR(optimizer, lambda step: min((step + 1) / rise, (1 + math.cos(math.pi * step / steps)) / 2))
 
 
 def train_epochs(

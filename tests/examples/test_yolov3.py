@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import io
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 import slrc
@@ -33,28 +31,6 @@ def yolov3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     (tmp_path / "data").mkdir()
     monkeypatch.syspath_prepend(str(FILE.parent))
     return importlib.import_module("yolov3")
-
-
-def write_pack(folder: Path, count: int) -> None:
-    """Write bright rectangles on dark, of class 1 where they are wide and of class 0 where they are high."""
-    generator = np.random.default_rng(0)
-    pack: dict[str, np.ndarray] = {}
-    for split in ("train", "val"):
-        files, boxes = [], []
-        for _ in range(count):
-            pixels = generator.integers(40, 70, (SIZE, SIZE, 3), np.uint8)
-            width, height = [(36, 18), (18, 36)][generator.integers(2)]
-            left, top = generator.integers(0, SIZE - width), generator.integers(0, SIZE - height)
-            pixels[top : top + height, left : left + width] = 220
-            file = io.BytesIO()
-            Image.fromarray(pixels).save(file, "JPEG", quality=95)
-            files.append(file.getvalue())
-            boxes.append([width > height, left + width / 2, top + height / 2, width, height])
-        pack[f"{split}_img"] = np.frombuffer(b"".join(files), np.uint8)
-        pack[f"{split}_offset"] = np.cumsum([0, *map(len, files)])
-        pack[f"{split}_box"] = (np.array(boxes) / [1, *[SIZE] * 4]).astype(np.float32)
-        pack[f"{split}_box_image"] = np.arange(count)
-    np.savez(folder / "coco128.npz", **pack)
 
 
 def logit(share: float) -> float:
@@ -144,8 +120,10 @@ def test_a_box_that_fits_anyway_is_no_error(yolov3: ModuleType) -> None:
     assert yolov3.loss(Says(heads), (torch.zeros(1, 3, SIZE, SIZE), label), ANCHORS) > least + 1
 
 
-def test_the_metric_takes_anything_that_returns_heads(yolov3: ModuleType, tmp_path: Path) -> None:
-    write_pack(tmp_path / "data", 1)
+def test_the_metric_takes_anything_that_returns_heads(
+    yolov3: ModuleType, write_coco_pack: Callable[[int], None]
+) -> None:
+    write_coco_pack(1)
     split = yolov3.read_split(yolov3.find_data(), "val")
     box = torch.tensor([[5.0, 24.0, 45.0, 54.0]])
     split.labels[0] = split.labels[0]._replace(boxes=box, classes=torch.tensor([7]))
@@ -167,10 +145,11 @@ def narrow(yolov3: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_learns_to_find_what_is_made_on_the_spot(
-    yolov3: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    yolov3: ModuleType, write_coco_pack: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_pack(tmp_path / "data", 8)
+    write_coco_pack(8)
     narrow(yolov3, monkeypatch)
+    boxed_images = importlib.import_module("common.boxed_images")
     split = yolov3.read_split(yolov3.find_data(), "train")
     torch.manual_seed(0)
     model = yolov3.Darknet(yolov3.NETWORKS["yolov3_tiny"].rows)
@@ -180,7 +159,7 @@ def test_it_learns_to_find_what_is_made_on_the_spot(
         for own in split.labels
         for b in [own.boxes]
     ]
-    batch = yolov3.stack_labelled(list(zip(shown, rows, strict=True)))
+    batch = boxed_images.stack_labelled(list(zip(shown, rows, strict=True)))
     monkeypatch.setattr(yolov3, "LR", 0.01)
     yolov3.train_dense(model, [batch] * 20, ANCHORS, 8, "narrow")
     assert yolov3.evaluate(model.eval(), split, ANCHORS, SIZE)["mAP50"] > 0.8
@@ -188,9 +167,13 @@ def test_it_learns_to_find_what_is_made_on_the_spot(
 
 @pytest.mark.usefixtures("quick_timing")
 def test_the_short_form_compiles(
-    yolov3: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    yolov3: ModuleType,
+    write_coco_pack: Callable[[int], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    write_pack(tmp_path / "data", 4)
+    write_coco_pack(4)
     narrow(yolov3, monkeypatch)
     for name, value in (("SLRC_SIZE", str(SIZE)), ("SLRC_DENSE_EPOCHS", "1"), ("SLRC_SUBSET", "3")):
         monkeypatch.setenv(name, value)
@@ -206,8 +189,8 @@ def test_the_short_form_compiles(
     assert "mAP50: masked module = ort" in {check.step for check in report.checks}
 
 
-def test_batches_vary_and_follow_the_seed(yolov3: ModuleType, tmp_path: Path) -> None:
-    write_pack(tmp_path / "data", 5)
+def test_batches_vary_and_follow_the_seed(yolov3: ModuleType, write_coco_pack: Callable[[int], None]) -> None:
+    write_coco_pack(5)
     batches = yolov3.training_batches(yolov3.read_split(yolov3.find_data(), "train"), SIZE)
     torch.manual_seed(0)
     (x, y), (other, _) = next(iter(batches)), next(iter(batches))
@@ -231,13 +214,15 @@ def test_darknets_weights_are_found(yolov3: ModuleType, tmp_path: Path) -> None:
     assert yolov3.weights_file(data, "yolov3") is None
 
 
-def test_mistakes_are_named(yolov3: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_are_named(
+    yolov3: ModuleType, write_coco_pack: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(WorkloadError, match=r"(?s)no COCO in `SLRC_DATA=.*cocodataset\.org"):
         load_workload(f"{FILE}:yolov3")
     monkeypatch.setenv("SLRC_MODEL", "yolov4")
     with pytest.raises(WorkloadError, match=r"`SLRC_MODEL=yolov4` is unknown\n\nhint: .*yolov3_tiny"):
         load_workload(str(FILE))
-    write_pack(tmp_path / "data", 1)
+    write_coco_pack(1)
     monkeypatch.delenv("SLRC_MODEL")
     for size in ("400", "0", "big"):
         monkeypatch.setenv("SLRC_SIZE", size)

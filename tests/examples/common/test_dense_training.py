@@ -43,5 +43,20 @@ def test_it_learns_and_says_each_epochs_loss(training: ModuleType, capsys: pytes
     ]
 
 
+def test_the_rate_rises_and_falls_once(training: ModuleType) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.5)
+    schedule, rates = training.rise_and_fall(optimizer, 40), []
+    for _ in range(41):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    highest = rates.index(max(rates))
+    assert rates[0] == 0.125
+    assert highest == 3
+    assert rates[: highest + 1] == sorted(rates[: highest + 1])
+    assert rates[highest:] == sorted(rates[highest:], reverse=True)
+    assert rates[-1] == pytest.approx(0, abs=1e-9)
+
+
 def test_the_gradient_is_clipped(training: ModuleType) -> None:
     assert train(training, 1, 1.0).weight.item() == pytest.approx(0.5, rel=1e-4)

@@ -18,11 +18,12 @@ from slrc.forms.form import FormChoice, Forms
 from slrc.ir.program import Program
 from slrc.measuring.devices import Measured
 from slrc.measuring.timing import Percentiles
+from slrc.passes.quantization.find_places import quantizable_weights
 from slrc.passes.quantization.insert_quantizers import QuantizeBiases
 from slrc.pipeline import pack_layers, split_layers
 from slrc.probes import Probe
 from slrc.progress import Reporter
-from slrc.quantization.choose import Calibration, Quantized, named_layers, quantizable_weights, quantize
+from slrc.quantization.choose import Calibration, Quantized, named_layers, quantize
 from slrc.quantization.prove import prove_integers, prove_same
 from slrc.quantization.train import train_rounded
 from slrc.reconstruction.calibration import Inputs, calibration_inputs
@@ -91,7 +92,7 @@ class IntegerTargets:
         Raises:
             ConfigError: a name is that of no layer.
         """
-        return named_layers(self.config.int8_skip, quantizable_weights(program))
+        return named_layers(self.config.int8_skip, quantizable_weights(program.graph_module))
 
     def round(self, program: Program, target: Target, forms: Forms | None = None) -> Quantized:
         """Find how a program of a target loses least by rounding, its layers in their forms.

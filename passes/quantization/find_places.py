@@ -95,6 +95,24 @@ def find_places(
     return Places(tuple(n.name for n in layers), values)
 
 
+def values_to_observe(module: GraphModule, scheme: Scheme, *, packed: Collection[str] = ()) -> set[str]:
+    """Return the values that `find_places` may ask a range of, whichever layers stay in float.
+
+    One layer alone in integers rounds what another would do for it, such as its own result beside an operand in float;
+    all together round what joins them. Whatever else is skipped, values are of these.
+    """
+    weights = quantizable_weights(module)
+    choices: list[Collection[str]] = [(), *({w for w in weights if w != own} for own in weights)]
+    places = (p for skipped in choices for p in find_places(module, scheme, skipped, packed=packed).values)
+    return {name for p in places for name in (p.value, p.like)}
+
+
+def quantizable_weights(module: GraphModule) -> list[str]:
+    """Return the weights of layers that have an integer form, each once."""
+    found = [w for n in module.graph.nodes if is_quantizable(n) and (w := layer_weight(n))]
+    return list(dict.fromkeys(found))
+
+
 def is_quantizable(node: Node) -> bool:
     """Whether an operator is a convolution or linear layer that has an integer form."""
     if layer_weight(node) is None or not _is_float(node) or not isinstance(node.args[0], Node):

@@ -15,10 +15,9 @@ from torch.fx import GraphModule, Interpreter
 from slrc.errors import ConfigError
 from slrc.forms.form import Forms, in_float, int8_blocks
 from slrc.forms.quantization import Quantization, Scheme
-from slrc.ir.nodes import layer_weight
 from slrc.ir.program import Program
 from slrc.options import Int8Settings
-from slrc.passes.quantization.find_places import find_places, is_quantizable
+from slrc.passes.quantization.find_places import find_places, quantizable_weights, values_to_observe
 from slrc.passes.quantization.insert_quantizers import InsertQuantizers, QuantizeBiases
 from slrc.progress import Quiet, Reporter
 from slrc.quantization.equalize import corrected_biases, equalized
@@ -101,8 +100,7 @@ class _Search:
         self.seen = self.observe(self.program)
 
     def observe(self, program: Program) -> Mapping[str, Observed]:
-        places = find_places(program.graph_module, self.scheme, packed=self.blocks).values
-        names = {p.value for p in places} | {p.like for p in places}
+        names = values_to_observe(program.graph_module, self.scheme, packed=self.blocks)
         return observe(program, names, self.observed_on)
 
     def quantization(self, seen: Mapping[str, Observed], method: str, skipped: Sequence[str] = ()) -> Quantization:
@@ -198,7 +196,7 @@ def quantize(
         WorkloadError: a value is not finite.
     """
     reporter = reporter or Quiet()
-    weights = quantizable_weights(program)
+    weights = quantizable_weights(program.graph_module)
     floating = {*in_float(forms or {}), *named_layers(skip, weights)}
     given = tuple(w for w in weights if w in floating)
     search = _Search(program, scheme, inputs, settings, logits, int8_blocks(forms or {}))
@@ -245,12 +243,6 @@ def quantize(
         quantized_layers=len(weights) - len([w for w in weights if w in skipped]),
     )
     return Quantized(source, quantization, scheme, calibration, spared)
-
-
-def quantizable_weights(program: Program) -> list[str]:
-    """Return the weights of layers that have an integer form, each once."""
-    found = [w for n in program.graph_module.graph.nodes if is_quantizable(n) and (w := layer_weight(n))]
-    return list(dict.fromkeys(found))
 
 
 def named_layers(skip: Sequence[str], weights: Sequence[str]) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import slrc
 from slrc import pipeline
 from slrc.errors import ConfigError, WorkloadError
+from slrc.forms.form import FLOAT32, Form, FormKind
 from slrc.forms.quantization import ASYMMETRIC, SYMMETRIC, Range
 from slrc.ir.nodes import op_name
 from slrc.ir.program import Program, capture
@@ -22,6 +23,17 @@ from slrc.quantization.observe import Observed, observe
 from slrc.quantization.ranges import RangeMethod, range_of
 
 MakeWorkload = Callable[..., slrc.Workload]
+
+
+class Projected(nn.Module):
+    """A residual block whose shortcut is a layer too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(4, 8, 1), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.a(x) + self.b(x)).mean((2, 3)))
 
 
 class Uneven(nn.Module):
@@ -107,6 +119,18 @@ def test_layers_that_are_named_stay_in_float(uneven: Any, skip: Sequence[str], l
     program, inputs = uneven
     found = quantize(program, ASYMMETRIC, inputs[:2], Int8Settings(ranges="minmax"), skip=tuple(skip))
     assert found.calibration.quantized_layers == left
+
+
+@pytest.mark.parametrize("scheme", [ASYMMETRIC, SYMMETRIC], ids=str)
+@pytest.mark.parametrize("in_float", ["a", "b"])
+def test_one_of_two_layers_that_are_added_stays_in_float(scheme: Any, in_float: str) -> None:
+    torch.manual_seed(0)
+    program = pipeline.baseline(capture(Projected().eval(), (torch.randn(2, 4, 8, 8),)))
+    packed = Form(FormKind.PACKED_INT8, 4)
+    forms = {"a.weight": packed, "b.weight": packed, f"{in_float}.weight": FLOAT32}
+    found = quantize(program, scheme, [[torch.randn(4, 4, 8, 8)]], Int8Settings(), skip=("none",), forms=forms)
+    assert found.calibration.skipped == (f"{in_float}.weight",)
+    assert found.calibration.loss < 0.1
 
 
 def test_a_name_of_no_layer(uneven: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain, combinations
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from slrc import pipeline
 from slrc.forms.quantization import ASYMMETRIC, SYMMETRIC, Quantization, Range, Scheme
 from slrc.ir.nodes import op_name
 from slrc.ir.program import Program, capture
-from slrc.passes.quantization.find_places import Place, find_places
+from slrc.passes.quantization.find_places import Place, find_places, quantizable_weights, values_to_observe
 from slrc.passes.quantization.insert_quantizers import InsertQuantizers, QuantizeBiases
 
 
@@ -135,3 +137,31 @@ def test_the_ends_of_a_part_are_rounded_for_all_that_reads_them(program: Program
     part, modified = InsertQuantizers(ASYMMETRIC, quantization)(program)
     assert modified
     assert [op_name(n) for n in part.nodes if op_name(n)].count("fake_quantize") == 2
+
+
+class Shortcuts(nn.Module):
+    """Blocks with an identity, a projection before and one after the layers, and pools and pads that layers share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+        self.before, self.after, self.head = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x) + nn.functional.max_pool2d(x, 3, 1, 1))
+        y = self.before(x)
+        x = torch.relu(self.b(x) + y)
+        x = nn.functional.pad(x, (0, 1, 0, 1))
+        return self.head((self.c(x) + self.after(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("scheme", [ASYMMETRIC, SYMMETRIC], ids=str)
+def test_whatever_stays_in_float_the_ranges_are_known(scheme: Scheme) -> None:
+    program = pipeline.baseline(capture(Shortcuts().eval(), (torch.randn(2, 4, 6, 6),)))
+    module, weights = program.graph_module, quantizable_weights(program.graph_module)
+    choices = list(chain.from_iterable(combinations(weights, n) for n in range(len(weights) + 1)))
+    for packed in ((), *((w,) for w in weights), tuple(weights)):
+        known = values_to_observe(module, scheme, packed=packed)
+        for skipped in choices:
+            places = find_places(module, scheme, skipped, packed=packed).values
+            assert {name for p in places for name in (p.value, p.like)} <= known, (packed, skipped)

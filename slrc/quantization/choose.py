@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Interpreter
 
 from slrc.errors import ConfigError
 from slrc.forms.form import Forms, in_float, int8_blocks
-from slrc.forms.quantization import Quantization, Scheme
+from slrc.forms.quantization import Quantization, Range, Scheme
 from slrc.ir.program import Program
 from slrc.options import Int8Settings
 from slrc.passes.quantization.find_places import find_places, quantizable_weights, values_to_observe
@@ -82,6 +82,19 @@ class Quantized:
         return _rounded(self.source, self.scheme, self.quantization, biases=biases)
 
 
+@dataclass(frozen=True)
+class _Way:
+    """A program as it was rewritten for rounding, what its values are, and their ranges.
+
+    With `corrects`, the biases of layers that are rounded make up for it; a layer that stays in float keeps its own.
+    """
+
+    source: Program
+    seen: Mapping[str, Observed]
+    ranges: Mapping[str, Range]
+    corrects: bool = False
+
+
 @dataclass
 class _Search:
     program: Program
@@ -103,13 +116,23 @@ class _Search:
         names = values_to_observe(program.graph_module, self.scheme, packed=self.blocks)
         return observe(program, names, self.observed_on)
 
-    def quantization(self, seen: Mapping[str, Observed], method: str, skipped: Sequence[str] = ()) -> Quantization:
+    def way(self, source: Program, seen: Mapping[str, Observed], method: str) -> _Way:
         chosen = RangeMethod(method)
         ranges = {n: range_of(s, chosen, self.scheme, self.settings.percentile) for n, s in seen.items()}
-        return Quantization(ranges=ranges, skipped=tuple(skipped), blocks=self.blocks)
+        return _Way(source, seen, ranges)
 
-    def loss(self, program: Program, quantization: Quantization, what: str = "") -> float:
-        found = self._moved(rounding_module(program, self.scheme, quantization))
+    def rounding(self, way: _Way, skipped: Sequence[str]) -> tuple[Program, Quantization]:
+        """Return the program in floating point and what is rounded of it where some layers are skipped."""
+        biases = corrected_biases(way.source, way.seen, skipped) if way.corrects else {}
+        source = way.source.with_tensors(biases) if biases else way.source
+        return source, Quantization(ranges=way.ranges, skipped=tuple(skipped), blocks=self.blocks)
+
+    def module(self, way: _Way, skipped: Sequence[str]) -> GraphModule:
+        source, quantization = self.rounding(way, skipped)
+        return rounding_module(source, self.scheme, quantization)
+
+    def loss(self, way: _Way, skipped: Sequence[str], what: str = "") -> float:
+        found = self._moved(self.module(way, skipped))
         if what:
             self.tried[what] = found
         return found
@@ -176,7 +199,8 @@ def quantize(
     """Find how a program loses least by rounding.
 
     1. Ranges by minimum and maximum, by percentile and by squared error are tried on held inputs; the best is taken.
-    2. So are equalised channels and corrected biases, see `slrc.quantization.equalize`.
+    2. So are equalised channels and corrected biases, see `slrc.quantization.equalize`. Biases are corrected where
+       their layer is rounded.
     3. With `skip` of `auto`, if outputs move by more than `settings.loss`, or `acceptable` refuses, layers stay in
        float: those that move the outputs most when they alone are rounded, as few of them as will do, at most half.
 
@@ -201,41 +225,40 @@ def quantize(
     given = tuple(w for w in weights if w in floating)
     search = _Search(program, scheme, inputs, settings, logits, int8_blocks(forms or {}))
     methods = [str(m) for m in RangeMethod] if settings.ranges == "best" else [settings.ranges]
-    losses = {m: search.loss(program, search.quantization(search.seen, m, given), m) for m in methods}
+    ways = {m: search.way(program, search.seen, m) for m in methods}
+    losses = {m: search.loss(way, given, m) for m, way in ways.items()}
     method = min(losses, key=lambda m: losses[m])
-    source, seen, loss = program, search.seen, losses[method]
-    is_equalized = is_corrected = False
-    if settings.equalize is not False and (tensors := equalized(source, seen)):
-        other = source.with_tensors(tensors)
-        other_seen = search.observe(other)
-        found = search.loss(other, search.quantization(other_seen, method, given), f"{method}, equalized")
+    way, loss, is_equalized = ways[method], losses[method], False
+    if settings.equalize is not False and (tensors := equalized(program, search.seen)):
+        source = program.with_tensors(tensors)
+        other = search.way(source, search.observe(source), method)
+        found = search.loss(other, given, f"{method}, equalized")
         if settings.equalize or found < BETTER * loss:
-            source, seen, loss, is_equalized = other, other_seen, found, True
-    if settings.correct_bias is not False and (tensors := corrected_biases(source, seen, given)):
-        other = source.with_tensors(tensors)
-        found = search.loss(other, search.quantization(seen, method, given), f"{method}, biases corrected")
+            way, loss, is_equalized = other, found, True
+    if settings.correct_bias is not False and corrected_biases(way.source, way.seen, given):
+        other = replace(way, corrects=True)
+        found = search.loss(other, given, f"{method}, biases corrected")
         if settings.correct_bias or found < BETTER * loss:
-            source, loss, is_corrected = other, found, True
+            way, loss = other, found
     layers: tuple[LayerLoss, ...] = ()
     skipped, spared = given, tuple[str, ...]()
     if skip[0] == "auto":
 
         def will_do(left_out: Sequence[str]) -> bool:
-            rounding = search.quantization(seen, method, [*given, *left_out])
             if acceptable is not None:
-                return acceptable(rounding_module(source, scheme, rounding))
-            return search.loss(source, rounding) <= settings.loss
+                return acceptable(search.module(way, [*given, *left_out]))
+            return search.loss(way, [*given, *left_out]) <= settings.loss
 
-        layers, spared = _spare(search, source, seen, method, weights, given, will_do, reporter)
+        layers, spared = _spare(search, way, weights, given, will_do, reporter)
         skipped = (*given, *spared)
-        loss = search.loss(source, search.quantization(seen, method, skipped)) if spared else loss
-    quantization = search.quantization(seen, method, skipped)
+        loss = search.loss(way, skipped) if spared else loss
+    source, quantization = search.rounding(way, skipped)
     calibration = Calibration(
         scheme=scheme.name,
         samples=sum(len(b[0]) if b[0].dim() else 1 for b in inputs),
         ranges=method,
         equalized=is_equalized,
-        biases_corrected=is_corrected,
+        biases_corrected=way.corrects,
         loss=loss,
         tried=search.tried,
         layers=layers,
@@ -264,9 +287,7 @@ def named_layers(skip: Sequence[str], weights: Sequence[str]) -> tuple[str, ...]
 
 def _spare(
     search: _Search,
-    source: Program,
-    seen: Mapping[str, Observed],
-    method: str,
+    way: _Way,
     weights: Sequence[str],
     given: Sequence[str],
     will_do: Callable[[Sequence[str]], bool],
@@ -280,7 +301,7 @@ def _spare(
     with reporter.task("layers alone in int8", len(distinct)) as task:
         for weight in distinct:
             others = [w for w in weights if w != weight]
-            alone[weight] = search.loss(source, search.quantization(seen, method, others))
+            alone[weight] = search.loss(way, others)
             task.advance(weight)
     worst = sorted(distinct, key=lambda w: -alone[w])
     low, high = 0, max(1, len(distinct) // 2)

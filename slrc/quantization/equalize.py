@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -83,7 +83,7 @@ def _is_own(module: GraphModule, layer: Node) -> bool:
     return all(reads(module, name) == 1 for name in names)
 
 
-def corrected_biases(program: Program, seen: Mapping[str, Observed], skipped: tuple[str, ...]) -> dict[str, Tensor]:
+def corrected_biases(program: Program, seen: Mapping[str, Observed], skipped: Collection[str]) -> dict[str, Tensor]:
     """Return biases, by name, that make up for what rounding weights does to the mean of each output.
 
     `b + Σ (w − rounded w) · mean of the input's channel`, by the means in floating point; what pads add is left out.

@@ -101,6 +101,30 @@ def test_a_bias_makes_up_for_rounded_weights(uneven: Any) -> None:
     assert not torch.equal(tensors["first.bias"], program.tensors["first.bias"])
 
 
+def test_a_layer_in_float_keeps_its_own_bias() -> None:
+    torch.manual_seed(0)
+    model = Uneven().eval()
+    with torch.no_grad():
+        for layer in (model.first, model.second, model.head):  # what is lost of small weights of one sign adds up
+            layer.weight.uniform_(0, 0.02)
+            layer.weight.flatten(1)[:, 0] = 1.0
+    program = pipeline.baseline(capture(model, (torch.rand(2, 4, 8, 8),)))
+    inputs = [[x] for x in torch.rand(16, 4, 8, 8).split(4)]
+    settings = Int8Settings(equalize=False, correct_bias=True, ranges="minmax")
+    whole = quantize(program, ASYMMETRIC, inputs, settings, skip=("none",)).calibration
+    asked = settings.model_copy(update={"loss": 0.5 * whole.loss})
+    found = quantize(program, ASYMMETRIC, inputs, asked)
+    assert 0 < len(found.spared) < 3
+    for name in ("first", "second", "head"):
+        changed = not torch.equal(found.source.tensors[f"{name}.bias"], program.tensors[f"{name}.bias"])
+        assert changed == (f"{name}.weight" not in found.spared)
+    layers = found.calibration.layers
+    for layer in layers:  # what one alone does is measured without the others' corrections
+        others = [x.name for x in layers if x is not layer]
+        alone = quantize(program, ASYMMETRIC, inputs, settings, skip=others).calibration
+        assert layer.loss == pytest.approx(alone.loss)
+
+
 def test_the_worst_layer_stays_in_float(uneven: Any) -> None:
     program, inputs = uneven
     settings = Int8Settings(equalize=False, correct_bias=False, ranges="minmax", loss=1e-12)

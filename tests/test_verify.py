@@ -14,7 +14,7 @@ from slrc.backends.runner_module import RunnerModule
 from slrc.errors import VerificationError
 from slrc.ir.program import capture
 from slrc.probes import Probe
-from slrc.verify import METRIC_TOLERANCE, TOLERANCE_FP32, Checker, compare, compare_metric, outputs_of
+from slrc.verify import METRIC_TOLERANCE, TOLERANCE_FP32, Checker, compare, compare_metric, compare_rounded, outputs_of
 
 NAN, INF = float("nan"), float("inf")
 
@@ -294,3 +294,11 @@ def test_an_evaluate_may_ask_the_module_what_it_asks_a_model() -> None:
     module.eval()
     assert next(module.parameters()).device == torch.device("cpu")
     assert not module.training
+
+
+def test_what_rounding_may_lose() -> None:
+    assert compare_rounded("m", 0.9, 0.95, 0.0).max_abs_error == 0.0
+    assert compare_rounded("m", 0.9, 0.5, None).passed
+    for value in (0.88, float("nan")):
+        with pytest.raises(VerificationError, match=r"may lose 0\.01"):
+            compare_rounded("m", 0.9, value, 0.01)

@@ -185,6 +185,7 @@ def _compile(
             workload = load_workload(model) if isinstance(model, str) else model
             run = Compilation(workload, config, targets, workspace, reporter or Quiet(), device)
             run.restore_dense()
+            run.integers.require_data()
             if config.start_from is not None:  # better said now than after planning
                 choose_method(config, workload, loaded_plan)
                 read_weights(config.start_from, workload.model)

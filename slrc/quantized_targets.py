@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +14,7 @@ from torch import nn
 from slrc.backends import LoweredProgram, Target, get_backend
 from slrc.backends.runner_module import RunnerModule
 from slrc.config import CompileConfig
-from slrc.errors import BackendError
+from slrc.errors import BackendError, WorkloadError
 from slrc.forms.form import FormChoice, Forms
 from slrc.ir.program import Program
 from slrc.measuring.devices import Measured
@@ -85,6 +86,23 @@ class IntegerTargets:
     reporter: Reporter
     corner_ms: dict[Target, list[Percentiles]] = field(default_factory=dict)
     """Of the targets that were timed: dense in float32 and int8, compiled in float32 and int8."""
+
+    def require_data(self) -> None:
+        """Make sure of the data that the options need: better said now than after training.
+
+        Raises:
+            WorkloadError: `--max-drop` has no metric, or `--qat-epochs` nothing to train on.
+        """
+        if self.config.max_drop is not None and not self.workload.is_evaluated:
+            raise WorkloadError(
+                "`--max-drop` needs a metric, and the workload has none",
+                hint="give `Workload(eval_batches=...)` or `evaluate`, or leave `--max-drop` out",
+            )
+        if self.config.qat_epochs and self.workload.train_batches is None:
+            raise WorkloadError(
+                "`--qat-epochs` needs training data, and the workload has none",
+                hint="give `Workload(train_batches=..., loss=...)`, or leave `--qat-epochs` out",
+            )
 
     def in_float(self, program: Program) -> tuple[str, ...]:
         """Return the weights of the layers that `--int8-skip` names.
@@ -229,9 +247,13 @@ class IntegerTargets:
 
         Raises:
             VerificationError: the compiled one lost more than `--max-drop`.
+            WorkloadError: a metric is no finite number.
         """
         own = [self.workload.measure(x.runner(self.config.threads)) for x in rounded]
         found = [None if m is None else m[1] for m in own]
+        for name, value in zip(("dense", "compiled"), found, strict=True):
+            if metric is not None and (value is None or not math.isfinite(value)):
+                raise WorkloadError(f"`evaluate` returned {value} for the {name} model in int8")
         if metric is not None and found[1] is not None:
             step = f"{metric[0]}: masked module ~ {target}"
             check.checks.append(compare_rounded(step, metric[1], found[1], self.config.max_drop))

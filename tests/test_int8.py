@@ -24,7 +24,7 @@ from slrc.backends.runner_module import RunnerModule
 from slrc.config import make_config
 from slrc.doctor.deadline import Deadline
 from slrc.doctor.times import time_speedups
-from slrc.errors import BackendError, ConfigError, VerificationError
+from slrc.errors import BackendError, ConfigError, VerificationError, WorkloadError
 from slrc.forms.form import FormKind
 from slrc.ir.nodes import op_name
 from slrc.measuring.clock import Clock
@@ -86,6 +86,19 @@ def test_a_drop_that_is_too_great(tiny_workload: MakeWorkload, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("quick_timing")
+def test_a_metric_in_int8_that_is_no_number(tiny_workload: MakeWorkload, tmp_path: Path) -> None:
+    in_runtimes: list[nn.Module] = []
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        in_runtimes.extend([model] if isinstance(model, RunnerModule) else [])
+        return {"accuracy": 1.0 if len(in_runtimes) <= 1 else float("nan")}
+
+    with pytest.raises(WorkloadError, match="returned nan for the dense model in int8"):
+        slrc.compile(tiny_workload(evaluate=evaluate), tmp_path / "out", sparsity=0.25, max_drop=0.1, **OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [("ort+int8", "ort:int8"), ("ort:int8", "ort:int8"), ("ort:aarch64+int8", "ort:aarch64+int8")],
@@ -114,6 +127,25 @@ def test_what_cannot_be_proven_here_is_told_before_training(
     with pytest.raises(BackendError, match=r"`ort:int8`: .* `onnxruntime` is not installed"):
         slrc.compile(tiny_workload(), tmp_path / "out", sparsity=0.25, **OPTIONS)
     assert not trained
+
+
+@pytest.mark.parametrize(
+    ("options", "lacks", "says"),
+    [({"max_drop": 0.1}, "evaluate", "needs a metric"), ({"qat_epochs": 1}, "train_batches", "needs training data")],
+)
+def test_data_that_options_need_is_asked_for_before_training(
+    options: dict[str, Any],
+    lacks: str,
+    says: str,
+    tiny_workload: MakeWorkload,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[int] = []
+    monkeypatch.setattr("slrc.api.plan_from", lambda *_, **__: started.append(1))
+    with pytest.raises(WorkloadError, match=says):
+        slrc.compile(tiny_workload(**{lacks: None}), tmp_path / "out", sparsity=0.25, **options, **OPTIONS)
+    assert not started
 
 
 @pytest.mark.parametrize("text", ["ort+int4", "ort:aarch64+x86_64+int8", "ort+int8x", "+int8"])

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from slrc.config import CompileConfig
-from slrc.errors import WorkloadError
 from slrc.forms.quantize_ops import LEAST_SCALE
 from slrc.ir.nodes import argument, op_name
 from slrc.ir.program import Program
@@ -49,7 +48,7 @@ def train_rounded(
 
     Args:
         rounded: its biases are not rounded yet.
-        workload: its loss is called with a module that computes what the model does in evaluation.
+        workload: with training data; its loss is called with a module that computes what the model does in evaluation.
         config: epochs, recipe, and the share of its learning rate.
         teacher: the dense network.
         checkpoints: a folder to save to after every epoch.
@@ -57,14 +56,9 @@ def train_rounded(
         reporter: where progress goes.
 
     Raises:
-        WorkloadError: there is no training data, or the loss does not take the module.
+        WorkloadError: the loss does not take the module.
         TrainingError: the loss is not finite.
     """
-    if workload.train_batches is None:
-        raise WorkloadError(
-            "`--qat-epochs` needs training data, and the workload has none",
-            hint="give `Workload(train_batches=..., loss=...)`, or leave `--qat-epochs` out",
-        )
     module, scales = rounded.module(trainable=True), _scales(rounded)
     live = dict(module.named_parameters())
     for name in scales:

@@ -15,7 +15,6 @@ import slrc
 from slrc import pipeline
 from slrc.backends.onnx_export import export_onnx
 from slrc.config import make_config
-from slrc.errors import WorkloadError
 from slrc.forms.quantization import ASYMMETRIC
 from slrc.forms.quantize_ops import fake_quantize
 from slrc.options import Int8Settings
@@ -65,15 +64,6 @@ def test_fixed_scales_stay(tiny_workload: MakeWorkload) -> None:
     after, _ = train_rounded(before, workload, config, program.module())
     assert all(torch.equal(before.tensors[n], after.tensors[n]) for n in after.tensors if n.endswith("scale"))
     assert not torch.equal(before.tensors["conv3.weight"], after.tensors["conv3.weight"])
-
-
-def test_without_data(tiny_workload: MakeWorkload) -> None:
-    workload = tiny_workload()
-    program, found = quantized(workload)
-    workload.train_batches = None
-    config = make_config({"target": "ort+int8", "qat_epochs": 1})
-    with pytest.raises(WorkloadError, match="`--qat-epochs` needs training data"):
-        train_rounded(found.program(biases=False), workload, config, program.module())
 
 
 def test_gradients_go_straight_through_and_to_the_scale() -> None:

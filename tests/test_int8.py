@@ -110,6 +110,14 @@ def test_int8_targets_of_onnx_runtime(text: str, named: str) -> None:
     assert get_backend(target).why_not_packed(target) == get_backend(target).why_not_packed(target.in_float)
 
 
+@pytest.mark.usefixtures("quick_timing")
+def test_all_layers_may_stay_in_float(tiny_workload: MakeWorkload, tmp_path: Path) -> None:
+    report = slrc.compile(tiny_workload(), tmp_path / "out", sparsity=0.25, int8_skip="*", max_drop=0.0, **OPTIONS)
+    (target,) = report.targets
+    assert target.int8 is not None
+    assert target.int8.calibration.compiled.quantized_layers == 0
+
+
 def test_int8_targets_of_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slrc.backends.tensorrt.backend.find_spec", lambda name: None)
     assert parse_target("tensorrt:int8").is_integer

@@ -202,7 +202,7 @@ def quantize(
     2. So are equalised channels and corrected biases, see `slrc.quantization.equalize`. Biases are corrected where
        their layer is rounded.
     3. With `skip` of `auto`, if outputs move by more than `settings.loss`, or `acceptable` refuses, layers stay in
-       float: those that move the outputs most when they alone are rounded, as few of them as will do, at most half.
+       float: those that move the outputs most when they alone are rounded, as few of them as will do.
 
     Args:
         program: in floating point, with its batch norms folded and its layers in their forms.
@@ -304,7 +304,7 @@ def _spare(
             alone[weight] = search.loss(way, others)
             task.advance(weight)
     worst = sorted(distinct, key=lambda w: -alone[w])
-    low, high = 0, max(1, len(distinct) // 2)
+    low, high = 0, len(distinct)  # with all of them in float nothing is lost
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if will_do(worst[:middle]) else (middle, high)

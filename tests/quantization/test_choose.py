@@ -125,17 +125,22 @@ def test_a_layer_in_float_keeps_its_own_bias() -> None:
         assert layer.loss == pytest.approx(alone.loss)
 
 
-def test_the_worst_layer_stays_in_float(uneven: Any) -> None:
+@pytest.mark.parametrize(("share", "left"), [(0.5, 1), (1e-9, 0)])
+def test_as_many_layers_stay_in_float_as_it_takes(share: float, left: int, uneven: Any) -> None:
     program, inputs = uneven
-    settings = Int8Settings(equalize=False, correct_bias=False, ranges="minmax", loss=1e-12)
-    found = quantize(program, ASYMMETRIC, inputs, settings)
+    settings = Int8Settings(equalize=False, correct_bias=False, ranges="minmax")
+    whole = quantize(program, ASYMMETRIC, inputs, settings, skip=("none",)).calibration.loss
+    asked = settings.model_copy(update={"loss": share * whole})
+    found = quantize(program, ASYMMETRIC, inputs, asked)
     layers = found.calibration.layers
+    assert found.calibration.loss <= asked.loss
+    assert found.calibration.quantized_layers == left
     assert {x.name for x in layers} == {"first", "second", "head"}
     assert [x.loss for x in layers] == sorted((x.loss for x in layers), reverse=True)
-    assert found.calibration.skipped == (f"{layers[0].name}.weight",)
+    assert {f"{x.name}.weight" for x in layers[: 3 - left]} == set(found.calibration.skipped)
     rounded = [n for n in found.program().nodes if op_name(n) in ("conv2d", "linear")]
-    in_float = [n for n in rounded if n.args[1].op == "get_attr"]  # type: ignore[union-attr]
-    assert [str(n.args[1].target) for n in in_float] == list(found.calibration.skipped)  # type: ignore[union-attr]
+    in_float = {str(n.args[1].target) for n in rounded if n.args[1].op == "get_attr"}  # type: ignore[union-attr]
+    assert in_float == set(found.calibration.skipped)
 
 
 @pytest.mark.parametrize(("skip", "left"), [(("none",), 3), (("second",), 2), (("*",), 0), (("f*", "head"), 1)])

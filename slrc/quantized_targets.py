@@ -137,9 +137,9 @@ class IntegerTargets:
             acceptable=self._acceptable(program),
             reporter=self.reporter,
         )
-        if names := quantized.spared or self.in_float(program):
-            spared = ", ".join(n.removesuffix(".weight") for n in names)
-            self.note(f"on {target} {len(names)} layers stay in float32: {spared}")
+        if quantized.spared:
+            spared = ", ".join(n.removesuffix(".weight") for n in quantized.spared)
+            self.note(f"on {target} {len(quantized.spared)} layers stay in float32: {spared}")
         return quantized
 
     def lower_dense(self, program: Program, target: Target, emit: Emit) -> Rounded:

@@ -118,6 +118,19 @@ def test_all_layers_may_stay_in_float(tiny_workload: MakeWorkload, tmp_path: Pat
     assert target.int8.calibration.compiled.quantized_layers == 0
 
 
+def test_a_split_layer_is_left_in_float_by_its_name(tiny_workload: MakeWorkload, tmp_path: Path) -> None:
+    options = {**OPTIONS, "target": "tensorrt:10.3+int8", "pattern": "columns:2"}
+    report = slrc.compile(tiny_workload(), tmp_path / "out", sparsity=0.75, int8_skip="conv2", **options)
+    (target,) = report.targets
+    assert target.forms is not None
+    forms = {x.weight: str(x.form) for x in target.forms.layers}
+    assert forms["conv2.weight"] == "float32"
+    assert re.match("split|grouped", forms["conv3.weight"])
+    assert target.int8 is not None
+    assert target.int8.calibration.compiled.skipped == ("conv2.weight",)
+    assert any("1 layers stay in float32: conv2" in note for note in report.notes)
+
+
 def test_int8_targets_of_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slrc.backends.tensorrt.backend.find_spec", lambda name: None)
     assert parse_target("tensorrt:int8").is_integer

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from slrc.forms.form import FormKind, Forms, kept_channels
+from slrc.forms.form import Form, FormKind, Forms, kept_channels
 from slrc.ir.nodes import layer_weight, node_shape, op_name
 from slrc.ir.program import Program
 from slrc.passes.base import PassResult, Transform
@@ -53,6 +53,17 @@ class SplitColumns(Transform):
         return modified
 
 
+def split_weights(forms: Forms) -> dict[str, str]:
+    """Return of which layer's weight each weight is a part that comes of these forms, by name."""
+    return {part: weight for weight, form in forms.items() for part in _parts(weight, form)}
+
+
+def _parts(weight: str, form: Form) -> list[str]:
+    if form.kind is FormKind.GROUPED:
+        return [sibling(weight, "grouped_weight")]
+    return [sibling(weight, f"weight_{r}") for r in range(form.size)] if form.kind is FormKind.SPLIT else []
+
+
 def _has_plain_bias(layer: Node) -> bool:
     bias = layer_bias(layer)
     return bias is None or bias.op == "get_attr"
@@ -72,9 +83,10 @@ def _split(module: GraphModule, layer: Node, kept: Tensor) -> None:
     if bool((kept == kept[:1]).all()):
         kept = kept[:1]
     parts = []
+    own_names = _parts(name, Form(FormKind.SPLIT, len(kept)))
     for r, weight in enumerate(get_tensor(module, name).chunk(len(kept))):
         index = kept[r].nonzero().flatten()
-        weight_node = _insert(module, layer, sibling(name, f"weight_{r}"), weight.index_select(1, index))
+        weight_node = _insert(module, layer, own_names[r], weight.index_select(1, index))
         bias_node: Node | None = None
         if bias is not None:
             # Tied weights may have a bias each: its parts go by the bias's own name.
@@ -93,7 +105,8 @@ def _group(module: GraphModule, layer: Node, kept: Tensor) -> None:
     weights = get_tensor(module, name).chunk(len(kept))
     indices = [channels.nonzero().flatten() for channels in kept]
     weight = torch.cat([w.index_select(1, index) for w, index in zip(weights, indices, strict=True)])
-    weight_node = _insert(module, layer, sibling(name, "grouped_weight"), weight)
+    (own_name,) = _parts(name, Form(FormKind.GROUPED, len(kept)))
+    weight_node = _insert(module, layer, own_name, weight)
     gathered = _gather(module, layer, sibling(name, "index"), _channel_dim(layer), torch.cat(indices))
     assert isinstance(layer.target, torch._ops.OpOverload)
     defaults = [a.default_value for a in layer.target._schema.arguments]

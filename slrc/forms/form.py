@@ -210,11 +210,16 @@ class FormChoice(BaseModel):
         return {x.weight: x.form for x in self.layers if x.form != DENSE}
 
     def spared(self, weights: Collection[str]) -> FormChoice:
-        """Return the choice with the fastest of their forms in floating point for layers that int8 hurts."""
+        """Return the choice with the fastest of their forms in floating point for layers that are not to be in int8.
+
+        A layer that is split stays so, and is in `float32`.
+        """
 
         def in_float(layer: LayerChoice) -> LayerChoice:
             if layer.weight not in weights or layer.form.kind in IN_FLOAT:
                 return layer
+            if layer.form.kind in (FormKind.SPLIT, FormKind.GROUPED):
+                return layer.model_copy(update={"form": FLOAT32})
             known = {form: ms for text, ms in layer.ms.items() if (form := parse_form(text)).kind in IN_FLOAT}
             return layer.model_copy(update={"form": min(known, key=lambda f: known[f], default=FLOAT32)})
 

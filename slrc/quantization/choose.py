@@ -17,6 +17,7 @@ from slrc.forms.form import Forms, in_float, int8_blocks
 from slrc.forms.quantization import Quantization, Range, Scheme
 from slrc.ir.program import Program
 from slrc.options import Int8Settings
+from slrc.passes.forms.split_columns import split_weights
 from slrc.passes.quantization.find_places import find_places, quantizable_weights, values_to_observe
 from slrc.passes.quantization.insert_quantizers import InsertQuantizers, QuantizeBiases
 from slrc.progress import Quiet, Reporter
@@ -68,7 +69,7 @@ class Calibration(BaseModel):
 class Quantized:
     """A program in floating point as it was rewritten for rounding, how it is rounded, and how that was found.
 
-    `spared` are layers that stay in float since rounding them hurts.
+    `spared` are layers that stay in float since they are named, or since rounding them hurts.
     """
 
     source: Program
@@ -97,12 +98,15 @@ class _Way:
 
 @dataclass
 class _Search:
+    """Rounds a program in many ways. `layers` are the weights of each layer, more than one where it is split."""
+
     program: Program
     scheme: Scheme
     inputs: Sequence[Inputs]
     settings: Int8Settings
     logits: bool | None
-    blocks: Mapping[str, int] = field(default_factory=dict)
+    layers: Mapping[str, Sequence[str]]
+    blocks: Mapping[str, int]
     tried: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -121,11 +125,14 @@ class _Search:
         ranges = {n: range_of(s, chosen, self.scheme, self.settings.percentile) for n, s in seen.items()}
         return _Way(source, seen, ranges)
 
+    def biases(self, way: _Way, skipped: Sequence[str]) -> dict[str, torch.Tensor]:
+        return corrected_biases(way.source, way.seen, self._weights(skipped))
+
     def rounding(self, way: _Way, skipped: Sequence[str]) -> tuple[Program, Quantization]:
         """Return the program in floating point and what is rounded of it where some layers are skipped."""
-        biases = corrected_biases(way.source, way.seen, skipped) if way.corrects else {}
+        biases = self.biases(way, skipped) if way.corrects else {}
         source = way.source.with_tensors(biases) if biases else way.source
-        return source, Quantization(ranges=way.ranges, skipped=tuple(skipped), blocks=self.blocks)
+        return source, Quantization(ranges=way.ranges, skipped=self._weights(skipped), blocks=self.blocks)
 
     def module(self, way: _Way, skipped: Sequence[str]) -> GraphModule:
         source, quantization = self.rounding(way, skipped)
@@ -136,6 +143,9 @@ class _Search:
         if what:
             self.tried[what] = found
         return found
+
+    def _weights(self, layers: Sequence[str]) -> tuple[str, ...]:
+        return tuple(weight for layer in layers for weight in self.layers[layer])
 
     def _moved(self, module: GraphModule) -> float:
         pairs = zip(self.outputs, self._run(module), strict=True)
@@ -220,10 +230,10 @@ def quantize(
         WorkloadError: a value is not finite.
     """
     reporter = reporter or Quiet()
-    weights = quantizable_weights(program.graph_module)
-    floating = {*in_float(forms or {}), *named_layers(skip, weights)}
-    given = tuple(w for w in weights if w in floating)
-    search = _Search(program, scheme, inputs, settings, logits, int8_blocks(forms or {}))
+    layers = _layers(program, forms or {})
+    named = named_layers(skip, list(layers))
+    given = tuple(x for x in layers if x in {*in_float(forms or {}), *named})
+    search = _Search(program, scheme, inputs, settings, logits, layers, int8_blocks(forms or {}))
     methods = [str(m) for m in RangeMethod] if settings.ranges == "best" else [settings.ranges]
     ways = {m: search.way(program, search.seen, m) for m in methods}
     losses = {m: search.loss(way, given, m) for m, way in ways.items()}
@@ -235,13 +245,12 @@ def quantize(
         found = search.loss(other, given, f"{method}, equalized")
         if settings.equalize or found < BETTER * loss:
             way, loss, is_equalized = other, found, True
-    if settings.correct_bias is not False and corrected_biases(way.source, way.seen, given):
+    if settings.correct_bias is not False and search.biases(way, given):
         other = replace(way, corrects=True)
         found = search.loss(other, given, f"{method}, biases corrected")
         if settings.correct_bias or found < BETTER * loss:
             way, loss = other, found
-    layers: tuple[LayerLoss, ...] = ()
-    skipped, spared = given, tuple[str, ...]()
+    table, skipped, spared = tuple[LayerLoss, ...](), given, tuple[str, ...]()
     if skip[0] == "auto":
 
         def will_do(left_out: Sequence[str]) -> bool:
@@ -249,7 +258,7 @@ def quantize(
                 return acceptable(search.module(way, [*given, *left_out]))
             return search.loss(way, [*given, *left_out]) <= settings.loss
 
-        layers, spared = _spare(search, way, weights, given, will_do, reporter)
+        table, spared = _spare(search, way, given, will_do, reporter)
         skipped = (*given, *spared)
         loss = search.loss(way, skipped) if spared else loss
     source, quantization = search.rounding(way, skipped)
@@ -261,11 +270,19 @@ def quantize(
         biases_corrected=way.corrects,
         loss=loss,
         tried=search.tried,
-        layers=layers,
+        layers=table,
         skipped=skipped,
-        quantized_layers=len(weights) - len([w for w in weights if w in skipped]),
+        quantized_layers=len(layers) - len(skipped),
     )
-    return Quantized(source, quantization, scheme, calibration, spared)
+    return Quantized(source, quantization, scheme, calibration, (*named, *spared))
+
+
+def _layers(program: Program, forms: Forms) -> dict[str, list[str]]:
+    """Return the weights of each layer that has an integer form, by its own weight's name before it was split."""
+    whole, found = split_weights(forms), dict[str, list[str]]()
+    for weight in quantizable_weights(program.graph_module):
+        found.setdefault(whole.get(weight, weight), []).append(weight)
+    return found
 
 
 def named_layers(skip: Sequence[str], weights: Sequence[str]) -> tuple[str, ...]:
@@ -288,21 +305,19 @@ def named_layers(skip: Sequence[str], weights: Sequence[str]) -> tuple[str, ...]
 def _spare(
     search: _Search,
     way: _Way,
-    weights: Sequence[str],
     given: Sequence[str],
     will_do: Callable[[Sequence[str]], bool],
     reporter: Reporter,
 ) -> tuple[tuple[LayerLoss, ...], tuple[str, ...]]:
     """Return what each layer alone moves the outputs by, and the fewest of the worst that will do in float."""
-    distinct = [w for w in weights if w not in given]
+    distinct = [x for x in search.layers if x not in given]
     if not distinct or will_do(()):
         return (), ()
     alone = {}
     with reporter.task("layers alone in int8", len(distinct)) as task:
-        for weight in distinct:
-            others = [w for w in weights if w != weight]
-            alone[weight] = search.loss(way, others)
-            task.advance(weight)
+        for layer in distinct:
+            alone[layer] = search.loss(way, [x for x in search.layers if x != layer])
+            task.advance(layer)
     worst = sorted(distinct, key=lambda w: -alone[w])
     low, high = 0, len(distinct)  # with all of them in float nothing is lost
     while high - low > 1:

@@ -170,6 +170,7 @@ def test_a_layer_that_int8_hurts_has_its_fastest_form_in_floating_point() -> Non
     ms = {"dense": 2.0, "packed-int8:8": 1.0, "packed:4": 1.6, "packed:8": 1.5, "float32": 3.0}
     layers = tuple(LayerChoice(weight=w, form=parse_form("packed-int8:8"), density=0.2, ms=ms) for w in "ab")
     untimed = LayerChoice(weight="c", form=parse_form("packed-int8:8"), density=0.2)
-    choice = FormChoice(target="ort:int8", threads=1, layers=(*layers, untimed))
-    forms = choice.spared(["b", "c"]).forms
-    assert {w: str(f) for w, f in forms.items()} == {"a": "packed-int8:8", "b": "packed:8", "c": "float32"}
+    split = LayerChoice(weight="d", form=parse_form("split:2"), density=0.2, ms=ms)
+    choice = FormChoice(target="ort:int8", threads=1, layers=(*layers, untimed, split))
+    forms = {w: str(f) for w, f in choice.spared(["b", "c", "d"]).forms.items()}
+    assert forms == {"a": "packed-int8:8", "b": "packed:8", "c": "float32", "d": "float32"}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import slrc
 from slrc import pipeline
 from slrc.errors import ConfigError, WorkloadError
-from slrc.forms.form import FLOAT32, Form, FormKind
+from slrc.forms.form import FLOAT32, Form, FormKind, parse_form
 from slrc.forms.quantization import ASYMMETRIC, SYMMETRIC, Range
 from slrc.ir.nodes import op_name
 from slrc.ir.program import Program, capture
@@ -160,6 +160,24 @@ def test_one_of_two_layers_that_are_added_stays_in_float(scheme: Any, in_float: 
     found = quantize(program, scheme, [[torch.randn(4, 4, 8, 8)]], Int8Settings(), skip=("none",), forms=forms)
     assert found.calibration.skipped == (f"{in_float}.weight",)
     assert found.calibration.loss < 0.1
+
+
+@pytest.mark.parametrize(("form", "parts"), [("split:2", 2), ("grouped:2", 1)])
+def test_a_split_layer_is_one_layer_and_has_its_own_name(form: str, parts: int, uneven: Any) -> None:
+    program, inputs = uneven
+    weight = program.tensors["second.weight"].clone()
+    weight[:4, ::2], weight[4:, 1::2] = 0, 0
+    forms = {"second.weight": parse_form(form)}
+    split = pipeline.split_layers(program.with_tensors({"second.weight": weight}), forms)
+    settings = Int8Settings(equalize=False, correct_bias=False, ranges="minmax", loss=1e-15)
+    named = quantize(split, ASYMMETRIC, inputs, settings, skip=("second",), forms=forms)
+    assert named.spared == named.calibration.skipped == ("second.weight",)
+    assert named.calibration.quantized_layers == 2
+    assert len(named.quantization.skipped) == parts
+    assert not {"second.weight"} & set(named.quantization.skipped)
+    found = quantize(split, ASYMMETRIC, inputs, settings, forms=forms)
+    assert {x.name for x in found.calibration.layers} == {"first", "second", "head"}
+    assert "second.weight" in found.spared
 
 
 def test_a_name_of_no_layer(uneven: Any) -> None:

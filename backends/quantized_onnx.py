@@ -8,7 +8,7 @@ beforehand, so that each is read through its DequantizeLinear alone.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from slrc.backends.int8_onnx import DOMAIN, QCONV, QGEMM, RESIDUAL
 from slrc.forms import quantize_ops
 
 if TYPE_CHECKING:
+    import onnx
     import onnx_ir
 
 FAKE_QUANTIZE = "FakeQuantize"
@@ -207,8 +208,7 @@ def show_codes(file: Path, out: Path) -> Shown:
     import onnx
 
     model = onnx.load(file)
-    nodes = [n for n in model.graph.node if n.domain == DOMAIN and n.op_type.startswith((QCONV, QGEMM))]
-    packed = {n.output[0]: (n.input[0], *n.input[RESIDUAL:]) for n in nodes}
+    packed = {n.output[0]: (n.input[0], *n.input[RESIDUAL:]) for n in _packed_layers(model)}
     own = [o.name for o in model.graph.output]
     made = {name: n for n in model.graph.node for name in n.output}
     names = [name for name in made if name.endswith(CODES.format(""))]
@@ -216,3 +216,33 @@ def show_codes(file: Path, out: Path) -> Shown:
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in further)
     onnx.save(model, out)
     return Shown((*own, *further), len(own), tuple(names), packed)
+
+
+def write_packed_alone(file: Path, out: Path) -> tuple[str, ...]:
+    """Write the packed layers of a model as one of their own, which returns what each computes, in order.
+
+    It takes the integers that they read: their names are returned, in order.
+    """
+    import onnx
+
+    model = onnx.load(file)
+    graph, nodes = model.graph, list(_packed_layers(model))
+    reads = dict.fromkeys(name for n in nodes for name in (n.input[0], *n.input[RESIDUAL:]))
+    given = {name: f"{name}_read" for name in reads}  # what one layer computes another may read
+    for node in nodes:
+        node.input[:] = [given.get(name, name) for name in node.input]
+    used = {name for n in nodes for name in n.input}
+    alone = onnx.helper.make_graph(
+        nodes,
+        graph.name,
+        [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, None) for name in given.values()],
+        [onnx.ValueInfoProto(name=n.output[0]) for n in nodes],
+        [i for i in graph.initializer if i.name in used],
+    )
+    graph.CopyFrom(alone)
+    onnx.save(model, out)
+    return tuple(reads)
+
+
+def _packed_layers(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    return (n for n in model.graph.node if n.domain == DOMAIN and n.op_type.startswith((QCONV, QGEMM)))

@@ -240,7 +240,7 @@ def test_a_network_pruned_in_blocks_runs_in_packed_integers(tmp_path: Path, monk
     assert (nodes.count("BlockSparseQConv"), nodes.count("BlockSparseQConv_residual"), nodes.count("Conv")) == (2, 1, 0)
     steps = {c.step: c for c in report.checks if c.step.startswith("compiled, rounded")}
     assert any("in steps" in step and c.max_abs_error <= 1 for step, c in steps.items())
-    assert any("3 of 3 packed layers, bit by bit" in step for step in steps)
+    assert any("3 packed layers, bit by bit" in step for step in steps)
     values = [i for i in model.graph.initializer if i.name in ("a.values", "b.values", "c.values")]
     assert sum(i.dims[0] for i in values) <= 3 * 4 * 4 * 9 / 4  # a quarter of the blocks: training held the zeros
     assert target.int8 is not None

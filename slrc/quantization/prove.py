@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from slrc.backends.quantized_onnx import CODES, show_codes
+from slrc.backends.quantized_onnx import CODES, show_codes, write_packed_alone
 from slrc.errors import VerificationError
 from slrc.forms.quantize_ops import quantize
 from slrc.ir.nodes import op_name
@@ -98,8 +98,8 @@ def prove_integers(
 ) -> list[Check]:
     """Compare a program that rounds with the ONNX file that was made of it, on the CPU.
 
-    With `kernels` the file runs with them, and then without: packed layers that read the same integers must return the
-    same, bit by bit.
+    With `kernels` the file runs with them. Its packed layers are then run without, each on the integers that it read,
+    and must return the same, bit by bit.
 
     Args:
         step: a name for the report and for errors.
@@ -119,9 +119,11 @@ def prove_integers(
     with tempfile.TemporaryDirectory() as folder:
         shown = show_codes(file, Path(folder) / file.name)
         showing = OnnxRuntimeRunner(Path(folder) / file.name, threads, kernels)
-        compares = kernels is not None and bool(shown.packed)
-        stock = OnnxRuntimeRunner(Path(folder) / file.name, threads) if compares else None
-    alike = _Alike(step, shown.packed)
+        functions = None
+        if kernels is not None and shown.packed:
+            OnnxRuntimeRunner(file, threads)  # any runtime has to take it
+            reads = write_packed_alone(file, Path(folder) / "packed.onnx")
+            functions = _Functions(step, reads, tuple(shown.packed), Path(folder) / "packed.onnx", threads)
     most = differing = numbers = values = 0
     checks, worst = [], ""
     exact = _in_float64(program)
@@ -129,8 +131,8 @@ def prove_integers(
         inputs = program.flatten(probe.inputs, {})
         found = dict(zip(shown.outputs, showing(*inputs), strict=True))
         outputs = [found[name] for name in shown.outputs[: shown.own]]
-        if stock is not None:
-            alike.compare(found, dict(zip(shown.outputs, stock(*inputs), strict=True)))
+        if functions is not None:
+            functions.compare(found)
         steps, computed = _run(program, exact, {name: found[name] for name in shown.codes}, inputs)
         most, differing = max(most, steps.most), differing + steps.differing
         numbers, values, worst = numbers + steps.numbers, steps.values, steps.worst if steps.most == most else worst
@@ -151,31 +153,30 @@ def prove_integers(
         passed=True,
     )
     widest = max(checks, key=lambda c: c.max_rel_error)
-    functions = [] if stock is None else [alike.check(named)]
-    return [in_steps, widest.model_copy(update={"inputs": named}), *functions]
+    alike = [] if functions is None else [functions.check(named)]
+    return [in_steps, widest.model_copy(update={"inputs": named}), *alike]
 
 
-@dataclass
-class _Alike:
-    """Compares what packed layers return in two sessions where they read the same integers."""
+class _Functions:
+    """Compares what packed layers return with what their functions return for the same integers."""
 
-    step: str
-    packed: Mapping[str, tuple[str, ...]]
-    compared: set[str] = field(default_factory=set)
+    def __init__(self, step: str, reads: Sequence[str], packed: Sequence[str], file: Path, threads: int | None) -> None:
+        from slrc.backends.ort.run import OnnxRuntimeRunner
 
-    def compare(self, found: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
-        for name, reads in self.packed.items():
-            if not all(torch.equal(found[r], other[r]) for r in reads):
-                continue  # some operator before it sums floats in another order
-            self.compared.add(name)
-            if not torch.equal(found[name], other[name]):
+        self._step, self._reads, self._packed = step, reads, packed
+        self._run = OnnxRuntimeRunner(file, threads)
+
+    def compare(self, found: Mapping[str, Tensor]) -> None:
+        others = self._run(*(found[name] for name in self._reads))
+        for name, other in zip(self._packed, others, strict=True):
+            if not torch.equal(found[name], other):
                 raise VerificationError(
-                    f"check `{self.step}` failed: the kernel that computes `{name}` differs from what the file says",
+                    f"check `{self._step}` failed: the kernel that computes `{name}` differs from what the file says",
                     hint="this is a bug in slrc or in the runtime: please report it with the model",
                 )
 
     def check(self, inputs: tuple[str, ...]) -> Check:
-        step = f"{self.step}, kernels = functions: {len(self.compared)} of {len(self.packed)} packed layers, bit by bit"
+        step = f"{self._step}, kernels = functions: {len(self._packed)} packed layers, bit by bit"
         return Check(step=step, inputs=inputs, max_abs_error=0.0, max_rel_error=0.0, tolerance=0.0, passed=True)
 
 

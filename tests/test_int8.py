@@ -28,11 +28,12 @@ from slrc.errors import BackendError, ConfigError, VerificationError, WorkloadEr
 from slrc.forms.form import FormKind
 from slrc.ir.nodes import op_name
 from slrc.measuring.clock import Clock
-from slrc.measuring.devices import Timing
+from slrc.measuring.devices import Measured, Timing
 from slrc.measuring.jobs import Job
-from slrc.measuring.timing import BLOCKS, Budget
+from slrc.measuring.timing import BLOCKS, Budget, Latency, Percentiles
 from slrc.progress import Quiet
 from slrc.quantization.choose import rounded_anyhow
+from slrc.quantized_targets import IntegerTargets
 from slrc.reporting.page import render_page
 from slrc.reporting.report import Report
 from slrc.reporting.tables import report_table
@@ -129,6 +130,29 @@ def test_a_split_layer_is_left_in_float_by_its_name(tiny_workload: MakeWorkload,
     assert target.int8 is not None
     assert target.int8.calibration.compiled.skipped == ("conv2.weight",)
     assert any("1 layers stay in float32: conv2" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(("dense", "compiled", "told"), [(3.0, 2.0, False), (3.0, 0.9, True), (0.9, 2.0, True)])
+def test_int8_that_is_slower_than_float32_is_told(
+    dense: float, compiled: float, told: bool, tiny_workload: MakeWorkload
+) -> None:
+    notes, target = list[str](), parse_target("ort+int8")
+    integers = IntegerTargets(tiny_workload(), make_config({"target": str(target)}), notes.append, Quiet())
+    ms = {x: Percentiles(p50=x, p90=x) for x in (dense, compiled, 1.0, 1.5)}
+    latency = Latency(
+        target=str(target),
+        threads=1,
+        batch=1,
+        dense_ms=ms[1.5],
+        compiled_ms=ms[1.0],
+        speedup=1.5,
+        speedup_spread=(1.5, 1.5),
+        runs=1,
+    )
+    others = {"dense-float32": ms[dense], "compiled-float32": ms[compiled]}
+    integers.keep_times(target, Measured(latency, others=others))
+    assert any("on ort:int8 int8 is slower than float32" in note for note in notes) == told
+    assert [p.p50 for p in integers.corner_ms[target]] == [dense, 1.5, compiled, 1.0]
 
 
 def test_int8_targets_of_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:

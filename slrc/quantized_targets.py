@@ -255,6 +255,8 @@ class IntegerTargets:
         for name, value in zip(("dense", "compiled"), found, strict=True):
             if metric is not None and (value is None or not math.isfinite(value)):
                 raise WorkloadError(f"`evaluate` returned {value} for the {name} model in int8")
+        if any(own) and (target.backend != "ort" or get_backend(target).available(target).why_not_run):
+            self.note(f"the metrics of {target} in int8 are those of its ONNX files in ONNX Runtime on this CPU")
         if metric is not None and found[1] is not None:
             step = f"{metric[0]}: masked module ~ {target}"
             check.checks.append(compare_rounded(step, metric[1], found[1], self.config.max_drop))

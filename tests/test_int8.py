@@ -54,6 +54,7 @@ def test_the_four_corners(tiny_workload: MakeWorkload, tmp_path: Path) -> None:
     assert target.int8 is not None
     corners = {(c.model, c.precision): c for c in target.int8.corners}
     assert len(corners) == 4
+    assert not any("on this CPU" in note for note in report.notes)
     assert all(c.metric is not None and c.latency_ms is not None and c.size_bytes > 0 for c in corners.values())
     assert report.accuracy is not None
     assert report.accuracy.final == corners["compiled", "int8"].metric
@@ -130,6 +131,7 @@ def test_a_split_layer_is_left_in_float_by_its_name(tiny_workload: MakeWorkload,
     assert target.int8 is not None
     assert target.int8.calibration.compiled.skipped == ("conv2.weight",)
     assert any("1 layers stay in float32: conv2" in note for note in report.notes)
+    assert any("ONNX files in ONNX Runtime on this CPU" in note for note in report.notes)
 
 
 @pytest.mark.parametrize(("dense", "compiled", "told"), [(3.0, 2.0, False), (3.0, 0.9, True), (0.9, 2.0, True)])

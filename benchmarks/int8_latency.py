@@ -25,7 +25,7 @@ from typing import Any
 
 import onnxruntime as ort
 from int8 import quantize_theirs
-from results import Rows
+from results import Rows, vectors
 from sparse_latency import network
 from torch import Tensor
 
@@ -112,9 +112,9 @@ def openvino_call(file: Path, image: Tensor) -> Call:
     return request.infer
 
 
-def key(name: str, sparsity: float) -> str:
-    """Return the name of a row."""
-    return f"{name} {sparsity:g}"
+def key(name: str, sparsity: float, on: str) -> str:
+    """Return the name of a row, measured on a processor with such `vectors`."""
+    return f"{name} {sparsity:g} {on}"
 
 
 def main() -> None:
@@ -129,11 +129,12 @@ def main() -> None:
     rows = Rows(__file__, args.results)
     for name in args.networks:
         for sparsity in args.sparsity:
-            if args.again or not rows.has(key(name, sparsity)):
-                rows.add(key(name, sparsity), measure_row(name, sparsity, openvino=args.openvino))
-            row = rows[key(name, sparsity)]
+            row_key = key(name, sparsity, vectors())
+            if args.again or not rows.has(row_key):
+                rows.add(row_key, measure_row(name, sparsity, openvino=args.openvino))
+            row = rows[row_key]
             times = ", ".join(f"{corner} {ms:.2f} ms" for corner, ms in row["ms"].items())
-            print(f"{key(name, sparsity)}: {times}; {row['taken']}: {row['forms']}", flush=True)
+            print(f"{row_key}: {times}; {row['taken']}: {row['forms']}", flush=True)
 
 
 if __name__ == "__main__":

@@ -249,6 +249,11 @@ def processor() -> str | None:
     return f"{fields['model name']}, family {fields['cpu family']} model {fields['model']}"
 
 
+def vectors() -> str:
+    """Return the widest vectors of this processor, as keys of rows name them that are measured on several."""
+    return "avx512" if "avx512f" in environment()["instruction_sets"] else "avx2"
+
+
 class Rows:
     """The rows of a results file, by key. What is added is written at once, with what it was made with."""
 

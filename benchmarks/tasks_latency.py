@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from results import Rows
+from results import Rows, vectors
 from torch import Tensor, nn
 
 sys.path.insert(1, str(Path(__file__).parent / "convergence"))
@@ -168,9 +168,9 @@ NETWORKS: dict[str, Callable[[], Network]] = {
 }
 
 
-def key(name: str, pattern: str, sparsity: float) -> str:
-    """Return the name of a row."""
-    return f"{name} {pattern} {sparsity:g}"
+def key(name: str, pattern: str, sparsity: float, on: str) -> str:
+    """Return the name of a row, measured on a processor with such `vectors`."""
+    return f"{name} {pattern} {sparsity:g} {on}"
 
 
 def captured(network: Network, name: str, part: Callable[[nn.Module], nn.Module] = lambda model: model) -> Program:
@@ -242,7 +242,7 @@ def main() -> None:
     rows = Rows(__file__, args.results)
     for pattern, sparsity in PRUNED:
         for name in args.networks if pattern in args.pattern else ():
-            row_key = key(name, pattern, sparsity)
+            row_key = key(name, pattern, sparsity, vectors())
             if args.again or not rows.has(row_key):
                 rows.add(row_key, measure_row(name, pattern, sparsity))
             row = rows[row_key]

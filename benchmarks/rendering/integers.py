@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
+
 from int8 import NAMES as ROUNDED
 from int8 import SPARSITIES as ROUNDED_AT
 from int8 import row_key
 from int8_latency import NETWORKS, SPARSITIES, key
 from rendering.latency import NAMES
-from rendering.markdown import TO_FILL, made, ranged, read, table
+from rendering.markdown import TO_FILL, VECTORS, made, ranged, read, table
 
 
 def int8_latency() -> str:
     """Whole networks, dense and compiled, in float32 and in int8."""
     rows, lines = read("int8_latency"), []
-    for network in NETWORKS:
-        for sparsity in SPARSITIES:
-            if (row := rows.get(key(network, sparsity))) is None:
-                continue
-            ms = [f"{row['ms'][x]:.1f}" if x in row["ms"] else "–" for x in TIMED]
-            faster = ranged(*_split(row["over"]["dense-int8"]))
-            lines.append([NAMES[network], f"{sparsity:.0%}", *ms, faster])
+    for network, sparsity, on in itertools.product(NETWORKS, SPARSITIES, VECTORS):
+        if (row := rows.get(key(network, sparsity, on))) is None:
+            continue
+        ms = [f"{row['ms'][x]:.1f}" if x in row["ms"] else "–" for x in TIMED]
+        faster = ranged(*_split(row["over"]["dense-int8"]))
+        lines.append([NAMES[network], f"{sparsity:.0%}", VECTORS[on], *ms, faster])
     titles = (
-        *("network", "sparse", "dense", "dense int8", "dense int8, its tool", "OpenVINO int8"),
+        *("network", "sparse", "on", "dense", "dense int8", "dense int8, its tool", "OpenVINO int8"),
         *("compiled", "compiled int8", "over dense int8"),
     )
     return table(titles, lines) + made(rows.values())

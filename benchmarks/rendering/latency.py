@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 
 from doctor import POINTS, complete, pairs, summary
 from front_page import CASES
-from rendering.markdown import TO_FILL, made, ranged, read, table
+from rendering.markdown import TO_FILL, VECTORS, made, ranged, read, table
 from results import Row
 from sparse_latency import NETWORKS, SPARSITIES, key
+from tasks_latency import key as tasks_key
 
+PRUNED = (("block:8x1", 0.75), ("channel", 0.5), ("channel", 0.75))
+"""How networks of other tasks are pruned."""
 NAMES = {
     "resnet18": "ResNet-18",
     "resnet50": "ResNet-50",
@@ -125,26 +129,29 @@ def tasks_latency() -> str:
     """The networks of other tasks: how much faster they are."""
     rows, lines = read("tasks_latency"), []
     for name, title in _titles(rows).items():
-        own = {key.partition(" ")[2]: row for key, row in rows.items() if key.split()[0] == name}
-        cells = [own.get(x) for x in ("block:8x1 0.75", "channel 0.5", "channel 0.75")]
-        first = next(row for row in cells if row)
-        speeds = [ranged(row["speedup"], row["spread"]) if row else TO_FILL for row in cells]
-        lines.append([title, f"{first['macs_dense'] / 1e9:.2f} G", f"{first['dense_ms']:.0f} ms", *speeds])
-    titles = ("network and input", "MACs", "dense", "`block:8x1`, 75%", "`channel`, 50%", "`channel`, 75%")
+        for on, vectors in VECTORS.items():
+            cells = [rows.get(tasks_key(name, *what, on)) for what in PRUNED]
+            if any(cells):
+                first = next(row for row in cells if row)
+                speeds = [ranged(row["speedup"], row["spread"]) if row else "–" for row in cells]
+                dense = f"{first['macs_dense'] / 1e9:.2f} G", f"{first['dense_ms']:.0f} ms"
+                lines.append([title, vectors, *dense, *speeds])
+    titles = ("network and input", "on", "MACs", "dense", *(f"`{pattern}`, {share:.0%}" for pattern, share in PRUNED))
     return table(titles, lines) + made(rows.values())
 
 
 def tasks_pipeline() -> str:
     """The networks of other tasks with what stands around them."""
     rows, lines = read("tasks_latency"), []
-    for name, title in _titles(rows).items():
-        if (row := rows.get(f"{name} block:8x1 0.75")) is None:
+    for (name, title), on in itertools.product(_titles(rows).items(), VECTORS):
+        if (row := rows.get(tasks_key(name, *PRUNED[0], on))) is None:
             continue
         around = row["before_ms"] + row["after_ms"]
         whole = (around + row["dense_ms"]) / (around + row["compiled_ms"])
         parts = [f"{row[part]:.1f}" for part in ("before_ms", "dense_ms", "compiled_ms", "after_ms")]
-        lines.append([title, *parts, f"{whole:.2f}×", f"{around / (around + row['compiled_ms']):.0%}"])
-    titles = ("network and input", "before, ms", "dense, ms", "compiled, ms", "after, ms", "all faster by", "around it")
+        lines.append([title, VECTORS[on], *parts, f"{whole:.2f}×", f"{around / (around + row['compiled_ms']):.0%}"])
+    parts = ("before", "dense", "compiled", "after")
+    titles = ("network and input", "on", *(f"{part}, ms" for part in parts), "all faster by", "around it")
     return table(titles, lines)
 
 

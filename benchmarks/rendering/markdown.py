@@ -9,6 +9,8 @@ from results import FILES, Row, rows_of
 
 TO_FILL = "TO-FILL"
 """For a figure that was not measured yet."""
+VECTORS = {"avx2": "AVX2", "avx512": "AVX-512"}
+"""What the `vectors` of keys are called."""
 WIDEST = {"avx512f": ", with AVX-512", "avx2": ", with AVX2 but no AVX-512"}
 
 

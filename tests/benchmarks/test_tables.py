@@ -61,11 +61,16 @@ def test_a_network_that_failed_says_so(tables: ModuleType, monkeypatch: pytest.M
 def test_what_stands_around_a_network_counts(tables: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     times = {"before_ms": 10.0, "after_ms": 10.0, "dense_ms": 100.0, "compiled_ms": 40.0}
     row = {"title": "Net, 8×8", "macs_dense": 2e9, "speedup": 2.5, "spread": [2.4, 2.6], **times}
-    monkeypatch.setattr(tables.latency, "read", lambda name: {"net block:8x1 0.75": row, "net channel 0.75": row})
+    faster = {**row, "compiled_ms": 20.0}
+    rows = {"net block:8x1 0.75 avx2": row, "net channel 0.75 avx2": row, "net block:8x1 0.75 avx512": faster}
+    monkeypatch.setattr(tables.latency, "read", lambda name: rows)
     speed = "2.50× (2.40 to 2.60)"
-    cells = f"| Net, 8×8 | 2.00 G | 100 ms | {speed} | {tables.latency.TO_FILL} | {speed} |"
-    assert cells in tables.latency.tasks_latency()
-    assert "| Net, 8×8 | 10.0 | 100.0 | 40.0 | 10.0 | 2.00× | 33% |" in tables.latency.tasks_pipeline()
+    found = tables.latency.tasks_latency()
+    assert f"| Net, 8×8 | AVX2 | 2.00 G | 100 ms | {speed} | – | {speed} |" in found
+    assert f"| Net, 8×8 | AVX-512 | 2.00 G | 100 ms | {speed} | – | – |" in found
+    found = tables.latency.tasks_pipeline()
+    assert "| Net, 8×8 | AVX2 | 10.0 | 100.0 | 40.0 | 10.0 | 2.00× | 33% |" in found
+    assert "| Net, 8×8 | AVX-512 | 10.0 | 100.0 | 20.0 | 10.0 | 3.00× | 50% |" in found
 
 
 def test_what_was_foretold_stands_beside_what_was_measured(tables: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

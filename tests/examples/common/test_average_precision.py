@@ -1,4 +1,4 @@
-"""Average precision: against a reference of COCO's, and by hand."""
+"""Average precision: against COCO's own program and a faster one, and by hand."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from faster_coco_eval import COCO, COCOeval_faster
+from pycocotools import coco
+from pycocotools.cocoeval import COCOeval
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))
 from common.average_precision import Found, Labels, average_precision
 from common.boxes import corners
 
 
-def reference(found: list[Found], labels: list[Labels]) -> dict[str, float]:
-    """What `faster-coco-eval` makes of the same."""
+def reference(found: list[Found], labels: list[Labels], *, official: bool) -> dict[str, float]:
+    """What pycocotools, or `faster-coco-eval`, makes of the same."""
 
     def row(image: int, box: torch.Tensor, number: torch.Tensor) -> dict[str, object]:
         left, top, right, bottom = box.double().tolist()
@@ -31,19 +33,20 @@ def reference(found: list[Found], labels: list[Labels]) -> dict[str, float]:
         for i, own in enumerate(labels)
         for box, number, crowd in zip(*own, strict=True)
     ]
-    truth = COCO(
-        {
-            "images": [{"id": i} for i in range(len(labels))],
-            "annotations": [{"id": i + 1, **a} for i, a in enumerate(annotations)],
-            "categories": [{"id": i + 1, "name": str(i)} for i in range(5)],
-        }
-    )
+    truth = (coco.COCO if official else COCO)()
+    truth.dataset = {
+        "info": {},
+        "images": [{"id": i} for i in range(len(labels))],
+        "annotations": [{"id": i + 1, **a} for i, a in enumerate(annotations)],
+        "categories": [{"id": i + 1, "name": str(i)} for i in range(5)],
+    }
+    truth.createIndex()
     results = [
         {**row(i, box, number), "score": float(score)}
         for i, own in enumerate(found)
         for box, score, number in zip(*own, strict=True)
     ]
-    evaluation = COCOeval_faster(truth, truth.loadRes(results), "bbox", print_function=lambda *_: None)
+    evaluation = (COCOeval if official else COCOeval_faster)(truth, truth.loadRes(results), "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
@@ -61,12 +64,13 @@ def random_image(labelled: int, per_label: int, stray: int) -> tuple[Found, Labe
     return Found(found, torch.randint(1, 30, (len(found),)) / 30, classes), labels
 
 
+@pytest.mark.parametrize("official", [True, False])
 @pytest.mark.parametrize("seed", range(5))
-def test_it_is_what_coco_counts(seed: int) -> None:
+def test_it_is_what_coco_counts(seed: int, official: bool) -> None:
     torch.manual_seed(seed)
     images = [random_image(*sizes) for sizes in [(6, 3, 5), (0, 1, 4), (3, 1, 0), (4, 60, 2), (1, 1, 1), (9, 2, 30)]]
     found, labels = (list(part) for part in zip(*images, strict=True))
-    assert average_precision(found, labels) == pytest.approx(reference(found, labels), abs=1e-12)
+    assert average_precision(found, labels) == pytest.approx(reference(found, labels, official=official), abs=1e-12)
 
 
 BOX = torch.tensor([[10.0, 10.0, 30.0, 30.0]])

@@ -280,18 +280,19 @@ def detection_loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
 
 
 def distance(heads: Sequence[Tensor], taught: Sequence[Tensor]) -> Tensor:
-    """Return how far heads are from the dense network's: the loss with its answers for labels.
+    """Return how far heads are from the dense network's: a loss like the network's own, with its answers for labels.
 
     Scores count by how far they are off (Li et al., arXiv 2006.04388), boxes and directions where the dense network
-    finds something, by how sure it is: what it says of other boxes nothing has taught it.
+    finds something, by how sure it is: what it says of other boxes nothing has taught it. Yaws are compared as they
+    are.
 
     Args:
         heads: scores, boxes and directions, `(n, anchors·numbers, h, w)` each.
         taught: the dense network's, of the same shapes.
     """
     numbers = (len(CLASSES), 7, DIRECTIONS)
-    scores, boxes, directions = (by_anchor(h, n) for h, n in zip(heads, numbers, strict=True))
-    right, wanted, turned = (by_anchor(h, n) for h, n in zip(taught, numbers, strict=True))
+    scores, boxes, directions = (by_anchor(h.float(), n) for h, n in zip(heads, numbers, strict=True))
+    right, wanted, turned = (by_anchor(h.float(), n) for h, n in zip(taught, numbers, strict=True))
     truth = right.sigmoid()
     best = truth.amax(2)
     sure = best * (best >= LEAST_SCORE)

@@ -283,8 +283,8 @@ class Compilation:
             reached = 1 / latency.speedup
             if reached > forecast.budget * (1 + BUDGET_TOLERANCE):
                 self.note(
-                    f"on {pair.target} the compiled model takes {reached:.1%} of the dense latency, "
-                    f"{forecast.budget:.1%} were asked for: compile again with the budget smaller by as much"
+                    f"on {pair.target} the compiled model takes {reached:.1%} of the dense latency, and "
+                    f"{forecast.budget:.1%} was gone for"
                 )
             if abs(latency.compiled_ms.p50 / predicted - 1) > FORECAST_TOLERANCE:
                 self.note(

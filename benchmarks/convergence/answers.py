@@ -218,18 +218,18 @@ def tasks_table(results: Results) -> str:
     for (tier, case, name, epochs), found in sorted(results.rows.items()):
         if tier == "tasks":
             goals = results.seeds(tier, case, "admm", epochs, "val")
-            took = [first_at(goals[seed], row["curve"]) for seed, row in found.items() if seed in goals]
+            took = [first_at(goals[seed], row["curve"]) if seed in goals else "–" for seed, row in found.items()]
             tests = Interval.of([row["test"] for row in found.values()])
             within = f"{tests.mean:.2f}" + (f" ± {tests.half:.2f}" if math.isfinite(tests.half) else "")
             starts = {seed: row["dense"] for seed, row in found.items()}
-            fast = " ".join("never" if epoch is None else str(epoch) for epoch in took) or "–"
+            fast = ", ".join(took)
             rows.append([*titles([case]), name, str(epochs), mean_of(starts), within, str(len(found)), fast])
     return table(["case", "contender", "epochs", "dense start", "metric", "seeds", "epochs to ADMM's last"], rows)
 
 
-def first_at(goal: float, curve: Sequence[float | None]) -> int | None:
-    """Return the first epoch after which a metric is not below a goal; `None` if it always is."""
-    return next((epoch for epoch, value in enumerate(curve) if value is not None and value >= goal), None)
+def first_at(goal: float, curve: Sequence[float | None]) -> str:
+    """Return the first epoch after which a metric is not below a goal."""
+    return next((str(epoch) for epoch, value in enumerate(curve) if value is not None and value >= goal), "never")
 
 
 def inside_table(results: Results) -> str:

@@ -166,5 +166,5 @@ def pillars_task(count: int = FRAMES, held_out: int = HELD_OUT) -> Task:
         test=splits["test"],
         metric="mean_ap",
         evaluate=mean_precision,
-        others={"loss": pointpillars.detection_loss},
+        others={"loss": pointpillars.detection_loss, "distill": pointpillars.distance},
     )

@@ -77,14 +77,14 @@ def plan_for(program: Program, workload: slrc.Workload, contender: str, share: f
         return slrc.plan(program, pattern, latency_budget=share, threads=1, workload=workload, **budget)
     pattern = pattern.removeprefix("uniform ")
     meter, tried = LatencyMeter(program, TARGET, threads=1), {}
-    untried = list(UNIFORM_TRIED)
+    untried = set(UNIFORM_TRIED)
     for _ in range(1 + CORRECTIONS):
         tried |= {sparsity: meter.share(slrc.plan(program, pattern, sparsity)) for sparsity in untried}
         nearest = min(tried, key=lambda sparsity: abs(tried[sparsity] - share))
-        if abs(tried[nearest] / share - 1) <= MARGIN:
+        known = sorted((found, sparsity) for sparsity, found in tried.items())
+        untried = {round(float(np.interp(share, *zip(*known, strict=True))), 4)} - tried.keys()
+        if abs(tried[nearest] / share - 1) <= MARGIN or not untried:
             break
-        known = sorted((ms, sparsity) for sparsity, ms in tried.items())
-        untried = [round(float(np.interp(share, *zip(*known, strict=True))), 4)]
     return slrc.plan(program, pattern, nearest)
 
 

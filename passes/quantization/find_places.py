@@ -99,12 +99,14 @@ def values_to_observe(module: GraphModule, scheme: Scheme, *, packed: Collection
     """Return the values that `find_places` may ask a range of, whichever layers stay in float.
 
     One layer alone in integers rounds what another would do for it, such as its own result beside an operand in float;
-    all together round what joins them. Whatever else is skipped, values are of these.
+    all together round what joins them. What a packed layer returns may be rounded only between the two: where it could
+    add an operand, which stays in float, and another layer reads that.
     """
     weights = quantizable_weights(module)
     choices: list[Collection[str]] = [(), *({w for w in weights if w != own} for own in weights)]
     places = (p for skipped in choices for p in find_places(module, scheme, skipped, packed=packed).values)
-    return {name for p in places for name in (p.value, p.like)}
+    own = {n.name for n in module.graph.nodes if is_quantizable(n) and layer_weight(n) in packed}
+    return own | {name for p in places for name in (p.value, p.like)}
 
 
 def quantizable_weights(module: GraphModule) -> list[str]:

@@ -186,6 +186,9 @@ def group_divergences(
         logits: as for `output_divergences`.
         seed: of the positions.
         reporter: where progress goes.
+
+    Raises:
+        PlanError: the outputs are not finite.
     """
     settings, reporter = settings or ReconstructSettings(), reporter or Quiet()
     generator = torch.Generator().manual_seed(seed)
@@ -246,8 +249,8 @@ class _Outputs:
         mean = sum(parts) / len(parts)
         if not math.isfinite(mean):
             raise PlanError(
-                f"the network's outputs are not finite once {', '.join(f'`{name}`' for name in changed)} is pruned, so "
-                "that what pruning costs cannot be told from them",
+                f"the network's outputs, or what they are once `{next(iter(changed))}` is pruned, are not finite: what "
+                "pruning costs cannot be told from them",
                 hint='are the calibration inputs what the network is used on? `budget-metric = "energy"` in a TOML '
                 "file goes by the weights alone",
             )

@@ -197,3 +197,20 @@ def test_without_data_the_error_says_what_to_download(example: ModuleType, monke
     monkeypatch.delenv("SLRC_DATA")
     with pytest.raises(WorkloadError, match="`SLRC_DATA` is not set"):
         load_workload(str(FILE))
+
+
+def test_the_distance_is_least_from_the_same_heads_and_by_what_is_found(example: ModuleType) -> None:
+    torch.manual_seed(0)
+    numbers = (len(example.CLASSES), 7, example.DIRECTIONS)
+    taught = [torch.randn(2, 6 * n, 3, 2) for n in numbers]
+    same = [head.clone().requires_grad_() for head in taught]
+    least = example.distance(same, taught)
+    least.backward()
+    assert all(head.grad.abs().max() < 1e-6 for head in same)
+    for k in range(3):
+        moved = [head.clone() for head in taught]
+        moved[k][:, 0] += 1
+        assert example.distance(moved, taught) > least + 1e-3
+    nothing = [taught[0] - 10, *taught[1:]]  # where nothing is found, boxes and directions do not count
+    elsewhere = [nothing[0], nothing[1] + 1, -nothing[2]]
+    torch.testing.assert_close(example.distance(elsewhere, nothing), example.distance(nothing, nothing))

@@ -155,9 +155,25 @@ class Shortcuts(nn.Module):
         return self.head((self.c(x) + self.after(x)).mean((2, 3)))
 
 
+class ReadTwice(nn.Module):
+    """A sum of linear layers, of which another layer reads one operand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.head = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        r = self.a(x)
+        y = self.b(x)
+        z = self.c(r)
+        return self.head(r + y), z
+
+
 @pytest.mark.parametrize("scheme", [ASYMMETRIC, SYMMETRIC], ids=str)
-def test_whatever_stays_in_float_the_ranges_are_known(scheme: Scheme) -> None:
-    program = pipeline.baseline(capture(Shortcuts().eval(), (torch.randn(2, 4, 6, 6),)))
+@pytest.mark.parametrize("model", [Shortcuts, ReadTwice])
+def test_whatever_stays_in_float_the_ranges_are_known(model: type[nn.Module], scheme: Scheme) -> None:
+    shape = (2, 4, 6, 6) if model is Shortcuts else (2, 4)
+    program = pipeline.baseline(capture(model().eval(), (torch.randn(shape),)))
     module, weights = program.graph_module, quantizable_weights(program.graph_module)
     choices = list(chain.from_iterable(combinations(weights, n) for n in range(len(weights) + 1)))
     for packed in ((), *((w,) for w in weights), tuple(weights)):

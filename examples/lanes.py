@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import tusimple_metric
-from common.dense_training import DEVICE, train_epochs
+from common.dense_training import DEVICE, device_of, train_epochs
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
@@ -307,8 +307,7 @@ def evaluate(model: Callable[[Tensor], Output], pictures: Sequence[Picture], siz
 
     A module computes on the device of its parameters, if it has any.
     """
-    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
-    device = next(parameters, torch.empty(0)).device
+    device = device_of(model)
     scored = []
     for picture in pictures:
         image = picture.image()

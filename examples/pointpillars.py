@@ -22,7 +22,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from common import kitti_metric, rotated_boxes
-from common.dense_training import DEVICE, train_epochs
+from common.dense_training import DEVICE, device_of, train_epochs
 from common.kitti_frames import CLASSES, SPLIT_HINT, Frame, Frames, find_kitti, frame_names, to_objects, wrapped
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -329,7 +329,7 @@ def evaluate(
     It runs on the device of the model's parameters, if it has any.
     """
     anchors, true, found = make_anchors(grid), [], []
-    device = next(model.parameters(), torch.empty(0)).device if isinstance(model, nn.Module) else torch.device("cpu")
+    device = device_of(model)
     for number in range(len(frames)):
         frame = frames[number]
         features, cells = (x[None].to(device) for x in make_pillars(frame.points, grid))

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common.dense_training import DEVICE, train_epochs
+from common.dense_training import DEVICE, device_of, train_epochs
 from common.segmentation_folders import HINTS, IGNORED, Scenes, read_scenes
 from common.segmentation_metrics import confusion_matrix, mean_iou, pixel_accuracy
 from PIL import Image
@@ -206,8 +206,7 @@ def evaluate(model: Callable[[Tensor], Any], scenes: Scenes) -> dict[str, float]
         model: takes `(n, 3, h, w)` and returns logits, or a dict with them as `out`.
         scenes: images and labels.
     """
-    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
-    device = next(parameters, torch.empty(0)).device
+    device = device_of(model)
     classes = len(scenes.classes)
     matrix = torch.zeros(classes, classes, dtype=torch.int64)
     for start in range(0, len(scenes), BATCH):

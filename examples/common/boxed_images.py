@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from common.average_precision import Found, Labels, average_precision
 from common.coco import Split
+from common.dense_training import device_of
 from slrc.errors import WorkloadError
 
 BATCH = 16
@@ -197,8 +198,7 @@ def measure(
         split: images and labels.
         size: the side of the input in pixels.
     """
-    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
-    device = next(parameters, torch.empty(0)).device
+    device = device_of(model)
     loader = DataLoader(
         LetterboxedImages(split, size),
         BATCH,

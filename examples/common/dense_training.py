@@ -17,6 +17,12 @@ WARM_UP = 0.1
 """The share of the steps in which a learning rate rises."""
 
 
+def device_of(model: Callable[..., Any]) -> torch.device:
+    """Return the device of a model's parameters; the CPU where it has none, as what a runtime computes."""
+    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
+    return next(parameters, torch.empty(0)).device
+
+
 def rise_and_fall(optimizer: Optimizer, steps: int) -> LRScheduler:
     """Return the schedule of a learning rate that rises linearly, then falls as a cosine, in so many steps."""
     steps = max(1, steps)

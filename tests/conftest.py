@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import io
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -272,6 +274,18 @@ def workload():
 def workload_source() -> str:
     """The text of a workload file of a tiny convolutional network."""
     return WORKLOAD_FILE
+
+
+@pytest.fixture
+def import_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports an example by its name, with an empty data folder and a cache of its own."""
+    for name in ("SLRC_MODEL", "SLRC_SUBSET", "SLRC_DENSE_EPOCHS", "SLRC_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLRC_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("SLRC_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    return importlib.import_module
 
 
 @pytest.fixture

@@ -11,10 +11,9 @@ from front_page import CASES
 from rendering.markdown import TO_FILL, VECTORS, made, ranged, read, table
 from results import Row
 from sparse_latency import NETWORKS, SPARSITIES, key
+from tasks_latency import PRUNED
 from tasks_latency import key as tasks_key
 
-PRUNED = (("block:8x1", 0.75), ("channel", 0.5), ("channel", 0.75))
-"""How networks of other tasks are pruned."""
 NAMES = {
     "resnet18": "ResNet-18",
     "resnet50": "ResNet-50",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -27,15 +26,8 @@ SIZE = 64
 
 
 @pytest.fixture
-def detection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module, with an empty data folder and a cache of its own."""
-    for name in ("SLRC_MODEL", "SLRC_SUBSET", "SLRC_DENSE_EPOCHS", "SLRC_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("SLRC_DATA", str(tmp_path / "data"))
-    monkeypatch.setenv("SLRC_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "data").mkdir()
-    monkeypatch.syspath_prepend(str(FILE.parent))
-    return importlib.import_module("detection")
+def detection(import_example: Callable[[str], ModuleType]) -> ModuleType:
+    return import_example("detection")
 
 
 class Backbone(nn.Module):

@@ -22,15 +22,8 @@ SIZE = 64
 
 
 @pytest.fixture
-def yolov3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module, with an empty data folder and a cache of its own."""
-    for name in ("SLRC_MODEL", "SLRC_SUBSET", "SLRC_DENSE_EPOCHS", "SLRC_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("SLRC_DATA", str(tmp_path / "data"))
-    monkeypatch.setenv("SLRC_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "data").mkdir()
-    monkeypatch.syspath_prepend(str(FILE.parent))
-    return importlib.import_module("yolov3")
+def yolov3(import_example: Callable[[str], ModuleType]) -> ModuleType:
+    return import_example("yolov3")
 
 
 def logit(share: float) -> float:

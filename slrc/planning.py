@@ -88,13 +88,7 @@ def plan_from(
         except PlanError as error:
             if not isinstance(pattern, str):
                 raise
-            try:
-                made = plan_widths(meter, widths, share)
-            except UnreachableError:
-                raise
-            except PlanError:  # no channels either
-                raise error from None
-            return _but(made, f"only channels are pruned: {error.message}")
+            return _but(plan_widths(meter, widths, share), f"only channels are pruned: {error.message}")
         if not isinstance(pattern, str):
             return plan_options(meter, program, start, patterns, share, weigher)
         return plan_mixed(meter, program, start, patterns, widths, share, weigher)

@@ -106,8 +106,8 @@ SLRC_EXPORT const char* slrc_activation(int64_t index);
 // is.
 SLRC_EXPORT const char* slrc_instruction_set(void);
 
-// The same of int8 layers, where there are "avx512vnni", "avx2vnni" and "neondot" as well. SLRC_KERNEL_ISA may name
-// those; float32 layers then take the set whose name theirs begins with.
+// The same of int8 layers, where there are "avx512vnni", "avx2vnni", "neoni8mm" and "neondot" as well.
+// SLRC_KERNEL_ISA may name those; float32 layers then take the set whose name theirs begins with.
 SLRC_EXPORT const char* slrc_int8_instruction_set(void);
 
 // The index-th feature that a processor needs for a set, as compilers' flags name it; null from the last one's index

@@ -45,6 +45,7 @@ INT8_SETS: dict[str, dict[str, tuple[str, ...]]] = {
         "Portable": (),
     },
     "aarch64": {
+        "NeonI8mm": ("-DSLRC_TILE_NEON", "-DSLRC_TILE_DOT", "-DSLRC_TILE_MATMUL"),
         "NeonDot": ("-DSLRC_TILE_NEON", "-DSLRC_TILE_DOT"),
         "Neon": ("-DSLRC_TILE_NEON",),
         "Portable": (),

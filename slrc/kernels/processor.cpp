@@ -63,6 +63,7 @@ Processor ThisProcessor() {
   if (processor.leaf1_ecx >> 27 & 1) asm volatile("xgetbv" : "=a"(processor.saved), "=d"(high) : "c"(0));
 #elif defined(__aarch64__)
   processor.hwcap = static_cast<uint32_t>(getauxval(AT_HWCAP));
+  processor.hwcap2 = static_cast<uint32_t>(getauxval(AT_HWCAP2));
 #endif
   return processor;
 }

@@ -9,9 +9,9 @@
 namespace slrc {
 
 // CPUID's words that tell of features, and which registers the operating system saves (XCR0); of aarch64 what Linux says
-// of the hardware (AT_HWCAP). Zeros if unknown.
+// of the hardware (AT_HWCAP, AT_HWCAP2). Zeros if unknown.
 struct Processor {
-  uint32_t leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf71_eax, saved, hwcap;
+  uint32_t leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf71_eax, saved, hwcap, hwcap2;
 };
 
 // X(name in the compiler's flags, its macro, word of Processor, bit there). A set of features is a word with the bit k
@@ -32,7 +32,8 @@ struct Processor {
   X("avx512vl", __AVX512VL__, leaf7_ebx, 31)           \
   X("avx512vnni", __AVX512VNNI__, leaf7_ecx, 11)       \
   X("avxvnni", __AVXVNNI__, leaf71_eax, 4)             \
-  X("dotprod", SLRC_TILE_DOT, hwcap, 20)
+  X("dotprod", SLRC_TILE_DOT, hwcap, 20)               \
+  X("i8mm", SLRC_TILE_MATMUL, hwcap2, 13)
 
 #define SLRC_BIT_OF(name, macro, word, bit) kBitOf##macro,
 enum { SLRC_FEATURES(SLRC_BIT_OF) kFeatures };

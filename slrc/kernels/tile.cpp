@@ -15,7 +15,17 @@ namespace slrc {
 namespace {
 
 #if defined(SLRC_TILE_INT8)
-// (What is multiplied differs each time, or the compiler would multiply once.)
+// How many products the instruction that multiplies most adds to each lane. (What is multiplied differs each time, or
+// the compiler would multiply once.)
+#if defined(SLRC_TILE_MATMUL)
+constexpr int kMostProducts = 8;
+SLRC_INLINE inline Four MostMultiplyAdds(Four sum, Four value) { return MultiplyAddTwo(sum, sum, value); }
+#else
+constexpr int kMostProducts = 4;
+template <class V>
+SLRC_INLINE inline V MostMultiplyAdds(V sum, V value) { return MultiplyAdd<kLanes>(sum, sum, value); }
+#endif
+
 double Spin(int64_t rounds) {
   using V = Lanes<kLanes>::Float;
   constexpr int kSums = 10;
@@ -23,12 +33,12 @@ double Spin(int64_t rounds) {
   const V value = Repeat<kLanes>(2.5f);
   Unroll<kSums>([&](int s) SLRC_INLINE { sums[s] = Repeat<kLanes>(0.1f * s); });
   for (int64_t r = 0; r < rounds; ++r)
-    Unroll<kSums>([&](int s) SLRC_INLINE { sums[s] = MultiplyAdd<kLanes>(sums[s], sums[s], value); });
+    Unroll<kSums>([&](int s) SLRC_INLINE { sums[s] = MostMultiplyAdds(sums[s], value); });
   V all = sums[0];
   Unroll<kSums - 1>([&](int s) SLRC_INLINE { all = Add<kLanes>(all, sums[s + 1]); });
   volatile float used = all[0];
   (void)used;
-  return 8.0 * kSums * kLanes * static_cast<double>(rounds);
+  return 2.0 * kMostProducts * kSums * kLanes * static_cast<double>(rounds);
 }
 #else
 double Spin(int64_t rounds) {

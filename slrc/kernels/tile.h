@@ -175,6 +175,7 @@ struct TileLoops {
 
 // Those of one processor family are linked.
 extern const TileLoops kAvx512, kAvx2, kNeon, kPortable;
-extern const TileLoops kAvx512VnniInt8, kAvx512Int8, kAvx2VnniInt8, kAvx2Int8, kNeonDotInt8, kNeonInt8, kPortableInt8;
+extern const TileLoops kAvx512VnniInt8, kAvx512Int8, kAvx2VnniInt8, kAvx2Int8, kNeonI8mmInt8, kNeonDotInt8, kNeonInt8,
+    kPortableInt8;
 
 }  // namespace slrc

@@ -3,7 +3,8 @@
 //
 // Four products of bytes are added to a sum exactly: by VNNI or NEON's dot product; otherwise products of 16 bits, which
 // hold any unsigned byte times any signed one, are added in pairs to 32 bits. NEON multiplies signed bytes: x comes to it
-// flipped (see TileLoops), and no sum of two products is as much as 2 x 128 x 127.
+// flipped (see TileLoops), and no sum of two products is as much as 2 x 128 x 127. Its matrix product adds eight products
+// to each of four sums.
 #pragma once
 
 #include "tile_set.h"
@@ -129,6 +130,35 @@ SLRC_INLINE inline V MultiplyAdd(V sum, V x, V value) {
   return reinterpret_cast<V>(total);
 }
 
+#endif
+
+#if defined(SLRC_TILE_MATMUL)
+// Two columns of two rows at once, on two pixels. A vector then holds
+//   x       pixel 0's words of both columns, pixel 1's
+//   value   row 0's words of both columns, row 1's
+//   sum     row 0's sums of both pixels, row 1's
+constexpr bool kByTwo = true;
+using Four = Lanes<4>::Float;
+using Two = Lanes<2>::Float;
+
+// The words of a and b in turn, of the first halves and of the second.
+SLRC_INLINE inline Four FirstInTurn(Four a, Four b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+SLRC_INLINE inline Four SecondInTurn(Four a, Four b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+SLRC_INLINE inline Four InTurn(Two a, Two b) { return __builtin_shufflevector(a, b, 0, 2, 1, 3); }
+
+// Two rows of four sums as two vectors of a matrix product, and back.
+SLRC_INLINE inline void TurnSums(Four* a, Four* b) {
+  const Four first = __builtin_shufflevector(*a, *b, 0, 1, 4, 5);
+  *b = __builtin_shufflevector(*a, *b, 2, 3, 6, 7);
+  *a = first;
+}
+
+SLRC_INLINE inline Four MultiplyAddTwo(Four sum, Four value, Four x) {
+  asm(".arch_extension i8mm\n\tsmmla %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(value), "w"(x));
+  return sum;
+}
+#else
+constexpr bool kByTwo = false;
 #endif
 
 }  // namespace

@@ -28,6 +28,8 @@ constexpr int kLanes = 16, kVectors4 = 1, kVectors8 = 2;
 constexpr int kLanes = 16, kVectors4 = kInPairs ? 4 : 6, kVectors8 = kInPairs ? 2 : 3;
 #elif defined(__AVX2__)
 constexpr int kLanes = 8, kVectors4 = kInPairs ? 2 : 3, kVectors8 = 0;
+#elif defined(SLRC_TILE_MATMUL)
+constexpr int kLanes = 4, kVectors4 = 5, kVectors8 = 2;  // two columns brought side by side take registers too
 #elif defined(SLRC_TILE_NEON)
 constexpr int kLanes = 4, kVectors4 = 6, kVectors8 = 3;
 #else

@@ -158,6 +158,58 @@ SLRC_INLINE inline typename Lanes<N>::Float LoadColumn(const Word* x, int v, con
   else return Load<N>(x + v * kLanes);
 }
 
+#if defined(SLRC_TILE_MATMUL)
+
+// Of several rows, their columns two by two (see tile_arithmetic.h); returns past the last pair of offsets.
+template <Reads Read, class Size>
+SLRC_INLINE inline const int32_t* MultiplyPairs(const Tile& tile, const Strip& strip, Sums<Size>& sums) {
+  static_assert(Size::kLast == 4 && !Size::kHasMore);
+  constexpr int kVectors = Size::kWhole + 1;
+  const int64_t stride = strip.block, ahead = strip.ahead;
+  const auto turn = [&]() SLRC_INLINE {
+    Unroll<Size::kRows / 2>([&](int q) SLRC_INLINE {
+      Unroll<Size::kWhole>([&](int v) SLRC_INLINE { TurnSums(&sums.whole[2 * q][v], &sums.whole[2 * q + 1][v]); });
+      TurnSums(&sums.last[2 * q], &sums.last[2 * q + 1]);
+    });
+  };
+  const float* values = tile.values;
+  const int32_t* offset = tile.offsets;
+  turn();
+  for (; tile.end - offset >= 2; offset += 2, values += 2 * stride) {
+    const float *x = tile.x + offset[0], *next = tile.x + offset[1];
+    __builtin_prefetch(values + kValuesAhead);
+    __builtin_prefetch(values + kValuesAhead + stride);
+    if constexpr (Read == kAhead)
+      Unroll<Size::kLines>([&](int line) SLRC_INLINE {
+        __builtin_prefetch(x + ahead + line * kLine);
+        __builtin_prefetch(next + ahead + line * kLine);
+      });
+    Four value[Size::kRows / 2];
+    Unroll<Size::kRows / 2>([&](int q) SLRC_INLINE {
+      value[q] = InTurn(Load<2>(values + 2 * q), Load<2>(values + stride + 2 * q));
+    });
+    Unroll<kVectors>([&](int v) SLRC_INLINE {
+      const Four one = Load<4>(x + 4 * v), other = Load<4>(next + 4 * v);
+      const Four first = FirstInTurn(one, other), second = SecondInTurn(one, other);
+      Unroll<Size::kRows / 2>([&](int q) SLRC_INLINE {
+        Four& of_first = v < Size::kWhole ? sums.whole[2 * q][v] : sums.last[2 * q];
+        Four& of_second = v < Size::kWhole ? sums.whole[2 * q + 1][v] : sums.last[2 * q + 1];
+        of_first = MultiplyAddTwo(of_first, value[q], first);
+        of_second = MultiplyAddTwo(of_second, value[q], second);
+      });
+    });
+  }
+  turn();
+  return offset;
+}
+
+#else
+
+template <Reads Read, class Size>
+const int32_t* MultiplyPairs(const Tile&, const Strip&, Sums<Size>&);
+
+#endif
+
 // Of several rows: a surviving column loads each vector of x once for all of them.
 template <Reads Read, class Size>
 SLRC_INLINE inline void MultiplyRows(const Tile& tile, const Strip& strip, Sums<Size>& sums) {
@@ -165,6 +217,10 @@ SLRC_INLINE inline void MultiplyRows(const Tile& tile, const Strip& strip, Sums<
   const Word padding = strip.padding;
   const float* values = tile.values;
   const int32_t *offset = tile.offsets, *more_offset = tile.more.offsets;
+  if constexpr (kByTwo) {
+    offset = MultiplyPairs<Read>(tile, strip, sums);
+    values += (offset - tile.offsets) * stride;
+  }
   const int64_t count = Read == kSome ? strip.tap_lanes_count : 1;
   for (int64_t k = 0; k < count; ++k) {
     const TapLanes* const taps = Read == kSome ? strip.tap_lanes + k : nullptr;

@@ -21,6 +21,7 @@ SETS = {
     "avx512vnni": "avx512",
     "neon": "neon",
     "neondot": "neon",
+    "neoni8mm": "neon",
 }
 """The instruction sets of int8 layers, and those that float32 layers then use."""
 

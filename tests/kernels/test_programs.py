@@ -53,5 +53,5 @@ def test_on_an_emulated_aarch64() -> None:
     # Zig links statically with musl alone; the emulated system has no libraries of its own.
     command = tuple(part.replace("-linux-gnu.", "-linux-musl#").partition("#")[0] for part in compiler.command)
     program = programs.static(Compiler(command, compiler.version), "aarch64")
-    for name in ("neondot", "neon", "portable"):
+    for name in ("neoni8mm", "neondot", "neon", "portable"):
         assert programs.run([emulator, str(program)], name, 60).startswith(f"{name}: ")

@@ -21,17 +21,17 @@ from results import Rows
 from slrc.machine.cache import cache_folder
 
 REFITTED = "--pattern block:8x1 --method reconstruct --epochs 20 --threads 1"
-OVERFITTED = "--pattern block:8x1 --sparsity 0.75 --epochs 60 --threads 1 --target ort --target tensorrt-rtx:sm86"
+OVERFITTED = "--pattern block:8x1 --sparsity 0.75 --epochs {} --threads 1 --target ort --target tensorrt-rtx:sm86"
 CASES = (
     Compile("YOLOv3-tiny, COCO, 128 images", "half the latency", f"examples/yolov3.py --speedup 2 {REFITTED}"),
     Compile("YOLOv3-tiny, COCO, 128 images", "a third", f"examples/yolov3.py --speedup 3 {REFITTED}"),
     Compile(
         "Ultra-Fast-Lane-Detection, TuSimple, ten images",
         "`block:8x1`, 75%",
-        f"examples/lanes.py {OVERFITTED}",
+        f"examples/lanes.py {OVERFITTED.format(60)}",
         {"SLRC_DENSE_EPOCHS": "60"},
     ),
-    Compile("PointPillars, KITTI, six frames", "`block:8x1`, 75%", f"examples/pointpillars.py {OVERFITTED}"),
+    Compile("PointPillars, KITTI, six frames", "`block:8x1`, 75%", f"examples/pointpillars.py {OVERFITTED.format(40)}"),
 )
 NUMBERS = range(1, len(CASES) + 1)
 

@@ -11,7 +11,7 @@ heads: points become pillars before it, and its outputs boxes after it. `--prune
 points, which is the network's first. Also read from the environment:
 
 - `SLRC_CACHE`: where the dense network is kept; `~/.cache/slrc` unless given.
-- `SLRC_DENSE_EPOCHS`: epochs of dense training; 80 unless given.
+- `SLRC_DENSE_EPOCHS`: epochs of dense training; 80 unless given, and three eighths as many with settled batch norm.
 """
 
 import os
@@ -26,6 +26,7 @@ from common.dense_training import DEVICE, device_of, train_epochs
 from common.kitti_frames import CLASSES, SPLIT_HINT, Frame, Frames, find_kitti, frame_names, to_objects, wrapped
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import BatchNorm1d, BatchNorm2d
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot, smooth_l1_loss
 
 import slrc
@@ -44,6 +45,8 @@ IGNORED = -1
 FOCAL_ALPHA, FOCAL_GAMMA, BOX_WEIGHT, DIRECTION_WEIGHT, SMOOTH_BELOW = 0.25, 2.0, 2.0, 0.2, 1 / 9
 LEAST_SCORE, MOST_OVERLAP, MOST_BOXES = 0.1, 0.01, 500
 EPOCHS, LR, WEIGHT_DECAY, CLIP = 80, 3e-3, 0.01, 10.0
+SETTLED, SETTLED_LR = 3 / 8, 1e-3
+"""How many epochs more go by with batch norm's statistics settled, and their highest rate."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,33 @@ class PointPillars(nn.Module):
         self.heads = nn.Conv2d(up * len(widths), sum(self.parts), 1)  # one reads its input once, and takes blocks of 8
         assert self.heads.bias is not None
         nn.init.constant_(self.heads.bias[: self.parts[0]], -float(np.log(99)))  # a probability of 1 %
+        self.settled = False
+
+    def train(self, mode: bool = True) -> "PointPillars":
+        """Train or evaluate; batch norm that has `settled` keeps its statistics: those of two frames are not all's."""
+        super().train(mode)
+        for norm in self.norms():
+            norm.train(mode and not self.settled)
+        return self
+
+    def norms(self) -> "list[BatchNorm1d | BatchNorm2d]":
+        """Return the batch norms."""
+        return [module for module in self.modules() if isinstance(module, BatchNorm1d | BatchNorm2d)]
+
+    @torch.no_grad()
+    def settle(self, batches: "Batches") -> None:
+        """Take batch norm's statistics from one round of batches, and keep them from then on."""
+        self.train()
+        momenta = [norm.momentum for norm in self.norms()]
+        for norm in self.norms():
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain average
+        for features, cells, *_ in batches:
+            self(features.to(DEVICE), cells.to(DEVICE))
+        for norm, momentum in zip(self.norms(), momenta, strict=True):
+            norm.momentum = momentum
+        self.settled = True
+        self.train()
 
     def canvas(self, features: Tensor, cells: Tensor) -> Tensor:
         """Return what the pillars say where they stand, `(n, width, rows, columns)`; zeros in empty cells."""
@@ -377,27 +407,35 @@ def vary(frame: Frame) -> Frame:
     return Frame(points, boxes, frame.classes, frame.objects, frame.calibration)
 
 
-def train_dense(model: nn.Module, batches: Batches, epochs: int) -> None:
-    """Train in place with AdamW and one cycle of the learning rate."""
-    model.to(DEVICE).train()
-    optimizer = torch.optim.AdamW(model.parameters(), LR, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=max(1, epochs * len(batches)))
-    train_epochs(model, batches, detection_loss, optimizer, schedule, epochs, "pointpillars", clip=CLIP)
+def train_dense(model: PointPillars, batches: Batches, epochs: int) -> None:
+    """Train in place with AdamW and one cycle of the learning rate, and another one once batch norm has settled.
+
+    Frames then are on their own, one in a batch.
+    """
+    alone = Batches(batches.frames, batches.grid, 1, batches.varied)
+    for own, rate, count in ((batches, LR, epochs), (alone, SETTLED_LR, round(SETTLED * epochs))):
+        model.to(DEVICE).train()
+        if own is alone:
+            model.settle(batches)
+        optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=WEIGHT_DECAY)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=max(1, count * len(own)))
+        train_epochs(model, own, detection_loss, optimizer, schedule, count, "pointpillars", clip=CLIP)
 
 
 def make_workload(model: PointPillars, name: str) -> slrc.Workload:
     """Return a network's workload, its dense weights trained or taken from the cache."""
     folder, grid = find_kitti(), model.grid
     (train, is_split), (val, _) = (frame_names(folder, split) for split in ("train", "val"))
-    batches, held_out = Batches(Frames(folder, train), grid, varied=is_split), Frames(folder, val)
+    frames, held_out = Frames(folder, train), Frames(folder, val)
     epochs = int(os.environ.get("SLRC_DENSE_EPOCHS", EPOCHS))
-    dense = cache_folder() / f"kitti{len(train)}-{name}-{epochs}epochs.safetensors"
-    model = slrc.cached_weights(model, dense, lambda m: train_dense(m, batches, epochs))
+    dense = cache_folder() / f"kitti{len(train)}-{name}-{epochs}epochs-settled.safetensors"
+    model = slrc.cached_weights(model, dense, lambda m: train_dense(m, Batches(frames, grid, varied=is_split), epochs))
+    model.settled = True
     features, cells = make_pillars(held_out[0].points, grid)
     return slrc.Workload(
         model=model,
         example_inputs=(features[None], cells[None]),
-        train_batches=batches,
+        train_batches=Batches(frames, grid, 1, varied=is_split),
         loss=detection_loss,
         distill=distance,
         evaluate=lambda model: evaluate(model, held_out, grid),

@@ -154,12 +154,17 @@ def pillars_task(count: int = FRAMES, held_out: int = HELD_OUT) -> Task:
     def mean_precision(model: nn.Module, scenes: LidarScenes) -> float:
         return 100 * pointpillars.evaluate(model, scenes, QUARTER)["mean_ap"]
 
-    return Task(
-        make=lambda: start_of(
+    def make() -> nn.Module:
+        model = start_of(
             lambda: pointpillars.PointPillars(QUARTER),
-            f"scenes-pillars-{count}-{epochs}epochs",
+            f"scenes-pillars-{count}-{epochs}epochs-settled",
             lambda m: pointpillars.train_dense(m, batches, epochs),
-        ),
+        )
+        model.settled = True
+        return model
+
+    return Task(
+        make=make,
         example=(features[None], cells[None]),
         batches=batches,
         validation=splits["validation"],

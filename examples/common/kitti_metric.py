@@ -56,12 +56,12 @@ class Objects:
 
 
 def average_precision(
-    true: Sequence[Objects], found: Sequence[Objects], name: str, level: int, kind: str, recalls: int = 40
+    true: Sequence[Objects], found: Sequence[Objects], name: str, level: int, kind: str, recalls: int | None = 40
 ) -> float:
-    """Return a class's average precision over frames, of 1.
+    """Return a class's average precision over frames, of 1; without an object that counts, 0.
 
     Precision is taken at one score for each recall, and at no more scores than there are objects found: of fewer than
-    40 objects, all of them found, it is less than 1.
+    40 objects, all of them found, it is less than 1, unless it is taken at the recall of each.
 
     Args:
         true: labels of each frame.
@@ -69,24 +69,41 @@ def average_precision(
         name: `Car`, `Pedestrian` or `Cyclist`.
         level: 0 for easy, 1 for moderate, 2 for hard.
         kind: whether boxes are compared in the `image`, on the `ground` or in `space`.
-        recalls: 40 recalls from 1/40 to 1, or 11 from 0 to 1, as before 2019.
+        recalls: 40 recalls from 1/40 to 1, or 11 from 0 to 1, as before 2019; none: that of each object.
     """
     frames = [_Frame(*pair, name, level, kind) for pair in zip(true, found, strict=True)]
-    wanted = sum(int((frame.truth == COUNTED).sum()) for frame in frames)
-    hits = np.concatenate([frame.scores_of_hits() for frame in frames] or [np.zeros(0)])
-    precision = np.zeros(SAMPLES)
-    for i, threshold in enumerate(_thresholds(hits, wanted)):
+    wanted = count_objects(true, name, level)
+    if not wanted:
+        return 0.0
+    hits = np.concatenate([frame.scores_of_hits() for frame in frames])
+    precision = np.zeros(SAMPLES if recalls else wanted)
+    for i, threshold in enumerate(_thresholds(hits, wanted) if recalls else np.sort(hits)[::-1]):
         right, wrong = np.sum([frame.count(threshold) for frame in frames], axis=0)
         precision[i] = right / max(right + wrong, 1)
     precision = np.maximum.accumulate(precision[::-1])[::-1]
-    chosen = precision[1:] if recalls == 40 else precision[:: (SAMPLES - 1) // 10]
-    return float(chosen.mean())
+    if recalls:
+        precision = precision[1:] if recalls == 40 else precision[:: (SAMPLES - 1) // 10]
+    return float(precision.mean())
+
+
+def count_objects(true: Sequence[Objects], name: str, level: int) -> int:
+    """Return how many objects of a class are to be found at a level."""
+    return sum(int((_roles_of_labels(frame, name, level) == COUNTED).sum()) for frame in true)
 
 
 def evaluate(true: Sequence[Objects], found: Sequence[Objects], kind: str = "space") -> dict[str, float]:
-    """Return the mean over classes and that of each class at moderate difficulty, over 40 recalls."""
-    each = {f"{name}_ap": average_precision(true, found, name, 1, kind) for name in LEAST_OVERLAP}
-    return {"mean_ap": float(np.mean(list(each.values()))), **each}
+    """Return the mean over classes, and that of each class with an object to be found, at moderate difficulty.
+
+    It is KITTI's, over 40 recalls; of a class with fewer objects, which 40 recalls would never give 1, over the recall
+    of each object.
+    """
+    counts = {name: count_objects(true, name, 1) for name in LEAST_OVERLAP}
+    each = {
+        f"{name}_ap": average_precision(true, found, name, 1, kind, recalls=40 if count >= 40 else None)
+        for name, count in counts.items()
+        if count
+    }
+    return {"mean_ap": float(np.mean(list(each.values()) or [0.0])), **each}
 
 
 class _Frame:

@@ -173,6 +173,8 @@ def test_it_learns_a_synthetic_scene_and_compiles(
     workload = example.make_workload(small, "small")
     after = example.detection_loss(workload.model.train(), next(iter(batches))).item()
     assert after < before / 3
+    assert not any(norm.training for norm in workload.model.norms())
+    assert example.detection_loss(workload.model.eval(), next(iter(batches))).item() == pytest.approx(after, rel=1e-4)
     options = {"pattern": "channel", "sparsity": 0.5, "keep_ends": False, "round_to": 1, "method": "magnitude"}
     report = slrc.compile(workload, out=tmp_path / "out", epochs=1, threads=1, **options)
     assert all(check.passed for check in report.checks)

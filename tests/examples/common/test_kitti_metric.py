@@ -128,12 +128,20 @@ def test_two_detections_of_one_car(metric: ModuleType) -> None:
     assert ap(metric, many, many + again) < ap(metric, many, many)
 
 
-def test_means_over_classes(metric: ModuleType) -> None:
-    cars = metric.Objects.parse("\n".join(line(at=10.0 * k, score=0.9) for k in range(41)))
-    scores = metric.evaluate([cars], [cars])
-    assert scores == {
-        "mean_ap": pytest.approx(1 / 3),
-        "Car_ap": 1,
-        "Pedestrian_ap": 0,
-        "Cyclist_ap": 0,
-    }
+def test_means_over_the_classes_that_there_are(metric: ModuleType) -> None:
+    cars = [line(at=10.0 * k, score=0.9) for k in range(41)]
+    walkers = [line("Pedestrian", at=-20.0, score=0.9), line("Pedestrian", at=-40.0, score=0.8)]
+    hidden = [line("Cyclist", at=-60.0, occlusion=3)]
+    true, found = (metric.Objects.parse("\n".join(lines)) for lines in (cars + walkers + hidden, cars + walkers[:1]))
+    assert metric.evaluate([true], [found]) == {"mean_ap": 0.75, "Car_ap": 1, "Pedestrian_ap": 0.5}
+    assert metric.evaluate([found], [metric.Objects.parse("")]) == {"mean_ap": 0, "Car_ap": 0, "Pedestrian_ap": 0}
+    assert metric.evaluate([metric.Objects.parse("")], [found]) == {"mean_ap": 0}
+
+
+def test_few_objects_that_are_all_found_have_a_precision_of_1(metric: ModuleType) -> None:
+    few = [line(at=10.0 * k, score=0.9 - k / 10) for k in range(3)]
+    assert ap(metric, few, few) == pytest.approx(2 / 40)
+    assert ap(metric, few, few, recalls=None) == 1
+    assert ap(metric, few, few[:2], recalls=None) == pytest.approx(2 / 3)
+    # A wrong one behind the first: precisions 1, 2/3 and 3/4, of which the second becomes the best that follows.
+    assert ap(metric, few, [*few, line(at=1000.0, score=0.85)], recalls=None) == pytest.approx((1 + 3 / 4 + 3 / 4) / 3)

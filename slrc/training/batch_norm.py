@@ -20,7 +20,8 @@ def recalibrate_batch_norm(
 ) -> None:
     """Replace running means and variances by their averages over the first `count` batches. Weights stay.
 
-    All else is in evaluation mode meanwhile. A model without running statistics is left alone.
+    All else is in evaluation mode meanwhile. A model without running statistics is left alone, and so are norms that
+    stay in evaluation mode while the model trains.
 
     Args:
         model: changed in place; its mode and momenta are as before afterwards.
@@ -28,7 +29,7 @@ def recalibrate_batch_norm(
         batches: training batches.
         count: how many of them; none leaves the model alone.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    norms = [m for m in _trained_norms(model) if m.track_running_stats]
     if not norms or not count:
         return
     momenta = [m.momentum for m in norms]
@@ -94,14 +95,27 @@ def adopt_statistics(
             norm.running_var.copy_(variance)
 
 
+def _trained_norms(model: nn.Module) -> list[_BatchNorm]:
+    """Return the norms that are in training mode when the model is: its `train` may leave some out."""
+    with _own_modes(model):
+        model.train()
+        return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
+
+
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model in evaluation mode without gradients, and each module back in its own mode afterwards."""
+    with _own_modes(model), torch.no_grad():
+        model.eval()
+        yield
+
+
+@contextmanager
+def _own_modes(model: nn.Module) -> Iterator[None]:
+    """Put each module back in its own mode afterwards."""
     training = {m: m.training for m in model.modules()}
-    model.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, was in training.items():
             module.training = was

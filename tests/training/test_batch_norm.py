@@ -46,6 +46,21 @@ def test_statistics_stay_where_there_is_nothing_to_take_them_from() -> None:
         assert (model[1].running_mean == 7.0).all()
 
 
+def test_norms_that_a_model_does_not_train_keep_their_statistics() -> None:
+    class Settled(nn.Sequential):
+        def train(self, mode: bool = True) -> Settled:
+            super().train(mode)
+            self[0].eval()
+            return self
+
+    torch.manual_seed(0)
+    model = Settled(nn.BatchNorm1d(3), nn.BatchNorm1d(3)).eval()
+    recalibrate_batch_norm(model, lambda m, x: m(x), BATCHES[2:], 2)
+    assert not model[0].running_mean.any()
+    torch.testing.assert_close(model[1].running_mean, torch.stack([x.mean(0) for x in BATCHES[2:]]).mean(0))
+    assert not any(m.training for m in model.modules())
+
+
 def test_a_model_without_running_statistics_is_not_run() -> None:
     def forward(m: nn.Module, x: torch.Tensor) -> None:
         raise AssertionError

@@ -6,7 +6,8 @@
 Training images calibrate. Every layer gets the form that a compile for `ort+int8` would choose for it on this machine,
 in int8 or in float32. The validation images and the test images are run through the emitted file, which is then timed
 against the dense network in float32, in turns, on one thread of an idle machine. Writes
-`benchmarks/results/pareto_int8.json`; rows that are up to date are not measured again.
+`benchmarks/results/pareto_int8.json`; rows that are up to date are not measured again, and those whose networks are not
+in the cache are left out.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 sys.path.insert(1, str(Path(__file__).parents[1] / "convergence"))
 sys.path.insert(1, str(Path(__file__).parents[1]))
-from latency import options, trained_rows
+from latency import UNTRAINED, options, trained_rows
 from networks import TARGET
 from results import Rows
 from tasks import load_task
@@ -87,6 +88,9 @@ def main() -> None:
         if not fnmatch(str(row), args.only):
             continue
         if not rows.has(str(row)):
+            if row.contender != DENSE and not row.is_trained:
+                print(f"{row}: {UNTRAINED}", flush=True)
+                continue
             rows.add(str(row), measure(row))
         found = rows[str(row)]
         print(

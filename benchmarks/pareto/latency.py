@@ -29,6 +29,8 @@ from slrc.measuring.choose_forms import choose_forms
 from slrc.measuring.timing import time_pair
 from slrc.pipeline import apply_forms, baseline, lower
 
+UNTRAINED = "left out: its network is not in the cache"
+
 
 def time_row(row: Row) -> dict[str, Any]:
     """Return what a row's network takes beside the dense one."""
@@ -78,6 +80,9 @@ def main() -> None:
         if not fnmatch(name, args.only):
             continue
         if not times.has(name):
+            if not row.is_trained:
+                print(f"{name}: {UNTRAINED}", flush=True)
+                continue
             times.add(name, time_row(row))
         found = times[name]
         print(f"{name}: {found['share']:.1%} of {found['dense_ms']:.3f} ms", flush=True)

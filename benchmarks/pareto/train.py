@@ -63,6 +63,7 @@ RECIPE = {"recipe": {"peak_lr": 0.02}}
 SCRATCH_LR = 0.1
 """Highest learning rate of networks that start from scratch."""
 MASK = "mask:"
+TRAINED_FILE = "trained.safetensors"
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,11 @@ class Row:
     def folder(self) -> Path:
         """Where what is trained lies."""
         return CACHE / "pareto" / sha256(str(self).encode()).hexdigest()[:16]
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether what is trained lies there."""
+        return (self.folder / TRAINED_FILE).exists()
 
 
 def rows_of(tier: str, seeds: int) -> Iterator[Row]:
@@ -242,12 +248,12 @@ def pruned_ratio(row: Row, task: Task, dense: nn.Module) -> float:
 
 def save(row: Row, tensors: dict[str, Tensor]) -> None:
     """Keep a row's tensors."""
-    save_file({name: t.contiguous() for name, t in tensors.items()}, row.folder / "trained.safetensors")
+    save_file({name: t.contiguous() for name, t in tensors.items()}, row.folder / TRAINED_FILE)
 
 
 def program_of(row: Row, task: Task) -> Program:
     """Return what a row has trained, ready for its forms on a target."""
-    tensors = load_file(row.folder / "trained.safetensors")
+    tensors = load_file(row.folder / TRAINED_FILE)
     if not is_planned(row):
         model = smaller(row, task)
         model.load_state_dict(tensors)

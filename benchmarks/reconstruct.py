@@ -60,13 +60,21 @@ CASES: dict[str, list[Case]] = {
         ("block:8x1", 0.75, {}),
         ("block:8x1", 0.5, {"images": 2048}),
         ("block:8x1", 0.75, {"images": 2048}),
+        ("block:8x4", 0.5, {}),
+        ("block:8x4", 0.75, {}),
         *(("block:8x1", sparsity, {"by": str(metric)}) for sparsity in (0.5, 0.75) for metric in Metric),
         ("unstructured", 0.8, {}),
         ("2:4", None, {}),
         ("columns:2", 0.5, {}),
         ("channel", 0.5, {}),
     ],
-    "mobilenet_v2": [("block:8x1", 0.5, {}), ("block:8x1", 0.75, {}), ("block:8x1", 0.75, {"ends": True})],
+    "mobilenet_v2": [
+        ("block:8x1", 0.5, {}),
+        ("block:8x1", 0.75, {}),
+        ("block:8x1", 0.75, {"ends": True}),
+        ("block:8x4", 0.5, {}),
+        ("block:8x4", 0.75, {}),
+    ],
     "efficientnet_lite0": [("block:8x1", 0.5, {}), ("block:8x1", 0.75, {})],
     "resnet50": [("block:8x1", 0.75, {})],
 }
@@ -153,7 +161,7 @@ def measure_cifar(pattern: str, sparsity: float | None, options: dict[str, Any])
     model = tasks.cifar_task("resnet20").make().eval()
     pixels, test = cifar10.load_images("train")[0], cifar10.load_images("test")
     found, seconds = [], []
-    for seed in range(SEEDS if pattern == "block:8x1" and "images" not in options else 1):
+    for seed in range(SEEDS if pattern.startswith("block:") and "images" not in options else 1):
         drawn = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))[: options.get("images", 512)]
         x = cifar10.normalize(pixels[drawn]).contiguous()
         others = {"by": options["by"]} if "by" in options else {}

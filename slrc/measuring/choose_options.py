@@ -12,6 +12,7 @@ from slrc.measuring.latency_meter import LatencyMeter, Menus, make_menus, meet_b
 from slrc.measuring.latency_table import LatencyTable, nearest_budget, told_layers
 from slrc.measuring.weigh_options import Weigher, weighed
 from slrc.sparsity.budget import Budget, Floats, Menu
+from slrc.sparsity.masks import Masks
 from slrc.sparsity.patterns import AnyPattern, Block, Columns
 from slrc.sparsity.plans import LatencyForecast, LeftOut, Plan
 
@@ -65,7 +66,7 @@ def plan_options(
     def allocated(table: LatencyTable) -> Plan:
         return allocate_options(program, start, found, table, budget, losses)
 
-    return meet_budget(meter.whole(found.dense_ms), budget, allocated, meter.share)
+    return counted(meet_budget(meter.whole(found.dense_ms), budget, allocated, meter.share), program)
 
 
 def plan_mixed(
@@ -125,7 +126,7 @@ def plan_mixed(
     def allocated(table: LatencyTable) -> Plan:
         return allocate_options(program, mixed, found, table, budget, losses)
 
-    return meet_budget(table, budget, allocated, meter.share)
+    return counted(meet_budget(table, budget, allocated, meter.share), program)
 
 
 def joined(channels: Plan, layers: Plan) -> Plan:
@@ -168,11 +169,13 @@ def allocate_options(
         predicted=table.share(total),
         segments_ms=total,
     )
-    weights = [(c, c.num_weights(program.tensors)) for c in made]
-    reached = 1.0 - sum(n * c.keep / c.groups for c, n in weights) / sum(n for _, n in weights)
-    return made.model_copy(
-        update={"latency": forecast, "sparsity": reached, "sparsity_asked": reached, "shortfall": ""}
-    )
+    return made.model_copy(update={"latency": forecast, "shortfall": ""})
+
+
+def counted(plan: Plan, program: Program) -> Plan:
+    """Return a plan that says what it prunes of the weights as they are: options and channels share some."""
+    reached = Masks.project(plan, program.tensors).sparsity(plan)
+    return plan.model_copy(update={"sparsity": reached, "sparsity_asked": reached})
 
 
 def _unreachable(found: Menus, table: LatencyTable, budget: float) -> str:

@@ -52,10 +52,13 @@ class Masks:
                 own(tensors[name]).mul_(own_of(mask, tensors[name]))
 
     def sparsity(self, plan: Plan) -> float:
-        """Return the share of constrained elements that were pruned."""
-        views = [c.gather(self.tensors) for c in plan]
-        total = sum(v.numel() for v in views)
-        return 1.0 - sum(int(v.sum()) for v in views) / total if total else 0.0
+        """Return the share of constrained elements that were pruned, each of them counted once."""
+        free = {name: torch.ones_like(mask) for name, mask in self.tensors.items()}
+        for c in plan:
+            c.scatter(torch.zeros_like(c.gather(self.tensors)), free, followers=False)
+        pruned = sum(int((~self.tensors[name] & ~other).sum()) for name, other in free.items())
+        total = sum(int((~other).sum()) for other in free.values())
+        return pruned / total if total else 0.0
 
     def check(self, plan: Plan, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Make sure that every mask obeys its constraint.

@@ -259,6 +259,13 @@ def test_masks_of_several_constraints_on_one_tensor_meet(tensors: dict[str, Tens
     masks.check(plan)
 
 
+def test_weights_under_two_constraints_are_counted_once(tensors: dict[str, Tensor]) -> None:
+    channels = edited(COUPLED, groups=8, keep=4, members=(Slice(tensor="w"), Slice(tensor="bias")), followers=())
+    plan = plan_of(channels, edited(W, pattern=Unstructured(), groups=64, keep=32))
+    # Half of the rows are left of `w` and of the bias, and half of what these rows of `w` hold.
+    assert Masks.project(plan, tensors).sparsity(plan) == pytest.approx((48 + 4) / (64 + 8))
+
+
 @pytest.mark.parametrize("pattern", [Unstructured(), Block(4, 1), Columns(2), NM(2, 4)])
 def test_projected_masks_pass_their_own_check(tensors: dict[str, Tensor], pattern: Any) -> None:
     groups = pattern.group_view(tensors["w"]).shape[1]

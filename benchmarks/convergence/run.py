@@ -6,7 +6,7 @@
     python benchmarks/convergence/run.py small     # Fashion-MNIST, each method with its best settings: 3 hours
     python benchmarks/convergence/run.py parts     # the default with a part left out or changed: an hour
     python benchmarks/convergence/run.py budgets   # runs of 2, 3, 12 and 20 epochs: 3 hours
-    python benchmarks/convergence/run.py int8      # the default in the blocks of the int8 kernels: half an hour
+    python benchmarks/convergence/run.py int8      # the default in the blocks of the int8 kernels: 20 minutes
     python benchmarks/convergence/run.py middle    # CIFAR-10's ResNet-20, Imagenette's MobileNetV2: 4 hours
     python benchmarks/convergence/run.py large     # ResNet-18, ResNet-110 and VGG-16 from scratch: days
     python benchmarks/convergence/run.py tasks     # segmentation, detection, lanes, lidar: days
@@ -147,9 +147,9 @@ def plain_rows(tier: str) -> Iterator[tuple[Case, str, str, int, Options]]:
         case "budgets":
             for epochs, name in itertools.product((20, 3, 2, 12), RIVALS):
                 yield CASES[0], name, "", epochs, {}
-        case "int8":  # the pattern of its kernels, beside what `small` has of that of the float32 ones
-            for network in ("fashion-resnet", "fashion-mixer"):
-                yield (network, "block:8x4", 0.75), DEFAULT, "", EPOCHS, {}
+        case "int8":  # the blocks of its kernels beside those of the float32 ones
+            for network, pattern in itertools.product(("fashion-resnet", "fashion-mixer"), ("block:8x4", "block:8x1")):
+                yield (network, pattern, 0.75), DEFAULT, "", EPOCHS, {}
         case "middle":
             resnet, mobilenet = (("cifar-resnet20", "block:8x1", 0.75), ("imagenette-mobilenet_v2", "block:8x1", 0.75))
             for epochs in (12, 30):

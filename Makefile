@@ -14,7 +14,7 @@ help: ## show this list
 
 demo: .venv/package ## make .venv, install, compile the digits example on real data, print the table, write the report
 	$(BIN)/slrc compile examples/digits.py --pattern channel --sparsity 0.5 --epochs 5 --target ort --threads 1 \
-	    --out build/digits --overwrite
+	    --out demo --overwrite
 
 test: lint ## make .venv, install, lint, type-check, test the installed package
 	$(PYTEST)
@@ -38,7 +38,7 @@ dev: .venv/dependencies ## the same .venv with the package in editable mode
 	$(BIN)/pip install --quiet --no-deps --editable .
 
 clean: ## remove .venv and what was built
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build demo dist *.egg-info
 
 .venv/dependencies: pyproject.toml
 	$(PYTHON) -m venv .venv

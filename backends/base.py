@@ -158,8 +158,12 @@ class Backend(ABC):
         """Return why layers with packed blocks cannot run fast on the target; empty if they can."""
         return f"{self.name} has no kernels for packed blocks"
 
-    def make_ready(self, target: Target) -> None:  # noqa: B027
+    def make_ready(self, target: Target, say: Callable[[str], None] | None = None) -> None:  # noqa: B027
         """Make what is made once on a machine and kept, such as compiled kernels, before anything is lowered.
+
+        Args:
+            target: what it is for.
+            say: is told what takes long.
 
         Raises:
             BackendError: it cannot be made.

@@ -205,7 +205,10 @@ def bench(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Measure a compiled model again: compiled against dense, in turns, in one process, here or on a device."""
+    """Measure a compiled model again: compiled against dense, in turns, in one process, here or on a device.
+
+    It takes as many threads as the compile did unless `--threads` says otherwise; on a device all cores.
+    """
     threads = make_config(given).threads
     if host is None and (which is not None or lock_clocks):
         option = "--lock-clocks" if which is None else "--target"

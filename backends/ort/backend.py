@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
@@ -17,7 +18,7 @@ from slrc.errors import BackendError
 from slrc.forms.packed_weight import PackedWeight
 from slrc.forms.quantization import ASYMMETRIC, Scheme
 from slrc.ir.program import Program
-from slrc.kernels.build import TILE_SETS, build, family_of, find_compiler
+from slrc.kernels.build import TILE_SETS, build, family_of, find_compiler, is_built
 
 MODEL_FILE = "model.onnx"
 STOCK = "stock"
@@ -66,10 +67,14 @@ class OnnxRuntime(Backend):
             return f"{error.message} ({error.hint})" if error.hint else error.message
         return ""
 
-    def make_ready(self, target: Target) -> None:
+    def make_ready(self, target: Target, say: Callable[[str], None] | None = None) -> None:
         """Compile the kernels, unless the cache has them."""
-        if not self.why_not_packed(target):
-            build(family_of_target(target), int8=target.is_integer)
+        if self.why_not_packed(target):
+            return
+        family, int8 = family_of_target(target), target.is_integer
+        if say is not None and not is_built(family, int8=int8):
+            say(f"compiling the kernels for {family}, once on a machine: some minutes")
+        build(family, int8=int8)
 
     def lower(self, program: Program, target: Target, out: Path, *, portable: bool = True) -> Artifact:
         """Write `model.onnx`, the library of kernels if it has packed layers, and the manifest.

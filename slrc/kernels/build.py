@@ -82,7 +82,7 @@ def build(target: str | None = None, cache: Path | None = None, *, int8: bool = 
     family = _family(target)
     compiler = find_compiler(family)
     place, key = cache or cache_folder(), _key(family, compiler)
-    path = place / f"libslrc_kernels_{family}{'_int8' if int8 else ''}_{key}.so"
+    path = place / _file_name(family, key, int8=int8)
     if path.exists():
         return path
     try:
@@ -100,6 +100,20 @@ def build(target: str | None = None, cache: Path | None = None, *, int8: bool = 
             hint="free some space, or name another folder in SLRC_CACHE",
         ) from error
     return path
+
+
+def is_built(target: str | None = None, *, int8: bool = False) -> bool:
+    """Whether the cache has the library for `target`. See `build`.
+
+    Raises:
+        BackendError: there are no kernels or no compiler for the target.
+    """
+    family = _family(target)
+    return (cache_folder() / _file_name(family, _key(family, find_compiler(family)), int8=int8)).exists()
+
+
+def _file_name(family: str, key: str, *, int8: bool) -> str:
+    return f"libslrc_kernels_{family}{'_int8' if int8 else ''}_{key}.so"
 
 
 def find_compiler(family: str) -> Compiler:

@@ -9,11 +9,13 @@ model is never slower than the dense one by more than the noise of the clock.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
 
 from slrc.backends import Target, get_backend
+from slrc.errors import BackendError
 from slrc.forms.cost import cheapest_form, density_of
 from slrc.forms.form import (
     DENSE,
@@ -85,6 +87,8 @@ def time_forms(
     candidates, lost = form_candidates(program, target, in_float)
     if not candidates:
         return FormChoice(target=str(target), threads=clock.threads, dropped=_notes(lost, target))
+    if any(form.kind in LIMITS for forms in candidates.values() for form in forms):
+        make_ready(target, reporter)
     ms = _time_layers(program, candidates, clock, reporter)
     whole = _time_whole(program, ms, clock, reporter)
     lost += [(weight, str(form), t.why_not) for weight, times in ms.items() for form, t in times.items() if t.why_not]
@@ -130,6 +134,12 @@ def form_candidates(
             possible[weight].append(form)
     offered = {w: [f for f in forms if packs or f.kind is not FormKind.PACKED] for w, forms in possible.items()}
     return {w: forms for w, forms in offered.items() if len(forms) > 1}, lost
+
+
+def make_ready(target: Target, reporter: Reporter) -> None:
+    """Compile a target's kernels before anything is timed, and say so; where they cannot be had, their forms say so."""
+    with suppress(BackendError):
+        get_backend(target).make_ready(target, reporter.note)
 
 
 def mixes_types(target: Target) -> bool:

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.fx import Node
 
 from slrc.backends import Artifact, Target, get_backend
 from slrc.errors import BackendError, PlanError, UnreachableError
@@ -25,7 +26,7 @@ from slrc.forms.packed_weight import PackedWeight
 from slrc.ir.nodes import layer_weight
 from slrc.ir.program import Layer, Program
 from slrc.machine.cache import cache_folder
-from slrc.measuring.choose_forms import LIMITS, mixes_types, time_forms
+from slrc.measuring.choose_forms import LIMITS, make_ready, mixes_types, time_forms
 from slrc.measuring.clock import Clock
 from slrc.measuring.devices import Device, local_device
 from slrc.measuring.jobs import Formed, Job, digest, form_content, to_be_timed
@@ -159,6 +160,12 @@ def make_menus(
     return Menus(tuple(menus), rest)
 
 
+def _told(node: Node) -> str:
+    """Return what a user calls an operator: a layer's module, else the operator's own name."""
+    weight = layer_weight(node)
+    return weight.removesuffix(".weight") if weight else node.name
+
+
 class LatencyMeter:
     """Measures a program's parts, and what plans make of the whole, on one target; what is in the cache it knows.
 
@@ -205,7 +212,8 @@ class LatencyMeter:
             BackendError: a segment or the whole does not run on the target.
         """
         programs = [self._dense, *(self._slim(plan) for plan in plans)]
-        names = [segment.anchor for segment in cut_segments(self._program)]
+        nodes = {node.name: node for node in self._program.nodes}
+        names = [_told(nodes[segment.anchor]) for segment in cut_segments(self._program)]
         if not names:
             raise PlanError(f"{self._program.name} has no layer or matrix product to time")
         segments = []
@@ -228,6 +236,8 @@ class LatencyMeter:
         Raises:
             BackendError: a dense segment does not run on the target.
         """
+        if any(isinstance(pattern, Block) for pattern in patterns):
+            make_ready(self._clock.target, self._reporter)
         constraint_of = {c.members[0].tensor: c for c in plan}
         captured, segments = cut_segments(self._program), cut_segments(self._dense)
         nodes = {node.name: node for node in self._program.nodes}
@@ -240,7 +250,7 @@ class LatencyMeter:
                     found.append(SegmentTimes(before.anchor, None, ms, {}))
                 else:
                     found.append(self._time_options(c, segment, patterns))
-                task.advance(before.anchor)
+                task.advance(_told(nodes[before.anchor]))
         return found
 
     def whole(self, segments_ms: float) -> LatencyTable:

@@ -31,7 +31,7 @@ class BenchResult(BaseModel):
 
 
 def bench_output(folder: Path, threads: int | None, reporter: Reporter) -> BenchResult:
-    """Time every target of an output folder again.
+    """Time every target of an output folder again, by default with as many threads as the compile did.
 
     Raises:
         OutputError: the folder is not the output of a compile, or a file in it is damaged.
@@ -43,6 +43,7 @@ def bench_output(folder: Path, threads: int | None, reporter: Reporter) -> Bench
         raise OutputError(f"`{folder / INPUTS}` cannot be read: {error}") from None
     inputs = [stored[f"input_{i}"] for i in range(len(stored))]
     latency, not_run = [], []
+    before = {x.target: x.threads for x in report.latency}
     for result in report.targets:
         target = parse_target(result.target)
         if why_not := get_backend(target).available(target).why_not_run:
@@ -52,5 +53,5 @@ def bench_output(folder: Path, threads: int | None, reporter: Reporter) -> Bench
             LoweredProgram(Artifact.read(path), path, target)
             for path in (folder / result.folder / "dense", folder / result.folder / "compiled")
         )
-        latency.append(time_pair(dense, compiled, inputs, threads, reporter))
+        latency.append(time_pair(dense, compiled, inputs, threads or before.get(result.target), reporter))
     return BenchResult(model=report.model, latency=tuple(latency), not_run=tuple(not_run), environment=environment())

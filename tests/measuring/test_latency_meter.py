@@ -43,7 +43,7 @@ def test_every_part_and_the_whole_are_timed_once(
     program: Program, plans: list[Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = meter(program, tmp_path).table(plans)
-    assert [s.name for s in table.segments] == ["linear", "linear_1", "linear_2"]
+    assert [s.name for s in table.segments] == [layer.name for layer in program.layers.values()]
     assert len(table.whole) == 2
     assert all(ms > 0 for s in table.segments for ms in s.ms)
     assert all(s.macs[0] > s.macs[1] for s in table.segments[:2])

@@ -29,7 +29,7 @@ from typing import Any
 from results import ROOT, Rows
 from zoo import make
 
-from slrc.backends import parse_target
+from slrc.backends import get_backend, parse_target
 from slrc.config import make_config
 from slrc.ir.program import Program, capture
 from slrc.machine.cache import cache_folder
@@ -46,6 +46,14 @@ BUDGETS = (0.7, 0.5, 0.35)
 HERE, LOOPBACK = "here", "loopback"
 TABLES = ("timing parts", "timing options")
 """What a plan calls the work of timing a network's parts, before it chooses by them."""
+SECONDS = {
+    "planned": "planning_s",
+    "kernels": "kernels_s",
+    "tables": "tables_s",
+    "kept": "kept_tables_s",
+    "knapsack": "knapsack_s",
+}
+"""All of planning; in it, compiling kernels and timing parts; the parts once more, by what was kept; choosing anew."""
 
 
 class Stopwatch(Quiet):
@@ -72,11 +80,14 @@ def measure_budget(program: Program, pattern: str, budget: float, device: Device
     """Plan for a budget, then measure, both on a device."""
     started, watch, kept = time.perf_counter(), Stopwatch(), Stopwatch()
     config = make_config({"pattern": pattern, "latency_budget": budget, "threads": 1})
+    target = device.resolve(parse_target("ort"))
+    get_backend(target).make_ready(target)
+    compiled_kernels = time.perf_counter() - started
     plan = plan_from(program, config, cache=cache, device=device, reporter=watch)
     planned = time.perf_counter() - started
     plan_from(program, config, cache=cache, device=device, reporter=kept)
     assert plan.latency is not None
-    slim, target = structure(program, plan, Masks.project(plan, program.tensors)), device.resolve(parse_target("ort"))
+    slim = structure(program, plan, Masks.project(plan, program.tensors))
     choice = choose_forms(slim, target, threads=1, device=device)
     with tempfile.TemporaryDirectory() as place:
         dense = lower(baseline(program), target, Path(place) / "dense")
@@ -85,9 +96,10 @@ def measure_budget(program: Program, pattern: str, budget: float, device: Device
     measured = 1 / timed.speedup
     return {
         "planning_s": planned,
+        "kernels_s": compiled_kernels,
         "tables_s": watch.tables,
         "kept_tables_s": kept.tables,
-        "update_s": time_update(plan, program) if plan.budget else None,
+        "knapsack_s": time_knapsack(plan, program) if plan.budget else None,
         "predicted": plan.latency.predicted,
         "measured": measured,
         "off": measured / plan.latency.predicted - 1,
@@ -99,12 +111,12 @@ def measure_budget(program: Program, pattern: str, budget: float, device: Device
     }
 
 
-def time_update(plan: Plan, program: Program) -> float:
-    """Return how long sharing the budget out anew takes, for the weights as they are: the median of ten times."""
-    tensors, taken = program.tensors, []
+def time_knapsack(plan: Plan, program: Program) -> float:
+    """Return how long it takes to choose options whose losses are known: the median of ten times."""
+    losses, taken = plan.option_losses(program.tensors), []
     for _ in range(10):
         started = time.perf_counter()
-        plan.reallocated(tensors)
+        plan.reallocated(program.tensors, losses)
         taken.append(time.perf_counter() - started)
     return statistics.median(taken)
 
@@ -146,7 +158,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path)
     args = parser.parse_args()
     rows = Rows(__file__, args.results)
-    columns = ("predicted", 10), ("measured", 9), ("off", 7), ("MACs", 6), ("planned", 9), ("tables", 8)
+    columns = ("predicted", 10), ("measured", 9), ("off", 7), ("MACs", 6), *((name, 9) for name in SECONDS)
     print(f"{'network':28} {'budget':>7} " + " ".join(f"{title:>{width}}" for title, width in columns))
     for name in args.models:
         keys = {budget: f"{name} {budget:g} {args.pattern} {args.device}" for budget in args.budget}
@@ -160,7 +172,7 @@ def main() -> None:
             row = rows[key]
             print(
                 f"{name:28} {budget:7.0%} {row['predicted']:10.1%} {row['measured']:9.1%} {row['off']:+7.1%} "
-                f"{row['macs']:6.1%} {row['planning_s']:7.0f} s {row.get('tables_s', math.nan):6.0f} s",
+                f"{row['macs']:6.1%} " + " ".join(f"{row.get(part) or math.nan:7.2f} s" for part in SECONDS.values()),
                 flush=True,
             )
 

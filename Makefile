@@ -41,6 +41,7 @@ clean: ## remove .venv and what was built
 	rm -rf .venv build demo dist *.egg-info
 
 .venv/dependencies: pyproject.toml
+	@echo "installing what slrc needs into .venv: some minutes"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet '.[dev]'
 	touch $@

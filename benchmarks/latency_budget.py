@@ -29,11 +29,11 @@ from typing import Any
 from results import ROOT, Rows
 from zoo import make
 
-from slrc.backends import get_backend, parse_target
+from slrc.backends import parse_target
 from slrc.config import make_config
 from slrc.ir.program import Program, capture
 from slrc.machine.cache import cache_folder
-from slrc.measuring.choose_forms import choose_forms
+from slrc.measuring.choose_forms import choose_forms, make_ready
 from slrc.measuring.devices import Device, local_device
 from slrc.pipeline import apply_forms, baseline, lower, structure
 from slrc.planning import plan_from
@@ -81,7 +81,7 @@ def measure_budget(program: Program, pattern: str, budget: float, device: Device
     started, watch, kept = time.perf_counter(), Stopwatch(), Stopwatch()
     config = make_config({"pattern": pattern, "latency_budget": budget, "threads": 1})
     target = device.resolve(parse_target("ort"))
-    get_backend(target).make_ready(target)
+    make_ready(target, Quiet())
     compiled_kernels = time.perf_counter() - started
     plan = plan_from(program, config, cache=cache, device=device, reporter=watch)
     planned = time.perf_counter() - started

@@ -1,6 +1,6 @@
 """Handwritten digits: a small residual network on the 1,797 real 8×8 images that scikit-learn ships.
 
-    slrc compile examples/digits.py --pattern channel --sparsity 0.5 --epochs 5 --out build/digits
+    slrc compile examples/digits.py --pattern channel --sparsity 0.5 --epochs 5 --out demo
 
 The dense network is trained once, in seconds, and cached; `SLRC_CACHE` names the folder (default `~/.cache/slrc`).
 """

@@ -11,7 +11,8 @@ heads: points become pillars before it, and its outputs boxes after it. `--prune
 points, which is the network's first. Also read from the environment:
 
 - `SLRC_CACHE`: where the dense network is kept; `~/.cache/slrc` unless given.
-- `SLRC_DENSE_EPOCHS`: epochs of dense training; 80 unless given, and three eighths as many with settled batch norm.
+- `SLRC_DENSE_EPOCHS`: epochs of dense training; 80 unless given; three eighths as many follow
+  with settled batch norm.
 """
 
 import os

@@ -231,9 +231,6 @@ class Compilation:
         )
         for text in choice.dropped:
             self.note(text)
-        if idle := choice.idle:
-            layers = ", ".join(weight.removesuffix(".weight") for weight in idle)
-            self.note(f"on {target} what {layers} lost in blocks gains nothing: dense is faster there")
         return choice
 
     def prove(self, slim: Program, pair: Emitted, metric: tuple[str, float] | None, check: Checker) -> float | None:

@@ -69,11 +69,11 @@ class OnnxRuntime(Backend):
 
     def make_ready(self, target: Target, say: Callable[[str], None] | None = None) -> None:
         """Compile the kernels, unless the cache has them."""
-        if self.why_not_packed(target):
-            return
         family, int8 = family_of_target(target), target.is_integer
-        if say is not None and not is_built(family, int8=int8):
-            say(f"compiling the kernels for {family}, once on a machine: some minutes")
+        if STOCK in target.options or is_built(family, int8=int8):
+            return
+        if say is not None:
+            say(f"compiling the kernels for {family}, which takes some minutes, once on each machine")
         build(family, int8=int8)
 
     def lower(self, program: Program, target: Target, out: Path, *, portable: bool = True) -> Artifact:

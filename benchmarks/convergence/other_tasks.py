@@ -166,7 +166,7 @@ def pillars_task(count: int = FRAMES, held_out: int = HELD_OUT) -> Task:
     return Task(
         make=make,
         example=(features[None], cells[None]),
-        batches=batches,
+        batches=pointpillars.Batches(splits["train"], QUARTER, 1),
         validation=splits["validation"],
         test=splits["test"],
         metric="mean_ap",

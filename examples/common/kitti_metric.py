@@ -60,8 +60,8 @@ def average_precision(
 ) -> float:
     """Return a class's average precision over frames, of 1; without an object that counts, 0.
 
-    Precision is taken at one score for each recall, and at no more scores than there are objects found: of fewer than
-    40 objects, all of them found, it is less than 1, unless it is taken at the recall of each.
+    Precision is taken at one score for each recall, and at no more scores than there are objects found: of no more
+    than 40 objects, all of them found, it is less than 1, unless it is taken at the recall of each.
 
     Args:
         true: labels of each frame.
@@ -94,12 +94,12 @@ def count_objects(true: Sequence[Objects], name: str, level: int) -> int:
 def evaluate(true: Sequence[Objects], found: Sequence[Objects], kind: str = "space") -> dict[str, float]:
     """Return the mean over classes, and that of each class with an object to be found, at moderate difficulty.
 
-    It is KITTI's, over 40 recalls; of a class with fewer objects, which 40 recalls would never give 1, over the recall
-    of each object.
+    It is KITTI's, over 40 recalls; of a class with no more objects than that, which would never get to 1, over the
+    recall of each object.
     """
     counts = {name: count_objects(true, name, 1) for name in LEAST_OVERLAP}
     each = {
-        f"{name}_ap": average_precision(true, found, name, 1, kind, recalls=40 if count >= 40 else None)
+        f"{name}_ap": average_precision(true, found, name, 1, kind, recalls=40 if count >= SAMPLES else None)
         for name, count in counts.items()
         if count
     }

@@ -160,7 +160,7 @@ class _Examination:
         """Make what is made once on a machine, which does not count; return why it cannot be."""
         try:
             with self.deadline.paused():
-                get_backend(target).make_ready(target)
+                get_backend(target).make_ready(target, self.reporter.note)
         except BackendError as error:
             return error.message
         return ""

@@ -192,7 +192,8 @@ class LayerChoice(BaseModel):
 class FormChoice(BaseModel):
     """The forms of a program's layers on one target, and why.
 
-    `taken` names which of the networks in `whole_ms` it is; `dropped` says which forms could not be had, and why.
+    `taken` names which of the networks in `whole_ms` it is; `dropped` says which forms could not be had, and which
+    pruned layers are faster dense.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -208,12 +209,6 @@ class FormChoice(BaseModel):
     def forms(self) -> Forms:
         """The form of each layer that does not stay dense."""
         return {x.weight: x.form for x in self.layers if x.form != DENSE}
-
-    @property
-    def idle(self) -> list[str]:
-        """The weights that are pruned in blocks and dense all the same, since that was faster."""
-        packed = (str(FormKind.PACKED), str(FormKind.PACKED_INT8))
-        return [x.weight for x in self.layers if x.form == DENSE and any(name.startswith(packed) for name in x.ms)]
 
     def spared(self, weights: Collection[str]) -> FormChoice:
         """Return the choice with the fastest of their forms in floating point for layers that are not to be in int8.

@@ -2,9 +2,9 @@
 // channels and int32 sums, which wrap. For tile.cpp alone.
 //
 // Four products of bytes are added to a sum exactly: by VNNI or NEON's dot product; otherwise products of 16 bits, which
-// hold any unsigned byte times any signed one, are added in pairs to 32 bits. NEON multiplies signed bytes: x comes to it
-// flipped (see TileLoops), and no sum of two products is as much as 2 x 128 x 127. Its matrix product adds eight products
-// to each of four sums.
+// hold any unsigned byte times any signed one, are added in pairs to 32 bits. NEON multiplies signed bytes: x comes to
+// it flipped (see TileLoops), and no sum of two products is as much as 2 x 128 x 127. Its matrix product adds eight
+// products to each of four sums.
 #pragma once
 
 #include "tile_set.h"

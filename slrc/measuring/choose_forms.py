@@ -42,6 +42,8 @@ from slrc.progress import Quiet, Reporter
 
 LIMITS = {FormKind.PACKED: why_not_packed, FormKind.PACKED_INT8: why_not_packed_int8}
 """What says why a layer cannot have a form that is for the kernels."""
+UNPACKED = (FormKind.DENSE, FormKind.FLOAT32)
+"""What a layer is that keeps its zeros."""
 Candidates = Mapping[str, Sequence[Form]]
 FormTimes = dict[Form, Timing]
 """What a layer takes in each of its forms."""
@@ -96,10 +98,11 @@ def time_forms(
     run = {name: found for name, found in whole.items() if not found[1].why_not}
     taken = min(run, key=lambda name: run[name][1].ms, default="all dense")
     forms = run[taken][0] if run else {}
+    idle = [w for w in candidates if forms.get(w, DENSE).kind in UNPACKED and _loses_blocks(program, w, candidates[w])]
     return FormChoice(
         target=str(target),
         threads=clock.threads,
-        dropped=_notes(lost, target),
+        dropped=(*_notes(lost, target), *_notes_of_idle(idle, target)),
         taken=taken,
         whole_ms={name: timing.ms for name, (_, timing) in run.items()},
         layers=tuple(_layer(program, weight, forms.get(weight, DENSE), ms[weight]) for weight in candidates),
@@ -159,6 +162,20 @@ def _notes(lost: Lost, target: Target) -> tuple[str, ...]:
     return tuple(f"on {target} {_listed(whats)}: {reason}" for reason, whats in by_reason.items())
 
 
+def _loses_blocks(program: Program, weight: str, forms: Iterable[Form]) -> bool:
+    packed = (form for form in forms if form.kind in LIMITS)
+    seen, groups = _outputs_first(program, weight), program.layers[weight].groups
+    return any(density_of(seen, form, groups) <= 1 - LEAST_ZEROS for form in packed)
+
+
+def _notes_of_idle(weights: Sequence[str], target: Target) -> tuple[str, ...]:
+    if not weights:
+        return ()
+    first, others = weights[0].removesuffix(".weight"), len(weights) - 1
+    more = f" and {others} more" if others else ""
+    return (f"on {target} {first}{more} lost blocks and run{'' if others else 's'} dense: that is faster there",)
+
+
 def _listed(whats: Mapping[str, Sequence[str]]) -> str:
     (first, forms), others = next(iter(whats.items())), len(whats) - 1
     return f"{first}" + (f" and {others} more are" if others else " is") + f" not {' or '.join(forms)}"
@@ -194,7 +211,7 @@ def _time_layers(program: Program, candidates: Candidates, clock: Clock, reporte
             for form, timing in zip(candidates[weight], timings, strict=True):
                 before = sums[weight][form]
                 sums[weight][form] = Timing(before.ms + timing.ms, before.why_not or timing.why_not)
-            task.advance(weight)
+            task.advance(weight.removesuffix(".weight"))
     return sums
 
 

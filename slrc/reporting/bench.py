@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from slrc.backends import Artifact, LoweredProgram, get_backend, parse_target
 from slrc.errors import OutputError
+from slrc.machine.cores import usable_cores
 from slrc.measuring.timing import Latency, environment, time_pair
 from slrc.progress import Reporter
 from slrc.reporting.report import Report
@@ -31,7 +32,7 @@ class BenchResult(BaseModel):
 
 
 def bench_output(folder: Path, threads: int | None, reporter: Reporter) -> BenchResult:
-    """Time every target of an output folder again, by default with as many threads as the compile did.
+    """Time every target of an output folder again, by default with as many threads as the compile took here.
 
     Raises:
         OutputError: the folder is not the output of a compile, or a file in it is damaged.
@@ -43,7 +44,7 @@ def bench_output(folder: Path, threads: int | None, reporter: Reporter) -> Bench
         raise OutputError(f"`{folder / INPUTS}` cannot be read: {error}") from None
     inputs = [stored[f"input_{i}"] for i in range(len(stored))]
     latency, not_run = [], []
-    before = {x.target: x.threads for x in report.latency}
+    before = {x.target: min(x.threads, usable_cores()) for x in report.latency if not x.device}
     for result in report.targets:
         target = parse_target(result.target)
         if why_not := get_backend(target).available(target).why_not_run:

@@ -53,10 +53,11 @@ class Masks:
 
     def sparsity(self, plan: Plan) -> float:
         """Return the share of constrained elements that were pruned, each of them counted once."""
-        free = {name: torch.ones_like(mask) for name, mask in self.tensors.items()}
+        masks = {name: mask.cpu() for name, mask in self.tensors.items()}
+        free = {name: torch.ones_like(mask) for name, mask in masks.items()}
         for c in plan:
-            c.scatter(torch.zeros_like(c.gather(self.tensors)), free, followers=False)
-        pruned = sum(int((~self.tensors[name] & ~other).sum()) for name, other in free.items())
+            c.scatter(torch.zeros_like(c.gather(masks)), free, followers=False)
+        pruned = sum(int((~masks[name] & ~other).sum()) for name, other in free.items())
         total = sum(int((~other).sum()) for other in free.values())
         return pruned / total if total else 0.0
 

@@ -29,8 +29,8 @@ def recalibrate_batch_norm(
         batches: training batches.
         count: how many of them; none leaves the model alone.
     """
-    norms = [m for m in _trained_norms(model) if m.track_running_stats]
-    if not norms or not count:
+    norms = [m for m in _trained_norms(model) if m.track_running_stats] if count else []
+    if not norms:
         return
     momenta = [m.momentum for m in norms]
     with _evaluating(model):
@@ -57,13 +57,14 @@ def adopt_statistics(
     one as soon as it trains, where batches are normalised by their own.
 
     Args:
-        model: changed in place. Norms without scales and shifts, or without running statistics, are left alone.
+        model: changed in place. Norms without scales and shifts, or without running statistics, are left alone, and so
+            are those that stay in evaluation mode while the model trains.
         forward: runs the model on a batch, such as a workload's loss.
         batches: training batches.
         count: how many of them; none leaves the model alone.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m.affine]
-    if not norms or not count:
+    norms = [m for m in _trained_norms(model) if m.track_running_stats and m.affine] if count else []
+    if not norms:
         return
     sums: dict[nn.Module, list[Tensor]] = {}
 
@@ -97,6 +98,8 @@ def adopt_statistics(
 
 def _trained_norms(model: nn.Module) -> list[_BatchNorm]:
     """Return the norms that are in training mode when the model is: its `train` may leave some out."""
+    if not any(isinstance(m, _BatchNorm) for m in model.modules()):
+        return []
     with _own_modes(model):
         model.train()
         return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]

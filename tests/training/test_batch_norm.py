@@ -57,6 +57,10 @@ def test_norms_that_a_model_does_not_train_keep_their_statistics() -> None:
     model = Settled(nn.BatchNorm1d(3), nn.BatchNorm1d(3)).eval()
     recalibrate_batch_norm(model, lambda m, x: m(x), BATCHES[2:], 2)
     assert not model[0].running_mean.any()
+    adopt_statistics(model, lambda m, x: m(x), BATCHES, 2)
+    assert not model[0].running_mean.any()
+    assert (model[0].weight == 1).all()
+    recalibrate_batch_norm(model, lambda m, x: m(x), BATCHES[2:], 2)
     torch.testing.assert_close(model[1].running_mean, torch.stack([x.mean(0) for x in BATCHES[2:]]).mean(0))
     assert not any(m.training for m in model.modules())
 

@@ -142,6 +142,9 @@ def test_few_objects_that_are_all_found_have_a_precision_of_1(metric: ModuleType
     few = [line(at=10.0 * k, score=0.9 - k / 10) for k in range(3)]
     assert ap(metric, few, few) == pytest.approx(2 / 40)
     assert ap(metric, few, few, recalls=None) == 1
+    for count in (40, 41):
+        cars = metric.Objects.parse("\n".join(line(at=10.0 * k, score=0.9 - k / 100) for k in range(count)))
+        assert metric.evaluate([cars], [cars])["Car_ap"] == 1
     assert ap(metric, few, few[:2], recalls=None) == pytest.approx(2 / 3)
     # A wrong one behind the first: precisions 1, 2/3 and 3/4, of which the second becomes the best that follows.
     assert ap(metric, few, [*few, line(at=1000.0, score=0.85)], recalls=None) == pytest.approx((1 + 3 / 4 + 3 / 4) / 3)

@@ -178,8 +178,6 @@ class Options(MethodSettings):
     qat_epochs: int = _option(0, "int8 targets: epochs of quantisation-aware training, masks held (default: 0)", ge=0)
     plan: Path | None = _option(None, "a plan to use instead of --pattern and --sparsity")
     threads: int | None = _option(None, "threads of the runtime (default: all cores; `bench`: as compiled)", ge=1)
-        None, "threads of the runtime (default: all cores; of `bench` those of the compile)", ge=1
-    )
     seed: int = _option(0, "of every random choice (default: 0)", ge=0, lt=2**32)
     recipe: RecipeSettings = RecipeSettings()
     int8: Int8Settings = Int8Settings()

@@ -109,6 +109,30 @@ def test_the_fastest_form_is_taken(clock: type[FakeClock], says: dict[str, float
 
 
 @needs_compiler
+def test_layers_that_lost_blocks_for_nothing_are_named(clock: type[FakeClock]) -> None:
+    """Not the first one, which could be packed but has no zeros."""
+    clock.says = {"dense": 1.0, "packed": 2.0, "split": 3.0}
+    choice = choose_forms(pruned("block:8x1"), ORT, threads=1)
+    assert choice.dropped == ("on ort 2 and 1 more lost blocks and run dense: that is faster there",)
+    clock.says = {"dense": 2.0, "packed": 1.0, "split": 3.0}
+    assert choose_forms(pruned("block:8x1"), ORT, threads=1).dropped == ()
+
+
+@needs_compiler
+def test_compiling_the_kernels_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, said, built = slrc.backends.get_backend(ORT), list[str](), list[str]()
+    module = sys.modules[type(backend).__module__]
+    monkeypatch.setattr(module, "is_built", lambda *_, **__: bool(built))
+    monkeypatch.setattr(module, "build", lambda family, **_: built.append(family))
+    for _ in range(2):
+        backend.make_ready(ORT, said.append)
+    assert len(built) == len(said) == 1
+    assert "compiling the kernels for" in said[0]
+    backend.make_ready(parse_target("ort:stock"), said.append)
+    assert len(said) == 1
+
+
+@needs_compiler
 @pytest.mark.parametrize("taken", ["packed-int8", "packed", "float32", "dense"])
 def test_an_int8_target_takes_the_fastest_form_in_either_type(clock: type[FakeClock], taken: str) -> None:
     clock.says = {**dict.fromkeys(("dense", "packed", "packed-int8", "float32", "split"), 2.0), taken: 1.0}

@@ -70,6 +70,13 @@ def test_figures_stand_with_their_conditions():
     assert "slim <i>= ort3.0e−07 2.0e−081.0e−04 yes" in text
 
 
+def test_a_sparsity_that_nobody_asked_for_is_reached_alone():
+    found = make_report().sparsity.model_copy(update={"asked": 0.499, "reached": 0.499})
+    text = " ".join(Page(render_page(make_report(sparsity=found))).text.replace("\u00a0", " ").split())
+    assert "sparsity 49.9% reached" in text
+    assert "asked" not in text
+
+
 @pytest.mark.parametrize(("field", "heading"), zip(("curve", "history", "latency", "layers"), HEADINGS, strict=True))
 def test_a_plot_without_data_is_left_out(field, heading):
     whole, without = whole_page(), render_page(make_report(**{field: ()}))

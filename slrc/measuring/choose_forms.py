@@ -42,6 +42,7 @@ from slrc.progress import Quiet, Reporter
 
 LIMITS = {FormKind.PACKED: why_not_packed, FormKind.PACKED_INT8: why_not_packed_int8}
 """What says why a layer cannot have a form that is for the kernels."""
+NETWORK = "the network"
 UNPACKED = (FormKind.DENSE, FormKind.FLOAT32)
 """What a layer is that keeps its zeros."""
 Candidates = Mapping[str, Sequence[Form]]
@@ -94,11 +95,13 @@ def time_forms(
     ms = _time_layers(program, candidates, clock, reporter)
     whole = _time_whole(program, ms, clock, reporter)
     lost += [(weight, str(form), t.why_not) for weight, times in ms.items() for form, t in times.items() if t.why_not]
-    lost += [("the network", name, t.why_not) for name, (_, t) in whole.items() if t.why_not]
+    lost += [(NETWORK, name, t.why_not) for name, (_, t) in whole.items() if t.why_not]
     run = {name: found for name, found in whole.items() if not found[1].why_not}
     taken = min(run, key=lambda name: run[name][1].ms, default="all dense")
     forms = run[taken][0] if run else {}
-    idle = [w for w in candidates if forms.get(w, DENSE).kind in UNPACKED and _loses_blocks(program, w, candidates[w])]
+    failed = {what for what, *_ in lost}
+    unpacked = [w for w in candidates if forms.get(w, DENSE).kind in UNPACKED and not failed & {w, NETWORK}]
+    idle = [w for w in unpacked if _loses_blocks(program, w, candidates[w])]
     return FormChoice(
         target=str(target),
         threads=clock.threads,

@@ -47,7 +47,7 @@ def pareto() -> str:
         accuracy = f"{p.dense:.1f}", f"{p.test:.1f}{within}", f"{p.test - p.dense:+.1f}"
         lines.append([p.network, name, asked, f"{p.share:.1f}%", f"{p.ms:.3f}", epochs, *accuracy])
     titles = ("network", "pruned by", "asked", "measured", "ms", "epochs", "dense", "accuracy", "beside dense")
-    shown = [*rows_of(file_of("pareto_latency")).values()]
+    shown = [*rows_of(file_of("pareto_latency")).values(), *rows_of(file_of("pareto_int8")).values()]
     return table(titles, lines) + made(shown)
 
 

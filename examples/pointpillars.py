@@ -32,6 +32,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 
 import slrc
 from slrc.machine.cache import cache_folder
+from slrc.training.batch_norm import recalibrate_batch_norm
 
 FEATURES = 10
 SIZES = np.array([[3.9, 1.6, 1.56], [0.8, 0.6, 1.73], [1.76, 0.6, 1.73]])
@@ -177,18 +178,9 @@ class PointPillars(nn.Module):
         """Return the batch norms."""
         return [module for module in self.modules() if isinstance(module, BatchNorm1d | BatchNorm2d)]
 
-    @torch.no_grad()
     def settle(self, batches: "Batches") -> None:
         """Take batch norm's statistics from one round of batches, and keep them from then on."""
-        self.train()
-        momenta = [norm.momentum for norm in self.norms()]
-        for norm in self.norms():
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain average
-        for features, cells, *_ in batches:
-            self(features.to(DEVICE), cells.to(DEVICE))
-        for norm, momentum in zip(self.norms(), momenta, strict=True):
-            norm.momentum = momentum
+        recalibrate_batch_norm(self, lambda m, b: m(b[0].to(DEVICE), b[1].to(DEVICE)), batches, len(batches))
         self.settled = True
         self.train()
 

@@ -101,7 +101,7 @@ def time_forms(
     forms = run[taken][0] if run else {}
     failed = {what for what, *_ in lost}
     unpacked = [w for w in candidates if forms.get(w, DENSE).kind in UNPACKED and not failed & {w, NETWORK}]
-    idle = [w for w in unpacked if _loses_blocks(program, w, candidates[w])]
+    idle = [program.layers[w].name for w in unpacked if _loses_blocks(program, w, candidates[w])]
     return FormChoice(
         target=str(target),
         threads=clock.threads,
@@ -132,7 +132,7 @@ def form_candidates(
                 continue
             if form.kind in LIMITS:
                 limits = (LIMITS[form.kind](nodes[name], form.size) for name in layer.nodes)
-                has_zeros = density_of(tensor, form, layer.groups) <= 1 - LEAST_ZEROS
+                has_zeros = _has_zeros(tensor, form, layer.groups)
                 if reason := no_kernels or next(filter(None, limits), ""):
                     lost += [(weight, str(form), reason)] if has_zeros else []
                     continue
@@ -168,13 +168,17 @@ def _notes(lost: Lost, target: Target) -> tuple[str, ...]:
 def _loses_blocks(program: Program, weight: str, forms: Iterable[Form]) -> bool:
     packed = (form for form in forms if form.kind in LIMITS)
     seen, groups = _outputs_first(program, weight), program.layers[weight].groups
-    return any(density_of(seen, form, groups) <= 1 - LEAST_ZEROS for form in packed)
+    return any(_has_zeros(seen, form, groups) for form in packed)
 
 
-def _notes_of_idle(weights: Sequence[str], target: Target) -> tuple[str, ...]:
-    if not weights:
+def _has_zeros(weight: Tensor, form: Form, groups: int) -> bool:
+    return density_of(weight, form, groups) <= 1 - LEAST_ZEROS
+
+
+def _notes_of_idle(layers: Sequence[str], target: Target) -> tuple[str, ...]:
+    if not layers:
         return ()
-    first, others = weights[0].removesuffix(".weight"), len(weights) - 1
+    first, others = layers[0], len(layers) - 1
     more = f" and {others} more" if others else ""
     return (f"on {target} {first}{more} lost blocks and run{'' if others else 's'} dense: that is faster there",)
 
@@ -214,7 +218,7 @@ def _time_layers(program: Program, candidates: Candidates, clock: Clock, reporte
             for form, timing in zip(candidates[weight], timings, strict=True):
                 before = sums[weight][form]
                 sums[weight][form] = Timing(before.ms + timing.ms, before.why_not or timing.why_not)
-            task.advance(weight.removesuffix(".weight"))
+            task.advance(program.layers[weight].name)
     return sums
 
 

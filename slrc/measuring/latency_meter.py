@@ -15,7 +15,6 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from torch import Tensor
-from torch.fx import Node
 
 from slrc.backends import Artifact, Target, get_backend
 from slrc.errors import BackendError, PlanError, UnreachableError
@@ -160,12 +159,6 @@ def make_menus(
     return Menus(tuple(menus), rest)
 
 
-def _told(node: Node) -> str:
-    """Return what a user calls an operator: a layer's module, else the operator's own name."""
-    weight = layer_weight(node)
-    return weight.removesuffix(".weight") if weight else node.name
-
-
 class LatencyMeter:
     """Measures a program's parts, and what plans make of the whole, on one target; what is in the cache it knows.
 
@@ -212,8 +205,7 @@ class LatencyMeter:
             BackendError: a segment or the whole does not run on the target.
         """
         programs = [self._dense, *(self._slim(plan) for plan in plans)]
-        nodes = {node.name: node for node in self._program.nodes}
-        names = [_told(nodes[segment.anchor]) for segment in cut_segments(self._program)]
+        names = [self._called(segment) for segment in cut_segments(self._program)]
         if not names:
             raise PlanError(f"{self._program.name} has no layer or matrix product to time")
         segments = []
@@ -246,12 +238,16 @@ class LatencyMeter:
             for before, segment in zip(captured, segments, strict=True):
                 c = constraint_of.get(layer_weight(nodes[before.anchor]) or "")
                 if c is None:
-                    ms = self._times([Job.of_segment(segment)], PART, f"`{before.anchor}`")[0]
+                    ms = self._times([Job.of_segment(segment)], PART, f"`{self._called(before)}`")[0]
                     found.append(SegmentTimes(before.anchor, None, ms, {}))
                 else:
                     found.append(self._time_options(c, segment, patterns))
-                task.advance(_told(nodes[before.anchor]))
+                task.advance(self._called(before))
         return found
+
+    def _called(self, segment: Segment) -> str:
+        """Return what a user calls a segment: its layer, else its operator."""
+        return next((x.name for x in self._program.layers.values() if segment.anchor in x.nodes), segment.anchor)
 
     def whole(self, segments_ms: float) -> LatencyTable:
         """Return a table of the dense network alone, whose segments take so long together."""
@@ -295,7 +291,7 @@ class LatencyMeter:
                 ]
         timings = self._clock.times([Job.of_segment(segment), *(job for *_, job in timed)], PART)
         if timings[0].why_not:
-            raise BackendError(f"`{segment.anchor}` cannot be timed on {self.target}: {timings[0].why_not}")
+            raise BackendError(f"`{layer.name}` cannot be timed on {self.target}: {timings[0].why_not}")
         dense_ms = timings[0].ms
         found: dict[AnyPattern, dict[float, float]] = {}
         for (pattern, density, _), timing in zip(timed, timings[1:], strict=True):

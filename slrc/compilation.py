@@ -229,7 +229,7 @@ class Compilation:
             device=self.device,
             in_float=self.integers.in_float(slim) if target.is_integer else (),
         )
-        for text in choice.dropped:
+        for text in choice.notes:
             self.note(text)
         return choice
 

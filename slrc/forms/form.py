@@ -192,8 +192,8 @@ class LayerChoice(BaseModel):
 class FormChoice(BaseModel):
     """The forms of a program's layers on one target, and why.
 
-    `taken` names which of the networks in `whole_ms` it is; `dropped` says which forms could not be had, and which
-    pruned layers are faster dense.
+    `taken` names which of the networks in `whole_ms` it is; `dropped` says which forms could not be had; `idle` are
+    layers that lost blocks and yet are faster dense.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -202,6 +202,7 @@ class FormChoice(BaseModel):
     threads: int
     taken: str = ""
     dropped: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()
     whole_ms: Mapping[str, float] = {}
     layers: tuple[LayerChoice, ...] = ()
 
@@ -209,6 +210,15 @@ class FormChoice(BaseModel):
     def forms(self) -> Forms:
         """The form of each layer that does not stay dense."""
         return {x.weight: x.form for x in self.layers if x.form != DENSE}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user is told besides the forms."""
+        if not self.idle:
+            return self.dropped
+        first, others = self.idle[0], len(self.idle) - 1
+        which = f"{first} and {others} more lost blocks and run" if others else f"{first} lost blocks and runs"
+        return (*self.dropped, f"on {self.target} {which} dense: that is faster there")
 
     def spared(self, weights: Collection[str]) -> FormChoice:
         """Return the choice with the fastest of their forms in floating point for layers that are not to be in int8.

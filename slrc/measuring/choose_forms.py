@@ -101,11 +101,11 @@ def time_forms(
     forms = run[taken][0] if run else {}
     failed = {what for what, *_ in lost}
     unpacked = [w for w in candidates if forms.get(w, DENSE).kind in UNPACKED and not failed & {w, NETWORK}]
-    idle = [program.layers[w].name for w in unpacked if _loses_blocks(program, w, candidates[w])]
     return FormChoice(
         target=str(target),
         threads=clock.threads,
-        dropped=(*_notes(lost, target), *_notes_of_idle(idle, target)),
+        dropped=_notes(lost, target),
+        idle=tuple(program.layers[w].name for w in unpacked if _loses_blocks(program, w, candidates[w])),
         taken=taken,
         whole_ms={name: timing.ms for name, (_, timing) in run.items()},
         layers=tuple(_layer(program, weight, forms.get(weight, DENSE), ms[weight]) for weight in candidates),
@@ -173,14 +173,6 @@ def _loses_blocks(program: Program, weight: str, forms: Iterable[Form]) -> bool:
 
 def _has_zeros(weight: Tensor, form: Form, groups: int) -> bool:
     return density_of(weight, form, groups) <= 1 - LEAST_ZEROS
-
-
-def _notes_of_idle(layers: Sequence[str], target: Target) -> tuple[str, ...]:
-    if not layers:
-        return ()
-    first, others = layers[0], len(layers) - 1
-    more = f" and {others} more" if others else ""
-    return (f"on {target} {first}{more} lost blocks and run{'' if others else 's'} dense: that is faster there",)
 
 
 def _listed(whats: Mapping[str, Sequence[str]]) -> str:

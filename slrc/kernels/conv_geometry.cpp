@@ -66,7 +66,7 @@ int64_t PanelGroups(const Weight& weight, int64_t per_group, int64_t pixels, int
 
 // Surviving values that multiply an input channel.
 double ValuesPerChannel(const Weight& weight, const Image& image) {
-  return static_cast<double>(weight.values.size()) / static_cast<double>(weight.group * image.per_group);
+  return weight.Surviving() / static_cast<double>(weight.group * image.per_group);
 }
 
 // Whether outputs have the input's size, tiles can leave out lanes, and the input stays cached.

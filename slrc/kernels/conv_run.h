@@ -125,7 +125,7 @@ void Conv::Run(const Word* x, const int64_t x_shape[4], const MakeOutput& make_o
   const std::shared_ptr<const Layout> layout = FindLayout(x_shape);
   const Weight& weight = *layout->weight;
   const ConvRun<MakeOutput> run{*layout, layout->geometry, x, x_shape[0], make_output, NewOwner()};
-  const double work = static_cast<double>(weight.values.size()) * run.OutPlane() * x_shape[0];
+  const double work = weight.Surviving() * run.OutPlane() * x_shape[0];
   RunTasks(parallel, run.Panels(), layout->geometry.panel_groups * weight.rows_per_group, 1, work,
            [&run](int64_t index, int64_t first, int64_t last) { run.Compute(index, first, last); });
 }

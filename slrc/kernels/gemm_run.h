@@ -32,7 +32,7 @@ void CheckInputs(const Weight& weight, int64_t inputs);
 template <class Task>
 void RunBlockRows(const Parallel& parallel, const Weight& weight, int64_t panels, int64_t tokens, const Task& task) {
   const int64_t together = CeilDiv(Loops().lanes, weight.block);
-  RunTasks(parallel, panels, weight.rows_per_group, together, static_cast<double>(weight.values.size()) * tokens, task);
+  RunTasks(parallel, panels, weight.rows_per_group, together, weight.Surviving() * tokens, task);
 }
 
 template <class Output>

@@ -37,6 +37,7 @@ struct Int8PlaneOutput : PlanePlaces {
   bool Fuse(int64_t channel, const Piece& piece, Int8Results* job) const {
     const int64_t row = piece.start / pitch, column = piece.start % pitch;
     if (column + piece.pixels > width || piece.repeats > 1) return false;
+    if (piece.pixels < piece.width && !Int8Loops().masks) return false;
     *job = rule.At(channel, false, channel * channel_stride + at + row * width + column, residual, y);
     job->pitch = channel_stride;
     job->count = piece.pixels;

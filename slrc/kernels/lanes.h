@@ -17,6 +17,7 @@ struct Lanes {
   typedef float Float __attribute__((vector_size(4 * N)));
   typedef uint32_t Bits __attribute__((vector_size(4 * N)));
   typedef int32_t Signed __attribute__((vector_size(4 * N)));
+  typedef uint16_t Shorts __attribute__((vector_size(4 * N)));
   typedef float Loose __attribute__((vector_size(4 * N), aligned(4), may_alias));
 };
 

@@ -94,6 +94,7 @@ PanelLoop<Output>::PanelLoop(const Weight& weight, int64_t first, int64_t last, 
   strip_.values = weight.values.data();
   strip_.offsets = panel.offsets;
   strip_.block = weight.block;
+  strip_.value_step = weight.ValueStep();
   strip_.channels = weight.FirstChannel(last) - channel_;
   strip_.slope = weight.slope;
   strip_.padding = weight.padding;
@@ -171,7 +172,7 @@ int64_t PanelLoop<Output>::RunPieces(int64_t index, float* waiting) {
 template <class Output>
 void PanelLoop<Output>::RunParts(const Piece& piece, StripLoop loop, const Word* sums) {
   Int8Results results;
-  if (loops_.fuses && piece.vectors && output_.Fuse(channel_, piece, &results)) {
+  if (piece.vectors && output_.Fuse(channel_, piece, &results)) {
     strip_.results = &results;
     loop(strip_);
     strip_.results = nullptr;

@@ -21,9 +21,15 @@ namespace {
 constexpr int kMostProducts = 8;
 SLRC_INLINE inline Four MostMultiplyAdds(Four sum, Four value) { return MultiplyAddTwo(sum, sum, value); }
 #else
-constexpr int kMostProducts = 4;
+constexpr int kMostProducts = 4 / kPasses;
 template <class V>
-SLRC_INLINE inline V MostMultiplyAdds(V sum, V value) { return MultiplyAdd<kLanes>(sum, sum, value); }
+SLRC_INLINE inline V MostMultiplyAdds(V sum, V value) {
+  sum = MultiplyAdd<kLanes>(sum, sum, value);
+#if defined(SLRC_IN_PAIRS)
+  asm volatile("" : "+v"(sum));  // one after the other, or the products alone would fill the registers
+#endif
+  return sum;
+}
 #endif
 
 double Spin(int64_t rounds) {
@@ -71,6 +77,13 @@ constexpr StripLoop Loop() {
   return nullptr;
 }
 
+// Of one row.
+template <int Rows = 1>
+constexpr StripLoop PixelLoop() {
+  if constexpr (kVectors1 > 0) return RunPixel<Rows>;
+  return nullptr;
+}
+
 // The features that the compiler may use here: their macros are then 1, not themselves.
 #define SLRC_TEXT_OF(text) #text
 #define SLRC_EXPANDED(macro) SLRC_TEXT_OF(macro)
@@ -93,7 +106,7 @@ extern const TileLoops SLRC_TILE_SET = {
     kMasks,
     {kVectors1, kVectors4, kVectors8},
     {SLRC_ROWS(kWhole), SLRC_ROWS(kHalf), SLRC_ROWS(kPixelMore)},
-    {kVectors1 ? RunPixel<1> : nullptr, RunPixel<4>, RunPixel<8>},
+    {PixelLoop(), RunPixel<4>, RunPixel<8>},
     Copy,
     CopyEachRow,
     Transpose,
@@ -103,12 +116,12 @@ extern const TileLoops SLRC_TILE_SET = {
 #if defined(SLRC_TILE_INT8)
     MakeResults,
     Interleave,
-    kFuses,
+    kPasses,
     kFlip,
 #else
     nullptr,
     nullptr,
-    false,
+    1,
     0,
 #endif
 };

@@ -66,11 +66,12 @@ struct TapLanes {
 // y[i, p] = activation(bias[i] + start[i, p] + sum over t of values[t, i] * x[offsets[t] + p]),
 // t being the surviving blocks begins[r] ... ends[r] - 1 of i's block row r.
 struct Strip {
-  const float* values;     // (surviving blocks, block): the rows of one stand together
+  const float* values;     // (surviving blocks, value_step): the rows of one stand together, see value_words
   const int32_t* offsets;  // (surviving blocks)
   const int32_t* begins;   // (block rows)
   const int32_t* ends;     // (block rows)
   int64_t block;
+  int64_t value_step;
   int64_t channels;  // rows of y; the last block may stand out over them
   const float* x;
   const float* bias;   // null, or (block rows, block)
@@ -92,7 +93,8 @@ struct Strip {
   Activation activation;
   float slope;  // of kLeakyRelu
   Word padding;  // what lanes count as that are padding
-  const struct Int8Results* results;  // of loops that fuse: what becomes of the sums of the one run; null: y is
+  // Of int8 layers: what becomes of the sums of the one run, bytes, for all its pixels unless `masks`; null: y is.
+  const struct Int8Results* results;
 };
 
 using StripLoop = void (*)(const Strip&);
@@ -169,7 +171,7 @@ struct TileLoops {
   // Of int8 layers alone:
   ResultLoop results;
   InterleaveLoop interleave;
-  bool fuses;    // whether a strip may have `results`, whose y is not null
+  int value_words;  // that a value takes: 1; or 2, its even bytes as 16 bits, and `block` later its odd ones
   uint8_t flip;  // what x's bytes are flipped by: 0x80 where they are multiplied as signed ones
 };
 

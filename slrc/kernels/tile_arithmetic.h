@@ -2,9 +2,11 @@
 // channels and int32 sums, which wrap. For tile.cpp alone.
 //
 // Four products of bytes are added to a sum exactly: by VNNI or NEON's dot product; otherwise products of 16 bits, which
-// hold any unsigned byte times any signed one, are added in pairs to 32 bits. NEON multiplies signed bytes: x comes to
-// it flipped (see TileLoops), and no sum of two products is as much as 2 x 128 x 127. Its matrix product adds eight
-// products to each of four sums.
+// hold any unsigned byte times any signed one, are added in pairs to 32 bits. x86 does so in two passes, first with the
+// even bytes and then with the odd ones, whose values are 16 bits each already (see TileLoops::value_words): both at
+// once take more registers than there are, and compilers must be kept from adding both first. NEON multiplies signed
+// bytes: x comes to it flipped (see TileLoops), and no sum of two products is as much as 2 x 128 x 127. Its matrix
+// product adds eight products to each of four sums.
 #pragma once
 
 #include "tile_set.h"
@@ -60,30 +62,27 @@ SLRC_INLINE inline typename Lanes<N>::Signed Byte(typename Lanes<N>::Float v, in
   return is_signed ? reinterpret_cast<Signed>(high) >> 24 : reinterpret_cast<Signed>(high >> 24);
 }
 
-#if defined(__x86_64__)
-// The even bytes of every lane as 16 bits, and the odd ones. (Compilers compute them once for all that use them.)
-#define SLRC_PAIRS(M, bits)                                                                                    \
-  SLRC_INLINE inline __m##M##i DotPairs(__m##M##i sum, __m##M##i x, __m##M##i value) {                         \
-    const __m##M##i low = bits##_set1_epi32(0x00ff00ff);                                                       \
-    const __m##M##i even = bits##_madd_epi16(SLRC_AND(M)(x, low),                                              \
-                                             bits##_srai_epi16(bits##_slli_epi16(value, 8), 8));               \
-    const __m##M##i odd = bits##_madd_epi16(bits##_srli_epi16(x, 8), bits##_srai_epi16(value, 8));             \
-    return bits##_add_epi32(sum, bits##_add_epi32(even, odd));                                                 \
+#if defined(SLRC_IN_PAIRS)
+// The bytes of one pass, as 16 bits each.
+template <int N, typename V = typename Lanes<N>::Float>
+SLRC_INLINE inline V BytesOf(V x, int pass) {
+  const auto shorts = reinterpret_cast<typename Lanes<N>::Shorts>(x);
+  return reinterpret_cast<V>(pass ? shorts >> 8 : shorts & 0xff);
+}
+#define SLRC_DOT_PAIRS(M, bits)                                                         \
+  SLRC_INLINE inline __m##M##i DotPairs(__m##M##i sum, __m##M##i x, __m##M##i value) {  \
+    return InRegister(bits##_add_epi32(sum, bits##_madd_epi16(x, value)));              \
   }
-#define SLRC_AND(M) SLRC_AND_##M
-#define SLRC_AND_128 _mm_and_si128
-#define SLRC_AND_256 _mm256_and_si256
-#define SLRC_AND_512 _mm512_and_si512
-SLRC_PAIRS(128, _mm)
+SLRC_DOT_PAIRS(128, _mm)
 #if defined(__AVX2__)
-SLRC_PAIRS(256, _mm256)
+SLRC_DOT_PAIRS(256, _mm256)
 #endif
 #if defined(__AVX512BW__)
-SLRC_PAIRS(512, _mm512)
+SLRC_DOT_PAIRS(512, _mm512)
 #endif
 #endif
 
-// sum + the products of x's four bytes and the value's.
+// sum + the products of x's four bytes and the value's; in pairs, of those of one pass.
 template <int N, typename V = typename Lanes<N>::Float>
 SLRC_INLINE inline V MultiplyAdd(V sum, V x, V value) {
   if constexpr (N > kLanes) {
@@ -130,6 +129,13 @@ SLRC_INLINE inline V MultiplyAdd(V sum, V x, V value) {
   return reinterpret_cast<V>(total);
 }
 
+#endif
+
+#if !defined(SLRC_IN_PAIRS)
+template <int N, typename V = typename Lanes<N>::Float>
+SLRC_INLINE inline V BytesOf(V x, int) {
+  return x;
+}
 #endif
 
 #if defined(SLRC_TILE_MATMUL)

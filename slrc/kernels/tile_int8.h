@@ -79,43 +79,13 @@ void FinishRows(const Int8Results& given) {
 
 #else
 
-using Real = Lanes<kLanes>::Float;
-using Integers = Lanes<kLanes>::Signed;
-
-SLRC_INLINE inline Real LoadBytes(const uint8_t* from) {
-#if defined(__AVX2__)
-  return (Real)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
-#else
-  return Real{static_cast<float>(from[0]), static_cast<float>(from[1]), static_cast<float>(from[2]),
-              static_cast<float>(from[3])};
-#endif
-}
-
-SLRC_INLINE inline void StoreBytes(uint8_t* to, Integers v) {
-#if defined(__AVX2__)
-  const __m128i pairs = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(pairs, pairs));
-#else
-  for (int i = 0; i < 4; ++i) to[i] = static_cast<uint8_t>(v[i]);
-#endif
-}
-
-// One vector of a row. Adding 1.5 x 2^23 rounds what is small to an integer, halves to even, and leaves it in the low
-// bits.
+// One vector of a row.
 template <bool Residual, bool Quantized>
 SLRC_INLINE inline void Finish(const Int8Results& job, const Word* sums, Real scale, const uint8_t* residual,
                                uint8_t* y, float* y_float) {
-  constexpr float kRound = 12582912.0f;
-  constexpr int32_t kRoundBits = 0x4b400000;
-  Real real = __builtin_convertvector(reinterpret_cast<Integers>(Load<kLanes>(sums)), Real) * scale;
-  if constexpr (Residual) {
-    const Real shifted = LoadBytes(residual) - job.residual_zero_point;
-    real = Rounded(real) + Rounded(shifted * job.residual_scale);
-  }
-  if constexpr (!Quantized) return Store<kLanes>(y_float, real);
-  real = AtMost<kLanes>(AtLeast<kLanes>(Rounded(real), -job.y_zero_point), 255.0f - job.y_zero_point);
-  const Integers rounded = reinterpret_cast<Integers>(Rounded(real + kRound));
-  StoreBytes(y, rounded - (kRoundBits - static_cast<int32_t>(job.y_zero_point)));
+  const Real real = RealOf<Residual>(job, Load<kLanes>(sums), scale, residual);
+  if constexpr (Quantized) StoreBytes(y, QuantizedOf(job, real));
+  else Store<kLanes>(y_float, real);
 }
 
 // A row of fewer than a vector's: computed aside.

@@ -79,6 +79,63 @@ SLRC_INLINE inline void FinishInRegisters(const Int8Results& job, int64_t row, c
 
 constexpr bool kFuses = true;
 
+#elif defined(SLRC_TILE_INT8)
+
+using Real = Lanes<kLanes>::Float;
+using Integers = Lanes<kLanes>::Signed;
+
+SLRC_INLINE inline Real LoadBytes(const uint8_t* from) {
+#if defined(__AVX2__)
+  return (Real)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+  return Real{static_cast<float>(from[0]), static_cast<float>(from[1]), static_cast<float>(from[2]),
+              static_cast<float>(from[3])};
+#endif
+}
+
+SLRC_INLINE inline void StoreBytes(uint8_t* to, Integers v) {
+#if defined(__AVX2__)
+  const __m128i pairs = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(pairs, pairs));
+#else
+  for (int i = 0; i < 4; ++i) to[i] = static_cast<uint8_t>(v[i]);
+#endif
+}
+
+template <bool Residual>
+SLRC_INLINE inline Real RealOf(const Int8Results& job, Real sums, Real scale, const uint8_t* residual) {
+  const Real real = __builtin_convertvector(reinterpret_cast<Integers>(sums), Real) * scale;
+  if constexpr (!Residual) return real;
+  const Real shifted = LoadBytes(residual) - job.residual_zero_point;
+  return Rounded(real) + Rounded(shifted * job.residual_scale);
+}
+
+// Adding 1.5 x 2^23 rounds what is small to an integer, halves to even, and leaves it in the low bits.
+SLRC_INLINE inline Integers QuantizedOf(const Int8Results& job, Real real) {
+  constexpr float kRound = 12582912.0f;
+  constexpr int32_t kRoundBits = 0x4b400000;
+  real = AtMost<kLanes>(AtLeast<kLanes>(Rounded(real), -job.y_zero_point), 255.0f - job.y_zero_point);
+  const Integers rounded = reinterpret_cast<Integers>(Rounded(real + kRound));
+  return rounded - (kRoundBits - static_cast<int32_t>(job.y_zero_point));
+}
+
+// A row of a tile whose vectors stand side by side in y, all of them results.
+template <int Whole, int Last>
+SLRC_INLINE inline void FinishInRegisters(const Int8Results& job, int64_t row, const Real* whole, Real last) {
+  static_assert(Last == kLanes);
+  const Real scale = All<kLanes>(job.scale[row]);
+  const int64_t at = row * job.pitch;
+  Unroll<Whole + 1>([&](int v) SLRC_INLINE {
+    const int64_t here = at + v * kLanes;
+    const Real sums = v < Whole ? whole[v] : last;
+    const Real real = job.residual ? RealOf<true>(job, sums, scale, job.residual + here)
+                                   : RealOf<false>(job, sums, scale, nullptr);
+    StoreBytes(job.y + here, QuantizedOf(job, real));
+  });
+}
+
+constexpr bool kFuses = true;
+
 #else
 
 constexpr bool kFuses = false;

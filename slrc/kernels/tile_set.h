@@ -14,26 +14,27 @@ namespace {
 #define SLRC_INLINE __attribute__((always_inline))
 #endif
 
-// Where bytes are multiplied in pairs (see tile_arithmetic.h), x and the values take registers twice.
-#if defined(SLRC_TILE_INT8) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
-constexpr bool kInPairs = true;
+// Where bytes are multiplied in pairs, a column takes two passes (see tile_arithmetic.h), and another register.
+#if defined(SLRC_TILE_INT8) && defined(__x86_64__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
+#define SLRC_IN_PAIRS
+constexpr int kPasses = 2;
 #else
-constexpr bool kInPairs = false;
+constexpr int kPasses = 1;
 #endif
 
 // With a sanitizer's checks compilers take many minutes for tiles of so many sizes; fewer go through the same lines.
 #if defined(__AVX512F__) && defined(__SANITIZE_ADDRESS__)
 constexpr int kLanes = 16, kVectors4 = 1, kVectors8 = 2;
 #elif defined(__AVX512F__)
-constexpr int kLanes = 16, kVectors4 = kInPairs ? 4 : 6, kVectors8 = kInPairs ? 2 : 3;
+constexpr int kLanes = 16, kVectors4 = kPasses > 1 ? 4 : 6, kVectors8 = kPasses > 1 ? 2 : 3;
 #elif defined(__AVX2__)
-constexpr int kLanes = 8, kVectors4 = kInPairs ? 2 : 3, kVectors8 = 0;
+constexpr int kLanes = 8, kVectors4 = kPasses > 1 ? 2 : 3, kVectors8 = 0;
 #elif defined(SLRC_TILE_MATMUL)
 constexpr int kLanes = 4, kVectors4 = 5, kVectors8 = 2;  // two columns brought side by side take registers too
 #elif defined(SLRC_TILE_NEON)
 constexpr int kLanes = 4, kVectors4 = 6, kVectors8 = 3;
 #else
-constexpr int kLanes = 4, kVectors4 = kInPairs ? 2 : 3, kVectors8 = 0;
+constexpr int kLanes = 4, kVectors4 = kPasses > 1 ? 2 : 3, kVectors8 = 0;
 #endif
 #if defined(SLRC_TILE_INT8)
 constexpr int kVectors1 = 0;

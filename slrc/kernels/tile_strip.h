@@ -17,7 +17,7 @@ SLRC_INLINE inline void ForTiles(const Strip& s, const Run& run) {
     const int64_t begin = s.begins[r], end = s.ends[r];
     const int64_t last = first + s.block < s.channels ? first + s.block : s.channels;
     for (int64_t channel = first; channel < last; channel += Rows) {
-      Tile tile = {s.values + begin * s.block + (channel - first),
+      Tile tile = {s.values + begin * s.value_step + (channel - first),
                    s.offsets + begin,
                    s.offsets + end,
                    s.x,
@@ -124,17 +124,20 @@ void RunPixel(const Strip& s) {
   ForTiles<Rows, 1>(s, [&](const Tile& tile, int64_t) {
     V sums[4] = {Load<Rows>(tile.bias)};
     const int64_t count = tile.end - tile.offsets;
+    const auto add_column = [&](V& sum, int64_t t) SLRC_INLINE {
+      const V pixel = Repeat<Rows>(tile.x[tile.offsets[t]]);
+      Unroll<kPasses>([&](int pass) SLRC_INLINE {
+        const V value = Load<Rows>(tile.values + t * s.value_step + pass * s.block);
+        sum = MultiplyAdd<Rows>(sum, BytesOf<Rows>(pixel, pass), value);
+      });
+    };
     int64_t t = 0;
     for (; t + 4 <= count; t += 4) {
-      const float* values = tile.values + t * s.block;
-      for (int64_t line = 0; line < 4 * s.block; line += kLine) __builtin_prefetch(values + kValuesAhead + line);
-      for (int k = 0; k < 4; ++k)
-        sums[k] = MultiplyAdd<Rows>(sums[k], Repeat<Rows>(tile.x[tile.offsets[t + k]]),
-                                    Load<Rows>(values + k * s.block));
+      const float* values = tile.values + t * s.value_step;
+      for (int64_t line = 0; line < 4 * s.value_step; line += kLine) __builtin_prefetch(values + kValuesAhead + line);
+      for (int k = 0; k < 4; ++k) add_column(sums[k], t + k);
     }
-    for (; t < count; ++t)
-      sums[0] = MultiplyAdd<Rows>(sums[0], Repeat<Rows>(tile.x[tile.offsets[t]]),
-                                  Load<Rows>(tile.values + t * s.block));
+    for (; t < count; ++t) add_column(sums[0], t);
     V sum = Add<Rows>(Add<Rows>(sums[0], sums[1]), Add<Rows>(sums[2], sums[3]));
     if (tile.start) {
       V start = {};

@@ -165,7 +165,7 @@ template <Reads Read, class Size>
 SLRC_INLINE inline const int32_t* MultiplyPairs(const Tile& tile, const Strip& strip, Sums<Size>& sums) {
   static_assert(Size::kLast == 4 && !Size::kHasMore);
   constexpr int kVectors = Size::kWhole + 1;
-  const int64_t stride = strip.block, ahead = strip.ahead;
+  const int64_t stride = strip.value_step, ahead = strip.ahead;
   const auto turn = [&]() SLRC_INLINE {
     Unroll<Size::kRows / 2>([&](int q) SLRC_INLINE {
       Unroll<Size::kWhole>([&](int v) SLRC_INLINE { TurnSums(&sums.whole[2 * q][v], &sums.whole[2 * q + 1][v]); });
@@ -213,7 +213,7 @@ const int32_t* MultiplyPairs(const Tile&, const Strip&, Sums<Size>&);
 // Of several rows: a surviving column loads each vector of x once for all of them.
 template <Reads Read, class Size>
 SLRC_INLINE inline void MultiplyRows(const Tile& tile, const Strip& strip, Sums<Size>& sums) {
-  const int64_t stride = strip.block, ahead = strip.ahead;
+  const int64_t stride = strip.value_step, ahead = strip.ahead;
   const Word padding = strip.padding;
   const float* values = tile.values;
   const int32_t *offset = tile.offsets, *more_offset = tile.more.offsets;
@@ -227,18 +227,24 @@ SLRC_INLINE inline void MultiplyRows(const Tile& tile, const Strip& strip, Sums<
     const int32_t* const end = Read == kSome ? strip.offsets + tile.tap_ends[taps->end - 1] : tile.end;
     for (; offset != end; ++offset, ++more_offset, values += stride) {
       const float* x = tile.x + *offset;
-      typename Size::V column[Size::kWhole ? Size::kWhole : 1];
-      Unroll<Size::kWhole>([&](int v) SLRC_INLINE { column[v] = LoadColumn<kLanes, Read>(x, v, taps, padding); });
-      const typename Size::L last = LoadColumn<Size::kLast, Read>(x, Size::kWhole, taps, padding);
       __builtin_prefetch(values + kValuesAhead);
       if constexpr (Read == kAhead)
         Unroll<Size::kLines>([&](int line) SLRC_INLINE { __builtin_prefetch(x + ahead + line * kLine); });
-      SLRC_LOAD_VALUES(Size::kRows, values);
-      Unroll<Size::kRows>([&](int i) SLRC_INLINE {
+      Unroll<kPasses>([&](int pass) SLRC_INLINE {
+        typename Size::V column[Size::kWhole ? Size::kWhole : 1];
         Unroll<Size::kWhole>([&](int v) SLRC_INLINE {
-          sums.whole[i][v] = MultiplyAdd<kLanes>(sums.whole[i][v], column[v], Repeat<kLanes>(SLRC_VALUE(i)));
+          column[v] = BytesOf<kLanes>(LoadColumn<kLanes, Read>(x, v, taps, padding), pass);
         });
-        sums.last[i] = MultiplyAdd<Size::kLast>(sums.last[i], last, Repeat<Size::kLast>(SLRC_VALUE(i)));
+        const typename Size::L last =
+            BytesOf<Size::kLast>(LoadColumn<Size::kLast, Read>(x, Size::kWhole, taps, padding), pass);
+        SLRC_LOAD_VALUES(Size::kRows, values);
+        Unroll<Size::kRows>([&](int i) SLRC_INLINE {
+          const Word value = SLRC_VALUE(pass * strip.block + i);
+          Unroll<Size::kWhole>([&](int v) SLRC_INLINE {
+            sums.whole[i][v] = MultiplyAdd<kLanes>(sums.whole[i][v], column[v], Repeat<kLanes>(value));
+          });
+          sums.last[i] = MultiplyAdd<Size::kLast>(sums.last[i], last, Repeat<Size::kLast>(value));
+        });
       });
       if constexpr (Size::kHasMore) {
         const Word pixel = Read != kSome || taps->read[Size::kWhole + 1] ? tile.more.x[*more_offset] : padding;
@@ -309,7 +315,7 @@ SLRC_INLINE inline void RunTile(const Tile& tile, const Strip& strip) {
   Sums<Size> sums;
   BeginWithBias(tile, sums);
   PrefetchStart<Size>(tile);
-  if constexpr (Size::kRows == 1) MultiplyRuns<Parts>(tile, strip.block, sums);
+  if constexpr (Size::kRows == 1) MultiplyRuns<Parts>(tile, strip.value_step, sums);
   else MultiplyRows<Read>(tile, strip, sums);
   AddStart(tile, outputs, sums);
   if constexpr (kFuses && Size::kRows > 1)

@@ -45,6 +45,19 @@ void CheckCounts(int64_t block, int64_t out_channels, int64_t group, int64_t row
          std::clamp<int64_t>(columns, 0, kMostBlocks) * values_each, values);
 }
 
+// A block's values as the loops read them (see TileLoops::value_words).
+void PutValues(const int8_t* from, int64_t block, int words, Word* to) {
+  if (words == 1) {
+    memcpy(to, from, block * kQuad);
+    return;
+  }
+  for (int64_t i = 0; i < block; ++i, from += kQuad) {
+    const int16_t even[2] = {from[0], from[2]}, odd[2] = {from[1], from[3]};
+    memcpy(to + i, even, sizeof even);
+    memcpy(to + block + i, odd, sizeof odd);
+  }
+}
+
 void CheckZeroPoint(const char* name, int64_t value, int64_t least) {
   if (value < least || value > 255)
     throw Error(std::string(name) + " must be " + std::to_string(least) + " to 255, got " + std::to_string(value));
@@ -115,8 +128,9 @@ Weight::Weight(const SlrcInt8Blocks& blocks, int64_t groups)
   TakePlaces(blocks.columns, blocks.column_count, blocks.row_pointers);
   const uint8_t zero = static_cast<uint8_t>(blocks.x_zero_point ^ loops->flip);
   memset(&padding, zero, sizeof padding);
-  values.resize(blocks.column_count * block);
-  if (!values.empty()) memcpy(values.data(), blocks.values, blocks.value_count);
+  values.resize(blocks.column_count * ValueStep());
+  for (int64_t t = 0; t < blocks.column_count; ++t)
+    PutValues(blocks.values + t * block * kQuad, block, loops->value_words, values.data() + t * ValueStep());
   const int32_t as_read = loops->flip ? static_cast<int8_t>(zero) : zero;
   const int64_t per_group = out_channels / group;
   bias.assign(BlockRows() * block, 0.0f);

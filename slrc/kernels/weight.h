@@ -41,6 +41,9 @@ struct Weight {
   Weight(const SlrcInt8Blocks& blocks, int64_t group);
 
   int64_t BlockRows() const { return rows_per_group * group; }
+  int64_t ValueStep() const { return block * loops->value_words; }
+  // Returns how many values survive; of int8 a quad's are one.
+  double Surviving() const { return static_cast<double>(columns.size()) * block; }
   // Returns the out channel that a block row begins with.
   int64_t FirstChannel(int64_t block_row) const {
     const int64_t per_group = out_channels / group;
@@ -58,7 +61,7 @@ struct Weight {
   Activation activation;
   float slope;
   Word padding;  // of the input
-  std::vector<Word> values;
+  std::vector<Word> values;  // (surviving blocks, ValueStep())
   std::vector<int32_t> columns;
   std::vector<int32_t> row_pointers;
   std::vector<Word> bias;  // zeros if there is none; padded to whole blocks
@@ -78,7 +81,7 @@ Weight Weight::SortedBy(const Key& key) const {
                      [&](int32_t a, int32_t b) { return key(columns[a]) < key(columns[b]); });
   for (size_t t = 0; t < order.size(); ++t) {
     made.columns[t] = columns[order[t]];
-    std::copy_n(values.begin() + order[t] * block, block, made.values.begin() + t * block);
+    std::copy_n(values.begin() + order[t] * ValueStep(), ValueStep(), made.values.begin() + t * ValueStep());
   }
   return made;
 }

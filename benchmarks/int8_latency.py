@@ -82,9 +82,9 @@ def measure_row(name: str, sparsity: float, *, openvino: bool = False) -> Row:
 
 
 def ratio(slow: list[float], fast: list[float]) -> list[float]:
-    """Return how many times as fast the second is, by medians, and the least and greatest over blocks of runs."""
+    """Return how many times as fast the second is: the median, the least and the greatest over blocks of runs."""
     blocks = [statistics.median(a) / statistics.median(b) for a, b in in_blocks(slow, fast)]
-    return [statistics.median(slow) / statistics.median(fast), min(blocks), max(blocks)]
+    return [statistics.median(blocks), min(blocks), max(blocks)]
 
 
 def _emitted(program: Program, choice: FormChoice, folder: Path) -> LoweredProgram:

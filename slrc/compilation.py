@@ -30,6 +30,7 @@ from slrc.pipeline import apply_forms, lower
 from slrc.probes import FirstCall, Probe
 from slrc.progress import Reporter
 from slrc.quantized_targets import IntegerTargets, Rounded, float_name
+from slrc.reconstruction.likeness import likeness_to_dense
 from slrc.reconstruction.reconstruct import reconstruct
 from slrc.reporting.bench import INPUTS
 from slrc.reporting.page import write_page
@@ -37,6 +38,7 @@ from slrc.reporting.report import Int8Result, Report
 from slrc.sparsity.plans import LatencyForecast, Plan
 from slrc.training.batch_norm import constant_channels
 from slrc.training.choose_method import choose_method
+from slrc.training.distillation import returns_logits
 from slrc.training.loop import train
 from slrc.training.trained import Trained, save_weights
 from slrc.verify import Check, Checker, compare_metric
@@ -176,8 +178,23 @@ class Compilation:
                 "compare outputs"
             )
         if not self.workload.is_evaluated:
-            self.note("the workload has neither `eval_batches` nor `evaluate`: no accuracy was measured")
+            alike = self._likeness(program, trained, reconstructs)
+            self.note(f"the workload has neither `eval_batches` nor `evaluate`: no accuracy was measured{alike}")
         return trained
+
+    def _likeness(self, program: Program, trained: Trained, reconstructs: bool) -> str:
+        """Return what can be told without labels, if there is data."""
+        if self.workload.calibration is None and self.workload.train_batches is None:
+            return ""
+        found = likeness_to_dense(
+            program,
+            program.with_tensors(trained.tensors),
+            self.workload,
+            self.config.seed,
+            refitted=self.config.reconstruct.images if reconstructs else 0,
+            logits=returns_logits(self.workload),
+        )
+        return f"; {found}"
 
     def evaluate_masked(
         self, program: Program, trained: Trained, probes: Sequence[Probe]

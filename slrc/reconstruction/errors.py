@@ -288,12 +288,16 @@ def output_tensors(outputs: object) -> list[Tensor]:
     return [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor) and x.is_floating_point()]
 
 
+def are_classes(output: Tensor, logits: bool | None) -> bool:
+    """Tell whether dimension 1 of an output is of classes. See `output_divergences`."""
+    return (output.dim() == 2 if logits is None else logits and output.dim() >= 2) and output.shape[1] > 1
+
+
 def divergence(dense: Sequence[Tensor], pruned: Sequence[Tensor], logits: bool | None) -> float:
     """Return how far outputs have moved, see `output_divergences`."""
     total = 0.0
     for a, b in zip(dense, pruned, strict=True):
-        of_classes = a.dim() == 2 if logits is None else logits and a.dim() >= 2
-        if of_classes and a.shape[1] > 1:
+        if are_classes(a, logits):
             log_a, log_b = a.double().log_softmax(1), b.double().log_softmax(1)
             apart = torch.where(log_a.isneginf(), 0.0, log_a.exp() * (log_a - log_b))  # 0 · log 0 = 0
             total += float(apart.sum(dim=1).mean())

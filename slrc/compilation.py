@@ -186,14 +186,17 @@ class Compilation:
         """Return what can be told without labels, if there is data."""
         if self.workload.calibration is None and self.workload.train_batches is None:
             return ""
-        found = likeness_to_dense(
-            program,
-            program.with_tensors(trained.tensors),
-            self.workload,
-            self.config.seed,
-            refitted=self.config.reconstruct.images if reconstructs else 0,
-            logits=returns_logits(self.workload),
-        )
+        try:
+            found = likeness_to_dense(
+                program,
+                program.with_tensors(trained.tensors),
+                self.workload,
+                self.config.seed,
+                refitted=self.config.reconstruct.images if reconstructs else 0,
+                logits=returns_logits(self.workload),
+            )
+        except WorkloadError as error:  # such as batches that were used up in training
+            return f", nor how much the outputs are like the dense model's: {error.message}"
         return f"; {found}"
 
     def evaluate_masked(

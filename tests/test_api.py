@@ -555,6 +555,15 @@ def test_without_labels_the_report_says_how_much_is_like_the_dense_model(
     assert any("no accuracy was measured; on 32 samples of its data" in note for note in report.notes)
 
 
+def test_data_that_cannot_be_compared_on_is_no_reason_to_lose_a_compile(
+    tiny_workload: MakeWorkload, tmp_path: Path
+) -> None:
+    workload = tiny_workload(train_batches=None, evaluate=None)
+    workload.calibration = []
+    report = slrc.compile(workload, tmp_path / "out", pattern="channel", method="magnitude")
+    assert any("nor how much the outputs are like" in note and "yielded nothing" in note for note in report.notes)
+
+
 def test_a_badly_conditioned_network_passes_with_a_warning(tmp_path: Path) -> None:
     """At 97 % most channels are constant: their new variances are nothing, and rounding errors grow by thousands."""
     torch.manual_seed(0)

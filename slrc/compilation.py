@@ -249,7 +249,7 @@ class Compilation:
             device=self.device,
             in_float=self.integers.in_float(slim) if target.is_integer else (),
         )
-        for text in choice.notes:
+        for text in choice.notes({weight: layer.name for weight, layer in slim.layers.items()}):
             self.note(text)
         return choice
 

@@ -79,7 +79,7 @@ def plan_for(program: Program, workload: slrc.Workload, contender: str, share: f
     meter, tried = LatencyMeter(program, TARGET, threads=1), {}
     untried = set(UNIFORM_TRIED)
     for _ in range(1 + CORRECTIONS):
-        tried |= {sparsity: meter.share(slrc.plan(program, pattern, sparsity)) for sparsity in untried}
+        tried |= {sparsity: meter.measure(slrc.plan(program, pattern, sparsity)).share for sparsity in untried}
         nearest = min(tried, key=lambda sparsity: abs(tried[sparsity] - share))
         known = sorted((found, sparsity) for sparsity, found in tried.items())
         untried = {round(float(np.interp(share, *zip(*known, strict=True))), 4)} - tried.keys()

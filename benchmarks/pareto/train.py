@@ -177,7 +177,7 @@ def train_plan(row: Row, task: Task, model: nn.Module) -> tuple[nn.Module, dict[
         model.to(memory_format=torch.channels_last)
     common = {"seed": row.seed, **precision(task)}
     if row.contender.endswith(GRADUAL):
-        trained = train(workload, plan, make_config({"epochs": row.epochs, **common}), **go_on)
+        trained = train(workload, plan, make_config({"method": "gradual", "epochs": row.epochs, **common}), **go_on)
     else:
         refit = {"method": "reconstruct", "epochs": row.epochs, "reconstruct": {"images": REFITTED_ON}}
         trained = reconstruct(program, workload, plan, make_config({**refit, **RECIPE, **common}), **go_on)

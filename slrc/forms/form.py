@@ -193,7 +193,7 @@ class FormChoice(BaseModel):
     """The forms of a program's layers on one target, and why.
 
     `taken` names which of the networks in `whole_ms` it is; `dropped` says which forms could not be had; `idle` are
-    layers that lost blocks and yet are faster dense.
+    weights of layers that lost blocks and yet are faster dense.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -211,12 +211,11 @@ class FormChoice(BaseModel):
         """The form of each layer that does not stay dense."""
         return {x.weight: x.form for x in self.layers if x.form != DENSE}
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a user is told besides the forms."""
+    def notes(self, names: Mapping[str, str]) -> tuple[str, ...]:
+        """Return what a user is told besides the forms; `names` are those of the layers, by their weights."""
         if not self.idle:
             return self.dropped
-        first, others = self.idle[0], len(self.idle) - 1
+        first, others = names[self.idle[0]], len(self.idle) - 1
         which = f"{first} and {others} more lost blocks and run" if others else f"{first} lost blocks and runs"
         return (*self.dropped, f"on {self.target} {which} dense: that is faster there")
 

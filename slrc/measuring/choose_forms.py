@@ -105,7 +105,7 @@ def time_forms(
         target=str(target),
         threads=clock.threads,
         dropped=_notes(lost, target),
-        idle=tuple(program.layers[w].name for w in unpacked if _loses_blocks(program, w, candidates[w])),
+        idle=tuple(w for w in unpacked if _loses_blocks(program, w, candidates[w])),
         taken=taken,
         whole_ms={name: timing.ms for name, (_, timing) in run.items()},
         layers=tuple(_layer(program, weight, forms.get(weight, DENSE), ms[weight]) for weight in candidates),

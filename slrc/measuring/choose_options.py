@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from slrc.backends import Target, get_backend
 from slrc.errors import PlanError, UnreachableError
 from slrc.ir.program import Program
 from slrc.measuring.choose_widths import Widths
-from slrc.measuring.latency_meter import LatencyMeter, Menus, make_menus, meet_budget
+from slrc.measuring.latency_meter import LatencyMeter, Menus, Slow, make_menus, meet_budget
 from slrc.measuring.latency_table import LatencyTable, nearest_budget, told_layers
 from slrc.measuring.weigh_options import Weigher, weighed
 from slrc.sparsity.budget import Budget, Floats, Menu
@@ -63,10 +64,10 @@ def plan_options(
 
     losses = losses_of(program, start, found)
 
-    def allocated(table: LatencyTable) -> Plan:
-        return allocate_options(program, start, found, table, budget, losses)
+    def allocated(table: LatencyTable, slow: Slow) -> Plan:
+        return allocate_options(program, start, *without_slow(found, losses, slow), table, budget)
 
-    return counted(meet_budget(meter.whole(found.dense_ms), budget, allocated, meter.share), program)
+    return counted(meet_budget(meter.whole(found.dense_ms), budget, allocated, meter.measure), program)
 
 
 def plan_mixed(
@@ -113,7 +114,7 @@ def plan_mixed(
         found = weighed(found, weights)
         try:
             losses = losses_of(program, mixed, found)
-            lost += allocate_options(program, mixed, found, table, budget, losses).loss(losses)
+            lost += allocate_options(program, mixed, found, losses, table, budget).loss(losses)
         except PlanError as error:
             reasons.append(error)
             continue
@@ -123,10 +124,10 @@ def plan_mixed(
         raise min(reversed(reasons), key=lambda one: one.least if isinstance(one, UnreachableError) else 1.0)
     _, mixed, found, losses = min(tried, key=lambda one: one[0])
 
-    def allocated(table: LatencyTable) -> Plan:
-        return allocate_options(program, mixed, found, table, budget, losses)
+    def allocated(table: LatencyTable, slow: Slow) -> Plan:
+        return allocate_options(program, mixed, *without_slow(found, losses, slow), table, budget)
 
-    return counted(meet_budget(table, budget, allocated, meter.share), program)
+    return counted(meet_budget(table, budget, allocated, meter.measure), program)
 
 
 def joined(channels: Plan, layers: Plan) -> Plan:
@@ -140,8 +141,18 @@ def losses_of(program: Program, plan: Plan, found: Menus) -> list[Floats]:
     return plan.model_copy(update={"budget": Budget(ms=0.0, menus=found.menus)}).option_losses(program.tensors)
 
 
+def without_slow(found: Menus, losses: Sequence[Floats], slow: Slow) -> tuple[Menus, list[Floats]]:
+    """Return the menus, and what their options cost, without the pruned options that are no faster than dense."""
+    menus, left = [], []
+    for menu, own in zip(found.menus, losses, strict=True):
+        keep = [k for k, o in enumerate(menu.options) if k == 0 or o.ms < slow.get(menu.name, math.inf)]
+        menus.append(menu.model_copy(update={"options": tuple(menu.options[k] for k in keep)}))
+        left.append(own[keep])
+    return found._replace(menus=tuple(menus)), left
+
+
 def allocate_options(
-    program: Program, plan: Plan, found: Menus, table: LatencyTable, budget: float, losses: Sequence[Floats]
+    program: Program, plan: Plan, found: Menus, losses: Sequence[Floats], table: LatencyTable, budget: float
 ) -> Plan:
     """Return the plan with the options that meet a share of the dense latency at the least loss of energy.
 
@@ -149,9 +160,9 @@ def allocate_options(
         program: the captured model.
         plan: its constraints are of single weights.
         found: what the options take.
+        losses: of the options, by `losses_of`.
         table: how a sum over segments relates to the whole.
         budget: the share.
-        losses: of the options, by `losses_of`.
 
     Raises:
         UnreachableError: the budget cannot be met; the message says what can be, layer by layer.

@@ -103,7 +103,7 @@ def plan_widths(meter: LatencyMeter, widths: Widths, budget: float) -> Plan:
     Raises:
         UnreachableError: the budget cannot be met by any widths.
     """
-    return meet_budget(widths.table, budget, lambda table: widths.plan(budget, table), meter.share)
+    return meet_budget(widths.table, budget, lambda table, _: widths.plan(budget, table), meter.measure)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ that took joins the table (`meet_budget`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import cache as cached
 from functools import partial
 from pathlib import Path
@@ -52,33 +52,52 @@ DENSITIES = (0.75, 0.625, 0.5, 0.4375, 0.375, 0.3125, 0.25, 0.2, 0.16, 0.125, 0.
 """The shares that an option may keep."""
 
 
+Slow = Mapping[str, float]
+"""By the names of layers' constraints: options that take so many milliseconds or more are no faster than dense."""
+
+
+class Measured(NamedTuple):
+    """What a plan makes of the whole: its share of the dense latency, and the layers that are faster dense in it."""
+
+    share: float
+    idle: Set[str] = frozenset()
+
+
 def meet_budget(
-    table: LatencyTable, budget: float, allocate: Callable[[LatencyTable], Plan], share: Callable[[Plan], float]
+    table: LatencyTable,
+    budget: float,
+    allocate: Callable[[LatencyTable, Slow], Plan],
+    measure: Callable[[Plan], Measured],
 ) -> Plan:
     """Return the plan whose latency, measured on the whole program, is nearest to a share of the dense one.
+
+    A layer that is faster dense is not pruned for nothing: of its options those are left that are faster still.
 
     Args:
         table: what the parts take.
         budget: the share.
-        allocate: makes a plan by a table, with a forecast.
-        share: times what a plan makes of the whole, as a share of the dense latency.
+        allocate: makes a plan by a table, with a forecast, of options that are not too slow.
+        measure: times what a plan makes of the whole.
 
     Raises:
         PlanError: the budget cannot be met.
     """
     measured: list[Plan] = []
+    slow: dict[str, float] = {}
     for _ in range(1 + CORRECTIONS):
         try:
-            plan = allocate(table)
+            plan = allocate(table, slow)
         except UnreachableError:
             if not measured:
                 raise
             break  # by what was corrected: what is nearest so far is all there is
         assert plan.latency is not None
-        reached = share(plan)
+        reached, idle = measure(plan)
         measured.append(plan.model_copy(update={"latency": plan.latency.model_copy(update={"predicted": reached})}))
-        if abs(reached / budget - 1) <= MARGIN:
+        pruned = {name: option.ms for name, option in plan.options().items() if option.keep < option.groups}
+        if abs(reached / budget - 1) <= MARGIN and not idle & pruned.keys():
             return measured[-1]
+        slow |= {name: pruned[name] for name in idle & pruned.keys()}
         table = table.with_whole(plan.latency.segments_ms, reached)
     nearest = min(measured, key=lambda plan: abs(plan.latency.predicted - budget) if plan.latency else float("inf"))
     assert nearest.latency is not None
@@ -254,7 +273,7 @@ class LatencyMeter:
         ms = self._times([Job.of_whole(self._dense)], WHOLE, self._program.name)[0]
         return self._made([], [WholeLatency(segments_ms=segments_ms, ms=ms)])
 
-    def share(self, plan: Plan) -> float:
+    def measure(self, plan: Plan) -> Measured:
         """Return the latency of what a plan makes of the program as a share of the dense one, measured in turns.
 
         Layers have the forms that are chosen for them, as in a compile.
@@ -266,7 +285,8 @@ class LatencyMeter:
         choice = time_forms(slim, self._clock, self._reporter)
         jobs = [Job.of_whole(self._dense), Job.of_whole(slim, choice.forms)]
         dense, compiled = self._times(jobs, WHOLE, self._program.name)
-        return compiled / dense
+        named = {c.members[0].tensor: c.name for c in plan if not c.pattern.coupled}
+        return Measured(compiled / dense, {named[weight] for weight in choice.idle if weight in named})
 
     def forget(self) -> bool:
         """Forget the times that another run measured, as `Clock.forget`."""

@@ -112,11 +112,13 @@ def test_the_fastest_form_is_taken(clock: type[FakeClock], says: dict[str, float
 def test_layers_that_lost_blocks_for_nothing_are_named(clock: type[FakeClock]) -> None:
     """Not the first one, which could be packed but has no zeros."""
     clock.says = {"dense": 1.0, "packed": 2.0, "split": 3.0}
-    choice = choose_forms(pruned("block:8x1"), ORT, threads=1)
-    assert choice.notes == ("on ort 2 and 1 more lost blocks and run dense: that is faster there",)
+    program = pruned("block:8x1")
+    names = {weight: layer.name for weight, layer in program.layers.items()}
+    choice = choose_forms(program, ORT, threads=1)
+    assert choice.notes(names) == ("on ort 2 and 1 more lost blocks and run dense: that is faster there",)
     assert choice.dropped == ()
     clock.says = {"dense": 2.0, "packed": 1.0, "split": 3.0}
-    assert choose_forms(pruned("block:8x1"), ORT, threads=1).notes == ()
+    assert choose_forms(program, ORT, threads=1).notes(names) == ()
 
 
 @needs_compiler

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 import slrc
 from slrc.backends import get_backend, parse_target
 from slrc.errors import PlanError, UnreachableError
-from slrc.forms.form import Form, FormKind
+from slrc.forms.form import Form, FormChoice, FormKind
 from slrc.forms.packed_weight import block_density
 from slrc.ir.program import Program, capture
 from slrc.measuring import choose_options, latency_meter
 from slrc.measuring.clock import Clock, Timing
-from slrc.measuring.latency_meter import LatencyMeter, make_menus
+from slrc.measuring.latency_meter import LatencyMeter, Measured, make_menus
 from slrc.passes.analysis.cut_segments import cut_segments
 from slrc.passes.forms.pack_blocks import why_not_packed
 from slrc.passes.structure.apply_masks import ApplyMasks
@@ -244,3 +244,35 @@ def test_transposed_convolutions_stay_dense_where_a_latency_is_asked_for(tmp_pat
     assert [c.name for c in plan] == ["1"]
     reasons = {x.name: x.reason for x in plan.left_out}
     assert reasons["2"] == "transposed convolutions are not pruned in blocks where a latency is asked for"
+
+
+@pytest.mark.usefixtures("times_are_sizes")
+def test_a_layer_that_is_faster_dense_is_not_pruned_for_nothing(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first plan's options of one layer turn out to be no faster: the second plan has others for it, or none."""
+    planned: list[Plan] = []
+
+    def measure(self: LatencyMeter, plan: Plan) -> Measured:
+        planned.append(plan)
+        return Measured(0.6, {"narrow"} if len(planned) == 1 else set())
+
+    monkeypatch.setattr(LatencyMeter, "measure", measure)
+    plan = plan_for(program, "block:8x1", 0.6, tmp_path)
+    first, second = (made.options()["narrow"] for made in planned)
+    assert first.keep < first.groups
+    assert second.ms < first.ms or second.keep == second.groups
+    assert plan.options()["narrow"] == second
+    offered = next(menu.options for menu in plan.budget.menus if menu.name == "narrow") if plan.budget else ()
+    assert all(option.ms < first.ms for option in offered[1:])
+
+
+def test_what_is_idle_in_the_whole_is_told_by_its_constraint(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = slrc.plan(program, "block:8x1", 0.5)
+    choice = FormChoice(target="ort", threads=1, idle=("wide.weight",))
+    monkeypatch.setattr(latency_meter, "time_forms", lambda *args: choice)
+    found = LatencyMeter(program, ORT, threads=1, cache=tmp_path).measure(plan)
+    assert found.idle == {"wide"}
+    assert found.share > 0

@@ -15,7 +15,7 @@ from slrc.backends.ort import OnnxRuntime
 from slrc.errors import BackendError, PlanError, UnreachableError
 from slrc.ir.program import Program, capture
 from slrc.measuring.clock import Clock, Timing
-from slrc.measuring.latency_meter import CORRECTIONS, LatencyMeter, SegmentTimes, meet_budget
+from slrc.measuring.latency_meter import CORRECTIONS, LatencyMeter, Measured, SegmentTimes, Slow, meet_budget
 from slrc.measuring.latency_table import LatencyTable
 from slrc.sparsity.patterns import Block
 from slrc.sparsity.plans import Plan
@@ -117,7 +117,7 @@ def test_a_correction_that_goes_too_far_leaves_what_was_nearest(
     """By the table that the first plan's time has joined, nothing reaches the budget any more."""
     plans: list[Plan] = []
 
-    def allocate(table: LatencyTable) -> Plan:
+    def allocate(table: LatencyTable, slow: Slow) -> Plan:
         if plans:
             raise UnreachableError("out of reach", "ask for more", 0.65)
         plans.append(start)
@@ -125,12 +125,12 @@ def test_a_correction_that_goes_too_far_leaves_what_was_nearest(
 
     sizes_for_times(monkeypatch)
     start = plan_for(program, 0.6, tmp_path)
-    made = meet_budget(meter(program, tmp_path).whole(1.0), 0.6, allocate, lambda plan: 0.625)
+    made = meet_budget(meter(program, tmp_path).whole(1.0), 0.6, allocate, lambda plan: Measured(0.625))
     assert made.latency is not None
     assert made.latency.predicted == 0.625
     assert "60.0% of the dense one was asked for, and 62.5% reached" in made.shortfall
     with pytest.raises(UnreachableError):
-        meet_budget(meter(program, tmp_path).whole(1.0), 0.6, allocate, lambda plan: 0.625)
+        meet_budget(meter(program, tmp_path).whole(1.0), 0.6, allocate, lambda plan: Measured(0.625))
 
 
 def test_a_budget_that_is_missed_is_said_with_what_was_measured(
@@ -139,12 +139,12 @@ def test_a_budget_that_is_missed_is_said_with_what_was_measured(
     shares = iter([0.9, 0.7, 0.8, 0.85])
     planned: list[Plan] = []
 
-    def share(self: LatencyMeter, plan: Plan) -> float:
+    def measure(self: LatencyMeter, plan: Plan) -> Measured:
         planned.append(plan)
-        return next(shares)
+        return Measured(next(shares))
 
     sizes_for_times(monkeypatch)
-    monkeypatch.setattr(LatencyMeter, "share", share)
+    monkeypatch.setattr(LatencyMeter, "measure", measure)
     plan = plan_for(program, 0.6, tmp_path)
     assert len(planned) == 1 + CORRECTIONS
     assert plan.latency is not None

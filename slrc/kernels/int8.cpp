@@ -1,5 +1,7 @@
 #include "int8.h"
 
+#include <string.h>
+
 #include "conv_run.h"
 #include "gemm_run.h"
 #include "layer_limits.h"
@@ -7,12 +9,29 @@
 namespace slrc {
 namespace {
 
+// N bytes at a time; the last may be copied twice. (Rows are short: a call of memcpy for each would cost more.)
+template <int64_t N>
+void CopyRow(const uint8_t* from, int64_t count, uint8_t* to) {
+  for (int64_t i = 0; i + N < count; i += N) memcpy(to + i, from + i, N);
+  memcpy(to + count - N, from + count - N, N);
+}
+
+void CopyRows(const uint8_t* from, int64_t from_pitch, int64_t rows, int64_t count, uint8_t* to, int64_t to_pitch) {
+  for (; rows > 0; --rows, from += from_pitch, to += to_pitch) {
+    if (count >= 16) CopyRow<16>(from, count, to);
+    else if (count >= 8) CopyRow<8>(from, count, to);
+    else if (count >= 4) CopyRow<4>(from, count, to);
+    else for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+  }
+}
+
 // Sums of a piece are results once they are complete, never before: none is written where it belongs.
 struct Int8PlaneOutput : PlanePlaces {
   static constexpr bool kInParts = true;
   const Int8Rule& rule;
   const uint8_t* residual;
   void* y;
+  const bool masks = Int8Loops().masks;
 
   Int8PlaneOutput(const PlanePlaces& places, const Int8Rule& rule, const uint8_t* residual, void* y)
       : PlanePlaces(places), rule(rule), residual(residual), y(y) {}
@@ -33,16 +52,40 @@ struct Int8PlaneOutput : PlanePlaces {
       Int8Loops().results(job);
     });
   }
-  // Whether the results of a piece stand side by side, and where.
-  bool Fuse(int64_t channel, const Piece& piece, Int8Results* job) const {
-    const int64_t row = piece.start / pitch, column = piece.start % pitch;
-    if (column + piece.pixels > width || piece.repeats > 1) return false;
-    if (piece.pixels < piece.width && !Int8Loops().masks) return false;
-    *job = rule.At(channel, false, channel * channel_stride + at + row * width + column, residual, y);
-    job->pitch = channel_stride;
-    job->count = piece.pixels;
-    return job->y;
+  bool IsInPlace(const Piece& piece) const {
+    const bool stands_out = piece.start % pitch + piece.pixels > width;
+    return IsFused(piece) && !stands_out && (piece.pixels == piece.width || masks);
   }
+  // Says where results go that tiles make themselves: to their place, or to `room`, where the residual is brought too.
+  bool BeginResults(int64_t channel, int64_t channels, const Piece& piece, Word* room, Int8Results* job) const {
+    if (!IsFused(piece)) return false;
+    if (IsInPlace(piece)) {
+      const int64_t row = piece.start / pitch, column = piece.start % pitch;
+      *job = rule.At(channel, false, channel * channel_stride + at + row * width + column, residual, y);
+      job->pitch = channel_stride;
+      job->count = piece.pixels;
+      return true;
+    }
+    uint8_t *const results = reinterpret_cast<uint8_t*>(room), *const gathered = results + channels * piece.width;
+    *job = rule.At(channel, false, 0, residual ? gathered : nullptr, results);
+    job->pitch = job->count = piece.width;
+    if (residual)
+      ForRuns(piece, [&](int64_t first, int64_t p, int64_t count) {
+        CopyRows(residual + channel * channel_stride + first, channel_stride, channels, count, gathered + p,
+                 piece.width);
+      });
+    return true;
+  }
+  void EndResults(int64_t channel, int64_t channels, const Piece& piece, const Int8Results& job) const {
+    if (IsInPlace(piece)) return;
+    ForRuns(piece, [&](int64_t first, int64_t p, int64_t count) {
+      CopyRows(job.y + p, piece.width, channels, count, static_cast<uint8_t*>(y) + channel * channel_stride + first,
+               channel_stride);
+    });
+  }
+
+ private:
+  bool IsFused(const Piece& piece) const { return !rule.is_float() && piece.vectors && piece.repeats == 1; }
 };
 
 // y is (tokens, channels), the tile (rows, tokens).
@@ -70,7 +113,9 @@ struct Int8TokenOutput {
     job.rows = piece.pixels;
     Int8Loops().results(job);
   }
-  bool Fuse(int64_t, const Piece&, Int8Results*) const { return false; }
+  bool IsInPlace(const Piece&) const { return false; }
+  bool BeginResults(int64_t, int64_t, const Piece&, Word*, Int8Results*) const { return false; }
+  void EndResults(int64_t, int64_t, const Piece&, const Int8Results&) const {}
 };
 
 }  // namespace

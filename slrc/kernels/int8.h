@@ -17,6 +17,7 @@ class Int8Rule {
         y_zero_point_(static_cast<float>(blocks.y_zero_point)),
         is_float_(blocks.y_zero_point < 0) {}
 
+  bool is_float() const { return is_float_; }
   // Returns results of channels from `channel` on (`by_lane`: of them in every row), from `at` on in y and the residual.
   Int8Results At(int64_t channel, bool by_lane, int64_t at, const uint8_t* residual, void* y) const;
 

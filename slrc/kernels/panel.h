@@ -58,7 +58,7 @@ class PanelLoop {
   // Runs block rows on the index-th piece, and on some after it if one strip can; returns on how many. `waiting` are
   // the piece's sums between slices.
   int64_t RunPieces(int64_t index, float* waiting);
-  void RunParts(const Piece& piece, StripLoop loop, const Word* sums);
+  void RunParts(const Piece& piece, StripLoop loop, Word* sums);
   int64_t CountTogether(int64_t index) const;
   void SetReads(int64_t index, const Piece& piece, int64_t together);
   void SetMore(const Piece& piece, const Place& place, bool direct);
@@ -167,27 +167,24 @@ int64_t PanelLoop<Output>::RunPieces(int64_t index, float* waiting) {
   return together;
 }
 
-// In registers, if the piece's results stand side by side; else some block rows at a time, whose sums stay in the
-// first-level cache until they are scattered.
+// Where results do not stand side by side, some block rows at a time: what is scattered is in the first-level cache.
 template <class Output>
-void PanelLoop<Output>::RunParts(const Piece& piece, StripLoop loop, const Word* sums) {
-  Int8Results results;
-  if (piece.vectors && output_.Fuse(channel_, piece, &results)) {
-    strip_.results = &results;
-    loop(strip_);
-    strip_.results = nullptr;
-    return;
-  }
-  const int64_t rows = std::max<int64_t>(1, kPartSums / (SumsWidth(piece) * strip_.block)), step = rows * strip_.block;
+void PanelLoop<Output>::RunParts(const Piece& piece, StripLoop loop, Word* sums) {
+  const int64_t rows = std::max<int64_t>(1, kPartSums / (SumsWidth(piece) * strip_.block));
+  const int64_t step = output_.IsInPlace(piece) ? strip_.channels : rows * strip_.block;
   for (int64_t first = 0; first < strip_.channels; first += step) {
+    const int64_t channel = channel_ + first;
     Strip part = strip_;
     part.begins += first / strip_.block;
     part.ends += first / strip_.block;
     part.bias += first;
     if (part.tap_ends) part.tap_ends += first / strip_.block * strip_.taps;
     part.channels = std::min(step, strip_.channels - first);
+    Int8Results results;
+    if (output_.BeginResults(channel, part.channels, piece, sums, &results)) part.results = &results;
     loop(part);
-    output_.Scatter(channel_ + first, part.channels, piece, sums);
+    if (part.results) output_.EndResults(channel, part.channels, piece, results);
+    else output_.Scatter(channel, part.channels, piece, sums);
   }
 }
 

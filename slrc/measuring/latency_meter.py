@@ -99,8 +99,12 @@ def meet_budget(
             return measured[-1]
         slow |= {name: pruned[name] for name in idle & pruned.keys()}
         table = table.with_whole(plan.latency.segments_ms, reached)
-    nearest = min(measured, key=lambda plan: abs(plan.latency.predicted - budget) if plan.latency else float("inf"))
+    nearest = min(
+        reversed(measured), key=lambda plan: abs(plan.latency.predicted - budget) if plan.latency else math.inf
+    )
     assert nearest.latency is not None
+    if abs(nearest.latency.predicted / budget - 1) <= MARGIN:  # some layer is pruned for nothing
+        return nearest
     missed = f"a latency of {budget:.1%} of the dense one was asked for, and {nearest.latency.predicted:.1%} reached"
     return nearest.model_copy(update={"shortfall": "; ".join(filter(None, [nearest.shortfall, missed]))})
 

@@ -267,6 +267,17 @@ def test_a_layer_that_is_faster_dense_is_not_pruned_for_nothing(
     assert all(option.ms < first.ms for option in offered[1:])
 
 
+@pytest.mark.usefixtures("times_are_sizes")
+def test_a_budget_that_is_met_with_an_idle_layer_is_met(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = iter([0.61, 0.7, 0.8, 0.9])
+    monkeypatch.setattr(LatencyMeter, "measure", lambda self, plan: Measured(next(shares), {"narrow", "wide"}))
+    plan = plan_for(program, "block:8x1", 0.6, tmp_path)
+    assert plan.latency is not None
+    assert (plan.latency.predicted, plan.shortfall) == (0.61, "")
+
+
 def test_what_is_idle_in_the_whole_is_told_by_its_constraint(
     program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -186,17 +186,18 @@ class Compilation:
         """Return what can be told without labels, if there is data."""
         if self.workload.calibration is None and self.workload.train_batches is None:
             return ""
+        is_apart = self.workload.calibration is not None  # from what is trained on
         try:
             found = likeness_to_dense(
                 program,
                 program.with_tensors(trained.tensors),
                 self.workload,
                 self.config.seed,
-                refitted=self.config.reconstruct.images if reconstructs else 0,
-                logits=returns_logits(self.workload),
+                refitted=self.config.reconstruct.images if reconstructs and is_apart else 0,
+                logits=None if self.workload.train_batches is None else returns_logits(self.workload),
             )
-        except WorkloadError as error:  # such as batches that were used up in training
-            return f", nor how much the outputs are like the dense model's: {error.message}"
+        except Exception as error:  # of the user's data and model: no reason to lose a compile
+            return f", nor how much the outputs are like the dense model's: {str(error).partition(chr(10))[0]}"
         return f"; {found}"
 
     def evaluate_masked(

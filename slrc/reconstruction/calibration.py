@@ -47,7 +47,7 @@ def calibration_inputs(program: Program, workload: Workload, images: int, seed: 
     left = images
     for number, (args, kwargs) in enumerate(calls, start=1):
         tensors = _fitting(program, args, kwargs, f"batch {number} of `{field}`")
-        whole = _samples(program, tensors)
+        whole = samples_of(program, tensors)
         taken = min(left, whole) if program.batch_is_dynamic else whole
         chunks += _chunks(program, tensors, taken)
         left -= taken
@@ -119,7 +119,8 @@ def _fitting(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], wh
     return tensors
 
 
-def _samples(program: Program, tensors: Inputs) -> int:
+def samples_of(program: Program, tensors: Inputs) -> int:
+    """Return how many samples a call has."""
     sizes = {len(x) for x, is_free in zip(tensors, program.free_batches, strict=True) if is_free}
     return sizes.pop() if len(sizes) == 1 else program.batch
 

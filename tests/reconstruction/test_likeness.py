@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import slrc
-from slrc.reconstruction.likeness import SAMPLES, Likeness, likeness_to_dense
+from slrc.reconstruction.likeness import LEAST, SAMPLES, Likeness, likeness_to_dense
 
 LINEAR = 4
 
@@ -36,7 +36,7 @@ def test_the_dense_network_is_like_itself() -> None:
 
 
 def test_agreement_and_error_are_those_of_the_outputs() -> None:
-    x, scale = torch.randn(30, LINEAR), torch.tensor([1.0, 0.5, -1.0])
+    x, scale = torch.randn(50, LINEAR), torch.tensor([1.0, 0.5, -1.0])
     found = alike([x], scale)
     dense = workload([x]).model(x).detach()
     pruned = dense * scale
@@ -64,4 +64,32 @@ def test_where_there_are_no_others_those_are_compared() -> None:
 def test_outputs_that_are_no_classes_have_no_agreement() -> None:
     found = alike([torch.randn(8, LINEAR)], torch.ones(3) * 2, logits=False)
     assert found.agreement is None
-    assert "classes" not in str(found)
+    assert "greatest" not in str(found)
+
+
+def test_few_others_are_not_enough() -> None:
+    found = alike([torch.randn(40, LINEAR), torch.randn(LEAST - 1, LINEAR)], torch.ones(3) * 2, refitted=40)
+    assert (found.samples, found.fresh) == (40 + LEAST - 1, False)
+
+
+def test_inputs_may_be_in_containers() -> None:
+    class Gathered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(LINEAR, 3)
+
+        def forward(self, x: dict[str, Tensor]) -> Tensor:
+            return self.layer(x["a"] + x["b"])
+
+    def batch(n: int) -> tuple[dict[str, Tensor]]:
+        return ({"a": torch.randn(n, LINEAR), "b": torch.randn(n, LINEAR)},)
+
+    made = slrc.Workload(model=Gathered(), example_inputs=batch(2), calibration=[batch(8)])
+    program = slrc.capture(made)
+    assert likeness_to_dense(program, program, made, 0).error == 0
+
+
+def test_the_spread_is_about_the_mean_of_all_samples() -> None:
+    """Two calls of one sample each, whose outputs are alike within each."""
+    x = torch.stack([torch.zeros(LINEAR), torch.ones(LINEAR)])
+    assert alike(list(x.split(1)), torch.ones(3) * 2).error == pytest.approx(alike([x], torch.ones(3) * 2).error)

@@ -1,4 +1,4 @@
-// A run of a convolution, whatever its outputs are: conv.cpp and int8_conv.cpp say what becomes of the sums.
+// A run of a convolution, whatever its outputs are: conv.cpp and int8.cpp say what becomes of the sums.
 #pragma once
 
 #include <algorithm>

@@ -239,7 +239,9 @@ void PanelLoop<Output>::SetMore(const Piece& piece, const Place& place, bool dir
 // Computes block rows [first, last), of one group or of groups that they fill, on a panel. Output finds the place of a
 // piece, and says whether a tile may be written there; if not, it gathers the residual and scatters sums that are
 // (channels, repeats, piece.width). If `Output::kMoreApart`, a pixel more is written to its place in any case, and no
-// sums have it. If `Output::kInParts`, every piece is scattered, and no residual gathered.
+// sums have it. If `Output::kInParts`, sums become bytes. BeginResults says whether tiles make those themselves, and
+// where to: to y, if they stand side by side there (IsInPlace), or to its `room` of a word for each sum, in which the
+// residual is put, too, and from which EndResults copies them. Other sums are scattered.
 template <class Output>
 void RunPanel(const Weight& weight, int64_t first, int64_t last, const Panel& panel, const Output& output) {
   PanelLoop<Output>(weight, first, last, panel, output).Run();

@@ -23,7 +23,8 @@ from tasks import load_task
 import slrc
 from slrc.backends import get_backend, parse_target
 from slrc.ir.program import Program
-from slrc.measuring.latency_meter import CORRECTIONS, MARGIN, LatencyMeter
+from slrc.measuring.latency_meter import LatencyMeter
+from slrc.measuring.meet_budget import CORRECTIONS, MARGIN
 from slrc.measuring.timing import Budget, time_in_turns
 from slrc.pipeline import baseline, lower
 from slrc.sparsity.plans import Plan

@@ -9,8 +9,9 @@ from slrc.backends import Target, get_backend
 from slrc.errors import PlanError, UnreachableError
 from slrc.ir.program import Program
 from slrc.measuring.choose_widths import Widths
-from slrc.measuring.latency_meter import LatencyMeter, Menus, Slow, make_menus, meet_budget
+from slrc.measuring.latency_meter import LatencyMeter, Menus, make_menus
 from slrc.measuring.latency_table import LatencyTable, nearest_budget, told_layers
+from slrc.measuring.meet_budget import Slow, meet_budget
 from slrc.measuring.weigh_options import Weigher, weighed
 from slrc.sparsity.budget import Budget, Floats, Menu
 from slrc.sparsity.masks import Masks

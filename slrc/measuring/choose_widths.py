@@ -17,8 +17,9 @@ from torch.fx import Node
 from slrc.errors import UnreachableError
 from slrc.ir.nodes import node_macs, node_shape
 from slrc.ir.program import Program
-from slrc.measuring.latency_meter import LatencyMeter, meet_budget
+from slrc.measuring.latency_meter import LatencyMeter
 from slrc.measuring.latency_table import LatencyTable, nearest_budget, told_layers
+from slrc.measuring.meet_budget import meet_budget
 from slrc.passes.analysis.cut_segments import anchors
 from slrc.passes.analysis.label_indices import IndexLabels, label_indices
 from slrc.sparsity.constraints import Constraint

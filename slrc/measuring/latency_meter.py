@@ -1,13 +1,9 @@
-"""Latencies of a program's parts, and of what plans make of the whole, on one target; and plans that meet a budget.
-
-Whatever chooses by a table of parts is corrected by the whole: the plan that it makes is timed as one network, and what
-that took joins the table (`meet_budget`).
-"""
+"""Latencies of a program's parts, and of what plans make of the whole, on one target."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache as cached
 from functools import partial
 from pathlib import Path
@@ -17,7 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from slrc.backends import Artifact, Target, get_backend
-from slrc.errors import BackendError, PlanError, UnreachableError
+from slrc.errors import BackendError, PlanError
 from slrc.forms.cost import density_of
 from slrc.forms.form import BLOCK_ROWS, DENSE, Form, FormKind, candidate_forms
 from slrc.forms.packed_int8 import CHANNELS
@@ -30,6 +26,7 @@ from slrc.measuring.clock import Clock
 from slrc.measuring.devices import Device, local_device
 from slrc.measuring.jobs import Formed, Job, digest, form_content, to_be_timed
 from slrc.measuring.latency_table import LatencyTable, SegmentLatency, WholeLatency, interpolate
+from slrc.measuring.meet_budget import Measured
 from slrc.measuring.timing import PART, WHOLE
 from slrc.measuring.timing import Budget as TimeBudget
 from slrc.passes.analysis.cut_segments import Segment, cut_segments
@@ -43,72 +40,10 @@ from slrc.sparsity.patterns import AnyPattern, Block
 from slrc.sparsity.plans import Plan
 from slrc.sparsity.projection import project
 
-CORRECTIONS = 3
-"""How often a plan is made again where layers are pruned for nothing, or the whole program misses the budget by more
-than this:"""
-MARGIN = 0.03
 TIMED_DENSITIES = (0.5, 0.08)
 """The shares of its groups that a layer is timed with in each pattern, besides dense; in between is interpolated."""
 DENSITIES = (0.75, 0.625, 0.5, 0.4375, 0.375, 0.3125, 0.25, 0.2, 0.16, 0.125, 0.1, 0.075, 0.05)
 """The shares that an option may keep."""
-
-
-Slow = Mapping[str, float]
-"""By the names of layers' constraints: options that take so many milliseconds or more are no faster than dense."""
-
-
-class Measured(NamedTuple):
-    """What a plan makes of the whole: its share of the dense latency, and the layers that are faster dense in it."""
-
-    share: float
-    idle: Set[str] = frozenset()
-
-
-def meet_budget(
-    table: LatencyTable,
-    budget: float,
-    allocate: Callable[[LatencyTable, Slow], Plan],
-    measure: Callable[[Plan], Measured],
-) -> Plan:
-    """Return the plan whose latency, measured on the whole program, is nearest to a share of the dense one.
-
-    A layer that is faster dense is not pruned for nothing: of its options those are left that are faster still.
-
-    Args:
-        table: what the parts take.
-        budget: the share.
-        allocate: makes a plan by a table, with a forecast, of options that are not too slow.
-        measure: times what a plan makes of the whole.
-
-    Raises:
-        PlanError: the budget cannot be met.
-    """
-    measured: list[tuple[bool, int, float, Plan]] = []
-    slow: dict[str, float] = {}
-    for _ in range(1 + CORRECTIONS):
-        try:
-            plan = allocate(table, slow)
-        except UnreachableError:
-            if not measured:
-                raise
-            break  # by what was corrected: what is nearest so far is all there is
-        assert plan.latency is not None
-        reached, idle = measure(plan)
-        pruned = {name: option.ms for name, option in plan.options().items() if option.keep < option.groups}
-        for_nothing = {name: ms for name, ms in pruned.items() if name in idle}
-        slow |= for_nothing
-        table = table.with_whole(plan.latency.segments_ms, reached)
-        plan = plan.model_copy(update={"latency": plan.latency.model_copy(update={"predicted": reached})})
-        apart = abs(reached / budget - 1)
-        misses = apart > MARGIN
-        measured.append((misses, 0 if misses else len(for_nothing), apart, plan))
-        if not misses and not for_nothing:
-            return plan
-    misses, _, _, nearest = min(measured, key=lambda found: found[:3])
-    if not misses or nearest.latency is None:
-        return nearest
-    missed = f"a latency of {budget:.1%} of the dense one was asked for, and {nearest.latency.predicted:.1%} reached"
-    return nearest.model_copy(update={"shortfall": "; ".join(filter(None, [nearest.shortfall, missed]))})
 
 
 class Menus(NamedTuple):

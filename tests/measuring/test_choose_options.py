@@ -18,7 +18,8 @@ from slrc.forms.packed_weight import block_density
 from slrc.ir.program import Program, capture
 from slrc.measuring import choose_options, latency_meter
 from slrc.measuring.clock import Clock, Timing
-from slrc.measuring.latency_meter import LatencyMeter, Measured, make_menus
+from slrc.measuring.latency_meter import LatencyMeter, make_menus
+from slrc.measuring.meet_budget import Measured
 from slrc.passes.analysis.cut_segments import cut_segments
 from slrc.passes.forms.pack_blocks import why_not_packed
 from slrc.passes.structure.apply_masks import ApplyMasks

@@ -15,8 +15,9 @@ from slrc.backends.ort import OnnxRuntime
 from slrc.errors import BackendError, PlanError, UnreachableError
 from slrc.ir.program import Program, capture
 from slrc.measuring.clock import Clock, Timing
-from slrc.measuring.latency_meter import CORRECTIONS, LatencyMeter, Measured, SegmentTimes, Slow, meet_budget
+from slrc.measuring.latency_meter import LatencyMeter, SegmentTimes
 from slrc.measuring.latency_table import LatencyTable
+from slrc.measuring.meet_budget import CORRECTIONS, Measured, Slow, meet_budget
 from slrc.sparsity.patterns import Block
 from slrc.sparsity.plans import Plan
 

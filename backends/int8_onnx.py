@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from slrc.forms.packed_int8 import PackedInt8
 
 DOMAIN = "ai.slrc"
-QCONV, QGEMM = "BlockSparseQConv", "BlockSparseQGemm"
+QCONV, QGEMM, QPOOL = INT8_OPS = "BlockSparseQConv", "BlockSparseQGemm", "MaxPoolBytes"
+"""What operators' names begin with; the last one is a max pool of integers, in the layout of the layers."""
 RESIDUAL = 6
 """Which input the residual is, where there is one."""
 
@@ -188,6 +189,7 @@ _QUANTIZED = """
     y = QuantizeLinear (real, unit, y_zero_byte)
 """
 _ATTRIBUTES = ("block", "weight_shape", "x_zero_point")
+POOL_ATTRIBUTES = ("kernel_shape", "strides", "pads")
 
 
 def function_of(op_type: str, opset: int) -> onnx.FunctionProto:
@@ -195,6 +197,12 @@ def function_of(op_type: str, opset: int) -> onnx.FunctionProto:
     from onnx import parser
 
     op, *parts = op_type.split("_")
+    if op == QPOOL:
+        window = ", ".join(f"{name}: ints = @{name}" for name in POOL_ATTRIBUTES)
+        return parser.parse_function(
+            f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
+            f"{op} <{', '.join(POOL_ATTRIBUTES)}> (x) => (y) {{ y = MaxPool <{window}> (x) }}"
+        )
     conv, residual, float_output = op == QCONV, "residual" in parts, "float" in parts
     body = _START + (_CONV if conv else _GEMM).format(weight=_WEIGHT) + _SCALED
     body += _RESIDUAL if residual else "    real = Identity (scaled)\n"

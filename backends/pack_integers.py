@@ -8,6 +8,9 @@ It is done while roundings still are nodes, of which the layer's weight has a `b
 `write_integers` then makes integers of the roundings on both sides: the node reads those of the first and returns those
 of the second. An addition of a rounded value between the layer and its rounding goes into the node. Where the result is
 not rounded the node returns float32. What is not so stays a layer with an integer weight, zeros and all.
+
+A max pool of what a packed layer returns, rounded alike on both sides, becomes a node too: runtimes are slow on bytes
+in this layout.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from slrc.backends.int8_onnx import DOMAIN, Int8Layer, Residual, Window
-from slrc.backends.quantized_onnx import add_constant, codes_of, is_rounding, put_in_place, steps_of
+from slrc.backends.int8_onnx import DOMAIN, POOL_ATTRIBUTES, QPOOL, Int8Layer, Residual, Window
+from slrc.backends.quantized_onnx import add_constant, codes_of, is_packed, is_rounding, put_in_place, steps_of
 from slrc.forms.packed_int8 import PackedInt8
 
 if TYPE_CHECKING:
@@ -50,6 +53,8 @@ def pack_layers(model: onnx_ir.Model) -> bool:
     found = [f for weight in roundings for user, _ in list(weight.outputs[0].uses()) if (f := _find(weight, user))]
     for one in found:
         _replace(model, one)
+    for pool in [n for n in model.graph if n.op_type == "MaxPool" and _is_between_packed(n)]:
+        _replace_pool(model, pool)
     return bool(found)
 
 
@@ -150,6 +155,38 @@ def _replace(model: onnx_ir.Model, found: _Found) -> None:
     kind = onnx_ir.DataType.FLOAT if found.y is None else onnx_ir.DataType.UINT8
     new.name, new.type, new.shape = old.name, onnx_ir.TensorType(kind), old.shape
     model.graph.insert_before(found.last, node)
+    put_in_place(model, old, new)
+    old.name = f"{old.name}_replaced"
+
+
+def _is_between_packed(pool: onnx_ir.Node) -> bool:
+    """Whether a pool of two dimensions reads what a packed layer returns, and its result is rounded in the same way."""
+    before, after = _rounding(pool.inputs[0]), _only_reader(pool)
+    if before is None or not is_packed(before.inputs[0].producer()) or not is_rounding(after):  # type: ignore[union-attr]
+        return False
+    assert after is not None
+    alike = steps_of(before) == steps_of(after) and all(
+        before.attributes[name].as_int() == after.attributes[name].as_int()
+        for name in ("zero_point", "lowest", "highest")
+    )
+    own = pool.attributes
+    plain = all(not own[name].value for name in ("ceil_mode", "storage_order") if name in own)
+    plain &= "auto_pad" not in own or own["auto_pad"].as_string() == "NOTSET"
+    plain &= set(own["dilations"].as_ints() if "dilations" in own else ()) <= {1}
+    return bool(alike and plain and len(own["kernel_shape"].as_ints()) == 2)
+
+
+def _replace_pool(model: onnx_ir.Model, pool: onnx_ir.Node) -> None:
+    import onnx_ir
+
+    otherwise = {"strides": [1, 1], "pads": [0, 0, 0, 0]}
+    window = {n: pool.attributes[n].as_ints() if n in pool.attributes else otherwise[n] for n in POOL_ATTRIBUTES}
+    node = onnx_ir.Node(
+        DOMAIN, QPOOL, [pool.inputs[0]], [_attribute(n, list(v)) for n, v in window.items()], name=pool.name
+    )
+    old, new = pool.outputs[0], node.outputs[0]
+    new.name, new.type, new.shape = old.name, onnx_ir.TensorType(onnx_ir.DataType.UINT8), old.shape
+    model.graph.insert_before(pool, node)
     put_in_place(model, old, new)
     old.name = f"{old.name}_replaced"
 

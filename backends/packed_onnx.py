@@ -175,7 +175,7 @@ def attach_functions(model: onnx_ir.Model, opset: int) -> bool:
         if node.domain == DOMAIN:
             if node.op_type in _PLANES:
                 function = planes_function(node.op_type, opset)
-            elif node.op_type.startswith((int8_onnx.QCONV, int8_onnx.QGEMM)):
+            elif node.op_type.startswith(int8_onnx.INT8_OPS):
                 function = int8_onnx.function_of(node.op_type, opset)
             else:
                 activation = node.attributes["activation"].as_string()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from slrc.backends.int8_onnx import DOMAIN, QCONV, QGEMM, RESIDUAL
+from slrc.backends.int8_onnx import DOMAIN, INT8_OPS, RESIDUAL
 from slrc.forms import quantize_ops
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ def is_rounding(node: onnx_ir.Node | None) -> bool:
 
 
 def is_packed(node: onnx_ir.Node | None) -> bool:
-    """Whether a node is a packed layer, which reads integers."""
-    return node is not None and node.domain == DOMAIN and node.op_type.startswith((QCONV, QGEMM))
+    """Whether a node is a packed layer, or a pool beside one, which reads integers."""
+    return node is not None and node.domain == DOMAIN and node.op_type.startswith(INT8_OPS)
 
 
 def steps_of(node: onnx_ir.Node) -> Any:
@@ -245,4 +245,4 @@ def write_packed_alone(file: Path, out: Path) -> tuple[str, ...]:
 
 
 def _packed_layers(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    return (n for n in model.graph.node if n.domain == DOMAIN and n.op_type.startswith((QCONV, QGEMM)))
+    return (n for n in model.graph.node if n.domain == DOMAIN and n.op_type.startswith(INT8_OPS))

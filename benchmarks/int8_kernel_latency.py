@@ -5,8 +5,9 @@
 
 For each layer of a ResNet and each sparsity: a model of that layer alone, dense (`QLinearConv`) and packed in blocks of
 M outputs × 4 input channels, in turns (A B B A), from uint8 to uint8; both must give the same bits. Prints a table: the
-ratio of medians; operations on the surviving weights, 10⁹ a second, and as a share of the greatest rate of
-multiply-adds that a loop of nothing else reaches. Puts each row in `benchmarks/results/int8_kernel_latency.json`.
+ratio of medians; operations on the surviving weights, 10⁹ a second, and as a share of the greatest rate of multiply-
+adds that a loop of nothing else reaches. Then layers that are packed with no zeros. Puts each row in
+`benchmarks/results/int8_kernel_latency.json`.
 
 The dense layer alone brings its input into another layout and its output back. `--network` takes one model of the
 convolutions of ResNet-50's bottlenecks, one behind the other, where that is done once; it is timed by the thread's CPU
@@ -38,6 +39,16 @@ STAGES = ((64, 64, 3, 56, 1), (256, 128, 4, 28, 2), (512, 256, 6, 14, 2), (1024,
 """Of ResNet-50 at 224×224: inputs, width, bottlenecks, output size and the first one's stride."""
 
 
+WHOLE = (
+    Shape(3, 64, 7, 112, 2),
+    Shape(3, 32, 3, 112, 2),
+    *(Shape(c, c, 3, size, stride, groups=c) for c, size, stride in (
+        (32, 112, 1), (96, 56, 2), (144, 56, 1), (192, 28, 1), (384, 14, 1), (960, 7, 1),
+    )),
+)  # fmt: skip
+"""Layers that are packed whole: on an image, and depthwise ones as MobileNetV2's."""
+
+
 def bottlenecks() -> list[Shape]:
     """Return the convolutions of ResNet-50's bottlenecks, one behind the other; what stands beside them is left out."""
     shapes = []
@@ -62,6 +73,9 @@ def main() -> None:
             chains = [[shape] for shape in SHAPES if args.layers in str(shape)]
             for shapes in [bottlenecks()] if args.network else chains:
                 report.add(measure(shapes, sparsity, block, args.seconds, kernels))
+    for shape in () if args.network else WHOLE:
+        if args.layers in str(shape):
+            report.add(measure([shape], 0.0, 1 if shape.groups > 1 else max(args.blocks), args.seconds, kernels))
 
 
 @dataclass(frozen=True)
@@ -73,21 +87,22 @@ class Layer:
     bias: np.ndarray
     scale: np.ndarray
     values: int
-    """Of the surviving blocks."""
+    """Of the surviving blocks, without what fills them up."""
 
 
 def random_layer(shape: Shape, sparsity: float, block: int) -> Layer:
     """Return a layer whose outputs have about the spread of its inputs."""
     random = np.random.default_rng(0)
-    taps, quads = shape.kernel**2, shape.inputs // 4
+    inputs = shape.inputs // shape.groups
+    taps, quads = shape.kernel**2, -(-inputs // 4)
     kept = round(quads * taps * (1 - sparsity))
     mask = np.argsort(random.random((shape.outputs // block, quads * taps)), axis=1) < kept
     spread = mask.reshape(-1, 1, quads, 1, taps).repeat(block, axis=1).repeat(4, axis=3)
-    weight = random.integers(-127, 128, (shape.outputs, shape.inputs, shape.kernel, shape.kernel)).astype(np.int8)
-    weight *= spread.reshape(weight.shape)
+    weight = random.integers(-127, 128, (shape.outputs, inputs, shape.kernel, shape.kernel)).astype(np.int8)
+    weight *= spread.reshape(shape.outputs, 4 * quads, shape.kernel, shape.kernel)[:, :inputs]
     bias = random.integers(-1000, 1000, shape.outputs).astype(np.int32)
     scale = np.full(shape.outputs, 2.0**-7 / np.sqrt(kept), np.float32)
-    return Layer(shape, weight, bias, scale, int(mask.sum()) * block * 4)
+    return Layer(shape, weight, bias, scale, int(mask.sum()) * block * min(4, inputs))
 
 
 def measure(shapes: list[Shape], sparsity: float, block: int, seconds: float, kernels: Kernels) -> Row:
@@ -132,7 +147,7 @@ def dense_node(layer: Layer, x: str, y: str) -> tuple[Any, list[Any]]:
 
 def packed_node(block: int, layer: Layer, x: str, y: str) -> tuple[Any, list[Any]]:
     """`BlockSparseQConv`."""
-    packed = PackedInt8.of(torch.from_numpy(layer.weight), block)
+    packed = PackedInt8.of(torch.from_numpy(layer.weight), block, layer.shape.groups)
     window = Window(**layer.shape.attributes)
     tensors = (torch.from_numpy(layer.bias), torch.from_numpy(layer.scale))
     emitted = Int8Layer(packed, layer.weight.shape, *tensors, x_zero_point=ZERO, y_zero_point=ZERO, window=window)

@@ -29,6 +29,7 @@ from results import Rows
 
 from slrc.forms.packed_weight import PackedWeight
 from slrc.kernels.build import build
+from slrc.machine.processor import processor
 
 WARM_UP_S = 0.1
 LEAST_RUNS = 10
@@ -45,15 +46,17 @@ class Shape:
     size: int
     """Of the output."""
     stride: int = 1
+    groups: int = 1
 
     def __str__(self) -> str:
         strided = f"/{self.stride}" if self.stride > 1 else ""
-        return f"{self.kernel}x{self.kernel}{strided} {self.inputs}->{self.outputs}@{self.size}"
+        channels = f"depthwise {self.outputs}" if self.groups > 1 else f"{self.inputs}->{self.outputs}"
+        return f"{self.kernel}x{self.kernel}{strided} {channels}@{self.size}"
 
     @property
     def attributes(self) -> dict[str, Any]:
         """The node's."""
-        return {"strides": [self.stride] * 2, "pads": [self.kernel // 2] * 4}
+        return {"strides": [self.stride] * 2, "pads": [self.kernel // 2] * 4, "group": self.groups}
 
 
 SHAPES = (
@@ -208,7 +211,8 @@ def prepare(model: Any, library: Path | None = None) -> Callable[[], Any]:
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
-    options.add_session_config_entry("session.x64quantprecision", "1")  # without VNNI, sums of bytes overflow
+    if not processor().has_vnni:
+        options.add_session_config_entry("session.x64quantprecision", "1")  # else sums of bytes overflow
     if library is not None:
         options.register_custom_ops_library(str(library))
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

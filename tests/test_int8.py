@@ -27,6 +27,7 @@ from slrc.doctor.times import time_speedups
 from slrc.errors import BackendError, ConfigError, VerificationError, WorkloadError
 from slrc.forms.form import FormKind
 from slrc.ir.nodes import op_name
+from slrc.machine.processor import Processor
 from slrc.measuring.clock import Clock
 from slrc.measuring.devices import Measured, Timing
 from slrc.measuring.jobs import Job
@@ -266,7 +267,7 @@ def test_a_network_pruned_in_blocks_runs_in_packed_integers(tmp_path: Path, monk
     assert (nodes.count("BlockSparseQConv"), nodes.count("BlockSparseQConv_residual"), nodes.count("Conv")) == (2, 1, 0)
     steps = {c.step: c for c in report.checks if c.step.startswith("compiled, rounded")}
     assert any("in steps" in step and c.max_abs_error <= 1 for step, c in steps.items())
-    assert any("3 packed layers, bit by bit" in step for step in steps)
+    assert any("3 nodes of slrc, bit by bit" in step for step in steps)
     values = [i for i in model.graph.initializer if i.name in ("a.values", "b.values", "c.values")]
     assert sum(i.dims[0] for i in values) <= 3 * 4 * 4 * 9 / 4  # a quarter of the blocks: training held the zeros
     assert target.int8 is not None
@@ -347,7 +348,7 @@ def test_sums_do_not_overflow_without_vnni(tmp_path: Path, monkeypatch: pytest.M
     emitted("ort+int8", tmp_path)
     x = torch.randn(1, 16, 8, 8)
     (plain,) = OnnxRuntimeRunner(tmp_path / "model.onnx", 1)(x)
-    monkeypatch.setattr("slrc.backends.ort.run.VNNI", frozenset())
+    monkeypatch.setattr("slrc.backends.ort.run.processor", lambda: Processor("", frozenset()))
     (exact,) = OnnxRuntimeRunner(tmp_path / "model.onnx", 1)(x)
     torch.testing.assert_close(plain, exact, rtol=0.05, atol=0.02)
 

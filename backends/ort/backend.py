@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from slrc.backends.base import INT8, INT8_TOLERANCE, Artifact, Availability, Backend, Runner, Target
-from slrc.backends.int8_onnx import QCONV, QGEMM
+from slrc.backends.int8_onnx import INT8_OPS
 from slrc.backends.onnx_export import OPSET, export_onnx
 from slrc.backends.packed_onnx import replace_blocks
 from slrc.errors import BackendError
@@ -89,7 +89,7 @@ class OnnxRuntime(Backend):
         if is_packed:
             kernels = KERNELS_FILE.format(family=family)
             place = shutil.copy if portable else os.symlink
-            int8 = any(f.name.startswith((QCONV, QGEMM)) for f in model.functions)
+            int8 = any(f.name.startswith(INT8_OPS) for f in model.functions)
             place(build(family, int8=int8).resolve(), out / kernels)
         artifact = Artifact(
             target=str(target),

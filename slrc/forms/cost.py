@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from slrc.forms.form import DENSE, FLOAT32, IN_FLOAT, Form, FormKind, kept_channels
+from slrc.forms.form import DENSE, DEPTHWISE_INT8, FLOAT32, IN_FLOAT, Form, FormKind, kept_channels
 from slrc.forms.packed_int8 import int8_density
 from slrc.forms.packed_weight import block_density
 
@@ -28,6 +28,7 @@ FITTED: dict[tuple[FormKind, str], tuple[float, float]] = {
     (FormKind.PACKED_INT8, "1x1"): (0.15, 0.78),
     (FormKind.PACKED_INT8, "window"): (0.07, 0.95),
     (FormKind.PACKED_INT8, "linear"): (0.15, 0.78),
+    (FormKind.PACKED_INT8, "depthwise"): (0.00, 0.60),
 }
 """`(fixed, slope)` by the form and the kind of layer; split linear layers are taken to be as 1×1 convolutions.
 
@@ -50,7 +51,7 @@ def layer_kind(weight: Tensor, groups: int = 1) -> str:
 
 def density_of(weight: Tensor, form: Form, groups: int = 1) -> float:
     """Return the share of a dense layer's multiply-accumulates that a form does."""
-    if form.kind is FormKind.PACKED:
+    if form.kind is FormKind.PACKED or form == DEPTHWISE_INT8:
         return block_density(weight, form.size, groups)
     if form.kind is FormKind.PACKED_INT8:
         return int8_density(weight, form.size, groups)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
 from torch import Tensor
 
 from slrc.errors import PlanError
-from slrc.forms.packed_int8 import int8_density
+from slrc.forms.packed_int8 import int8_columns, int8_density
 from slrc.forms.packed_weight import block_density
 
 BLOCK_ROWS = (4, 8, 16)
@@ -30,6 +30,8 @@ LEAST_ZEROS = 0.2
 FEW_COLUMNS = 32
 """Up to so many, as those of a 3×3 kernel on an image, a convolution may be packed with no zeros: runtimes are slow on
 few channels."""
+FEW_INT8_COLUMNS = 64
+"""The same in int8, of columns of four channels: those of a 7×7 kernel on an image are 49."""
 ALIKE = 1.02
 """Forms whose work differs by less count as the same work."""
 
@@ -55,8 +57,8 @@ class FormKind(StrEnum):
 class Form:
     """`dense`, `split:R` and `grouped:R` with R row groups, `packed:M` with blocks of M outputs × 1 column.
 
-    `packed:1` is for depthwise layers. They need no zeros for it, nor do layers of few columns. For int8 targets there
-    are `float32`, and `packed-int8:M` with blocks of M outputs × 4 input channels.
+    For int8 targets there are `float32`, and `packed-int8:M` with blocks of M outputs × 4 input channels. `packed:1`
+    and `packed-int8:1` are for depthwise layers. They need no zeros for it, nor do layers of few columns.
     """
 
     kind: FormKind
@@ -69,6 +71,7 @@ class Form:
 DENSE = Form(FormKind.DENSE)
 FLOAT32 = Form(FormKind.FLOAT32)
 DEPTHWISE = Form(FormKind.PACKED, 1)
+DEPTHWISE_INT8 = Form(FormKind.PACKED_INT8, 1)
 IN_FLOAT = (FormKind.FLOAT32, FormKind.PACKED)
 """What stays in floating point on an int8 target."""
 Forms = Mapping[str, Form]
@@ -102,8 +105,6 @@ def int8_blocks(forms: Forms) -> dict[str, int]:
 def candidate_forms(weight: Tensor, op: str, groups: int = 1, *, is_integer: bool = False) -> list[Form]:
     """Return the forms that a layer allows, `dense` first: by its zeros, or packed with none if that may be faster.
 
-    Packed forms are for float32 alone.
-
     Args:
         weight: `(out, in/groups, *kernel)`, of transposed convolutions too.
         op: the ATen operator's bare name, such as `conv2d`.
@@ -113,10 +114,12 @@ def candidate_forms(weight: Tensor, op: str, groups: int = 1, *, is_integer: boo
     forms = _float_forms(weight, op, groups)
     if not is_integer:
         return forms
-    if op in ("conv2d", "linear") and weight.shape[1] > 1:
-        forms += _packed_forms(
-            {rows: int8_density(weight, rows, groups) for rows in BLOCK_ROWS}, kind=FormKind.PACKED_INT8
-        )
+    if op == "conv2d" and groups > 1 and weight.shape[1] == 1:
+        forms.append(DEPTHWISE_INT8)
+    elif op in ("conv2d", "linear") and weight.shape[1] > 1:
+        density = {rows: int8_density(weight, rows, groups) for rows in BLOCK_ROWS}
+        is_small = op == "conv2d" and int8_columns(weight) <= FEW_INT8_COLUMNS
+        forms += _packed_forms(density, needs_zeros=not is_small, kind=FormKind.PACKED_INT8)
     return [*forms, FLOAT32]
 
 

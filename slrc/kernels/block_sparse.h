@@ -47,7 +47,7 @@ typedef struct SlrcInt8Blocks {
   int64_t bias_count;
   const float* scale;  // one for each out channel
   int64_t scale_count;
-  int64_t block;  // 4, 8 or 16
+  int64_t block;  // 4, 8 or 16; of depthwise layers 1
   int64_t out_channels;
   int64_t x_zero_point;
   int64_t y_zero_point;  // -1: y is float32

@@ -43,7 +43,8 @@ double Peak(const TileLoops& loops, double seconds) {
   return best;
 }
 
-void CheckShape(const Conv& conv, const int64_t x_shape[4], const int64_t y_shape[4]) {
+template <class AnyConv>
+void CheckShape(const AnyConv& conv, const int64_t x_shape[4], const int64_t y_shape[4]) {
   int64_t expected[4];
   conv.OutputShape(x_shape, expected);
   for (int d = 0; d < 4; ++d)
@@ -82,7 +83,7 @@ int slrc_int8_conv(const SlrcInt8Blocks* blocks, const SlrcWindow* window, const
                    const uint8_t* residual, void* y, const int64_t y_shape[4], char* error, size_t error_size) {
   return slrc::Guarded(error, error_size, [&] {
     const slrc::Int8Conv conv(*blocks, *window);
-    slrc::CheckShape(conv.conv(), x_shape, y_shape);
+    slrc::CheckShape(conv, x_shape, y_shape);
     conv.Run(x, x_shape, residual, y, slrc::kSerial);
   });
 }

@@ -54,9 +54,7 @@ Conv::Conv(Weight weight, const SlrcWindow& window)
 Conv::~Conv() = default;
 
 void Conv::OutputShape(const int64_t x_shape[4], int64_t y_shape[4]) const {
-  y_shape[0] = x_shape[0];
-  y_shape[1] = out_channels_;
-  for (int axis = 0; axis < 2; ++axis) y_shape[2 + axis] = OutputSize(window_, axis, x_shape[2 + axis]);
+  slrc::OutputShape(window_, out_channels_, x_shape, y_shape);
 }
 
 // Only a weight whose columns rise is sorted by tap (see ChooseGeometry), so either order gives the other one back.

@@ -1,29 +1,11 @@
 #include "int8.h"
 
-#include <string.h>
-
 #include "conv_run.h"
 #include "gemm_run.h"
 #include "layer_limits.h"
 
 namespace slrc {
 namespace {
-
-// N bytes at a time; the last may be copied twice. (Rows are short: a call of memcpy for each would cost more.)
-template <int64_t N>
-void CopyRow(const uint8_t* from, int64_t count, uint8_t* to) {
-  for (int64_t i = 0; i + N < count; i += N) memcpy(to + i, from + i, N);
-  memcpy(to + count - N, from + count - N, N);
-}
-
-void CopyRows(const uint8_t* from, int64_t from_pitch, int64_t rows, int64_t count, uint8_t* to, int64_t to_pitch) {
-  for (; rows > 0; --rows, from += from_pitch, to += to_pitch) {
-    if (count >= 16) CopyRow<16>(from, count, to);
-    else if (count >= 8) CopyRow<8>(from, count, to);
-    else if (count >= 4) CopyRow<4>(from, count, to);
-    else for (int64_t i = 0; i < count; ++i) to[i] = from[i];
-  }
-}
 
 // Sums of a piece are results once they are complete, never before: none is written where it belongs.
 struct Int8PlaneOutput : PlanePlaces {
@@ -71,16 +53,16 @@ struct Int8PlaneOutput : PlanePlaces {
     job->pitch = job->count = piece.width;
     if (residual)
       ForRuns(piece, [&](int64_t first, int64_t p, int64_t count) {
-        CopyRows(residual + channel * channel_stride + first, channel_stride, channels, count, gathered + p,
-                 piece.width);
+        Int8Loops().copy_bytes(residual + channel * channel_stride + first, channel_stride, channels, count,
+                               gathered + p, piece.width);
       });
     return true;
   }
   void EndResults(int64_t channel, int64_t channels, const Piece& piece, const Int8Results& job) const {
     if (IsInPlace(piece)) return;
     ForRuns(piece, [&](int64_t first, int64_t p, int64_t count) {
-      CopyRows(job.y + p, piece.width, channels, count, static_cast<uint8_t*>(y) + channel * channel_stride + first,
-               channel_stride);
+      Int8Loops().copy_bytes(job.y + p, piece.width, channels, count,
+                             static_cast<uint8_t*>(y) + channel * channel_stride + first, channel_stride);
     });
   }
 
@@ -118,6 +100,11 @@ struct Int8TokenOutput {
   void EndResults(int64_t, int64_t, const Piece&, const Int8Results&) const {}
 };
 
+Weight ProductWeight(const SlrcInt8Blocks& blocks) {
+  if (blocks.block == 1) throw Error("blocks of 1 output are for depthwise layers");
+  return Weight(blocks, 1);
+}
+
 }  // namespace
 
 Int8Results Int8Rule::At(int64_t channel, bool by_lane, int64_t at, const uint8_t* residual, void* y) const {
@@ -134,29 +121,36 @@ Int8Results Int8Rule::At(int64_t channel, bool by_lane, int64_t at, const uint8_
 }
 
 Int8Conv::Int8Conv(const SlrcInt8Blocks& blocks, const SlrcWindow& window)
-    : group_(window.group),
+    : window_(window),
+      out_channels_(blocks.out_channels),
       filling_(static_cast<uint8_t>(blocks.x_zero_point)),
-      conv_(Weight(blocks, window.group), window),
-      rule_(blocks) {}
+      rule_(blocks) {
+  if (blocks.block == 1) depthwise_ = std::make_unique<const Int8Depthwise>(blocks, window);
+  else conv_ = std::make_unique<const Conv>(Weight(blocks, window.group), window);
+}
 
 void Int8Conv::Run(const uint8_t* x, const int64_t x_shape[4], const uint8_t* residual, void* y,
                    const Parallel& parallel) const {
+  if (depthwise_) return depthwise_->Run(x, x_shape, rule_, residual, y, parallel);
   const int64_t images = x_shape[0], channels = x_shape[1], pixels = x_shape[2] * x_shape[3];
-  const int64_t per_group = channels / group_, quads = CeilDiv(per_group, kQuad);
-  if (per_group * group_ != channels)
+  const int64_t group = window_.group, per_group = channels / group, quads = CeilDiv(per_group, kQuad);
+  if (per_group * group != channels)
     throw Error("group does not divide the input's " + std::to_string(channels) + " channels");
-  Word* const words = Scratch::Words().Get(images * group_ * quads * pixels + kMaxLanes);
+  Word* const words = Scratch::Words().Get(images * group * quads * pixels + kMaxLanes);
   const TileLoops& loops = Int8Loops();
   const double work = static_cast<double>(images * channels) * pixels;
-  RunTasks(parallel, images * group_, quads, 1, work, [&](int64_t panel, int64_t first, int64_t last) {
+  RunTasks(parallel, images * group, quads, 1, work, [&](int64_t panel, int64_t first, int64_t last) {
     for (int64_t q = first; q < last; ++q)
       loops.interleave(x + (panel * per_group + q * kQuad) * pixels, pixels, std::min(kQuad, per_group - q * kQuad),
                        pixels, filling_, words + (panel * quads + q) * pixels);
   });
-  const int64_t in_words[4] = {images, group_ * quads, x_shape[2], x_shape[3]};
+  const int64_t in_words[4] = {images, group * quads, x_shape[2], x_shape[3]};
   const auto output = [&](const PlanePlaces& places) { return Int8PlaneOutput(places, rule_, residual, y); };
-  conv_.Run(words, in_words, output, parallel);
+  conv_->Run(words, in_words, output, parallel);
 }
+
+Int8Gemm::Int8Gemm(const SlrcInt8Blocks& blocks)
+    : filling_(static_cast<uint8_t>(blocks.x_zero_point)), gemm_(ProductWeight(blocks)), rule_(blocks) {}
 
 void Int8Gemm::Run(const uint8_t* x, int64_t rows, int64_t inputs, const uint8_t* residual, void* y,
                    const Parallel& parallel) const {

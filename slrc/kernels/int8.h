@@ -3,7 +3,9 @@
 #pragma once
 
 #include "conv.h"
+#include "depthwise.h"
 #include "gemm.h"
+#include "window.h"
 
 namespace slrc {
 
@@ -29,23 +31,28 @@ class Int8Rule {
 
 class Int8Conv {
  public:
+  // Blocks of one output are for depthwise layers.
   Int8Conv(const SlrcInt8Blocks& blocks, const SlrcWindow& window);
-  const Conv& conv() const { return conv_; }
+  void OutputShape(const int64_t x_shape[4], int64_t y_shape[4]) const {
+    return slrc::OutputShape(window_, out_channels_, x_shape, y_shape);
+  }
   // y is of the type that the blocks say.
   void Run(const uint8_t* x, const int64_t x_shape[4], const uint8_t* residual, void* y,
            const Parallel& parallel) const;
 
  private:
-  const int64_t group_;
+  const SlrcWindow window_;
+  const int64_t out_channels_;
   const uint8_t filling_;  // of a last quad: its zero point, which adds nothing
-  Conv conv_;
+  // One of the two.
+  std::unique_ptr<const Int8Depthwise> depthwise_;
+  std::unique_ptr<const Conv> conv_;
   Int8Rule rule_;
 };
 
 class Int8Gemm {
  public:
-  explicit Int8Gemm(const SlrcInt8Blocks& blocks)
-      : filling_(static_cast<uint8_t>(blocks.x_zero_point)), gemm_(Weight(blocks, 1)), rule_(blocks) {}
+  explicit Int8Gemm(const SlrcInt8Blocks& blocks);
   int64_t out_channels() const { return gemm_.out_channels(); }
   void Run(const uint8_t* x, int64_t rows, int64_t inputs, const uint8_t* residual, void* y,
            const Parallel& parallel) const;

@@ -11,9 +11,10 @@ from typing import Any
 
 BLOCKS = (1, 4, 8, 16)
 """Consecutive outputs of a block."""
-INT8_BLOCKS = (4, 8, 16)
 INT8_CHANNELS = 4
 """Consecutive input channels of an int8 block."""
+MOST_ALONG = 4
+"""Stride of a depthwise int8 layer along a row."""
 MOST_STRIDE = 64
 MOST_WINDOW = 2**15
 """Of a kernel's size, a dilation and a padding, along each axis."""
@@ -28,9 +29,13 @@ STRIDE_MARGIN = (3, 17)
 
 def why_not_int8(weight_shape: Sequence[int], block: int, **layer: Any) -> str:
     """Return why the int8 kernels do not take a layer whose blocks all survive, or `""` if they do; as `why_not`."""
-    if block not in INT8_BLOCKS:
-        return f"int8 blocks of {block} outputs (the kernels take 4, 8 or 16)"
     out_channels, channels, *kernel = weight_shape
+    if block == 1:
+        if not kernel or channels != 1:
+            return "int8 blocks of 1 output (the kernels take them of depthwise layers alone)"
+        stride, dilation = layer.get("strides", (1, 1))[1], layer.get("dilations", (1, 1))[1]
+        if stride > MOST_ALONG or dilation != 1:
+            return f"stride {stride}, dilation {dilation} along a row (of depthwise int8 layers up to {MOST_ALONG}, 1)"
     if kernel:
         channels = -(-channels // INT8_CHANNELS)
     return why_not((out_channels, channels, *kernel), block, **layer)

@@ -5,6 +5,8 @@
 // Attributes: block, weight_shape and x_zero_point (integers); y_zero_point (an integer) where y is uint8; residual_scale
 // (a float) and residual_zero_point (an integer) where there is one; of the convolution also strides, pads, dilations
 // (lists) and group. SlrcInt8Blocks says what they mean.
+// `ai.slrc::MaxPoolBytes`: x (uint8) and, as lists, kernel_shape, strides and pads.
+#include "byte_pool.h"
 #include "int8.h"
 #include "ort_node.h"
 
@@ -68,7 +70,7 @@ struct Int8ConvKernel : Int8Kernel<Residual, Float> {
 
   void Compute(OrtKernelContext* context) const {
     const Call call(context);
-    const std::vector<int64_t> y_shape = ConvShape(call, conv.conv());
+    const std::vector<int64_t> y_shape = ConvShape(call, conv);
     const uint8_t* residual = this->ResidualOf(call, y_shape);
     void* y = call.Output(y_shape);
     const uint8_t* x = call.x.As<uint8_t>(kOrtUint8, "x");
@@ -96,6 +98,32 @@ struct Int8GemmKernel : Int8Kernel<Residual, Float> {
   Int8Gemm gemm;
 };
 
+// x (n, c, h, w) -> (n, c, h', w').
+struct PoolKernel {
+  static constexpr const char* kName = "MaxPoolBytes";
+  static constexpr size_t kInputCount = 1, kOptional = 0;
+  static constexpr int kOutputType = kOrtUint8;
+  static int InputType(size_t) { return kOrtUint8; }
+  explicit PoolKernel(const OrtKernelInfo* info) {
+    const Node node(info);
+    node.Integers("kernel_shape", window.kernel, 2);
+    node.Integers("strides", window.strides, 2);
+    node.Integers("pads", window.pads, 4);
+    CheckPool(window);
+  }
+  void OutputShape(const int64_t x_shape[4], int64_t y_shape[4]) const {
+    slrc::OutputShape(window, x_shape[1], x_shape, y_shape);
+  }
+
+  void Compute(OrtKernelContext* context) const {
+    const Call call(context);
+    uint8_t* y = static_cast<uint8_t*>(call.Output(ConvShape(call, *this)));
+    MaxPoolBytes(call.x.As<uint8_t>(kOrtUint8, "x"), call.x.shape.data(), window, y, call.Threads());
+  }
+
+  SlrcWindow window = {{}, {}, {}, {1, 1}, 1};
+};
+
 template <template <bool, bool> class Kernel>
 void AddNames(std::deque<NamedOp>* ops) {
   const std::string name = Kernel<false, false>::kName;
@@ -110,6 +138,7 @@ void AddNames(std::deque<NamedOp>* ops) {
 void AddInt8Ops(std::deque<NamedOp>* ops) {
   AddNames<Int8ConvKernel>(ops);
   AddNames<Int8GemmKernel>(ops);
+  ops->push_back({MakeOp<PoolKernel>(), PoolKernel::kName});
 }
 
 }  // namespace slrc

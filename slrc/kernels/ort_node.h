@@ -203,7 +203,8 @@ void RunOnTokens(const Call& call, int64_t out_channels, const Run& run) {
 }
 
 // Checks that x is a batch of images, and returns the shape of y.
-inline std::vector<int64_t> ConvShape(const Call& call, const Conv& conv) {
+template <class AnyConv>
+std::vector<int64_t> ConvShape(const Call& call, const AnyConv& conv) {
   if (call.x.shape.size() != 4) throw Error("x must have 4 dimensions");
   std::vector<int64_t> y_shape(4);
   conv.OutputShape(call.x.shape.data(), y_shape.data());

@@ -5,7 +5,9 @@
 #include "processor.h"
 #include "tile_copy.h"
 #if defined(SLRC_TILE_INT8)
+#include "tile_depthwise.h"
 #include "tile_int8.h"
+#include "tile_pool.h"
 #endif
 #include "tile_move.h"
 #include "tile_set.h"
@@ -116,9 +118,15 @@ extern const TileLoops SLRC_TILE_SET = {
 #if defined(SLRC_TILE_INT8)
     MakeResults,
     Interleave,
+    Depthwise,
+    CopyRowsOfBytes,
+    MaxPoolRows,
     kPasses,
     kFlip,
 #else
+    nullptr,
+    nullptr,
+    nullptr,
     nullptr,
     nullptr,
     1,

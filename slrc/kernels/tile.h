@@ -152,6 +152,37 @@ using ResultLoop = void (*)(const Int8Results&);
 using InterleaveLoop = void (*)(const uint8_t* from, int64_t pitch, int64_t rows, int64_t count, uint8_t filling,
                                 Word* to);
 
+// Rows of a depthwise int8 layer's sums, of one channel, side by side: sums[r * width + i] is the bias and, of each of
+// the window's words, its value times the four bytes of x from r * row_step + offset + i * stride on. Loops read up to
+// 64 bytes for a vector, and write up to a vector past the last sum.
+struct DepthwiseRows {
+  const uint8_t* x;
+  const int32_t* offsets;  // (words): in bytes
+  const Word* values;      // (words, value_words)
+  int64_t words;
+  int64_t stride;  // up to kMostAlong
+  int64_t row_step, rows, width;
+  Word bias;
+  Word* sums;
+};
+
+using DepthwiseLoop = void (*)(const DepthwiseRows&);
+// The maxima of windows of one channel's bytes; `room` is for twice what a row of windows reads and one byte.
+struct PoolRows {
+  const uint8_t* x;
+  int64_t height, width;
+  uint8_t* y;
+  int64_t out_height, out_width;
+  int64_t kernel[2], strides[2];
+  int64_t top, left;  // of the padding
+  uint8_t* room;
+};
+
+using PoolLoop = void (*)(const PoolRows&);
+// Copies (rows, count) bytes.
+using CopyBytes = void (*)(const uint8_t* from, int64_t from_pitch, int64_t rows, int64_t count, uint8_t* to,
+                           int64_t to_pitch);
+
 // What a run ends with: a whole vector, one half as wide, or a whole one and a pixel.
 enum Ending { kWhole, kHalf, kPixelMore, kEndings };
 
@@ -171,6 +202,9 @@ struct TileLoops {
   // Of int8 layers alone:
   ResultLoop results;
   InterleaveLoop interleave;
+  DepthwiseLoop depthwise;
+  CopyBytes copy_bytes;
+  PoolLoop max_pool;
   int value_words;  // that a value takes: 1; or 2, its even bytes as 16 bits, and `block` later its odd ones
   uint8_t flip;  // what x's bytes are flipped by: 0x80 where they are multiplied as signed ones
 };

@@ -47,6 +47,15 @@ void Interleave(const uint8_t* from, int64_t pitch, int64_t rows, int64_t count,
 
 #if defined(__AVX512F__)
 
+void CopyRowsOfBytes(const uint8_t* from, int64_t from_pitch, int64_t rows, int64_t count, uint8_t* to,
+                     int64_t to_pitch) {
+  for (; rows > 0; --rows, from += from_pitch, to += to_pitch)
+    for (int64_t i = 0; i < count; i += 64) {
+      const __mmask64 mask = FirstBits<4>(count - i);
+      _mm512_mask_storeu_epi8(to + i, mask, _mm512_maskz_loadu_epi8(mask, from + i));
+    }
+}
+
 // Up to four vectors of a row; `left` results are.
 template <bool Residual, bool Quantized, int Vectors>
 SLRC_INLINE inline void FinishGroup(const Int8Results& job, int64_t row, int64_t at, int64_t left, __m512 of_row) {
@@ -78,6 +87,23 @@ void FinishRows(const Int8Results& given) {
 }
 
 #else
+
+// N bytes at a time; the last may be copied twice. (Rows are short: a call of memcpy for each would cost more.)
+template <int64_t N>
+SLRC_INLINE inline void CopyRow(const uint8_t* from, int64_t count, uint8_t* to) {
+  for (int64_t i = 0; i + N < count; i += N) __builtin_memcpy(to + i, from + i, N);
+  __builtin_memcpy(to + count - N, from + count - N, N);
+}
+
+void CopyRowsOfBytes(const uint8_t* from, int64_t from_pitch, int64_t rows, int64_t count, uint8_t* to,
+                     int64_t to_pitch) {
+  for (; rows > 0; --rows, from += from_pitch, to += to_pitch) {
+    if (count >= 16) CopyRow<16>(from, count, to);
+    else if (count >= 8) CopyRow<8>(from, count, to);
+    else if (count >= 4) CopyRow<4>(from, count, to);
+    else for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+  }
+}
 
 // One vector of a row.
 template <bool Residual, bool Quantized>

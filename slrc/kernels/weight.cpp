@@ -45,7 +45,13 @@ void CheckCounts(int64_t block, int64_t out_channels, int64_t group, int64_t row
          std::clamp<int64_t>(columns, 0, kMostBlocks) * values_each, values);
 }
 
-// A block's values as the loops read them (see TileLoops::value_words).
+void CheckZeroPoint(const char* name, int64_t value, int64_t least) {
+  if (value < least || value > 255)
+    throw Error(std::string(name) + " must be " + std::to_string(least) + " to 255, got " + std::to_string(value));
+}
+
+}  // namespace
+
 void PutValues(const int8_t* from, int64_t block, int words, Word* to) {
   if (words == 1) {
     memcpy(to, from, block * kQuad);
@@ -57,13 +63,6 @@ void PutValues(const int8_t* from, int64_t block, int words, Word* to) {
     memcpy(to + block + i, odd, sizeof odd);
   }
 }
-
-void CheckZeroPoint(const char* name, int64_t value, int64_t least) {
-  if (value < least || value > 255)
-    throw Error(std::string(name) + " must be " + std::to_string(least) + " to 255, got " + std::to_string(value));
-}
-
-}  // namespace
 
 void CheckSizes(const SlrcBlocks& blocks, int64_t group) {
   const int64_t block = blocks.block;
@@ -77,7 +76,8 @@ void CheckSizes(const SlrcBlocks& blocks, int64_t group) {
 
 void CheckInt8(const SlrcInt8Blocks& blocks, int64_t group) {
   const int64_t block = blocks.block;
-  if (block != 4 && block != 8 && block != 16) throw Error("block must be 4, 8 or 16, got " + std::to_string(block));
+  if (block != 1 && block != 4 && block != 8 && block != 16)
+    throw Error("block must be 1, 4, 8 or 16, got " + std::to_string(block));
   CheckCounts(block, blocks.out_channels, group, blocks.row_pointer_count, blocks.column_count, blocks.value_count,
               block * kQuad);
   Expect(blocks.bias_count == blocks.out_channels, "bias values", blocks.out_channels, blocks.bias_count);

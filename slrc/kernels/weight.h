@@ -34,6 +34,8 @@ void CheckSizes(const SlrcBlocks& blocks, int64_t group);
 // The same of int8, and that all numbers are in range.
 void CheckInt8(const SlrcInt8Blocks& blocks, int64_t group);
 void CheckColumns(int64_t columns);
+// A block's values as the loops read them (see TileLoops::value_words).
+void PutValues(const int8_t* from, int64_t block, int words, Word* to);
 
 // A packed weight, checked and copied.
 struct Weight {

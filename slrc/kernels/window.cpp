@@ -45,6 +45,12 @@ int64_t OutputSize(const SlrcWindow& window, int axis, int64_t size) {
   return (padded - span) / window.strides[axis] + 1;
 }
 
+void OutputShape(const SlrcWindow& window, int64_t out_channels, const int64_t x_shape[4], int64_t y_shape[4]) {
+  y_shape[0] = x_shape[0];
+  y_shape[1] = out_channels;
+  for (int axis = 0; axis < 2; ++axis) y_shape[2 + axis] = OutputSize(window, axis, x_shape[2 + axis]);
+}
+
 Axis::Axis(const SlrcWindow& window, int axis, int64_t size, bool alone)
     : in(size),
       out(OutputSize(window, axis, size)),

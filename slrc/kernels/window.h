@@ -18,6 +18,8 @@ int64_t MostPlaneFloats(const SlrcWindow& window, const int64_t x_shape[4]);
 // Outputs along one dimension of an input of that size.
 int64_t OutputSize(const SlrcWindow& window, int axis, int64_t size);
 
+void OutputShape(const SlrcWindow& window, int64_t out_channels, const int64_t x_shape[4], int64_t y_shape[4]);
+
 // A phase of one dimension, and how far its taps read past an output.
 struct AxisPhase {
   int64_t phase, reach;

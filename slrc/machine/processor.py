@@ -16,6 +16,11 @@ class Processor(NamedTuple):
     name: str
     features: frozenset[str]
 
+    @property
+    def has_vnni(self) -> bool:
+        """Whether it has instructions that sum four products of bytes in 32 bits."""
+        return bool({"avx512_vnni", "avx_vnni"} & self.features)
+
 
 @lru_cache(maxsize=1)
 def processor() -> Processor:

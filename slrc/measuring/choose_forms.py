@@ -136,9 +136,9 @@ def form_candidates(
                 if reason := no_kernels or next(filter(None, limits), ""):
                     lost += [(weight, str(form), reason)] if has_zeros else []
                     continue
-                packs |= has_zeros and form.kind is FormKind.PACKED
+                packs |= has_zeros
             possible[weight].append(form)
-    offered = {w: [f for f in forms if packs or f.kind is not FormKind.PACKED] for w, forms in possible.items()}
+    offered = {w: [f for f in forms if packs or f.kind not in LIMITS] for w, forms in possible.items()}
     return {w: forms for w, forms in offered.items() if len(forms) > 1}, lost
 
 

@@ -98,7 +98,7 @@ def prove_integers(
 ) -> list[Check]:
     """Compare a program that rounds with the ONNX file that was made of it, on the CPU.
 
-    With `kernels` the file runs with them. Its packed layers are then run without, each on the integers that it read,
+    With `kernels` the file runs with them. Its nodes of slrc are then run without, each on the integers that it read,
     and must return the same, bit by bit.
 
     Args:
@@ -158,7 +158,7 @@ def prove_integers(
 
 
 class _Functions:
-    """Compares what packed layers return with what their functions return for the same integers."""
+    """Compares what nodes of slrc return with what their functions return for the same integers."""
 
     def __init__(self, step: str, reads: Sequence[str], packed: Sequence[str], file: Path, threads: int | None) -> None:
         from slrc.backends.ort.run import OnnxRuntimeRunner
@@ -176,7 +176,7 @@ class _Functions:
                 )
 
     def check(self, inputs: tuple[str, ...]) -> Check:
-        step = f"{self._step}, kernels = functions: {len(self._packed)} packed layers, bit by bit"
+        step = f"{self._step}, kernels = functions: {len(self._packed)} nodes of slrc, bit by bit"
         return Check(step=step, inputs=inputs, max_abs_error=0.0, max_rel_error=0.0, tolerance=0.0, passed=True)
 
 

@@ -86,7 +86,7 @@ def test_it_is_proven_step_by_step_and_the_functions_give_the_same_bits(many: tu
     program, file, kernels = many
     steps, outputs, alike = prove_integers("test", program, file, make_probes(program), 1, kernels)
     assert steps.max_abs_error <= 1
-    assert "8 packed layers" in alike.step
+    assert "8 nodes of slrc" in alike.step
     (plain,) = OnnxRuntimeRunner(file, 1)(*program.flat_inputs())
     (fast,) = OnnxRuntimeRunner(file, 1, kernels)(*program.flat_inputs())
     torch.testing.assert_close(fast, plain, rtol=1e-3, atol=1e-4)
@@ -153,3 +153,36 @@ def test_a_network_all_in_float32_rounds_nothing(tmp_path: Path) -> None:
     }
     steps, *_ = prove_integers("test", rounded, tmp_path / "model.onnx", make_probes(program), 1)
     assert "0 rounded values" in steps.step
+
+
+class Stem(nn.Module):
+    """A first layer, pools of several kinds behind it, and a depthwise layer."""
+
+    def __init__(self, pool: nn.Module) -> None:
+        super().__init__()
+        self.image, self.pool = nn.Conv2d(3, 16, 7, stride=2, padding=3), pool
+        self.depthwise, self.last = nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Conv2d(16, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(functional.relu6(self.depthwise(self.pool(torch.relu(self.image(x))))))
+
+
+@pytest.mark.parametrize(
+    ("pool", "own"),
+    [
+        (nn.MaxPool2d(3, 2, 1), True),
+        (nn.MaxPool2d((2, 3), (2, 1)), True),
+        (nn.MaxPool2d(3, 2, 1, ceil_mode=True), False),
+        (nn.MaxPool2d(3, 2, 1, dilation=2), False),
+        (nn.AvgPool2d(2), False),
+    ],
+)
+def test_pools_between_packed_layers_stay_in_their_layout(pool: nn.Module, own: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    program = network(Stem(pool), 2, 3, 27, 30)
+    forms = {w: Form(FormKind.PACKED_INT8, 1 if x.groups > 1 else 8) for w, x in program.layers.items()}
+    rounded, file, kernels = emitted(program, forms, tmp_path)
+    nodes = Counter(n.op_type for n in onnx.load(file).graph.node)
+    assert (nodes["MaxPoolBytes"], nodes["BlockSparseQConv"] + nodes["BlockSparseQConv_float"]) == (int(own), 3)
+    steps, *_ = prove_integers("test", rounded, file, make_probes(program), 1, kernels)
+    assert steps.max_abs_error <= 1

@@ -11,6 +11,7 @@ from slrc.forms.cost import cheapest_form, density_of, layer_kind
 from slrc.forms.form import (
     DENSE,
     DEPTHWISE,
+    DEPTHWISE_INT8,
     FLOAT32,
     Form,
     FormChoice,
@@ -137,11 +138,17 @@ def quads(rows: int, density: float = 0.25) -> Tensor:
 @pytest.mark.parametrize(
     ("weight", "op", "groups", "expected"),
     [
-        (torch.ones(8, 8, 3, 3), "conv2d", 1, ["dense", "float32"]),
+        (torch.ones(16, 32, 3, 3), "conv2d", 1, ["dense", "float32"]),
+        (torch.ones(8, 3, 7, 7), "conv2d", 1, ["dense", "packed-int8:4", "packed-int8:8", "float32"]),  # on an image
         (quads(8), "conv2d", 1, ["dense", "packed:4", "packed:8", "packed-int8:4", "packed-int8:8", "float32"]),
         (quads(4), "conv2d", 1, ["dense", "packed:4", "packed-int8:4", "float32"]),
-        (blocks(8, density=0.7), "conv2d", 1, ["dense", "packed:4", "packed:8", "float32"]),  # no quad of zeros
-        (torch.zeros(16, 1, 3, 3), "conv2d", 16, ["dense", "packed:1", "float32"]),
+        (
+            blocks(8, inputs=36, density=0.7),
+            "conv2d",
+            1,
+            ["dense", "packed:4", "packed:8", "float32"],
+        ),  # no quad of zeros
+        (torch.zeros(16, 1, 3, 3), "conv2d", 16, ["dense", "packed:1", "packed-int8:1", "float32"]),
         (torch.ones(16, 8, 3), "conv1d", 1, ["dense", "float32"]),
     ],
 )
@@ -162,6 +169,9 @@ def test_the_cost_model_prefers_integers_at_equal_work() -> None:
     assert cheapest_form(weight, candidates).kind is FormKind.PACKED_INT8
     assert density_of(weight, Form(FormKind.PACKED_INT8, 8)) == density_of(weight, Form(FormKind.PACKED, 8)) < 0.5
     assert cheapest_form(weight, [DENSE, FLOAT32]) == DENSE
+    depthwise = torch.ones(16, 1, 3, 3)
+    assert cheapest_form(depthwise, candidate_forms(depthwise, "conv2d", 16, is_integer=True), 16) == DEPTHWISE_INT8
+    assert density_of(depthwise, DEPTHWISE_INT8, 16) == 1.0
     single = blocks(8, inputs=16, density=0.25)  # of four channels one or two survive
     assert cheapest_form(single, candidate_forms(single, "conv2d", is_integer=True)).kind is FormKind.PACKED
 

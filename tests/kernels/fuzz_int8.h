@@ -13,11 +13,12 @@ struct Int8Case {
     random.engine.seed(seed);
     gemm = random.Chance(25);
     const bool pointwise = gemm || random.Chance(30), keeps_size = !pointwise && random.Chance(40);
-    window.group = gemm ? 1 : random.Int(1, 3);
+    depthwise = !gemm && random.Chance(20);
+    window.group = gemm ? 1 : random.Int(1, depthwise ? 20 : 3);
     for (int a = 0; a < 2; ++a) {
       window.kernel[a] = pointwise ? 1 : random.Int(1, 4);
       window.strides[a] = pointwise || keeps_size ? 1 : random.Int(1, 3);
-      window.dilations[a] = pointwise ? 1 : random.Int(1, 2);
+      window.dilations[a] = pointwise || (depthwise && a) ? 1 : random.Int(1, 2);
       const int64_t span = (window.kernel[a] - 1) * window.dilations[a] + 1;
       window.pads[a] = pointwise ? 0 : keeps_size ? random.Int(0, span - 1) : random.Int(0, 3);
       window.pads[a + 2] = pointwise ? 0 : keeps_size ? span - 1 - window.pads[a] : random.Int(0, 3);
@@ -26,9 +27,9 @@ struct Int8Case {
       y_shape[2 + a] = (x_shape[2 + a] + window.pads[a] + window.pads[a + 2] - span) / window.strides[a] + 1;
     }
     x_shape[0] = y_shape[0] = gemm ? random.Int(1, random.Chance(30) ? 150 : 5) : random.Int(1, 2);
-    x_shape[1] = window.group * (random.Chance(8) ? random.Int(400, 700) : random.Int(1, 20));
-    y_shape[1] = window.group * random.Int(1, 40);
-    block = 4 << random.Int(0, 2);
+    x_shape[1] = window.group * (depthwise ? 1 : random.Chance(8) ? random.Int(400, 700) : random.Int(1, 20));
+    y_shape[1] = window.group * random.Int(1, depthwise ? 3 : 40);
+    block = depthwise ? 1 : 4 << random.Int(0, 2);
     const int64_t quads = (x_shape[1] / window.group + 3) / 4, width = quads * window.kernel[0] * window.kernel[1];
     rows_per_group = (y_shape[1] / window.group + block - 1) / block;
     MakePlaces(rows_per_group * window.group, width);
@@ -147,7 +148,7 @@ struct Int8Case {
   }
 
   Random random;
-  bool gemm;
+  bool gemm, depthwise;
   int64_t x_shape[4], y_shape[4], block, rows_per_group, count;
   SlrcWindow window;
   SlrcInt8Blocks blocks;

@@ -99,10 +99,11 @@ def _finish(random: np.random.Generator, layer: dict[str, Any], y_shape: tuple[i
 
 
 def random_qconv(random: np.random.Generator) -> QLayer:
-    """Any window that fits; planes from one pixel to a few thousand; empty rows and empty layers among them."""
-    groups, block = pick(random, 1, 1, 1, 2, 3), pick(random, 4, 8, 16)
+    """Any window that fits, depthwise layers too; planes from one pixel to a few thousand; empty rows and layers."""
+    block = pick(random, 1, 4, 8, 16)
+    groups = int(random.integers(1, 20)) if block == 1 else pick(random, 1, 1, 1, 2, 3)
     per_group = block * int(random.integers(1, 4)) - (int(random.integers(block)) if random.random() < 0.3 else 0)
-    outputs, inputs = groups * per_group, groups * int(random.integers(1, 24))
+    outputs, inputs = groups * per_group, groups * (1 if block == 1 else int(random.integers(1, 24)))
     pointwise = random.random() < 0.25
     kernel = (1, 1) if pointwise else (int(random.integers(1, 6)), int(random.integers(1, 6)))
     strides = (1, 1) if pointwise or random.random() < 0.5 else (int(random.integers(1, 4)), int(random.integers(1, 4)))
@@ -110,6 +111,8 @@ def random_qconv(random: np.random.Generator) -> QLayer:
     pads = (0, 0, 0, 0) if pointwise or random.random() < 0.2 else tuple(int(p) for p in random.integers(0, 4, 4))
     if not pointwise and random.random() < 0.3:  # outputs of the input's size
         kernel, strides, dilations, pads = (3, 3), (1, 1), (1, 1), (1, 1, 1, 1)
+    if block == 1:  # of depthwise layers, whose words are neighbours along a row
+        dilations = (dilations[0], 1)
     batch, size, out_size = random_planes(random, kernel, strides, dilations, pads)
     sparsity, cols = pick(random, 0.0, 0.5, 0.75, 0.9, 0.97, 1.0), pick(random, 1, 4, 4)
     layer = {

@@ -7,10 +7,14 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 from int8_layers import Int8Kernels, QLayer, qmodel, quantized_weight, random_qconv, random_qgemm
 from kernel_models import exact_options, session
+from onnx import TensorProto, helper
+
+from slrc.backends.int8_onnx import function_of
 
 CASES = min(1000, int(os.environ.get("SLRC_FUZZ", "3000")) // 30)  # all stay in memory
 SETS = {
@@ -64,6 +68,49 @@ def test_kernels_and_functions_give_the_same_bits_in_onnxruntime(library: Path, 
         for (name, layer), ours, its in zip(layers.items(), running.run(None, feeds), theirs, strict=True):
             np.testing.assert_array_equal(ours, its, err_msg=name)
             np.testing.assert_array_equal(ours, layer.expected, err_msg=name)
+
+
+def pool_model(window: dict[str, list[int]], sizes: list[int], *, functions: bool = False) -> onnx.ModelProto:
+    node = helper.make_node("MaxPoolBytes", ["x"], ["y"], domain="ai.slrc", **window)
+    x = helper.make_tensor_value_info("x", TensorProto.UINT8, sizes)
+    graph = helper.make_graph([node], "pool", [x], [helper.make_tensor_value_info("y", TensorProto.UINT8, None)])
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("ai.slrc", 1)]
+    meanings = [function_of("MaxPoolBytes", 18)] if functions else []
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8, functions=meanings)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_pools_of_bytes(library: Path, threads: int) -> None:
+    random = np.random.default_rng(0)
+    for seed in range(100):
+        kernel = [int(k) for k in random.integers(1, 6, 2)]
+        pads = [int(random.integers(kernel[axis % 2])) for axis in range(4)]
+        least = [max(kernel[a] - pads[a] - pads[a + 2], 1) for a in range(2)]
+        sizes = [2, 3, *(n + int(random.integers(90)) for n in least)]
+        window = {"kernel_shape": kernel, "strides": [int(s) for s in random.integers(1, 4, 2)], "pads": pads}
+        x = random.integers(0, 256, sizes).astype(np.uint8)
+        model = pool_model(window, sizes, functions=True)
+        stock = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        ours = session(pool_model(window, sizes), library, threads)
+        np.testing.assert_array_equal(ours.run(None, {"x": x})[0], stock.run(None, {"x": x})[0], err_msg=f"{seed}")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"pads": [2, 0, 0, 0]}, "pads of a pool must be less than its kernel's size"),
+        ({"pads": [0, 0, 0, 2]}, "pads of a pool must be less than its kernel's size"),
+        ({"pads": [0, -1, 0, 0]}, "pads not negative"),
+        ({"strides": [0, 1]}, "strides"),
+        ({"kernel_shape": [2]}, "kernel_shape"),
+        ({"kernel_shape": [2**40, 2]}, "none huge"),
+        ({"kernel_shape": [9, 9], "pads": [0, 0, 0, 0]}, "window is larger"),
+    ],
+)
+def test_bad_pools(library: Path, change: dict[str, list[int]], reason: str) -> None:
+    window = {"kernel_shape": [2, 2], "strides": [1, 1], "pads": [0, 0, 0, 0]} | change
+    with pytest.raises(Exception, match=reason):
+        session(pool_model(window, [1, 2, 7, 7]), library).run(None, {"x": np.zeros((1, 2, 7, 7), np.uint8)})
 
 
 # (weight, block, sparsity, input's size, stride, padding): each is laid out in another way.

@@ -60,9 +60,9 @@ def test_a_library_that_was_built_without_int8_says_so(library: Path) -> None:
 
 
 ATTRIBUTES = [
-    ({"block": 1}, "block must be 4, 8 or 16"),
-    ({"block": 5}, "block must be 4, 8 or 16"),
-    ({"block": HUGE}, "block must be 4, 8 or 16"),
+    ({"block": 1}, "row pointers"),
+    ({"block": 5}, "block must be 1, 4, 8 or 16"),
+    ({"block": HUGE}, "block must be 1, 4, 8 or 16"),
     ({"block": None}, "block"),
     ({"block": 16}, "row pointers"),
     ({"weight_shape": [0, 8, 3, 3]}, "out_channels"),
@@ -160,3 +160,45 @@ def test_weights_past_the_last_channel_multiply_nothing(library: Path) -> None:
     values[given.emitted.packed.columns.numpy() == 1, :, 3] = 100
     y = session(changed(given, {}, {"values": values}), library).run(None, given.feed())[0]
     np.testing.assert_array_equal(y, given.expected)
+
+
+def depthwise(**changes: Any) -> QLayer:
+    random = np.random.default_rng(0)
+    given = replace(
+        layer((8, 1, 3, 3)),
+        block=1,
+        weight=quantized_weight(random, (8, 1, 3, 3), 1, 0.3, 8),
+        x=random.integers(0, 256, (1, 8, 9, 9)).astype(np.uint8),
+        groups=8,
+        residual=None,
+    )
+    return replace(given, **changes)
+
+
+DEPTHWISE = [
+    ({"strides": [1, 5]}, {}, "stride along a row must be 1 to 4 and its dilation 1, got 5 and 1"),
+    ({"dilations": [1, 2]}, {}, "got 1 and 2"),
+    ({"group": 4, "weight_shape": [4, 2, 3, 3]}, {}, "row pointers"),
+    ({"weight_shape": [8, 1, 2, 3]}, {}, "out of range"),
+    ({"weight_shape": [8, 1, 2**13, 2**13]}, {}, "out of range"),
+    ({"weight_shape": [8, 1, 2**12, 2**12], "pads": [2**12] * 4}, {}, "too large"),
+    ({}, {"columns": depthwise().emitted.packed.columns.numpy()[::-1].copy()}, "must rise"),
+    ({}, {"columns": np.full_like(depthwise().emitted.packed.columns.numpy(), -1)}, "negative"),
+]
+
+
+@pytest.mark.parametrize(("attributes", "tensors", "reason"), DEPTHWISE)
+def test_bad_depthwise_layers(library: Path, attributes: dict[str, Any], tensors: dict[str, Any], reason: str) -> None:
+    given = depthwise()
+    np.testing.assert_array_equal(session(changed(given, {}, {}), library).run(None, given.feed())[0], given.expected)
+    with pytest.raises(Exception, match=reason):
+        session(changed(given, attributes, tensors), library).run(None, given.feed())
+
+
+def test_blocks_of_one_output_are_for_depthwise_layers(library: Path) -> None:
+    given = depthwise(weight=quantized_weight(np.random.default_rng(0), (8, 2, 3, 3), 1, 0.0, 4), groups=4)
+    with pytest.raises(Exception, match="whose groups have one input channel, got 8 channels in 4 groups"):
+        session(changed(given, {}, {}), library).run(None, given.feed())
+    matrix = replace(layer((16, 8)), block=1, residual=None)
+    with pytest.raises(Exception, match="are for depthwise layers"):
+        session(changed(matrix, {}, {}), library)

@@ -114,7 +114,11 @@ def test_int8_layers_count_four_channels_as_one() -> None:
     assert why_not_int8((8, 4 * most, 1, 1), 8) == ""
     assert "an input of" in why_not_int8((8, 4 * most + 1, 1, 1), 8)
     assert "weights of each output" in why_not_int8((8, MOST_COLUMNS + 1), 8)
-    assert "int8 blocks of 1 outputs" in why_not_int8((8, 8), 1)
+    assert "int8 blocks of 1 output " in why_not_int8((8, 8), 1)
+    assert "int8 blocks of 1 output " in why_not_int8((8, 2, 3, 3), 1, groups=4)
+    assert why_not_int8((8, 1, 3, 3), 1, groups=8, strides=(9, 4), dilations=(3, 1)) == ""
+    assert "along a row" in why_not_int8((8, 1, 3, 3), 1, groups=8, strides=(1, 5))
+    assert "along a row" in why_not_int8((8, 1, 3, 3), 1, groups=8, dilations=(1, 2))
     assert "stride" in why_not_int8((8, 8, 3, 3), 8, strides=(MOST_STRIDE + 1, 1))
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 import slrc
-from slrc.backends import parse_target
+from slrc.backends import Target, parse_target
 from slrc.errors import CaptureError
-from slrc.forms.form import DENSE, DEPTHWISE, FLOAT32, Form, FormChoice, FormKind
+from slrc.forms.form import DENSE, DEPTHWISE, DEPTHWISE_INT8, FLOAT32, Form, FormChoice, FormKind
 from slrc.ir.nodes import op_name
 from slrc.ir.program import Program, capture
 from slrc.kernels import build as kernels
@@ -142,8 +142,7 @@ def test_an_int8_target_takes_the_fastest_form_in_either_type(clock: type[FakeCl
     choice = choose_forms(pruned("block:8x4"), INT8, threads=1)
     found = kinds(choice)
     assert found["2.weight"] == taken
-    first = {"packed": "packed", "float32": "float32"}.get(taken, "dense")  # three channels are no quad
-    assert found["0.weight"] == first
+    assert found["0.weight"] == taken  # of few channels: it needs no zeros
     assert set(choice.layers[1].ms) == {"dense", "packed:4", "packed:8", "packed-int8:4", "packed-int8:8", "float32"}
 
 
@@ -179,15 +178,18 @@ def test_a_network_that_is_slower_with_its_fastest_layers_stays_dense(
 
 @needs_compiler
 @pytest.mark.parametrize("pruned_outputs", [8, 0])
-def test_depthwise_layers_are_packed_beside_packed_layers_alone(clock: type[FakeClock], pruned_outputs: int) -> None:
+@pytest.mark.parametrize(("target", "packed"), [(ORT, DEPTHWISE), (INT8, DEPTHWISE_INT8)])
+def test_depthwise_layers_are_packed_beside_packed_layers_alone(
+    clock: type[FakeClock], pruned_outputs: int, target: Target, packed: Form
+) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(8, 16, 1), nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 8, 1))
     with torch.no_grad():
         model[0].weight[:pruned_outputs, 1:] = 0
     program = capture(model, (torch.randn(1, 8, 8, 8),))
-    clock.says = {"dense": 2.0, "packed": 1.0, "split": 2.0}
-    forms = choose_forms(program, ORT, threads=1).forms
-    assert forms.get("1.weight") == (DEPTHWISE if pruned_outputs else None)
+    clock.says = {"dense": 2.0, "split": 2.0, "float32": 3.0, "packed": 3.0} | {str(packed.kind): 1.0}
+    forms = choose_forms(program, target, threads=1).forms
+    assert forms.get("1.weight") == (packed if pruned_outputs else None)
 
 
 @needs_compiler

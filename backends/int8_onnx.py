@@ -1,12 +1,15 @@
 """The ONNX form of int8 layers with packed blocks: nodes of the domain `ai.slrc`, and what they mean.
 
     BlockSparseQConv, BlockSparseQGemm    x uint8 ─▶ y uint8
+    …_leakyrelu                           with a LeakyReLU in front of the rounding
     …_residual                            with a uint8 residual as the last input
     …_float                               y float32
+    MaxPoolBytes                          x uint8 ─▶ y uint8, as MaxPool; behind them, in their layout
 
     sum[o]  = bias[o] + Σ weight[o, …] · (x[…] − x_zero_point)         int32; a padded x is x_zero_point
     real[o] = float(sum[o]) · scale[o]                                 float32, rounded once
     real    = real + float(residual − residual_zero_point) · residual_scale
+    real    = real < 0 ? real · slope : real
     y       = saturate(round_half_to_even(real) + y_zero_point)        or `real` itself
 
 So `scale` is x's scale times the weight's, for uint8 divided by y's scale, and `residual_scale` is the residual's, also
@@ -74,11 +77,16 @@ class Int8Layer:
     y_zero_point: int | None
     window: Window | None = None
     residual: Residual | None = None
+    slope: float | None = None
+    """Of a LeakyReLU between the sum and its rounding."""
 
     @property
     def op_type(self) -> str:
         """The node's, which says what its function is."""
-        return name_of(QGEMM if self.window is None else QCONV, self.residual is not None, self.y_zero_point is None)
+        parts = [QGEMM if self.window is None else QCONV]
+        parts += ["leakyrelu"] if self.slope is not None else []
+        parts += ["residual"] if self.residual is not None else []
+        return "_".join(parts + (["float"] if self.y_zero_point is None else []))
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -97,15 +105,12 @@ class Int8Layer:
             found["y_zero_point"] = self.y_zero_point
         if self.residual is not None:
             found |= {"residual_scale": self.residual.scale, "residual_zero_point": self.residual.zero_point}
+        if self.slope is not None:
+            found["slope"] = self.slope
         if self.window is not None:
             window = vars(self.window)
             found |= {key: value if isinstance(value, int) else list(value) for key, value in window.items()}
         return found
-
-
-def name_of(op: str, residual: bool, float_output: bool) -> str:
-    """Return the operator of a kind of layer."""
-    return "_".join([op, *(["residual"] if residual else []), *(["float"] if float_output else [])])
 
 
 def node_of(layer: Int8Layer, x: str, y: str, name: str) -> tuple[onnx.NodeProto, list[onnx.TensorProto]]:
@@ -180,7 +185,7 @@ _RESIDUAL = """
     residual_shifted = Sub (residual_float, residual_zero_float)
     residual_factor = Constant <value_float: float = @residual_scale> ()
     residual_real = Mul (residual_shifted, residual_factor)
-    real = Add (scaled, residual_real)
+    added = Add (scaled, residual_real)
 """
 _QUANTIZED = """
     unit = Constant <value_float = 1.0> ()
@@ -203,13 +208,15 @@ def function_of(op_type: str, opset: int) -> onnx.FunctionProto:
             f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
             f"{op} <{', '.join(POOL_ATTRIBUTES)}> (x) => (y) {{ y = MaxPool <{window}> (x) }}"
         )
-    conv, residual, float_output = op == QCONV, "residual" in parts, "float" in parts
+    conv, leaky, residual, float_output = op == QCONV, "leakyrelu" in parts, "residual" in parts, "float" in parts
     body = _START + (_CONV if conv else _GEMM).format(weight=_WEIGHT) + _SCALED
-    body += _RESIDUAL if residual else "    real = Identity (scaled)\n"
+    body += _RESIDUAL if residual else "    added = Identity (scaled)\n"
+    body += "    real = LeakyRelu <alpha: float = @slope> (added)\n" if leaky else "    real = Identity (added)\n"
     body += "    y = Identity (real)\n" if float_output else _QUANTIZED
     attributes = [
         *_ATTRIBUTES,
         *([] if float_output else ["y_zero_point"]),
+        *(["slope"] if leaky else []),
         *(["residual_scale", "residual_zero_point"] if residual else []),
         *(["strides", "pads", "dilations", "group"] if conv else []),
     ]

@@ -6,8 +6,9 @@ It is done while roundings still are nodes, of which the layer's weight has a `b
     FakeQuantize ─▶ BlockSparseQConv ─▶ FakeQuantize ─▶
 
 `write_integers` then makes integers of the roundings on both sides: the node reads those of the first and returns those
-of the second. An addition of a rounded value between the layer and its rounding goes into the node. Where the result is
-not rounded the node returns float32. What is not so stays a layer with an integer weight, zeros and all.
+of the second. An addition of a rounded value between the layer and its rounding goes into the node, and so does a
+LeakyReLU. Where the result is not rounded the node returns float32. What is not so stays a layer with an integer
+weight, zeros and all.
 
 A max pool of what a packed layer returns, rounded alike on both sides, becomes a node too: runtimes are slow on bytes
 in this layout.
@@ -24,6 +25,7 @@ import torch
 from slrc.backends.int8_onnx import DOMAIN, POOL_ATTRIBUTES, QPOOL, Int8Layer, Residual, Window
 from slrc.backends.quantized_onnx import add_constant, codes_of, is_packed, is_rounding, put_in_place, steps_of
 from slrc.forms.packed_int8 import PackedInt8
+from slrc.kernels.limits import why_not_pool
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -45,6 +47,7 @@ class _Found:
     residual: onnx_ir.Node | None
     last: onnx_ir.Node
     y: onnx_ir.Node | None
+    slope: float | None
 
 
 def pack_layers(model: onnx_ir.Model) -> bool:
@@ -53,8 +56,9 @@ def pack_layers(model: onnx_ir.Model) -> bool:
     found = [f for weight in roundings for user, _ in list(weight.outputs[0].uses()) if (f := _find(weight, user))]
     for one in found:
         _replace(model, one)
-    for pool in [n for n in model.graph if n.op_type == "MaxPool" and _is_between_packed(n)]:
-        _replace_pool(model, pool)
+    for pool in [n for n in model.graph if n.op_type == "MaxPool"]:
+        if _is_behind_packed(pool):  # or behind a pool that was replaced just now
+            _replace_pool(model, pool)
     return bool(found)
 
 
@@ -84,8 +88,13 @@ def _find(weight: onnx_ir.Node, user: onnx_ir.Node) -> _Found | None:
         if residual is not None:
             last = follower
             follower = _only_reader(last)
+    slope = None
+    if follower is not None and follower.op_type == "LeakyRelu" and is_rounding(_only_reader(follower)):
+        last = follower
+        slope = follower.attributes["alpha"].as_float() if "alpha" in follower.attributes else 0.01
+        follower = _only_reader(last)
     y = follower if is_rounding(follower) else None
-    return _Found(layer, weight, x, own_bias, residual, last, y)
+    return _Found(layer, weight, x, own_bias, residual, last, y, slope)
 
 
 def _only_reader(node: onnx_ir.Node) -> onnx_ir.Node | None:
@@ -131,6 +140,7 @@ def _described(found: _Found) -> Int8Layer:
         y_zero_point=None if found.y is None else _zero_point(found.y),
         window=window,
         residual=residual,
+        slope=found.slope,
     )
 
 
@@ -159,7 +169,7 @@ def _replace(model: onnx_ir.Model, found: _Found) -> None:
     old.name = f"{old.name}_replaced"
 
 
-def _is_between_packed(pool: onnx_ir.Node) -> bool:
+def _is_behind_packed(pool: onnx_ir.Node) -> bool:
     """Whether a pool of two dimensions reads what a packed layer returns, and its result is rounded in the same way."""
     before, after = _rounding(pool.inputs[0]), _only_reader(pool)
     if before is None or not is_packed(before.inputs[0].producer()) or not is_rounding(after):  # type: ignore[union-attr]
@@ -173,17 +183,25 @@ def _is_between_packed(pool: onnx_ir.Node) -> bool:
     plain = all(not own[name].value for name in ("ceil_mode", "storage_order") if name in own)
     plain &= "auto_pad" not in own or own["auto_pad"].as_string() == "NOTSET"
     plain &= set(own["dilations"].as_ints() if "dilations" in own else ()) <= {1}
-    return bool(alike and plain and len(own["kernel_shape"].as_ints()) == 2)
+    sizes = before.inputs[0].shape  # type: ignore[union-attr]
+    if not (alike and plain and sizes is not None and len(sizes) == 4):
+        return False
+    window, size = _window_of(pool), [d if isinstance(d, int) else 1 for d in sizes][2:]
+    pads = [max(window["pads"][axis], window["pads"][axis + 2]) for axis in range(2)]
+    return not why_not_pool(window["kernel_shape"], strides=window["strides"], pads=pads, input_size=size)
+
+
+def _window_of(pool: onnx_ir.Node) -> dict[str, list[int]]:
+    otherwise = {"strides": [1, 1], "pads": [0, 0, 0, 0]}
+    own = pool.attributes
+    return {name: list(own[name].as_ints() if name in own else otherwise[name]) for name in POOL_ATTRIBUTES}
 
 
 def _replace_pool(model: onnx_ir.Model, pool: onnx_ir.Node) -> None:
     import onnx_ir
 
-    otherwise = {"strides": [1, 1], "pads": [0, 0, 0, 0]}
-    window = {n: pool.attributes[n].as_ints() if n in pool.attributes else otherwise[n] for n in POOL_ATTRIBUTES}
-    node = onnx_ir.Node(
-        DOMAIN, QPOOL, [pool.inputs[0]], [_attribute(n, list(v)) for n, v in window.items()], name=pool.name
-    )
+    attributes = [_attribute(name, values) for name, values in _window_of(pool).items()]
+    node = onnx_ir.Node(DOMAIN, QPOOL, [pool.inputs[0]], attributes, name=pool.name)
     old, new = pool.outputs[0], node.outputs[0]
     new.name, new.type, new.shape = old.name, onnx_ir.TensorType(onnx_ir.DataType.UINT8), old.shape
     model.graph.insert_before(pool, node)

@@ -46,7 +46,7 @@ class Compile:
                 raise SystemExit(f"failed: {self.command}")
         report = json.loads((out / "report.json").read_text())
         latency = report["latency"][0]
-        return {
+        found = {
             "network": self.network,
             "how": self.how,
             "accuracy": report["accuracy"],
@@ -59,3 +59,22 @@ class Compile:
             "spread": latency["speedup_spread"],
             "targets": [t["target"] for t in report["targets"]],
         }
+        if int8 := report["targets"][0]["int8"]:
+            found |= beside_float32(found["accuracy"], int8["corners"])
+        return found
+
+
+def beside_float32(accuracy: dict[str, Any], corners: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what a row says of the compiled int8 model beside the dense one in float32, of the four of a report."""
+    found = {(c["model"], c["precision"]): c for c in corners}
+    dense, compiled = found["dense", "float32"], found["compiled", "int8"]
+    slow, fast = dense["latency_ms"], compiled["latency_ms"]
+    return {
+        "accuracy": accuracy | {"final": compiled["metric"]},
+        "size_bytes": {"dense": dense["size_bytes"], "compiled": compiled["size_bytes"]},
+        "dense_ms": slow["p50"],
+        "compiled_ms": fast["p50"],
+        "speedup": slow["p50"] / fast["p50"],
+        "spread": [slow["p10"] / fast["p90"], slow["p90"] / fast["p10"]],
+        "corners": corners,
+    }

@@ -257,7 +257,6 @@ def packed_model(shape: Shape, weight: np.ndarray, block: int, batch: int) -> An
         domain="ai.slrc",
         **shape.attributes,
         dilations=[1, 1],
-        group=1,
         block=block,
         weight_shape=weight.shape,
         activation="none",

@@ -5,6 +5,7 @@
 
 Each is the `slrc compile` that the table names. YOLOv3-tiny is measured on images that it does not train on, lanes and
 lidar on the ten images and six frames that they train on: whether a pruned network overfits them as the dense one does.
+Models in int8 stand beside the dense one in float32.
 What a report says becomes a row of `benchmarks/results/tasks_accuracy.json`; an interrupted compile lies in the cache,
 and goes on where it was.
 """
@@ -21,10 +22,19 @@ from results import Rows
 from slrc.machine.cache import cache_folder
 
 REFITTED = "--pattern block:8x1 --method reconstruct --epochs 20 --threads 1"
+IN_INT8 = "--method reconstruct --epochs 20 --threads 1"
 OVERFITTED = "--pattern block:8x1 --sparsity 0.75 --epochs {} --threads 1 --target ort --target tensorrt-rtx:sm86"
 CASES = (
     Compile("YOLOv3-tiny, COCO, 128 images", "half the latency", f"examples/yolov3.py --speedup 2 {REFITTED}"),
     Compile("YOLOv3-tiny, COCO, 128 images", "a third", f"examples/yolov3.py --speedup 3 {REFITTED}"),
+    *(
+        Compile(
+            "YOLOv3-tiny, COCO, 128 images",
+            f"int8, {share:.0%} of the blocks",
+            f"examples/yolov3.py --target ort+int8 --pattern block:8x4 --sparsity {share} {IN_INT8}",
+        )
+        for share in (0.2, 0.4)
+    ),
     Compile(
         "Ultra-Fast-Lane-Detection, TuSimple, ten images",
         "`block:8x1`, 75%",

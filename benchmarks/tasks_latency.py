@@ -4,10 +4,11 @@
     python benchmarks/tasks_latency.py unet pointpillars --pattern block:8x1
 
 Random weights, pruned by magnitude in one shot: how fast a network is does not depend on what it has learnt. Every
-layer with zeros in its blocks has the form that is fastest, by timing as in a compile. Dense and compiled are timed in
-turns in ONNX Runtime. What stands around a network is timed too, on synthetic inputs: what makes its input of
-an image or of a lidar's points, and what makes boxes, lanes or labels of its output. Rows go to
-`benchmarks/results/tasks_latency.json` as they come, and a second run goes on with what is missing or out of date.
+layer with zeros in its blocks has the form that is fastest, by timing as in a compile. Networks of `block:8x4` are in
+int8, beside dense ones in float32. Dense and compiled are timed in turns in ONNX Runtime. What stands around a network
+is timed too, on synthetic inputs: what makes its input of an image or of a lidar's points, and what makes boxes, lanes
+or labels of its output. Rows go to `benchmarks/results/tasks_latency.json` as they come, and a second run goes on with
+what is missing or out of date.
 """
 
 from __future__ import annotations
@@ -43,18 +44,21 @@ import slrc
 from slrc.backends import get_backend, parse_target
 from slrc.ir.program import Program
 from slrc.measuring.choose_forms import choose_forms
+from slrc.measuring.jobs import Formed, to_be_timed
 from slrc.measuring.timing import time_pair
-from slrc.pipeline import apply_forms, baseline, lower, structure
+from slrc.pipeline import baseline, lower, structure
 from slrc.sparsity.masks import Masks
 from slrc.verify import outputs_of
 
-PRUNED = (("block:8x1", 0.75), ("channel", 0.5), ("channel", 0.75))
+PRUNED = (("block:8x1", 0.75), ("channel", 0.5), ("channel", 0.75), ("block:8x4", 0.75))
 CAMVID, CAMVID_CLASSES = (180, 240), 11
 PHOTO = (640, 480)
 DETECTED = 100
 """Boxes that are found in an image, before those that better ones hide are dropped."""
 RUNS = 5
 TARGET = parse_target("ort")
+IN_INT8 = {"block:8x4": parse_target("ort+int8")}
+"""Patterns whose networks are compiled for another target than the dense ones beside them."""
 
 
 @dataclass(frozen=True)
@@ -190,12 +194,13 @@ def measure_row(name: str, pattern: str, sparsity: float) -> dict[str, Any]:
     # The first layer of PointPillars is the one on points, of which the width of the pillars follows.
     plan = slrc.plan(program, pattern, sparsity, keep_ends=name != "pointpillars")
     slim = structure(program, plan, Masks.project(plan, program.tensors))
-    forms = choose_forms(slim, TARGET, threads=1).forms if pattern.startswith("block") else {}
-    dense, formed = baseline(program), apply_forms(slim, forms)
+    target = IN_INT8.get(pattern, TARGET)
+    forms = choose_forms(slim, target, threads=1).forms if pattern.startswith("block") else {}
+    dense, formed = baseline(program), to_be_timed(Formed(slim, forms), target)
     with tempfile.TemporaryDirectory() as place:
-        lowered = [lower(one, TARGET, Path(place) / str(k)) for k, one in enumerate((dense, formed))]
-        found = time_pair(lowered[0], lowered[1], slim.flat_inputs(), 1)
-        outputs = get_backend(TARGET).load(lowered[1].folder, threads=1)(*slim.flat_inputs())
+        lowered = lower(dense, TARGET, Path(place) / "dense"), lower(formed, target, Path(place) / "compiled")
+        found = time_pair(*lowered, slim.flat_inputs(), 1)
+        outputs = get_backend(target).load(lowered[1].folder, threads=1)(*slim.flat_inputs())
         if network.front:
             front = lower(baseline(captured(network, name, network.front)), TARGET, Path(place) / "front")
             runner = get_backend(TARGET).load(front.folder, threads=1)

@@ -11,7 +11,7 @@ from front_page import CASES
 from rendering.markdown import TO_FILL, VECTORS, made, ranged, read, table
 from results import Row
 from sparse_latency import NETWORKS, SPARSITIES, key
-from tasks_latency import PRUNED
+from tasks_latency import IN_INT8, PRUNED
 from tasks_latency import key as tasks_key
 
 NAMES = {
@@ -135,7 +135,8 @@ def tasks_latency() -> str:
                 speeds = [ranged(row["speedup"], row["spread"]) if row else "–" for row in cells]
                 dense = f"{first['macs_dense'] / 1e9:.2f} G", f"{first['dense_ms']:.0f} ms"
                 lines.append([title, vectors, *dense, *speeds])
-    titles = ("network and input", "on", "MACs", "dense", *(f"`{pattern}`, {share:.0%}" for pattern, share in PRUNED))
+    asked = [f"`{pattern}`, {share:.0%}{' in int8' if pattern in IN_INT8 else ''}" for pattern, share in PRUNED]
+    titles = ("network and input", "on", "MACs", "dense", *asked)
     return table(titles, lines) + made(rows.values())
 
 

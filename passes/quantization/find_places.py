@@ -84,7 +84,7 @@ def find_places(
     3. Everywhere: what convolutions return is rounded, behind a ReLU or ReLU6 that alone reads it. So is the sum,
        product, concatenation or mean of rounded values, and what linear layers return, where an integer operator reads
        it. Operators that move numbers share the range of what they move. A layer in `packed`, by the name of its
-       weight, adds a rounded value itself: the sum is rounded, what the layer alone returns is not.
+       weight, adds a rounded value itself, and has a LeakyReLU: that is rounded, what the layer alone returns is not.
        With `round_ends`, so are the graph's inputs and outputs, whoever reads them.
     4. Not everywhere: what is added to a layer's result is rounded, the result itself is not.
     """
@@ -133,6 +133,10 @@ def clipping_of(node: Node) -> str:
     return found if found in CLIPPING else ""
 
 
+def _is_leaky(node: Node) -> bool:
+    return activation_of(node) == "leakyrelu"
+
+
 def _shape(node: Node) -> tuple[Any, ...]:
     return tuple(node.meta["val"].shape)
 
@@ -175,8 +179,8 @@ def _ends(module: GraphModule) -> list[Node]:
 class _Everywhere:
     """`source` says of every rounded value whose range it has; `made` which operator computed it, in integers.
 
-    `ends` are rounded for all that read them. `adding` are the layers that add a value themselves, and `added` the
-    additions that they do, with the value that comes of each.
+    `ends` are rounded for all that read them. `adding` are the packed layers, which add a value themselves, and `added`
+    the additions that they do, with the value that comes of each.
     """
 
     layers: list[Node]
@@ -222,7 +226,9 @@ class _Everywhere:
         addition = self._addition(node) if node in self.adding else None
         last = node if addition is None else addition
         follower = only_user(last)
-        end = follower if follower is not None and clipping_of(follower) else last
+        end = last
+        if follower is not None and (clipping_of(follower) or (node in self.adding and _is_leaky(follower))):
+            end = follower
         self.source[end], self.made[end] = end, node
         if addition is not None:
             self.added[addition] = end

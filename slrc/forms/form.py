@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
 from torch import Tensor
 
 from slrc.errors import PlanError
-from slrc.forms.packed_int8 import int8_columns, int8_density
+from slrc.forms.packed_int8 import int8_density
 from slrc.forms.packed_weight import block_density
 
 BLOCK_ROWS = (4, 8, 16)
@@ -30,8 +30,8 @@ LEAST_ZEROS = 0.2
 FEW_COLUMNS = 32
 """Up to so many, as those of a 3×3 kernel on an image, a convolution may be packed with no zeros: runtimes are slow on
 few channels."""
-FEW_INT8_COLUMNS = 64
-"""The same in int8, of columns of four channels: those of a 7×7 kernel on an image are 49."""
+FEW_INT8_CHANNELS = 4
+"""The same in int8, whatever the kernel."""
 ALIKE = 1.02
 """Forms whose work differs by less count as the same work."""
 
@@ -58,7 +58,7 @@ class Form:
     """`dense`, `split:R` and `grouped:R` with R row groups, `packed:M` with blocks of M outputs × 1 column.
 
     For int8 targets there are `float32`, and `packed-int8:M` with blocks of M outputs × 4 input channels. `packed:1`
-    and `packed-int8:1` are for depthwise layers. They need no zeros for it, nor do layers of few columns.
+    and `packed-int8:1` are for depthwise layers. They need no zeros for it, nor do layers of few input channels.
     """
 
     kind: FormKind
@@ -118,8 +118,8 @@ def candidate_forms(weight: Tensor, op: str, groups: int = 1, *, is_integer: boo
         forms.append(DEPTHWISE_INT8)
     elif op in ("conv2d", "linear") and weight.shape[1] > 1:
         density = {rows: int8_density(weight, rows, groups) for rows in BLOCK_ROWS}
-        is_small = op == "conv2d" and int8_columns(weight) <= FEW_INT8_COLUMNS
-        forms += _packed_forms(density, needs_zeros=not is_small, kind=FormKind.PACKED_INT8)
+        has_few = op == "conv2d" and weight.shape[1] <= FEW_INT8_CHANNELS
+        forms += _packed_forms(density, needs_zeros=not has_few, kind=FormKind.PACKED_INT8)
     return [*forms, FLOAT32]
 
 

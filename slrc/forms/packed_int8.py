@@ -59,11 +59,6 @@ def int8_density(weight: Tensor, rows: int, groups: int = 1) -> float:
     return kept * rows * CHANNELS / weight.numel()
 
 
-def int8_columns(weight: Tensor) -> int:
-    """Return how many blocks of 4 input channels an output of `(out, in/groups, *kernel)` has."""
-    return -(-weight.shape[1] // CHANNELS) * weight[0, 0].numel()
-
-
 def _blocks(weight: Tensor, rows: int, groups: int) -> Tensor:
     """Return `(block rows, quads · kernel positions, rows, 4)`, filled up with zeros."""
     per_group, channels = weight.shape[0] // groups, weight.shape[1]

@@ -34,8 +34,9 @@ typedef struct SlrcBlocks {
 
 // A weight of int8, whose columns are of four consecutive input channels of a group (a quad; the last one may stand out
 // over them): column quad x taps + tap. x is uint8, y is uint8 or float32:
-//   y = saturate(round(sum x scale + (residual - residual_zero_point) x residual_scale) + y_zero_point)
+//   y = saturate(round(leaky(sum x scale + (residual - residual_zero_point) x residual_scale)) + y_zero_point)
 // rounding halves to even; a float32 y is what is rounded. sum is an int32, of bias and weight x (x - x_zero_point).
+// leaky multiplies what is below zero by the slope.
 typedef struct SlrcInt8Blocks {
   const int8_t* values;  // (surviving blocks, block, 4), -127 ... 127
   int64_t value_count;
@@ -53,6 +54,7 @@ typedef struct SlrcInt8Blocks {
   int64_t y_zero_point;  // -1: y is float32
   int64_t residual_zero_point;
   float residual_scale;
+  float slope;  // 1 if there is no activation
 } SlrcInt8Blocks;
 
 typedef struct SlrcWindow {
@@ -83,6 +85,10 @@ SLRC_EXPORT int slrc_int8_conv(const SlrcInt8Blocks* blocks, const SlrcWindow* w
                                char* error, size_t error_size);
 SLRC_EXPORT int slrc_int8_gemm(const SlrcInt8Blocks* blocks, const uint8_t* x, int64_t rows, int64_t inputs,
                                const uint8_t* residual, void* y, char* error, size_t error_size);
+
+// y (n, c, h', w') = the maxima of windows of bytes; the window's dilations and group are one. Returns as above.
+SLRC_EXPORT int slrc_max_pool_bytes(const SlrcWindow* window, const uint8_t* x, const int64_t x_shape[4], uint8_t* y,
+                                    char* error, size_t error_size);
 
 // y (n, c, h / 2, w / 2) = the maxima of 2 x 2 windows of x (n, c, h, w), side by side.
 SLRC_EXPORT void slrc_max_pool_2x2(const float* x, const int64_t x_shape[4], float* y);

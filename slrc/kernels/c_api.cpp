@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <chrono>
 
+#include "byte_pool.h"
 #include "conv.h"
 #include "gemm.h"
 #include "int8.h"
@@ -92,6 +93,14 @@ int slrc_int8_gemm(const SlrcInt8Blocks* blocks, const uint8_t* x, int64_t rows,
                    const uint8_t* residual, void* y, char* error, size_t error_size) {
   return slrc::Guarded(error, error_size,
                        [&] { slrc::Int8Gemm(*blocks).Run(x, rows, inputs, residual, y, slrc::kSerial); });
+}
+
+int slrc_max_pool_bytes(const SlrcWindow* window, const uint8_t* x, const int64_t x_shape[4], uint8_t* y, char* error,
+                        size_t error_size) {
+  return slrc::Guarded(error, error_size, [&] {
+    slrc::CheckPool(*window);
+    slrc::MaxPoolBytes(x, x_shape, *window, y, slrc::kSerial);
+  });
 }
 
 void slrc_max_pool_2x2(const float* x, const int64_t x_shape[4], float* y) {

@@ -53,13 +53,13 @@ Int8Depthwise::Int8Depthwise(const SlrcInt8Blocks& blocks, const SlrcWindow& win
   out_channels_ = weight.out_channels;
   const TileLoops& loops = *weight.loops;
   const int64_t taps = window.kernel[0] * window.kernel[1], along = WordsAlong(window), words = window.kernel[0] * along;
-  CheckColumns(taps);
-  if (Product(out_channels_, taps) > kMostBlocks) throw Error("the windows of all channels are too large");
+  if (taps > kMostDepthwise)
+    throw Error("a depthwise window has at most " + std::to_string(kMostDepthwise) + " columns, got " +
+                std::to_string(taps));
   if (weight.largest_column >= taps)
     throw Error("column " + std::to_string(weight.largest_column) + " is out of range: a depthwise window has " +
                 std::to_string(taps));
-  if (!weight.sorted) throw Error("columns of a depthwise layer must rise in each block row");
-  values_.resize(Product(Product(out_channels_, words), loops.value_words));
+  values_.resize(out_channels_ * words * loops.value_words);
   bias_.resize(out_channels_);
   const int32_t as_read = loops.flip ? static_cast<int8_t>(zero_point_ ^ loops.flip) : zero_point_;
   std::vector<int8_t> bytes(words * kQuad);
@@ -67,6 +67,8 @@ Int8Depthwise::Int8Depthwise(const SlrcInt8Blocks& blocks, const SlrcWindow& win
     uint32_t bias = blocks.bias[channel];
     std::fill(bytes.begin(), bytes.end(), 0);
     for (int64_t t = weight.row_pointers[channel]; t < weight.row_pointers[channel + 1]; ++t) {
+      if (t > weight.row_pointers[channel] && weight.columns[t] <= weight.columns[t - 1])
+        throw Error("columns of a depthwise layer must rise in each block row");
       const int64_t row = weight.columns[t] / window.kernel[1], column = weight.columns[t] % window.kernel[1];
       const int8_t value = blocks.values[t * kQuad];  // those behind it multiply what fills up the quad
       bytes[row * along * kQuad + column] = value;

@@ -100,6 +100,11 @@ struct Int8TokenOutput {
   void EndResults(int64_t, int64_t, const Piece&, const Int8Results&) const {}
 };
 
+const SlrcInt8Blocks& Checked(const SlrcInt8Blocks& blocks, int64_t group) {
+  CheckInt8(blocks, group);
+  return blocks;
+}
+
 Weight ProductWeight(const SlrcInt8Blocks& blocks) {
   if (blocks.block == 1) throw Error("blocks of 1 output are for depthwise layers");
   return Weight(blocks, 1);
@@ -115,6 +120,7 @@ Int8Results Int8Rule::At(int64_t channel, bool by_lane, int64_t at, const uint8_
   if (is_float_) job.y_float = static_cast<float*>(y) + at;
   else job.y = static_cast<uint8_t*>(y) + at;
   job.residual_scale = residual_scale_;
+  job.slope = slope_;
   job.residual_zero_point = residual_zero_point_;
   job.y_zero_point = y_zero_point_;
   return job;
@@ -124,7 +130,7 @@ Int8Conv::Int8Conv(const SlrcInt8Blocks& blocks, const SlrcWindow& window)
     : window_(window),
       out_channels_(blocks.out_channels),
       filling_(static_cast<uint8_t>(blocks.x_zero_point)),
-      rule_(blocks) {
+      rule_(Checked(blocks, window.group)) {
   if (blocks.block == 1) depthwise_ = std::make_unique<const Int8Depthwise>(blocks, window);
   else conv_ = std::make_unique<const Conv>(Weight(blocks, window.group), window);
 }

@@ -15,6 +15,7 @@ class Int8Rule {
   explicit Int8Rule(const SlrcInt8Blocks& blocks)
       : scale_(blocks.scale, blocks.scale + std::max<int64_t>(0, blocks.scale_count)),
         residual_scale_(blocks.residual_scale),
+        slope_(blocks.slope),
         residual_zero_point_(static_cast<float>(blocks.residual_zero_point)),
         y_zero_point_(static_cast<float>(blocks.y_zero_point)),
         is_float_(blocks.y_zero_point < 0) {}
@@ -25,7 +26,7 @@ class Int8Rule {
 
  private:
   std::vector<float> scale_;
-  float residual_scale_, residual_zero_point_, y_zero_point_;
+  float residual_scale_, slope_, residual_zero_point_, y_zero_point_;
   bool is_float_;
 };
 

@@ -7,6 +7,7 @@ namespace slrc {
 
 constexpr int64_t kQuad = 4;       // input channels of an int8 column
 constexpr int64_t kMostAlong = 4;  // stride of a depthwise int8 layer along a row, whose dilation is 1
+constexpr int64_t kMostDepthwise = 1 << 10;  // taps of one
 constexpr int64_t kMostStride = 64;
 constexpr int64_t kMostWindow = 1 << 15;   // of a kernel's size, a dilation and a padding
 constexpr int64_t kMostColumns = 1 << 24;  // a column times the tokens of a panel is an int32

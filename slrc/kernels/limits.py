@@ -15,6 +15,8 @@ INT8_CHANNELS = 4
 """Consecutive input channels of an int8 block."""
 MOST_ALONG = 4
 """Stride of a depthwise int8 layer along a row."""
+MOST_DEPTHWISE = 2**10
+"""Kernel positions of a depthwise int8 layer."""
 MOST_STRIDE = 64
 MOST_WINDOW = 2**15
 """Of a kernel's size, a dilation and a padding, along each axis."""
@@ -36,9 +38,16 @@ def why_not_int8(weight_shape: Sequence[int], block: int, **layer: Any) -> str:
         stride, dilation = layer.get("strides", (1, 1))[1], layer.get("dilations", (1, 1))[1]
         if stride > MOST_ALONG or dilation != 1:
             return f"stride {stride}, dilation {dilation} along a row (of depthwise int8 layers up to {MOST_ALONG}, 1)"
+        if prod(kernel) > MOST_DEPTHWISE:
+            return f"{prod(kernel)} weights of each output (of depthwise int8 layers up to {MOST_DEPTHWISE})"
     if kernel:
         channels = -(-channels // INT8_CHANNELS)
     return why_not((out_channels, channels, *kernel), block, **layer)
+
+
+def why_not_pool(kernel: Sequence[int], **window: Any) -> str:
+    """Return why the kernels do not take a max pool of bytes, or `""` if they do; `window` as of `why_not`."""
+    return why_not((1, 1, *kernel), 1, **window)
 
 
 def why_not(

@@ -1,9 +1,10 @@
-// The ONNX Runtime operators `ai.slrc::BlockSparseQConv` and `ai.slrc::BlockSparseQGemm`, with `_residual` and `_float`
-// after their names where they have a residual and where y is float32, not uint8.
+// The ONNX Runtime operators `ai.slrc::BlockSparseQConv` and `ai.slrc::BlockSparseQGemm`, with `_leakyrelu`, `_residual`
+// and `_float` after their names where they have that activation, a residual, and where y is float32, not uint8.
 //
 // Inputs: x, values, columns, row_pointers, bias, scale, and the residual. All but x and the residual must be constant.
 // Attributes: block, weight_shape and x_zero_point (integers); y_zero_point (an integer) where y is uint8; residual_scale
-// (a float) and residual_zero_point (an integer) where there is one; of the convolution also strides, pads, dilations
+// (a float) and residual_zero_point (an integer) where there is one; slope (a float) of the activation; of the
+// convolution also strides, pads, dilations
 // (lists) and group. SlrcInt8Blocks says what they mean.
 // `ai.slrc::MaxPoolBytes`: x (uint8) and, as lists, kernel_shape, strides and pads.
 #include "byte_pool.h"
@@ -18,7 +19,7 @@ constexpr OrtElement kTypes[] = {kOrtUint8, kOrtInt8, kOrtInt32, kOrtInt32, kOrt
 
 class Int8Node : public Node {
  public:
-  Int8Node(const OrtKernelInfo* info, size_t weight_rank, bool residual, bool is_float) : Node(info) {
+  Int8Node(const OrtKernelInfo* info, size_t weight_rank, bool leaky, bool residual, bool is_float) : Node(info) {
     static const char* const kNames[] = {"values", "columns", "row_pointers", "bias", "scale"};
     Tensor tensors[kResidual];
     for (size_t i = kValues; i < kResidual; ++i) ReadInput(i, kNames[i - 1], &tensors[i]);
@@ -38,6 +39,7 @@ class Int8Node : public Node {
     blocks_.x_zero_point = Integer("x_zero_point");
     blocks_.y_zero_point = is_float ? -1 : Integer("y_zero_point");
     if (!is_float && blocks_.y_zero_point < 0) throw Error("y_zero_point must not be negative");
+    blocks_.slope = leaky ? Number("slope") : 1.0f;
     if (residual) {
       blocks_.residual_scale = Number("residual_scale");
       blocks_.residual_zero_point = Integer("residual_zero_point");
@@ -52,7 +54,7 @@ class Int8Node : public Node {
   int64_t weight_shape_[4];
 };
 
-template <bool Residual, bool Float>
+template <bool Leaky, bool Residual, bool Float>
 struct Int8Kernel {
   static constexpr size_t kInputCount = Residual ? kResidual + 1 : kResidual, kOptional = 0;
   static constexpr int kOutputType = Float ? kOrtFloat : kOrtUint8;
@@ -62,10 +64,10 @@ struct Int8Kernel {
   }
 };
 
-template <bool Residual, bool Float>
-struct Int8ConvKernel : Int8Kernel<Residual, Float> {
+template <bool Leaky, bool Residual, bool Float>
+struct Int8ConvKernel : Int8Kernel<Leaky, Residual, Float> {
   static constexpr const char* kName = "BlockSparseQConv";
-  explicit Int8ConvKernel(const OrtKernelInfo* info) : Int8ConvKernel(Int8Node(info, 4, Residual, Float)) {}
+  explicit Int8ConvKernel(const OrtKernelInfo* info) : Int8ConvKernel(Int8Node(info, 4, Leaky, Residual, Float)) {}
   explicit Int8ConvKernel(const Int8Node& node) : conv(node.Blocks(), node.Window()) {}
 
   void Compute(OrtKernelContext* context) const {
@@ -80,10 +82,10 @@ struct Int8ConvKernel : Int8Kernel<Residual, Float> {
   Int8Conv conv;
 };
 
-template <bool Residual, bool Float>
-struct Int8GemmKernel : Int8Kernel<Residual, Float> {
+template <bool Leaky, bool Residual, bool Float>
+struct Int8GemmKernel : Int8Kernel<Leaky, Residual, Float> {
   static constexpr const char* kName = "BlockSparseQGemm";
-  explicit Int8GemmKernel(const OrtKernelInfo* info) : gemm(Int8Node(info, 2, Residual, Float).Blocks()) {}
+  explicit Int8GemmKernel(const OrtKernelInfo* info) : gemm(Int8Node(info, 2, Leaky, Residual, Float).Blocks()) {}
 
   void Compute(OrtKernelContext* context) const {
     const Call call(context);
@@ -124,20 +126,26 @@ struct PoolKernel {
   SlrcWindow window = {{}, {}, {}, {1, 1}, 1};
 };
 
-template <template <bool, bool> class Kernel>
-void AddNames(std::deque<NamedOp>* ops) {
-  const std::string name = Kernel<false, false>::kName;
-  ops->push_back({MakeOp<Kernel<false, false>>(), name});
-  ops->push_back({MakeOp<Kernel<true, false>>(), name + "_residual"});
-  ops->push_back({MakeOp<Kernel<false, true>>(), name + "_float"});
-  ops->push_back({MakeOp<Kernel<true, true>>(), name + "_residual_float"});
+template <template <bool, bool, bool> class Kernel, bool Leaky>
+void AddNames(const std::string& name, std::deque<NamedOp>* ops) {
+  ops->push_back({MakeOp<Kernel<Leaky, false, false>>(), name});
+  ops->push_back({MakeOp<Kernel<Leaky, true, false>>(), name + "_residual"});
+  ops->push_back({MakeOp<Kernel<Leaky, false, true>>(), name + "_float"});
+  ops->push_back({MakeOp<Kernel<Leaky, true, true>>(), name + "_residual_float"});
+}
+
+template <template <bool, bool, bool> class Kernel>
+void AddAllNames(std::deque<NamedOp>* ops) {
+  const std::string name = Kernel<false, false, false>::kName;
+  AddNames<Kernel, false>(name, ops);
+  AddNames<Kernel, true>(name + "_leakyrelu", ops);
 }
 
 }  // namespace
 
 void AddInt8Ops(std::deque<NamedOp>* ops) {
-  AddNames<Int8ConvKernel>(ops);
-  AddNames<Int8GemmKernel>(ops);
+  AddAllNames<Int8ConvKernel>(ops);
+  AddAllNames<Int8GemmKernel>(ops);
   ops->push_back({MakeOp<PoolKernel>(), PoolKernel::kName});
 }
 

@@ -82,6 +82,7 @@ inline uint64_t NewOwner() {
 template <class Task>
 void RunTasks(const Parallel& parallel, int64_t panels, int64_t units, int64_t together, double multiply_adds,
               const Task& task) {
+  if (panels == 0 || units == 0) return;
   constexpr double kWorthATask = 5e5;  // some 20 us: far above the cost of handing a task to a thread
   constexpr int64_t kTasks = 64;
   const int64_t wanted = std::min<int64_t>(kTasks, static_cast<int64_t>(multiply_adds / kWorthATask) + 1);

@@ -144,6 +144,7 @@ struct Int8Results {
   int64_t pitch;  // of the rows of residual and y
   int64_t rows, count;
   float residual_scale, residual_zero_point, y_zero_point;
+  float slope;
 };
 
 using ResultLoop = void (*)(const Int8Results&);

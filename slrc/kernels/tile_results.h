@@ -25,14 +25,21 @@ SLRC_INLINE inline uint64_t FirstBits(int64_t count) {
   return count >= 16 * Vectors ? ~0ull >> (64 - 16 * Vectors) : (1ull << count) - 1;
 }
 
+SLRC_INLINE inline __m512 Leaky(const Int8Results& job, __m512 real) {
+  if (job.slope == 1.0f) return real;
+  const __mmask16 below = _mm512_cmp_ps_mask(real, _mm512_setzero_ps(), _CMP_LT_OQ);
+  return _mm512_mask_mul_ps(real, below, real, _mm512_set1_ps(job.slope));
+}
+
 template <bool Residual>
 SLRC_INLINE inline __m512 RealOf(const Int8Results& job, __m512i sums, __m512 scale, __mmask16 mask, int64_t at) {
   const __m512 real = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), scale);
-  if constexpr (!Residual) return real;
+  if constexpr (!Residual) return Leaky(job, real);
   const __m128i bytes = _mm_maskz_loadu_epi8(mask, job.residual + at);
   const __m512 shifted =
       _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)), _mm512_set1_ps(job.residual_zero_point));
-  return _mm512_add_ps(Rounded(real), Rounded(_mm512_mul_ps(shifted, _mm512_set1_ps(job.residual_scale))));
+  return Leaky(job,
+               _mm512_add_ps(Rounded(real), Rounded(_mm512_mul_ps(shifted, _mm512_set1_ps(job.residual_scale)))));
 }
 
 // What is too small becomes the least integer; so would what is too large.
@@ -102,12 +109,18 @@ SLRC_INLINE inline void StoreBytes(uint8_t* to, Integers v) {
 #endif
 }
 
+SLRC_INLINE inline Real Leaky(const Int8Results& job, Real real) {
+  if (job.slope == 1.0f) return real;
+  real = Rounded(real);
+  return real < 0.0f ? real * job.slope : real;
+}
+
 template <bool Residual>
 SLRC_INLINE inline Real RealOf(const Int8Results& job, Real sums, Real scale, const uint8_t* residual) {
   const Real real = __builtin_convertvector(reinterpret_cast<Integers>(sums), Real) * scale;
-  if constexpr (!Residual) return real;
+  if constexpr (!Residual) return Leaky(job, real);
   const Real shifted = LoadBytes(residual) - job.residual_zero_point;
-  return Rounded(real) + Rounded(shifted * job.residual_scale);
+  return Leaky(job, Rounded(real) + Rounded(shifted * job.residual_scale));
 }
 
 // Adding 1.5 x 2^23 rounds what is small to an integer, halves to even, and leaves it in the low bits.

@@ -86,6 +86,7 @@ void CheckInt8(const SlrcInt8Blocks& blocks, int64_t group) {
   CheckZeroPoint("y_zero_point", blocks.y_zero_point, -1);
   CheckZeroPoint("residual_zero_point", blocks.residual_zero_point, 0);
   if (!std::isfinite(blocks.residual_scale)) throw Error("residual_scale must be finite");
+  if (!std::isfinite(blocks.slope)) throw Error("slope must be finite");
   for (int64_t i = 0; i < blocks.scale_count; ++i)
     if (!std::isfinite(blocks.scale[i])) throw Error("scales must be finite, unlike that of out channel " +
                                                      std::to_string(i));

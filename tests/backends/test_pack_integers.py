@@ -172,6 +172,8 @@ class Stem(nn.Module):
     [
         (nn.MaxPool2d(3, 2, 1), True),
         (nn.MaxPool2d((2, 3), (2, 1)), True),
+        (nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.MaxPool2d(3, 1, 1)), True),
+        (nn.MaxPool2d(3, (65, 1), 1), False),
         (nn.MaxPool2d(3, 2, 1, ceil_mode=True), False),
         (nn.MaxPool2d(3, 2, 1, dilation=2), False),
         (nn.AvgPool2d(2), False),
@@ -183,6 +185,35 @@ def test_pools_between_packed_layers_stay_in_their_layout(pool: nn.Module, own: 
     forms = {w: Form(FormKind.PACKED_INT8, 1 if x.groups > 1 else 8) for w, x in program.layers.items()}
     rounded, file, kernels = emitted(program, forms, tmp_path)
     nodes = Counter(n.op_type for n in onnx.load(file).graph.node)
-    assert (nodes["MaxPoolBytes"], nodes["BlockSparseQConv"] + nodes["BlockSparseQConv_float"]) == (int(own), 3)
+    count = len(pool) if isinstance(pool, nn.Sequential) else 1
+    assert nodes["MaxPoolBytes"] == (count if own else 0)
+    assert nodes["BlockSparseQConv"] + nodes["BlockSparseQConv_float"] == 3
+    steps, *_ = prove_integers("test", rounded, file, make_probes(program), 1, kernels)
+    assert steps.max_abs_error <= 1
+
+
+class Leaky(nn.Module):
+    """LeakyReLUs behind a layer, behind an addition, behind a pool, and before the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.leaky_relu(self.a(x), 0.1)
+        x = functional.leaky_relu(self.b(x) + x)
+        return functional.leaky_relu(self.c(functional.max_pool2d(x, 2)), 0.2)
+
+
+def test_a_leaky_relu_behind_a_packed_layer_goes_into_its_node(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    program = network(Leaky(), 2, 3, 12, 14)
+    forms = {w: Form(FormKind.PACKED_INT8, 4) for w in program.layers}
+    rounded, file, kernels = emitted(program, forms, tmp_path)
+    nodes = onnx.load(file).graph.node
+    counts = Counter(n.op_type for n in nodes)
+    assert (counts["BlockSparseQConv_leakyrelu"], counts["BlockSparseQConv_leakyrelu_residual"]) == (2, 1)
+    assert (counts["MaxPoolBytes"], counts["LeakyRelu"]) == (1, 0)
+    assert sorted(a.f for n in nodes for a in n.attribute if a.name == "slope") == pytest.approx([0.01, 0.1, 0.2])
     steps, *_ = prove_integers("test", rounded, file, make_probes(program), 1, kernels)
     assert steps.max_abs_error <= 1

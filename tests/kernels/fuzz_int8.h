@@ -16,8 +16,8 @@ struct Int8Case {
     depthwise = !gemm && random.Chance(20);
     window.group = gemm ? 1 : random.Int(1, depthwise ? 20 : 3);
     for (int a = 0; a < 2; ++a) {
-      window.kernel[a] = pointwise ? 1 : random.Int(1, 4);
-      window.strides[a] = pointwise || keeps_size ? 1 : random.Int(1, 3);
+      window.kernel[a] = pointwise ? 1 : random.Int(1, depthwise && a ? 13 : 4);
+      window.strides[a] = pointwise || keeps_size ? 1 : random.Int(1, depthwise && a ? 4 : 3);
       window.dilations[a] = pointwise || (depthwise && a) ? 1 : random.Int(1, 2);
       const int64_t span = (window.kernel[a] - 1) * window.dilations[a] + 1;
       window.pads[a] = pointwise ? 0 : keeps_size ? random.Int(0, span - 1) : random.Int(0, 3);
@@ -46,7 +46,7 @@ struct Int8Case {
     const int64_t y_zero = random.Chance(30) ? -1 : random.Int(0, 255);
     blocks = {values.get(), count * block * 4, columns.get(), count, pointers.get(), rows_per_group * window.group + 1,
               bias.get(), y_shape[1], scale.get(), y_shape[1], block, y_shape[1], random.Int(0, 255), y_zero,
-              random.Int(0, 255), random.Float()};
+              random.Int(0, 255), random.Float(), random.Chance(70) ? 1.0f : random.Float()};
     if (y_zero < 0) y_float.reset(new float[Size(y_shape)]);
     else y.reset(new uint8_t[Size(y_shape)]);
   }
@@ -120,6 +120,7 @@ struct Int8Case {
               volatile float added = shifted * blocks.residual_scale;
               real = real + added;
             }
+            if (real < 0) real = real * blocks.slope;
             if (y_float && y_float[at] != real) return false;
             const double rounded = std::nearbyint(real) + static_cast<double>(blocks.y_zero_point);
             if (y && y[at] != std::min(255.0, std::max(0.0, rounded))) return false;
@@ -158,8 +159,44 @@ struct Int8Case {
   std::unique_ptr<uint8_t[]> x, residual, y;
 };
 
-// Whether a sound layer gives the exact bits; runs a broken one too.
+// Whether a pool of bytes gives the maxima.
+bool PoolAgrees(uint64_t seed) {
+  Random random;
+  random.engine.seed(seed);
+  SlrcWindow window = {{}, {}, {}, {1, 1}, 1};
+  int64_t shape[4] = {random.Int(1, 2), random.Int(1, 3)}, out[2];
+  for (int a = 0; a < 2; ++a) {
+    window.kernel[a] = random.Int(1, 5);
+    window.strides[a] = random.Int(1, 4);
+    window.pads[a] = random.Int(0, window.kernel[a] - 1);
+    window.pads[a + 2] = random.Int(0, window.kernel[a] - 1);
+    const int64_t least = std::max<int64_t>(1, window.kernel[a] - window.pads[a] - window.pads[a + 2]);
+    shape[2 + a] = random.Int(least, least + (random.Chance(30) ? 150 : 5));
+    out[a] = (shape[2 + a] + window.pads[a] + window.pads[a + 2] - window.kernel[a]) / window.strides[a] + 1;
+  }
+  const int64_t planes = shape[0] * shape[1], pixels = shape[2] * shape[3];
+  std::unique_ptr<uint8_t[]> x(new uint8_t[planes * pixels]), y(new uint8_t[planes * out[0] * out[1]]);
+  std::generate_n(x.get(), planes * pixels, [&] { return static_cast<uint8_t>(random.Int(0, 255)); });
+  char error[256] = "";
+  if (slrc_max_pool_bytes(&window, x.get(), shape, y.get(), error, sizeof error)) return printf("%s\n", error), false;
+  for (int64_t p = 0, at = 0; p < planes; ++p)
+    for (int64_t i = 0; i < out[0]; ++i)
+      for (int64_t j = 0; j < out[1]; ++j, ++at) {
+        uint8_t most = 0;
+        for (int64_t tap = 0; tap < window.kernel[0] * window.kernel[1]; ++tap) {
+          const int64_t h = i * window.strides[0] - window.pads[0] + tap / window.kernel[1];
+          const int64_t w = j * window.strides[1] - window.pads[1] + tap % window.kernel[1];
+          const bool inside = h >= 0 && h < shape[2] && w >= 0 && w < shape[3];
+          if (inside) most = std::max(most, x[p * pixels + h * shape[3] + w]);
+        }
+        if (y[at] != most) return false;
+      }
+  return true;
+}
+
+// Whether a sound layer gives the exact bits; runs a broken one too, and a pool.
 bool Int8Agrees(uint64_t seed, long* refused) {
+  if (!PoolAgrees(seed)) return false;
   char error[256] = "";
   Int8Case sound(seed);
   if (sound.Run(error, sizeof error)) return printf("%s\n", error), false;

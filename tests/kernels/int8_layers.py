@@ -31,6 +31,7 @@ class QLayer(AnyLayer):
     """`None` if the output is float32."""
     residual_scale: float = 1.0
     residual_zero_point: int = 0
+    slope: float | None = None
 
     @cached_property
     def emitted(self) -> Int8Layer:
@@ -46,6 +47,7 @@ class QLayer(AnyLayer):
             residual=None
             if self.residual is None
             else Residual("residual", self.residual_scale, self.residual_zero_point),
+            slope=self.slope,
         )
 
     @cached_property
@@ -59,6 +61,8 @@ class QLayer(AnyLayer):
         if self.residual is not None:
             shifted = self.residual.astype(np.float32) - np.float32(self.residual_zero_point)
             real = real + shifted * np.float32(self.residual_scale)
+        if self.slope is not None:
+            real = np.where(real < 0, real * np.float32(self.slope), real)
         if self.y_zero_point is None:
             return real
         return np.clip(np.rint(real) + self.y_zero_point, 0, 255).astype(np.uint8)
@@ -95,6 +99,7 @@ def _finish(random: np.random.Generator, layer: dict[str, Any], y_shape: tuple[i
         residual=random.integers(0, 256, y_shape).astype(np.uint8) if random.random() < 0.4 else None,
         residual_scale=float(np.float32(pick(random, 1.0, 0.5, random.uniform(0.1, 2.0)))),
         residual_zero_point=int(pick(random, 0, 128, random.integers(256))),
+        slope=float(np.float32(pick(random, 0.1, 0.0, 1.5, -0.5))) if random.random() < 0.25 else None,
     )
 
 
@@ -113,6 +118,8 @@ def random_qconv(random: np.random.Generator) -> QLayer:
         kernel, strides, dilations, pads = (3, 3), (1, 1), (1, 1), (1, 1, 1, 1)
     if block == 1:  # of depthwise layers, whose words are neighbours along a row
         dilations = (dilations[0], 1)
+        if not pointwise:
+            kernel, strides = (kernel[0], int(random.integers(1, 14))), (strides[0], int(random.integers(1, 5)))
     batch, size, out_size = random_planes(random, kernel, strides, dilations, pads)
     sparsity, cols = pick(random, 0.0, 0.5, 0.75, 0.9, 0.97, 1.0), pick(random, 1, 4, 4)
     layer = {
@@ -178,6 +185,7 @@ class Int8Blocks(ctypes.Structure):
         ("y_zero_point", ctypes.c_int64),
         ("residual_zero_point", ctypes.c_int64),
         ("residual_scale", ctypes.c_float),
+        ("slope", ctypes.c_float),
     )
 
 
@@ -207,6 +215,6 @@ class Int8Kernels:
         blocks = Int8Blocks(
             *(part for array in arrays for part in (array.ctypes.data, array.size)),
             layer.block, layer.weight.shape[0], layer.x_zero_point, zero_point, layer.residual_zero_point,
-            layer.residual_scale,
+            layer.residual_scale, 1.0 if layer.slope is None else layer.slope,
         )  # fmt: skip
         return layer.run(self.library.slrc_int8_conv, self.library.slrc_int8_gemm, blocks, layer.expected)

@@ -79,8 +79,12 @@ def pool_model(window: dict[str, list[int]], sizes: list[int], *, functions: boo
     return helper.make_model(graph, opset_imports=opsets, ir_version=8, functions=meanings)
 
 
-@pytest.mark.parametrize("threads", [1, 4])
-def test_pools_of_bytes(library: Path, threads: int) -> None:
+@pytest.mark.parametrize("name", SETS)
+def test_pools_of_bytes(library: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLRC_KERNEL_ISA", name)
+    copy = Path(shutil.copy(library, tmp_path))
+    if Int8Kernels(copy).instruction_set == "none":
+        pytest.skip(f"this processor has no {name}")
     random = np.random.default_rng(0)
     for seed in range(100):
         kernel = [int(k) for k in random.integers(1, 6, 2)]
@@ -91,7 +95,7 @@ def test_pools_of_bytes(library: Path, threads: int) -> None:
         x = random.integers(0, 256, sizes).astype(np.uint8)
         model = pool_model(window, sizes, functions=True)
         stock = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        ours = session(pool_model(window, sizes), library, threads)
+        ours = session(pool_model(window, sizes), copy, 1 + seed % 2)
         np.testing.assert_array_equal(ours.run(None, {"x": x})[0], stock.run(None, {"x": x})[0], err_msg=f"{seed}")
 
 
@@ -102,6 +106,7 @@ def test_pools_of_bytes(library: Path, threads: int) -> None:
         ({"pads": [0, 0, 0, 2]}, "pads of a pool must be less than its kernel's size"),
         ({"pads": [0, -1, 0, 0]}, "pads not negative"),
         ({"strides": [0, 1]}, "strides"),
+        ({"strides": [1, 65]}, "strides"),
         ({"kernel_shape": [2]}, "kernel_shape"),
         ({"kernel_shape": [2**40, 2]}, "none huge"),
         ({"kernel_shape": [9, 9], "pads": [0, 0, 0, 0]}, "window is larger"),
@@ -126,6 +131,41 @@ LAYOUTS = {
     "phases of a plane for each kernel column": ((160, 160, 3, 3), 4, 0.5, (15, 13), 2, 1),
     "in place": ((64, 80, 1, 1), 8, 0.5, (33, 31), 1, 0),
 }
+
+
+# (channels, outputs of each, kernel, input's size, strides): planes at once, bands of rows, and wide ones.
+DEPTHWISE = {
+    "bands of a plane": (5, 1, (3, 3), (112, 113), (1, 1)),
+    "bands of a plane, every second pixel": (5, 1, (3, 3), (113, 112), (2, 2)),
+    "a row longer than a band": (2, 1, (3, 3), (5, 4200), (1, 1)),
+    "some channels at once": (70, 1, (3, 3), (7, 7), (1, 1)),
+    "two outputs of each channel": (9, 2, (5, 5), (14, 15), (2, 1)),
+    "words that are no row of the kernel": (3, 1, (1, 12), (9, 40), (1, 4)),
+}
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize("case", DEPTHWISE)
+def test_depthwise_layers(library: Path, case: str, quantized: bool) -> None:
+    channels, multiplier, kernel, size, strides = DEPTHWISE[case]
+    random, outputs = np.random.default_rng(3), channels * multiplier
+    pads = (kernel[0] // 2, kernel[1] // 2, kernel[0] // 2, kernel[1] // 2)
+    out = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(size, pads, kernel, strides, strict=False)]
+    layer = QLayer(
+        block=1,
+        weight=quantized_weight(random, (outputs, 1, *kernel), 1, 0.2, channels),
+        x=random.integers(0, 256, (2, channels, *size)).astype(np.uint8),
+        bias=random.integers(-1000, 1000, outputs).astype(np.int32),
+        scale=np.full(outputs, 1e-3, np.float32),
+        residual=random.integers(0, 256, (2, outputs, *out)).astype(np.uint8),
+        x_zero_point=100,
+        y_zero_point=90 if quantized else None,
+        strides=strides,
+        pads=pads,
+        groups=channels,
+        slope=0.1,
+    )
+    np.testing.assert_array_equal(Int8Kernels(library).run(layer), layer.expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

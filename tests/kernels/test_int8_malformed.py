@@ -28,6 +28,7 @@ def layer(shape: tuple[int, ...] = (16, 8, 3, 3)) -> QLayer:
         bias=np.zeros(shape[0], np.int32),
         scale=np.full(shape[0], 1e-3, np.float32),
         residual=np.zeros((1, 16, 7, 7) if conv else (5, 16), np.uint8),
+        slope=0.5,
     )
 
 
@@ -80,6 +81,8 @@ ATTRIBUTES = [
     ({"residual_scale": float("nan")}, "residual_scale must be finite"),
     ({"residual_scale": float("inf")}, "residual_scale must be finite"),
     ({"residual_scale": None}, "residual_scale"),
+    ({"slope": float("nan")}, "slope must be finite"),
+    ({"slope": None}, "slope"),
     ({"group": 0}, "group"),
     ({"group": 16}, "row pointers"),
     ({"strides": [0, 1]}, "strides"),
@@ -180,8 +183,9 @@ DEPTHWISE = [
     ({"dilations": [1, 2]}, {}, "got 1 and 2"),
     ({"group": 4, "weight_shape": [4, 2, 3, 3]}, {}, "row pointers"),
     ({"weight_shape": [8, 1, 2, 3]}, {}, "out of range"),
-    ({"weight_shape": [8, 1, 2**13, 2**13]}, {}, "out of range"),
-    ({"weight_shape": [8, 1, 2**12, 2**12], "pads": [2**12] * 4}, {}, "too large"),
+    ({"weight_shape": [8, 1, 2**13, 2**13]}, {}, "at most 1024 columns"),
+    ({"weight_shape": [8, 1, 2**5, 2**5 + 1], "pads": [2**5] * 4}, {}, "at most 1024 columns, got 1056"),
+    ({}, {"columns": depthwise().emitted.packed.columns.numpy().clip(0, 7)}, "must rise"),
     ({}, {"columns": depthwise().emitted.packed.columns.numpy()[::-1].copy()}, "must rise"),
     ({}, {"columns": np.full_like(depthwise().emitted.packed.columns.numpy(), -1)}, "negative"),
 ]

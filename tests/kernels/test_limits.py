@@ -23,6 +23,7 @@ from slrc.kernels.limits import (
     MOST_WINDOW,
     why_not,
     why_not_int8,
+    why_not_pool,
 )
 
 
@@ -119,6 +120,38 @@ def test_int8_layers_count_four_channels_as_one() -> None:
     assert why_not_int8((8, 1, 3, 3), 1, groups=8, strides=(9, 4), dilations=(3, 1)) == ""
     assert "along a row" in why_not_int8((8, 1, 3, 3), 1, groups=8, strides=(1, 5))
     assert "along a row" in why_not_int8((8, 1, 3, 3), 1, groups=8, dilations=(1, 2))
+    assert why_not_int8((8, 1, 32, 32), 1, groups=8) == ""
+    assert "of depthwise int8 layers up to 1024" in why_not_int8((8, 1, 32, 33), 1, groups=8)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "strides", "size"),
+    [
+        ((64, 64), (64, 64), (128, 128)),
+        ((65, 65), (65, 65), (130, 130)),
+        ((1, 1), (64, 65), (65, 66)),
+        ((2, MOST_WINDOW), (1, 1), (2, MOST_WINDOW)),
+        ((2, MOST_WINDOW + 1), (1, 1), (2, MOST_WINDOW + 1)),
+        ((2**12, 2**12), (1, 1), (2**12, 2**12)),
+        ((2**12, 2**12 + 1), (1, 1), (2**12, 2**12 + 1)),
+    ],
+)
+def test_python_and_the_library_take_the_same_pools(
+    library: Path, kernel: tuple[int, int], strides: tuple[int, int], size: tuple[int, int]
+) -> None:
+    window = Window(kernel, strides, (0, 0, 0, 0), (1, 1), 1)
+    out = [(n - k) // s + 1 for n, k, s in zip(size, kernel, strides, strict=True)]
+    x, y, error = (
+        np.full((1, 1, *size), 7, np.uint8),
+        np.zeros((1, 1, *out), np.uint8),
+        ctypes.create_string_buffer(512),
+    )
+    failed = ctypes.CDLL(str(library)).slrc_max_pool_bytes(
+        ctypes.byref(window), x.ctypes.data_as(ctypes.c_void_p), (ctypes.c_int64 * 4)(*x.shape),
+        y.ctypes.data_as(ctypes.c_void_p), error, ctypes.c_size_t(512),
+    )  # fmt: skip
+    assert bool(failed) == bool(why_not_pool(kernel, strides=strides, input_size=size)), error.value
+    assert bool(failed) or (y == 7).all()
     assert "stride" in why_not_int8((8, 8, 3, 3), 8, strides=(MOST_STRIDE + 1, 1))
 
 

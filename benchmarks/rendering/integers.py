@@ -9,7 +9,7 @@ from int8 import SPARSITIES as ROUNDED_AT
 from int8 import row_key
 from int8_latency import NETWORKS, SPARSITIES, key
 from rendering.latency import NAMES
-from rendering.markdown import TO_FILL, VECTORS, made, ranged, read, table
+from rendering.markdown import VECTORS, made, ranged, read, table
 
 
 def int8_latency() -> str:
@@ -43,8 +43,9 @@ def int8_kernel_latency() -> str:
     for row in rows.values():
         text = f"{row['speedup']:.2f}×, {row['share_of_peak']:.0%}"
         cells.setdefault(row["layer"], {})[row["instruction_set"], row["sparsity"]] = text
-    lines = [[f"`{layer}`", *(found.get(c, TO_FILL) for c in columns)] for layer, found in cells.items()]
-    titles = ("layer", *(f"{name}, {sparsity:.0%} sparse" for name, sparsity in columns))
+    lines = [[f"`{layer}`", *(found.get(c, "–") for c in columns)] for layer, found in cells.items()]
+    zeros = [f"{sparsity:.0%} sparse" if sparsity else "no zeros" for _, sparsity in columns]
+    titles = ("layer", *(f"{name}, {share}" for (name, _), share in zip(columns, zeros, strict=True)))
     return table(titles, lines) + made(rows.values())
 
 

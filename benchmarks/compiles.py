@@ -75,6 +75,6 @@ def beside_float32(accuracy: dict[str, Any], corners: list[dict[str, Any]]) -> d
         "dense_ms": slow["p50"],
         "compiled_ms": fast["p50"],
         "speedup": slow["p50"] / fast["p50"],
-        "spread": [slow["p10"] / fast["p90"], slow["p90"] / fast["p10"]],
+        "spread": [slow["p50"] / fast["p90"], slow["p90"] / fast["p50"]],
         "corners": corners,
     }

@@ -169,6 +169,11 @@ class IntegerTargets:
         split = split_layers(slim, choice.forms, check.program)
         quantized = self.round(split, target, choice.forms)
         choice = choice.spared(quantized.spared)
+        if not quantized.calibration.quantized_layers:
+            self.note(
+                f"on {target} no layer of the compiled model is in int8: in float32 they are faster there, or rounding "
+                f"them loses too much; `--target {target.in_float}` gives the same"
+            )
         program, training = self._train(quantized, teacher, workspace.work / f"qat-{target.folder}", workspace.resumed)
         packed, checks = self._pack(program, choice.forms, check.probes)
         check.checks += checks

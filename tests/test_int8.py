@@ -119,6 +119,7 @@ def test_all_layers_may_stay_in_float(tiny_workload: MakeWorkload, tmp_path: Pat
     (target,) = report.targets
     assert target.int8 is not None
     assert target.int8.calibration.compiled.quantized_layers == 0
+    assert any("no layer of the compiled model is in int8" in note for note in report.notes)
 
 
 def test_a_split_layer_is_left_in_float_by_its_name(tiny_workload: MakeWorkload, tmp_path: Path) -> None:

@@ -168,14 +168,14 @@ struct DepthwiseRows {
 };
 
 using DepthwiseLoop = void (*)(const DepthwiseRows&);
-// The maxima of windows of one channel's bytes; `room` is for twice what a row of windows reads and one byte.
+// The maxima of windows of some channels' bytes, without padding; `room` is for twice as much as is read of x.
 struct PoolRows {
   const uint8_t* x;
-  int64_t height, width;
+  int64_t planes, plane, pitch;  // how many, from one to the next, from a row to the next
   uint8_t* y;
+  int64_t y_plane;
   int64_t out_height, out_width;
   int64_t kernel[2], strides[2];
-  int64_t top, left;  // of the padding
   uint8_t* room;
 };
 

@@ -160,7 +160,7 @@ struct Int8Case {
 };
 
 // Whether a pool of bytes gives the maxima.
-bool PoolAgrees(uint64_t seed) {
+bool BytePoolAgrees(uint64_t seed) {
   Random random;
   random.engine.seed(seed);
   SlrcWindow window = {{}, {}, {}, {1, 1}, 1};
@@ -196,7 +196,7 @@ bool PoolAgrees(uint64_t seed) {
 
 // Whether a sound layer gives the exact bits; runs a broken one too, and a pool.
 bool Int8Agrees(uint64_t seed, long* refused) {
-  if (!PoolAgrees(seed)) return false;
+  if (!BytePoolAgrees(seed)) return false;
   char error[256] = "";
   Int8Case sound(seed);
   if (sound.Run(error, sizeof error)) return printf("%s\n", error), false;

@@ -31,9 +31,9 @@ def run(layers: dict[str, QLayer]) -> list[np.ndarray]:
 def test_functions_compute_exact_integers() -> None:
     seeds = [*range(40)]
     layers = {f"n{s}_": (random_qconv if s % 3 else random_qgemm)(np.random.default_rng(s)) for s in seeds}
-    assert {layer.emitted.op_type.partition("_")[2] for layer in layers.values()} == {
-        "", "residual", "float", "residual_float",
-    }  # fmt: skip
+    endings = {"", "residual", "float", "residual_float"}
+    kinds = endings | {"_".join(filter(None, ("leakyrelu", ending))) for ending in endings}
+    assert {layer.emitted.op_type.partition("_")[2] for layer in layers.values()} == kinds
     for (name, layer), y in zip(layers.items(), run(layers), strict=True):
         assert y.dtype == layer.expected.dtype
         np.testing.assert_array_equal(y, layer.expected, err_msg=name)

@@ -161,12 +161,7 @@ def _replace(model: onnx_ir.Model, found: _Found) -> None:
     node = onnx_ir.Node(
         DOMAIN, described.op_type, [found.x.outputs[0], *tensors, *added], attributes, name=found.layer.name
     )
-    old, new = found.last.outputs[0], node.outputs[0]
-    kind = onnx_ir.DataType.FLOAT if found.y is None else onnx_ir.DataType.UINT8
-    new.name, new.type, new.shape = old.name, onnx_ir.TensorType(kind), old.shape
-    model.graph.insert_before(found.last, node)
-    put_in_place(model, old, new)
-    old.name = f"{old.name}_replaced"
+    _take_place(model, found.last, node, onnx_ir.DataType.FLOAT if found.y is None else onnx_ir.DataType.UINT8)
 
 
 def _is_behind_packed(pool: onnx_ir.Node) -> bool:
@@ -202,9 +197,16 @@ def _replace_pool(model: onnx_ir.Model, pool: onnx_ir.Node) -> None:
 
     attributes = [_attribute(name, values) for name, values in _window_of(pool).items()]
     node = onnx_ir.Node(DOMAIN, QPOOL, [pool.inputs[0]], attributes, name=pool.name)
-    old, new = pool.outputs[0], node.outputs[0]
-    new.name, new.type, new.shape = old.name, onnx_ir.TensorType(onnx_ir.DataType.UINT8), old.shape
-    model.graph.insert_before(pool, node)
+    _take_place(model, pool, node, onnx_ir.DataType.UINT8)
+
+
+def _take_place(model: onnx_ir.Model, last: onnx_ir.Node, node: onnx_ir.Node, kind: onnx_ir.DataType) -> None:
+    """Let what reads the result of `last` read that of `node`, under the same name."""
+    import onnx_ir
+
+    old, new = last.outputs[0], node.outputs[0]
+    new.name, new.type, new.shape = old.name, onnx_ir.TensorType(kind), old.shape
+    model.graph.insert_before(last, node)
     put_in_place(model, old, new)
     old.name = f"{old.name}_replaced"
 

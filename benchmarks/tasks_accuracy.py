@@ -21,16 +21,21 @@ from results import Rows
 
 from slrc.machine.cache import cache_folder
 
-REFITTED = "--pattern block:8x1 --method reconstruct --epochs 20 --threads 1"
-IN_INT8 = "--method reconstruct --epochs 20 --threads 1"
+REFITTED = "--method reconstruct --epochs 20 --threads 1"
 OVERFITTED = "--pattern block:8x1 --sparsity 0.75 --epochs {} --threads 1 --target ort --target tensorrt-rtx:sm86"
 CASES = (
-    Compile("YOLOv3-tiny, COCO, 128 images", "half the latency", f"examples/yolov3.py --speedup 2 {REFITTED}"),
-    Compile("YOLOv3-tiny, COCO, 128 images", "a third", f"examples/yolov3.py --speedup 3 {REFITTED}"),
+    Compile(
+        "YOLOv3-tiny, COCO, 128 images",
+        "half the latency",
+        f"examples/yolov3.py --speedup 2 --pattern block:8x1 {REFITTED}",
+    ),
+    Compile(
+        "YOLOv3-tiny, COCO, 128 images", "a third", f"examples/yolov3.py --speedup 3 --pattern block:8x1 {REFITTED}"
+    ),
     Compile(
         "YOLOv3-tiny, COCO, 128 images",
         "int8, `block:8x4`, 20%",
-        f"examples/yolov3.py --target ort+int8 --pattern block:8x4 --sparsity 0.2 {IN_INT8}",
+        f"examples/yolov3.py --target ort+int8 --pattern block:8x4 --sparsity 0.2 {REFITTED}",
     ),
     Compile(
         "Ultra-Fast-Lane-Detection, TuSimple, ten images",

@@ -44,15 +44,14 @@ void MaxPoolBytes(const uint8_t* x, const int64_t x_shape[4], const SlrcWindow& 
       const int64_t count = std::min(together, last - p);
       for (int64_t out = 0; out < out_height; out += band) {
         const int64_t some = std::min(band, out_height - out), top = out * stride - window.pads[0];
-        const uint8_t* from = x + p * height * width + top * width;
         if (pads) {
           memset(padded, 0, count * plane);
           const int64_t begin = std::max<int64_t>(0, -top), end = std::min(rows, height - top);
           for (int64_t k = 0; k < count; ++k)
             loops.copy_bytes(x + ((p + k) * height + top + begin) * width, width, end - begin, width,
                              padded + k * plane + begin * pitch + window.pads[1], pitch);
-          from = padded;
         }
+        const uint8_t* const from = pads ? padded : x + (p * height + top) * width;
         loops.max_pool({from, count, plane, pitch, y + (p * out_height + out) * out_width, out_height * out_width, some,
                         out_width, {window.kernel[0], window.kernel[1]}, {window.strides[0], window.strides[1]}, room});
       }

@@ -4,8 +4,7 @@
 // Inputs: x, values, columns, row_pointers, bias, scale, and the residual. All but x and the residual must be constant.
 // Attributes: block, weight_shape and x_zero_point (integers); y_zero_point (an integer) where y is uint8; residual_scale
 // (a float) and residual_zero_point (an integer) where there is one; slope (a float) of the activation; of the
-// convolution also strides, pads, dilations
-// (lists) and group. SlrcInt8Blocks says what they mean.
+// convolution also strides, pads, dilations (lists) and group. SlrcInt8Blocks says what they mean.
 // `ai.slrc::MaxPoolBytes`: x (uint8) and, as lists, kernel_shape, strides and pads.
 #include "byte_pool.h"
 #include "int8.h"

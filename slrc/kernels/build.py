@@ -67,7 +67,7 @@ def build(target: str | None = None, cache: Path | None = None, *, int8: bool = 
     """Return the library for `target`, compiled now unless the cache has it.
 
     The loops of int8 layers take longer to compile than all else, and are left out where no layer needs them. What is
-    compiled of both libraries is kept for the other one.
+    compiled of both libraries is kept for the other one. Where a compiler fails, the next one is tried.
 
     Args:
         target: a processor family or a triple that begins with one, such as `aarch64-linux-gnu`; this machine's own
@@ -76,30 +76,40 @@ def build(target: str | None = None, cache: Path | None = None, *, int8: bool = 
         int8: whether it is for int8 layers too.
 
     Raises:
-        BackendError: there are no kernels or no compiler for the target, the compiler fails, or the library cannot be
+        BackendError: there are no kernels or no compiler for the target, all compilers fail, or the library cannot be
             written.
     """
     family = _family(target)
-    compiler = find_compiler(family)
-    place, key = cache or cache_folder(), _key(family, compiler)
-    path = place / _file_name(family, key, int8=int8)
-    if path.exists():
-        return path
-    try:
-        objects = place / f"slrc_kernels_{family}_{key}"
-        objects.mkdir(parents=True, exist_ok=True)
-        # Processes that need it at the same time, as those of a test run, compile it once.
-        with FileLock(objects.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            if not path.exists():
-                made = Path(folder) / path.name
-                compile_library(compiler, family, Path(folder), made, int8=int8, kept=objects)
-                made.replace(path)
-    except OSError as error:
-        raise BackendError(
-            f"the block-sparse kernels cannot be written to `{path.parent}`: {error.strerror}",
-            hint="free some space, or name another folder in SLRC_CACHE",
-        ) from error
-    return path
+    place = cache or cache_folder()
+    for compiler in find_compilers(family):
+        if (path := _path(place, family, compiler, int8=int8)).exists():
+            return path
+    failures: list[BackendError] = []
+    for compiler in find_compilers(family):
+        path = _path(place, family, compiler, int8=int8)
+        try:
+            _make(compiler, family, path, int8=int8)
+        except BackendError as error:
+            failures.append(error)
+        except OSError as error:
+            raise BackendError(
+                f"the block-sparse kernels cannot be written to `{path.parent}`: {error.strerror}",
+                hint="free some space, or name another folder in SLRC_CACHE",
+            ) from error
+        else:
+            return path
+    raise failures[0]
+
+
+def _make(compiler: Compiler, family: str, path: Path, *, int8: bool) -> None:
+    objects = path.parent / f"slrc_kernels_{family}_{_key(family, compiler)}"
+    objects.mkdir(parents=True, exist_ok=True)
+    # Processes that need it at the same time, as those of a test run, compile it once.
+    with FileLock(objects.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        if not path.exists():
+            made = Path(folder) / path.name
+            compile_library(compiler, family, Path(folder), made, int8=int8, kept=objects)
+            made.replace(path)
 
 
 def is_built(target: str | None = None, *, int8: bool = False) -> bool:
@@ -109,29 +119,51 @@ def is_built(target: str | None = None, *, int8: bool = False) -> bool:
         BackendError: there are no kernels or no compiler for the target.
     """
     family = _family(target)
-    return (cache_folder() / _file_name(family, _key(family, find_compiler(family)), int8=int8)).exists()
+    return any(_path(cache_folder(), family, compiler, int8=int8).exists() for compiler in find_compilers(family))
 
 
-def _file_name(family: str, key: str, *, int8: bool) -> str:
-    return f"libslrc_kernels_{family}{'_int8' if int8 else ''}_{key}.so"
+def _path(cache: Path, family: str, compiler: Compiler, *, int8: bool) -> Path:
+    return cache / f"libslrc_kernels_{family}{'_int8' if int8 else ''}_{_key(family, compiler)}.so"
 
 
 def find_compiler(family: str) -> Compiler:
-    """Return `$CXX`, an installed GCC or Clang, or the `ziglang` package: the first that compiles for `family`.
+    """Return the first of `find_compilers`.
+
+    Raises:
+        BackendError: there is none.
+    """
+    return next(find_compilers(family))
+
+
+def find_compilers(family: str) -> Iterator[Compiler]:
+    """Yield what compiles for `family`: `$CXX` alone if it does, else installed GCC and Clang, then `ziglang`.
 
     Raises:
         BackendError: there is none.
     """
     _family(family)
-    for command in _candidates(family):
-        made_for = family if "-target" in command else _ask(command, "-dumpmachine")
-        version = _ask(command, "--version")
-        if made_for is not None and version is not None and family_of(made_for) == family:
-            return Compiler(command, version)
-    raise BackendError(
-        f"no C++ compiler for {family}: tried {', '.join(shlex.join(c) for c in _candidates(family))}",
-        hint="set CXX, install g++ or clang++, or `pip install ziglang`, which compiles for every target",
-    )
+    given = tuple(shlex.split(os.environ.get("CXX", "")))
+    commands = [*([given] if given else []), *_candidates(family)]
+    found = 0
+    for command in commands:
+        if compiler := _compiler(command, family):
+            found += 1
+            yield compiler
+            if command == given:
+                break
+    if not found:
+        raise BackendError(
+            f"no C++ compiler for {family}: tried {', '.join(map(shlex.join, commands))}",
+            hint="set CXX, install g++ or clang++, or `pip install ziglang`, which compiles for every target",
+        )
+
+
+def _compiler(command: tuple[str, ...], family: str) -> Compiler | None:
+    made_for = family if "-target" in command else _ask(command, "-dumpmachine")
+    version = _ask(command, "--version")
+    if made_for is None or version is None or family_of(made_for) != family:
+        return None
+    return Compiler(command, version)
 
 
 def compile_library(
@@ -201,8 +233,6 @@ def family_of(triple: str) -> str:
 
 
 def _candidates(family: str) -> Iterator[tuple[str, ...]]:
-    if given := os.environ.get("CXX"):
-        yield tuple(shlex.split(given))
     yield from ((name,) for name in ("g++", "clang++", f"{family}-linux-gnu-g++"))
     if importlib.util.find_spec("ziglang"):
         yield (sys.executable, "-m", "ziglang", "c++", "-target", f"{family}-linux-gnu.{OLDEST_GLIBC}")

@@ -85,16 +85,6 @@ SLRC_DOT_PAIRS(512, _mm512)
 // sum + the products of x's four bytes and the value's; in pairs, of those of one pass.
 template <int N, typename V = typename Lanes<N>::Float>
 SLRC_INLINE inline V MultiplyAdd(V sum, V x, V value) {
-  if constexpr (N > kLanes) {
-    using Half = typename Lanes<N / 2>::Float;
-    Half part[3][2];
-    __builtin_memcpy(part[0], &sum, sizeof sum);
-    __builtin_memcpy(part[1], &x, sizeof x);
-    __builtin_memcpy(part[2], &value, sizeof value);
-    for (int h = 0; h < 2; ++h) part[0][h] = MultiplyAdd<N / 2>(part[0][h], part[1][h], part[2][h]);
-    __builtin_memcpy(&sum, part[0], sizeof sum);
-    return sum;
-  }
 #if defined(__x86_64__)
 #if defined(__AVX512VNNI__)
 #define SLRC_DOT(bits) bits##_dpbusd_epi32
@@ -113,7 +103,7 @@ SLRC_INLINE inline V MultiplyAdd(V sum, V x, V value) {
   if constexpr (N == 4) return SLRC_CALL(128, _mm);
 #elif defined(SLRC_TILE_DOT)  // (Compilers disagree on the flag that allows the intrinsic.)
   if constexpr (N == 4) {
-    asm(".arch_extension dotprod\n\tsdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(x), "w"(value));
+    asm(".arch armv8.2-a+dotprod\n\tsdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(x), "w"(value));
     return sum;
   }
 #elif defined(SLRC_TILE_NEON)
@@ -160,7 +150,7 @@ SLRC_INLINE inline void TurnSums(Four* a, Four* b) {
 }
 
 SLRC_INLINE inline Four MultiplyAddTwo(Four sum, Four value, Four x) {
-  asm(".arch_extension i8mm\n\tsmmla %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(value), "w"(x));
+  asm(".arch armv8.2-a+i8mm\n\tsmmla %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(value), "w"(x));
   return sum;
 }
 #else

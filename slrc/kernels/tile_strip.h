@@ -31,7 +31,8 @@ SLRC_INLINE inline void ForTiles(const Strip& s, const Run& run) {
                    s.y_step,
                    s.more,
                    s.tap_ends ? s.tap_ends + r * s.taps : nullptr,
-                   channel};
+                   channel,
+                   0};
       tile.more.offsets += begin;
       tile.more.y += channel * s.more.pitch;
       if (tile.more.start) tile.more.start += channel * s.more.start_pitch;
@@ -40,6 +41,7 @@ SLRC_INLINE inline void ForTiles(const Strip& s, const Run& run) {
         run(tile, runs);
         tile.x += runs * s.x_step;
         tile.y += runs * s.y_step;
+        tile.pixel += runs * s.y_step;
         if (tile.start) tile.start += runs * s.y_step;
         tile.more.x += runs * s.x_step;
         tile.more.y += runs * s.y_step;
@@ -117,35 +119,44 @@ void RunStrip(const Strip& strip) {
   });
 }
 
-// One pixel: the lanes are the rows. Four sums, since one would wait for itself at each step.
+// One pixel: the lanes are the rows, in vectors of a register. Four sums, since one would wait for itself at each step.
 template <int Rows>
 void RunPixel(const Strip& s) {
-  using V = typename Lanes<Rows>::Float;
+  constexpr int kWide = Rows < kLanes ? Rows : kLanes, kVectors = Rows / kWide;
+  using V = typename Lanes<kWide>::Float;
   ForTiles<Rows, 1>(s, [&](const Tile& tile, int64_t) {
-    V sums[4] = {Load<Rows>(tile.bias)};
+    V sums[4][kVectors] = {};
+    Unroll<kVectors>([&](int v) SLRC_INLINE { sums[0][v] = Load<kWide>(tile.bias + v * kWide); });
     const int64_t count = tile.end - tile.offsets;
-    const auto add_column = [&](V& sum, int64_t t) SLRC_INLINE {
-      const V pixel = Repeat<Rows>(tile.x[tile.offsets[t]]);
+    const auto add_column = [&](V* sum, int64_t t) SLRC_INLINE {
+      const V pixel = Repeat<kWide>(tile.x[tile.offsets[t]]);
       Unroll<kPasses>([&](int pass) SLRC_INLINE {
-        const V value = Load<Rows>(tile.values + t * s.value_step + pass * s.block);
-        sum = MultiplyAdd<Rows>(sum, BytesOf<Rows>(pixel, pass), value);
+        const float* values = tile.values + t * s.value_step + pass * s.block;
+        const V bytes = BytesOf<kWide>(pixel, pass);
+        Unroll<kVectors>([&](int v) SLRC_INLINE {
+          sum[v] = MultiplyAdd<kWide>(sum[v], bytes, Load<kWide>(values + v * kWide));
+        });
       });
     };
     int64_t t = 0;
     for (; t + 4 <= count; t += 4) {
       const float* values = tile.values + t * s.value_step;
       for (int64_t line = 0; line < 4 * s.value_step; line += kLine) __builtin_prefetch(values + kValuesAhead + line);
-      for (int k = 0; k < 4; ++k) add_column(sums[k], t + k);
+      Unroll<4>([&](int k) SLRC_INLINE { add_column(sums[k], t + k); });
     }
     for (; t < count; ++t) add_column(sums[0], t);
-    V sum = Add<Rows>(Add<Rows>(sums[0], sums[1]), Add<Rows>(sums[2], sums[3]));
-    if (tile.start) {
-      V start = {};
-      for (int i = 0; i < tile.rows; ++i) start[i] = tile.start[i * tile.start_pitch];
-      sum = Add<Rows>(sum, start);
-    }
-    sum = Activate<Rows>(sum, s.activation, s.slope);
-    for (int i = 0; i < tile.rows; ++i) tile.y[i * tile.pitch] = sum[i];
+    Unroll<kVectors>([&](int v) SLRC_INLINE {
+      V sum = Add<kWide>(Add<kWide>(sums[0][v], sums[1][v]), Add<kWide>(sums[2][v], sums[3][v]));
+      const int rows = static_cast<int>(tile.rows) - v * kWide < kWide ? static_cast<int>(tile.rows) - v * kWide : kWide;
+      if (tile.start) {
+        const float* from = tile.start + v * kWide * tile.start_pitch;
+        V start = {};
+        for (int i = 0; i < rows; ++i) start[i] = from[i * tile.start_pitch];
+        sum = Add<kWide>(sum, start);
+      }
+      sum = Activate<kWide>(sum, s.activation, s.slope);
+      for (int i = 0; i < rows; ++i) tile.y[(v * kWide + i) * tile.pitch] = sum[i];
+    });
   });
 }
 

@@ -23,7 +23,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         library.write_bytes(b"library")
         made.append(library)
 
-    monkeypatch.setattr(build, "find_compiler", lambda family: build.Compiler(("c++",), "1"))
+    monkeypatch.setattr(build, "find_compilers", lambda family: iter([build.Compiler(("c++",), "1")]))
     monkeypatch.setattr(build, "compile_library", fake)
     return made
 
@@ -43,7 +43,7 @@ def test_loops_are_compiled_once_for_both_libraries(tmp_path: Path, monkeypatch:
         out.write_bytes(b"object")
         made.append(out.name)
 
-    monkeypatch.setattr(build, "find_compiler", lambda family: build.Compiler(("c++",), "1"))
+    monkeypatch.setattr(build, "find_compilers", lambda family: iter([build.Compiler(("c++",), "1")]))
     monkeypatch.setattr(build, "_run", fake)
     plain = build.build("x86_64", tmp_path)
     assert {"tile_Avx512.o", "tile_Avx2.o", "tile_Portable.o"} <= set(made)
@@ -53,6 +53,28 @@ def test_loops_are_compiled_once_for_both_libraries(tmp_path: Path, monkeypatch:
     assert both != plain
     assert {"int8_Avx512Vnni.o", "int8_Portable.o", "processor.o", both.name} <= set(made)
     assert not any(name.startswith("tile_") for name in made)
+
+
+def test_the_next_compiler_is_tried_where_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[str] = []
+
+    def fake(compiler: build.Compiler, *arguments: str) -> None:
+        commands.append(compiler.command[0])
+        if compiler.command[0] == "broken":
+            raise BackendError("internal compiler error")
+        Path(arguments[arguments.index("-o") + 1]).write_bytes(b"object")
+
+    compilers = [build.Compiler((name,), "1") for name in ("broken", "whole")]
+    monkeypatch.setattr(build, "find_compilers", lambda family: iter(compilers))
+    monkeypatch.setattr(build, "_run", fake)
+    made = build.build("x86_64", tmp_path)
+    assert set(commands) == {"broken", "whole"}
+    commands.clear()
+    assert build.build("x86_64", tmp_path) == made
+    assert not commands
+    monkeypatch.setattr(build, "find_compilers", lambda family: iter(compilers[:1]))
+    with pytest.raises(BackendError, match="internal compiler error"):
+        build.build("x86_64", tmp_path)
 
 
 def test_a_cache_that_cannot_be_written(compiled: list[Path], tmp_path: Path) -> None:

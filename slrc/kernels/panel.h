@@ -59,6 +59,7 @@ class PanelLoop {
   // the piece's sums between slices.
   int64_t RunPieces(int64_t index, float* waiting);
   void RunParts(const Piece& piece, StripLoop loop, Word* sums);
+  bool MayFollow(const Piece& piece) const;
   int64_t CountTogether(int64_t index) const;
   void SetReads(int64_t index, const Piece& piece, int64_t together);
   void SetMore(const Piece& piece, const Place& place, bool direct);
@@ -139,7 +140,7 @@ int64_t PanelLoop<Output>::RunPieces(int64_t index, float* waiting) {
   Place place;
   const bool direct = output_.Find(channel_, piece, &place);
   float* const sums = sliced_ ? waiting : direct ? nullptr : Scratch::Sums().Get(strip_.channels * width);
-  const bool alone = !direct || sliced_ || place.outputs || piece.tap_lanes || piece.repeats > 1;
+  const bool alone = sliced_ || piece.tap_lanes || piece.repeats > 1 || !MayFollow(piece);
   const int64_t together = alone ? 1 : CountTogether(index);
   SetReads(index, piece, together);
   strip_.y_step = direct && piece.repeats > 1 ? place.row : piece.width;
@@ -188,17 +189,25 @@ void PanelLoop<Output>::RunParts(const Piece& piece, StripLoop loop, Word* sums)
   }
 }
 
+// Whether tiles write a piece where it belongs, as wide as they are, so that another one may follow in the same strip.
+template <class Output>
+bool PanelLoop<Output>::MayFollow(const Piece& piece) const {
+  if constexpr (Output::kInParts) return piece.pixels == piece.width && output_.IsInPlace(piece);
+  Place place;
+  return output_.Find(channel_, piece, &place) && !place.outputs;
+}
+
 // Returns how many pieces from the index-th on are alike, one after the other, and may be written where they belong.
 template <class Output>
 int64_t PanelLoop<Output>::CountTogether(int64_t index) const {
   const Piece* const pieces = panel_.pieces + index;
   const int64_t most = std::min(panel_.together, panel_.count - index);
   int64_t count = 1;
-  for (Place place; count < most; ++count) {
+  for (; count < most; ++count) {
     const Piece &piece = pieces[count], &before = pieces[count - 1];
     const bool follows = piece.start == before.start + before.width && piece.vectors == before.vectors &&
                          piece.ending == before.ending && !piece.tap_lanes;
-    if (!follows || !output_.Find(channel_, piece, &place) || place.outputs) break;
+    if (!follows || !MayFollow(piece)) break;
   }
   return count;
 }

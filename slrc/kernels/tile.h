@@ -93,7 +93,7 @@ struct Strip {
   Activation activation;
   float slope;  // of kLeakyRelu
   Word padding;  // what lanes count as that are padding
-  // Of int8 layers: what becomes of the sums of the one run, bytes, for all its pixels unless `masks`; null: y is.
+  // Of int8 layers: what becomes of the sums of the first run, bytes, for all its pixels unless `masks`; null: y is.
   const struct Int8Results* results;
 };
 

@@ -57,7 +57,7 @@ void CopyRowsOfBytes(const uint8_t* from, int64_t from_pitch, int64_t rows, int6
 }
 
 // Up to four vectors of a row; `left` results are.
-template <bool Residual, bool Quantized, int Vectors>
+template <Making M, bool Quantized, int Vectors>
 SLRC_INLINE inline void FinishGroup(const Int8Results& job, int64_t row, int64_t at, int64_t left, __m512 of_row) {
   const uint64_t bits = FirstBits<Vectors>(left);
   const Word* const sums = job.sums + row * job.sums_pitch + at;
@@ -66,23 +66,23 @@ SLRC_INLINE inline void FinishGroup(const Int8Results& job, int64_t row, int64_t
   Unroll<Vectors>([&](int v) SLRC_INLINE {
     const __mmask16 mask = static_cast<__mmask16>(bits >> 16 * v);
     const __m512 scale = job.by_lane ? _mm512_maskz_loadu_ps(mask, job.scale + at + 16 * v) : of_row;
-    real[v] = RealOf<Residual>(job, _mm512_maskz_loadu_epi32(mask, sums + 16 * v), scale, mask, there + 16 * v);
+    real[v] = RealOf<M>(job, _mm512_maskz_loadu_epi32(mask, sums + 16 * v), scale, mask, there + 16 * v);
     if constexpr (!Quantized) _mm512_mask_storeu_ps(job.y_float + there + 16 * v, mask, real[v]);
   });
   if constexpr (Quantized) StoreQuantized<Vectors>(job, real, bits, there);
 }
 
-template <bool Residual, bool Quantized>
+template <Making M, bool Quantized>
 void FinishRows(const Int8Results& given) {
   const Int8Results job = given;
   for (int64_t row = 0; row < job.rows; ++row) {
     const __m512 of_row = _mm512_set1_ps(job.scale[job.by_lane ? 0 : row]);
     int64_t at = 0;
-    for (; job.count - at > 48; at += 64) FinishGroup<Residual, Quantized, 4>(job, row, at, job.count - at, of_row);
+    for (; job.count - at > 48; at += 64) FinishGroup<M, Quantized, 4>(job, row, at, job.count - at, of_row);
     const int64_t left = job.count - at;
-    if (left > 32) FinishGroup<Residual, Quantized, 3>(job, row, at, left, of_row);
-    else if (left > 16) FinishGroup<Residual, Quantized, 2>(job, row, at, left, of_row);
-    else if (left > 0) FinishGroup<Residual, Quantized, 1>(job, row, at, left, of_row);
+    if (left > 32) FinishGroup<M, Quantized, 3>(job, row, at, left, of_row);
+    else if (left > 16) FinishGroup<M, Quantized, 2>(job, row, at, left, of_row);
+    else if (left > 0) FinishGroup<M, Quantized, 1>(job, row, at, left, of_row);
   }
 }
 
@@ -106,16 +106,15 @@ void CopyRowsOfBytes(const uint8_t* from, int64_t from_pitch, int64_t rows, int6
 }
 
 // One vector of a row.
-template <bool Residual, bool Quantized>
-SLRC_INLINE inline void Finish(const Int8Results& job, const Word* sums, Real scale, const uint8_t* residual,
-                               uint8_t* y, float* y_float) {
-  const Real real = RealOf<Residual>(job, Load<kLanes>(sums), scale, residual);
-  if constexpr (Quantized) StoreBytes(y, QuantizedOf(job, real));
-  else Store<kLanes>(y_float, real);
+template <Making M, bool Quantized>
+SLRC_INLINE inline void Finish(const Int8Results& job, const Word* sums, Real scale, int64_t at) {
+  const Real real = RealOf<M>(job, Load<kLanes>(sums), scale, at);
+  if constexpr (Quantized) StoreBytes(job.y + at, QuantizedOf(job, real));
+  else Store<kLanes>(job.y_float + at, real);
 }
 
 // A row of fewer than a vector's: computed aside.
-template <bool Residual, bool Quantized>
+template <Making M, bool Quantized>
 void FinishFew(const Int8Results& job, int64_t row) {
   Word sums[kLanes] = {};
   float scale[kLanes] = {}, y_float[kLanes];
@@ -123,21 +122,25 @@ void FinishFew(const Int8Results& job, int64_t row) {
   for (int64_t i = 0; i < job.count; ++i) {
     sums[i] = job.sums[row * job.sums_pitch + i];
     scale[i] = job.scale[job.by_lane ? i : row];
-    if (Residual) residual[i] = job.residual[row * job.pitch + i];
+    if (job.residual) residual[i] = job.residual[row * job.pitch + i];
   }
-  Finish<Residual, Quantized>(job, sums, Load<kLanes>(scale), residual, y, y_float);
+  Int8Results aside = job;
+  aside.residual = job.residual ? residual : nullptr;
+  aside.y = y;
+  aside.y_float = y_float;
+  Finish<M, Quantized>(aside, sums, Load<kLanes>(scale), 0);
   for (int64_t i = 0; i < job.count; ++i)
     if constexpr (Quantized) job.y[row * job.pitch + i] = y[i];
     else job.y_float[row * job.pitch + i] = y_float[i];
 }
 
 // The last vector ends with the row: some results are computed twice.
-template <bool Residual, bool Quantized>
+template <Making M, bool Quantized>
 void FinishRows(const Int8Results& given) {
   const Int8Results job = given;
   for (int64_t row = 0; row < job.rows; ++row) {
     if (job.count < kLanes) {
-      FinishFew<Residual, Quantized>(job, row);
+      FinishFew<M, Quantized>(job, row);
       continue;
     }
     const Word* const sums = job.sums + row * job.sums_pitch;
@@ -145,9 +148,7 @@ void FinishRows(const Int8Results& given) {
     const Real of_row = job.by_lane ? Real{} : All<kLanes>(job.scale[row]);
     for (int64_t i = 0; i < job.count;) {
       const int64_t from = i + kLanes <= job.count ? i : job.count - kLanes;
-      Finish<Residual, Quantized>(job, sums + from, job.by_lane ? Load<kLanes>(job.scale + from) : of_row,
-                                  Residual ? job.residual + at + from : nullptr, Quantized ? job.y + at + from : nullptr,
-                                  Quantized ? nullptr : job.y_float + at + from);
+      Finish<M, Quantized>(job, sums + from, job.by_lane ? Load<kLanes>(job.scale + from) : of_row, at + from);
       i = from + kLanes;
     }
   }
@@ -156,8 +157,10 @@ void FinishRows(const Int8Results& given) {
 #endif
 
 void MakeResults(const Int8Results& job) {
-  if (job.y) return job.residual ? FinishRows<true, true>(job) : FinishRows<false, true>(job);
-  return job.residual ? FinishRows<true, false>(job) : FinishRows<false, false>(job);
+  ForMaking(job, [&](auto making) {
+    if (job.y) FinishRows<making.kMaking, true>(job);
+    else FinishRows<making.kMaking, false>(job);
+  });
 }
 
 }  // namespace

@@ -17,6 +17,22 @@ SLRC_INLINE inline V Rounded(V v) {
   return v;
 }
 
+// What a sum becomes before it is rounded, the same for all of a job: scaled alone; with a residual added; with an
+// activation, and a residual if there is one.
+enum Making { kScaled, kAdded, kActivated };
+
+// Calls make(m) with a MakingOf that says `kMaking` to the compiler.
+template <Making M>
+struct MakingOf {
+  static constexpr Making kMaking = M;
+};
+template <class Make>
+SLRC_INLINE inline void ForMaking(const Int8Results& job, const Make& make) {
+  if (job.slope != 1.0f) make(MakingOf<kActivated>());
+  else if (job.residual) make(MakingOf<kAdded>());
+  else make(MakingOf<kScaled>());
+}
+
 #if defined(SLRC_TILE_INT8) && defined(__AVX512F__)
 
 // Of 16 bits for each vector, the first `count`.
@@ -25,21 +41,18 @@ SLRC_INLINE inline uint64_t FirstBits(int64_t count) {
   return count >= 16 * Vectors ? ~0ull >> (64 - 16 * Vectors) : (1ull << count) - 1;
 }
 
-SLRC_INLINE inline __m512 Leaky(const Int8Results& job, __m512 real) {
-  if (job.slope == 1.0f) return real;
+template <Making M>
+SLRC_INLINE inline __m512 RealOf(const Int8Results& job, __m512i sums, __m512 scale, __mmask16 mask, int64_t at) {
+  __m512 real = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), scale);
+  if (M == kScaled) return real;
+  if (M == kAdded || job.residual) {
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, job.residual + at));
+    const __m512 shifted = _mm512_sub_ps(_mm512_cvtepi32_ps(bytes), _mm512_set1_ps(job.residual_zero_point));
+    real = _mm512_add_ps(Rounded(real), Rounded(_mm512_mul_ps(shifted, _mm512_set1_ps(job.residual_scale))));
+  }
+  if (M == kAdded) return real;
   const __mmask16 below = _mm512_cmp_ps_mask(real, _mm512_setzero_ps(), _CMP_LT_OQ);
   return _mm512_mask_mul_ps(real, below, real, _mm512_set1_ps(job.slope));
-}
-
-template <bool Residual>
-SLRC_INLINE inline __m512 RealOf(const Int8Results& job, __m512i sums, __m512 scale, __mmask16 mask, int64_t at) {
-  const __m512 real = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), scale);
-  if constexpr (!Residual) return Leaky(job, real);
-  const __m128i bytes = _mm_maskz_loadu_epi8(mask, job.residual + at);
-  const __m512 shifted =
-      _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)), _mm512_set1_ps(job.residual_zero_point));
-  return Leaky(job,
-               _mm512_add_ps(Rounded(real), Rounded(_mm512_mul_ps(shifted, _mm512_set1_ps(job.residual_scale)))));
 }
 
 // What is too small becomes the least integer; so would what is too large.
@@ -58,7 +71,7 @@ SLRC_INLINE inline void StoreQuantized(const Int8Results& job, const __m512* rea
 }
 
 // A row of a tile whose vectors stand side by side in y.
-template <int Whole, int Last>
+template <Making M, int Whole, int Last>
 SLRC_INLINE inline void FinishInRegisters(const Int8Results& job, int64_t row, const typename Lanes<16>::Float* whole,
                                           typename Lanes<Last>::Float last) {
   constexpr int kVectors = Whole + 1;
@@ -77,8 +90,7 @@ SLRC_INLINE inline void FinishInRegisters(const Int8Results& job, int64_t row, c
     Unroll<kMost>([&](int v) SLRC_INLINE {
       if (4 * group + v >= kVectors) return;
       const __mmask16 mask = static_cast<__mmask16>(bits >> 16 * v);
-      real[v] = job.residual ? RealOf<true>(job, sums_of(4 * group + v), scale, mask, at + 16 * v)
-                             : RealOf<false>(job, sums_of(4 * group + v), scale, mask, at + 16 * v);
+      real[v] = RealOf<M>(job, sums_of(4 * group + v), scale, mask, at + 16 * v);
     });
     StoreQuantized<kMost>(job, real, bits, at);
   });
@@ -109,18 +121,17 @@ SLRC_INLINE inline void StoreBytes(uint8_t* to, Integers v) {
 #endif
 }
 
-SLRC_INLINE inline Real Leaky(const Int8Results& job, Real real) {
-  if (job.slope == 1.0f) return real;
+template <Making M>
+SLRC_INLINE inline Real RealOf(const Int8Results& job, Real sums, Real scale, int64_t at) {
+  Real real = __builtin_convertvector(reinterpret_cast<Integers>(sums), Real) * scale;
+  if (M == kScaled) return real;
+  if (M == kAdded || job.residual) {
+    const Real shifted = LoadBytes(job.residual + at) - job.residual_zero_point;
+    real = Rounded(real) + Rounded(shifted * job.residual_scale);
+  }
+  if (M == kAdded) return real;
   real = Rounded(real);
   return real < 0.0f ? real * job.slope : real;
-}
-
-template <bool Residual>
-SLRC_INLINE inline Real RealOf(const Int8Results& job, Real sums, Real scale, const uint8_t* residual) {
-  const Real real = __builtin_convertvector(reinterpret_cast<Integers>(sums), Real) * scale;
-  if constexpr (!Residual) return Leaky(job, real);
-  const Real shifted = LoadBytes(residual) - job.residual_zero_point;
-  return Leaky(job, Rounded(real) + Rounded(shifted * job.residual_scale));
 }
 
 // Adding 1.5 x 2^23 rounds what is small to an integer, halves to even, and leaves it in the low bits.
@@ -133,17 +144,14 @@ SLRC_INLINE inline Integers QuantizedOf(const Int8Results& job, Real real) {
 }
 
 // A row of a tile whose vectors stand side by side in y, all of them results.
-template <int Whole, int Last>
+template <Making M, int Whole, int Last>
 SLRC_INLINE inline void FinishInRegisters(const Int8Results& job, int64_t row, const Real* whole, Real last) {
   static_assert(Last == kLanes);
   const Real scale = All<kLanes>(job.scale[row]);
   const int64_t at = row * job.pitch;
   Unroll<Whole + 1>([&](int v) SLRC_INLINE {
     const int64_t here = at + v * kLanes;
-    const Real sums = v < Whole ? whole[v] : last;
-    const Real real = job.residual ? RealOf<true>(job, sums, scale, job.residual + here)
-                                   : RealOf<false>(job, sums, scale, nullptr);
-    StoreBytes(job.y + here, QuantizedOf(job, real));
+    StoreBytes(job.y + here, QuantizedOf(job, RealOf<M>(job, v < Whole ? whole[v] : last, scale, here)));
   });
 }
 
@@ -152,7 +160,7 @@ constexpr bool kFuses = true;
 #else
 
 constexpr bool kFuses = false;
-template <int Whole, int Last>
+template <Making M, int Whole, int Last>
 void FinishInRegisters(const Int8Results&, int64_t, const typename Lanes<kLanes>::Float*, typename Lanes<Last>::Float);
 
 #endif

@@ -29,6 +29,7 @@ struct Tile {
   PixelMore more;
   const int32_t* tap_ends;  // of the block row
   int64_t channel;          // of the strip's
+  int64_t pixel;            // of the strip's results
 };
 
 // A tile's size, known to the compiler: rows (of one run) or runs (of one row), by `Whole` vectors, a last one of
@@ -320,9 +321,15 @@ SLRC_INLINE inline void RunTile(const Tile& tile, const Strip& strip) {
   AddStart(tile, outputs, sums);
   if constexpr (kFuses && Size::kRows > 1)
     if (strip.results) {
-      Unroll<Size::kRows>([&](int i) SLRC_INLINE {
-        if (i < tile.rows)
-          FinishInRegisters<Size::kWhole, Size::kLast>(*strip.results, tile.channel + i, sums.whole[i], sums.last[i]);
+      Int8Results job = *strip.results;  // a copy that no store can reach
+      job.y += tile.pixel;
+      if (job.residual) job.residual += tile.pixel;
+      ForMaking(job, [&](auto making) SLRC_INLINE {
+        Unroll<Size::kRows>([&](int i) SLRC_INLINE {
+          if (i < tile.rows)
+            FinishInRegisters<making.kMaking, Size::kWhole, Size::kLast>(job, tile.channel + i, sums.whole[i],
+                                                                         sums.last[i]);
+        });
       });
       return;
     }

@@ -146,7 +146,8 @@ def share_out_macs(program: Program, workload: slrc.Workload, plan: Plan, metric
     macs = {c.name: float(program.layers[c.members[0].tensor].macs) for c in plan}
     dense = plan.model_copy(update={"constraints": tuple(c.model_copy(update={"keep": c.groups}) for c in plan)})
     times = [
-        SegmentTimes(c.name, c, macs[c.name], {c.pattern: {d: d * macs[c.name] for d in (0.5, 0.01)}}) for c in dense
+        SegmentTimes(c.name, c, macs[c.name], {c.pattern: {d: d * macs[c.name] for d in (0.5, 0.01)}}, macs[c.name])
+        for c in dense
     ]
     found = make_menus(times, dense, program)
     if metric is not Metric.ENERGY:

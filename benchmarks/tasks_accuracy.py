@@ -38,6 +38,11 @@ CASES = (
         f"examples/yolov3.py --target ort+int8 --pattern block:8x4 --sparsity 0.2 {REFITTED}",
     ),
     Compile(
+        "YOLOv3-tiny, COCO, 128 images",
+        "int8, a third",
+        f"examples/yolov3.py --target ort+int8 --speedup 2.4 {REFITTED}",
+    ),
+    Compile(
         "Ultra-Fast-Lane-Detection, TuSimple, ten images",
         "`block:8x1`, 75%",
         f"examples/lanes.py {OVERFITTED.format(60)}",

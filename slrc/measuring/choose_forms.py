@@ -206,7 +206,9 @@ def _time_layers(program: Program, candidates: Candidates, clock: Clock, reporte
     with reporter.task(f"timing forms on {clock.target}", len(segments)) as task:
         for segment, weight in segments:
             tensor, groups = _outputs_first(program, weight), program.layers[weight].groups
-            timings = clock.times([_job(segment, form, tensor, groups) for form in candidates[weight]], PART_RACE)
+            timings = clock.times(
+                [job_in_form(segment, form, tensor, groups) for form in candidates[weight]], PART_RACE
+            )
             for form, timing in zip(candidates[weight], timings, strict=True):
                 before = sums[weight][form]
                 sums[weight][form] = Timing(before.ms + timing.ms, before.why_not or timing.why_not)
@@ -214,8 +216,11 @@ def _time_layers(program: Program, candidates: Candidates, clock: Clock, reporte
     return sums
 
 
-def _job(segment: Segment, form: Form, weight: Tensor, groups: int) -> Job:
-    """Layers alike in shape and in how many blocks or channels they keep take alike times."""
+def job_in_form(segment: Segment, form: Form, weight: Tensor, groups: int) -> Job:
+    """Return the job of a segment with its layer, whose weight is given outputs first, in a form.
+
+    Layers alike in shape and in how many blocks or channels they keep take alike times.
+    """
 
     def make() -> Formed:
         own = segment.program()

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.fx import Node
 
 from slrc.backends import Artifact, Target, get_backend
 from slrc.errors import BackendError, PlanError
@@ -21,7 +22,7 @@ from slrc.forms.packed_weight import PackedWeight
 from slrc.ir.nodes import layer_weight
 from slrc.ir.program import Layer, Program
 from slrc.machine.cache import cache_folder
-from slrc.measuring.choose_forms import LIMITS, make_ready, mixes_types, time_forms
+from slrc.measuring.choose_forms import LIMITS, job_in_form, make_ready, mixes_types, time_forms
 from slrc.measuring.clock import Clock
 from slrc.measuring.devices import Device, local_device
 from slrc.measuring.jobs import Formed, Job, digest, form_content, to_be_timed
@@ -47,15 +48,19 @@ DENSITIES = (0.75, 0.625, 0.5, 0.4375, 0.375, 0.3125, 0.25, 0.2, 0.16, 0.125, 0.
 
 
 class Menus(NamedTuple):
-    """The options of every constrained layer, the dense one first, and what the rest of the network takes."""
+    """The options of every constrained layer, the dense one first, and what the rest of the network takes.
+
+    Beside packed layers the rest may be faster than in the dense network, in forms of its own.
+    """
 
     menus: tuple[Menu, ...]
     rest_ms: float
+    dense_rest_ms: float
 
     @property
     def dense_ms(self) -> float:
         """What all segments take together before anything is pruned."""
-        return self.rest_ms + sum(menu.options[0].ms for menu in self.menus)
+        return self.dense_rest_ms + sum(menu.options[0].ms for menu in self.menus)
 
     @property
     def least_ms(self) -> float:
@@ -64,12 +69,16 @@ class Menus(NamedTuple):
 
 
 class SegmentTimes(NamedTuple):
-    """What a segment takes dense, and with shares of its layer's groups kept, in each pattern."""
+    """What a segment takes dense, and with shares of its layer's groups kept, in each pattern.
+
+    `whole_ms` is what it takes with nothing pruned beside packed layers: no more than dense.
+    """
 
     name: str
     constraint: Constraint | None
     dense_ms: float
     by_pattern: Mapping[AnyPattern, Mapping[float, float]]
+    whole_ms: float
 
     def at(self, pattern: AnyPattern, density: float, work: float, dense_ms: float) -> float:
         """Return the milliseconds with a share of the groups kept, where widths leave a share of the work.
@@ -96,11 +105,12 @@ def make_menus(
         narrow: for each segment, the share of its work that narrower channels leave, and the share of its dense time.
     """
     ms: dict[str, dict[Option, float]] = {}
-    rest = 0.0
+    rest, dense_rest = 0.0, 0.0
     for segment, (work, time) in zip(times, narrow or [(1.0, 1.0)] * len(times), strict=True):
         c, dense_ms = segment.constraint, segment.dense_ms * time
         if c is None:
-            rest += dense_ms
+            rest += segment.whole_ms * time
+            dense_rest += dense_ms
             continue
         sums = ms.setdefault(c.name, {})
         options = {Option(pattern=c.pattern, groups=c.groups, keep=c.groups, ms=0.0): dense_ms}
@@ -116,7 +126,7 @@ def make_menus(
         for c in plan
         if not c.pattern.coupled
     ]
-    return Menus(tuple(menus), rest)
+    return Menus(tuple(menus), rest, dense_rest)
 
 
 class LatencyMeter:
@@ -198,8 +208,7 @@ class LatencyMeter:
             for before, segment in zip(captured, segments, strict=True):
                 c = constraint_of.get(layer_weight(nodes[before.anchor]) or "")
                 if c is None:
-                    ms = self._times([Job.of_segment(segment)], PART, f"`{self._called(before)}`")[0]
-                    found.append(SegmentTimes(before.anchor, None, ms, {}))
+                    found.append(self._time_whole(before, segment))
                 else:
                     found.append(self._time_options(c, segment, patterns))
                 task.advance(self._called(before))
@@ -233,6 +242,21 @@ class LatencyMeter:
         """Forget the times that another run measured, as `Clock.forget`."""
         return self._clock.forget()
 
+    def _time_whole(self, before: Segment, segment: Segment) -> SegmentTimes:
+        """Time a segment that nothing is pruned of, dense and in the forms that it has all the same."""
+        jobs = [Job.of_segment(segment)]
+        weight = layer_weight(next(node for node in self._program.nodes if node.name == before.anchor))
+        if weight is not None:
+            layer = self._program.layers[weight]
+            tensor = layer.outputs_first(self._program.tensors[weight])
+            forms = candidate_forms(tensor, layer.op, layer.groups, is_integer=self._is_integer(layer))
+            can_be = [form for form in forms if form != DENSE and self._can_be(form, layer)]
+            jobs += [job_in_form(segment, form, tensor, layer.groups) for form in can_be]
+        dense, *others = self._clock.times(jobs, PART)
+        if dense.why_not:
+            raise BackendError(f"`{self._called(before)}` cannot be timed on {self.target}: {dense.why_not}")
+        return SegmentTimes(before.anchor, None, dense.ms, {}, min(t.ms for t in (dense, *others)))
+
     def _time_options(self, c: Constraint, segment: Segment, patterns: Sequence[AnyPattern]) -> SegmentTimes:
         anchor = next(n for n in segment.module.graph.nodes if layer_weight(n) is not None)
         weight = segment.module.get_parameter(str(anchor.args[1].target)).detach()  # type: ignore[union-attr]
@@ -258,19 +282,13 @@ class LatencyMeter:
         for (pattern, density, _), timing in zip(timed, timings[1:], strict=True):
             known = found.setdefault(pattern, {})
             known[density] = min(known.get(density, dense_ms), timing.ms)
-        return SegmentTimes(segment.anchor, c, dense_ms, found)
+        return SegmentTimes(segment.anchor, c, dense_ms, found, dense_ms)
 
     def _forms(
         self, pattern: AnyPattern, density: float, zeros: Callable[[], Tensor], layer: Layer
     ) -> list[tuple[Form, float]]:
         """Return the forms that use a pattern's zeros on the target, with the share of the work that each does."""
-        nodes = [node for node in self._program.nodes if node.name in layer.nodes]
-        is_integer = mixes_types(self.target) and all(map(is_quantizable, nodes))
-
-        def can_be(form: Form) -> bool:
-            why_not = LIMITS.get(form.kind)
-            return why_not is None or not (self._no_kernels or any(why_not(node, form.size) for node in nodes))
-
+        is_integer = self._is_integer(layer)
         if isinstance(pattern, Block) and pattern.rows in BLOCK_ROWS and pattern.cols in (1, CHANNELS):
             of_floats, of_integers = (Form(kind, pattern.rows) for kind in (FormKind.PACKED, FormKind.PACKED_INT8))
             found = [(of_floats, density)] if pattern.cols == 1 or not is_integer else []
@@ -280,7 +298,20 @@ class LatencyMeter:
         else:
             forms = candidate_forms(zeros(), layer.op, layer.groups, is_integer=is_integer)
             found = [(form, density_of(zeros(), form, layer.groups)) for form in forms if form != DENSE]
-        return [(form, share) for form, share in found if can_be(form)]
+        return [(form, share) for form, share in found if self._can_be(form, layer)]
+
+    def _nodes_of(self, layer: Layer) -> list[Node]:
+        return [node for node in self._program.nodes if node.name in layer.nodes]
+
+    def _is_integer(self, layer: Layer) -> bool:
+        return mixes_types(self.target) and all(map(is_quantizable, self._nodes_of(layer)))
+
+    def _can_be(self, form: Form, layer: Layer) -> bool:
+        """Whether the target has what a layer needs to run in a form."""
+        why_not = LIMITS.get(form.kind)
+        return why_not is None or not (
+            self._no_kernels or any(why_not(node, form.size) for node in self._nodes_of(layer))
+        )
 
     def _slim(self, plan: Plan) -> Program:
         return structure(self._program, plan, Masks.project(plan, self._program.tensors))

@@ -15,7 +15,7 @@ from slrc.backends.ort import OnnxRuntime
 from slrc.errors import BackendError, PlanError, UnreachableError
 from slrc.ir.program import Program, capture
 from slrc.measuring.clock import Clock, Timing
-from slrc.measuring.latency_meter import LatencyMeter, SegmentTimes
+from slrc.measuring.latency_meter import LatencyMeter, SegmentTimes, make_menus
 from slrc.measuring.latency_table import LatencyTable
 from slrc.measuring.meet_budget import CORRECTIONS, Measured, Slow, meet_budget
 from slrc.sparsity.patterns import Block
@@ -157,9 +157,34 @@ def test_a_budget_that_is_missed_is_said_with_what_was_measured(
 def test_a_narrower_layer_still_reads_and_writes() -> None:
     """A layer takes 1 ms for its inputs and outputs and 8 for its work: half the channels of both are half and 2."""
     pattern = Block(8, 1)
-    segment = SegmentTimes("layer", None, 9.0, {pattern: {0.5: 5.0, 0.25: 3.0}})
+    segment = SegmentTimes("layer", None, 9.0, {pattern: {0.5: 5.0, 0.25: 3.0}}, 9.0)
     assert segment.at(pattern, 0.5, 1.0, 9.0) == pytest.approx(5.0)
     assert segment.at(pattern, 0.5, 0.25, 9.0) == pytest.approx(0.5 + 1.0)
     assert segment.at(pattern, 0.5, 0.25, 1.2) == pytest.approx(1.2)  # dense is faster
-    once = SegmentTimes("layer", None, 9.0, {pattern: {0.5: 5.0}})  # other densities had no form of their own
+    once = SegmentTimes("layer", None, 9.0, {pattern: {0.5: 5.0}}, 9.0)  # other densities had no form of their own
     assert once.at(pattern, 0.5, 0.25, 9.0) == pytest.approx(0.5 + 1.0)
+
+
+def test_what_is_not_pruned_counts_in_the_form_that_it_has_beside_packed_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image's first layer is not pruned, but packed with no zeros: here that takes 1 ms, and all that is dense 4."""
+
+    def made_up(clock: Any, jobs: Any, budget: Any) -> tuple[Timing, ...]:
+        return tuple(
+            Timing(1.0 if any(f.kind.name.startswith("PACKED") for f in job.make().forms.values()) else 4.0)
+            for job in jobs
+        )
+
+    monkeypatch.setattr(Clock, "times", made_up)
+    monkeypatch.setattr(OnnxRuntime, "make_ready", lambda *_: None)
+    monkeypatch.setattr(OnnxRuntime, "why_not_packed", lambda *_: "")
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.LeakyReLU(0.1), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3))
+    program = capture(net, (torch.randn(1, 3, 16, 16),), "convs")
+    start = slrc.plan(program, "block:8x4", 0.5, round_to=1)
+    known = LatencyMeter(program, parse_target("ort+int8"), threads=1, cache=tmp_path)
+    found = make_menus(known.options(start, [Block(8, 4)]), start, program)
+    pruned = [c.name for c in start]
+    assert found.dense_rest_ms == 4.0 * (3 - len(pruned))
+    assert found.rest_ms == 1.0 + 4.0 * (2 - len(pruned))
+    assert found.dense_ms == 12.0

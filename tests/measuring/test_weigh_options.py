@@ -51,7 +51,7 @@ def make() -> Callable[[bool], Case]:
         program = capture(model.eval(), workload.example_inputs, "net")
         plan = slrc.plan(program, "block:8x1", 0.0)
         patterns = {p: {0.5: 0.5, 0.1: 0.2} for p in (Block(8, 1), Block(4, 1))}
-        menus = make_menus([SegmentTimes(c.name, c, 1.0, patterns) for c in plan], plan, program)
+        menus = make_menus([SegmentTimes(c.name, c, 1.0, patterns, 1.0) for c in plan], plan, program)
         return program, plan, menus, calibration_inputs(program, workload, 256, 0)
 
     return case

@@ -16,7 +16,7 @@ from typing import Any
 
 import matplotlib.style
 from matplotlib.figure import Figure
-from networks import ALLOCATED, TORCH_PRUNING, UNIFORM
+from networks import ALLOCATED, FOR_INT8, TORCH_PRUNING, UNIFORM
 
 sys.path.insert(1, str(Path(__file__).parents[1]))
 from results import FOLDER, Row, file_of, rows_of
@@ -34,6 +34,7 @@ STYLES = {
     "smaller": ("#7f7f7f", "D--"),
     "dense, int8": ("#000000", "*"),
     "auto, int8": ("#d62728", "o:"),
+    "auto, for int8": ("#d62728", "s-"),
     "block:8x1, int8": ("#1f77b4", "o:"),
     "smaller, int8": ("#7f7f7f", "D:"),
 }
@@ -77,7 +78,8 @@ def points() -> Iterator[Point]:
         if name in times:
             found[row["network"], row["contender"], row["share"]].append((row, times[name]))
     for row in rows_of(file_of("pareto_int8")).values():
-        found[row["network"], f"{row['contender']}{INT8}", row["asked"]].append((row, row))
+        name = row["contender"] if row["contender"].endswith(FOR_INT8) else f"{row['contender']}{INT8}"
+        found[row["network"], name, row["asked"]].append((row, row))
     for (network, contender, asked), pairs in sorted(found.items(), key=lambda item: item[0][0]):
         yield Point(
             network,
@@ -107,7 +109,7 @@ def draw(found: list[Point]) -> Figure:
             line = sorted((p for p in mine if kind_of(p.contender) == kind), key=lambda p: p.share)
             if line:
                 label = kind.replace("smaller", "smaller dense networks")
-                hollow = {"mfc": "none"} if kind.endswith(INT8) else {}
+                hollow = {"mfc": "none"} if kind.endswith((INT8, FOR_INT8)) else {}
                 errors = [p.interval or 0.0 for p in line]
                 where = [p.share for p in line], [p.test for p in line]
                 axes.errorbar(*where, errors, fmt=style, color=color, label=label, ms=4, **hollow)

@@ -22,13 +22,12 @@ from typing import Any
 sys.path.insert(1, str(Path(__file__).parents[1] / "convergence"))
 sys.path.insert(1, str(Path(__file__).parents[1]))
 from latency import UNTRAINED, options, trained_rows
-from networks import TARGET
+from networks import ROUNDED, TARGET
 from results import Rows
 from tasks import load_task
 from train import Row, capture, example_of, program_of
 
 import slrc
-from slrc.backends import parse_target
 from slrc.config import make_config
 from slrc.measuring.choose_forms import choose_forms
 from slrc.measuring.timing import time_pair
@@ -36,7 +35,6 @@ from slrc.pipeline import baseline, lower, pack_layers, split_layers
 from slrc.progress import Quiet
 from slrc.quantized_targets import IntegerTargets, Rounded
 
-ROUNDED = parse_target(f"{TARGET}+int8")
 DENSE = "dense"
 
 

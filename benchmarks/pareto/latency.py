@@ -3,8 +3,9 @@
     SLRC_DATA=~/data python benchmarks/pareto/latency.py
     SLRC_DATA=~/data python benchmarks/pareto/latency.py --only '*mobilenet*'
 
-Every network gets the forms that a compile would choose for it on this machine. Writes
-`benchmarks/results/pareto_latency.json`; rows that are up to date are not measured again.
+Every network gets the forms that a compile would choose for it on this machine. Those that were planned for int8 are
+timed by `int8.py` alone. Writes `benchmarks/results/pareto_latency.json`; rows that are up to date are not measured
+again.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 sys.path.insert(1, str(Path(__file__).parents[1] / "convergence"))
 sys.path.insert(1, str(Path(__file__).parents[1]))
-from networks import TARGET
+from networks import FOR_INT8, TARGET
 from results import Rows
 from run import read_rows
 from tasks import load_task
@@ -77,7 +78,7 @@ def main() -> None:
     times = Rows("pareto_latency", args.out)
     for row in trained_rows(args.trained):
         name = str(row)
-        if not fnmatch(name, args.only):
+        if row.contender.endswith(FOR_INT8) or not fnmatch(name, args.only):
             continue
         if not times.has(name):
             if not row.is_trained:

@@ -22,6 +22,7 @@ from tasks import load_task
 
 import slrc
 from slrc.backends import get_backend, parse_target
+from slrc.errors import PlanError
 from slrc.ir.program import Program
 from slrc.measuring.latency_meter import LatencyMeter
 from slrc.measuring.meet_budget import CORRECTIONS, MARGIN
@@ -30,10 +31,12 @@ from slrc.pipeline import baseline, lower
 from slrc.sparsity.plans import Plan
 
 TARGET = parse_target("ort")
-GRADUAL, BY_ENERGY = ", gradual", ", by energy"
-ALLOCATED = ("auto", "auto, by energy", "auto, gradual", "block:8x1", "channel")
+ROUNDED = parse_target(f"{TARGET}+int8")
+GRADUAL, BY_ENERGY, FOR_INT8 = ", gradual", ", by energy", ", for int8"
+ALLOCATED = ("auto", "auto, by energy", "auto, gradual", "auto, for int8", "block:8x1", "channel")
 """Plans of slrc that share a budget out over layers, by default by divergence. All are refitted and then trained under
-their masks, but for those that are pruned gradually."""
+their masks, but for those that are pruned gradually. Plans for int8 are to meet a share of the dense latency in float32
+once they are rounded."""
 UNIFORM = ("uniform block:8x1", "uniform channel", "uniform block:8x1, gradual")
 """Plans that prune the same share of each layer."""
 TORCH_PRUNING = "Torch-Pruning"
@@ -74,8 +77,14 @@ def plan_for(program: Program, workload: slrc.Workload, contender: str, share: f
     """Return slrc's plan for a share of the dense latency; a uniform one has the sparsity at which it meets it."""
     pattern = contender.partition(",")[0]
     if contender in ALLOCATED:
-        budget = {"budget_metric": "energy"} if contender.endswith(BY_ENERGY) else {}
-        return slrc.plan(program, pattern, latency_budget=share, threads=1, workload=workload, **budget)
+        others = {"budget_metric": "energy"} if contender.endswith(BY_ENERGY) else {}
+        if contender.endswith(FOR_INT8):
+            in_float, in_int8 = (LatencyMeter(program, t, threads=1).whole(1.0).whole[0].ms for t in (TARGET, ROUNDED))
+            share *= in_float / in_int8
+            if share >= 1:
+                raise PlanError("rounded to int8 the dense network is as fast as that")
+            others = {"target": str(ROUNDED)}
+        return slrc.plan(program, pattern, latency_budget=share, threads=1, workload=workload, **others)
     pattern = pattern.removeprefix("uniform ")
     meter, tried = LatencyMeter(program, TARGET, threads=1), {}
     untried = set(UNIFORM_TRIED)

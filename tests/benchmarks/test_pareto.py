@@ -78,3 +78,10 @@ def test_the_short_form_trains_resumes_times_and_rounds(run: Callable[..., str],
     corner = json.loads(rounded.read_text())["rows"]["digits-net/auto@0.20/2/0"]
     assert corner["test"] == pytest.approx(planned["test"], abs=2)
     assert corner["layers_int8"] > 0
+
+    assert run("train.py", *some, "*/auto, for int8@0.20/*").count("\n") == 1
+    assert run("latency.py", "--trained", rows, "--out", times, "--only", "*for int8*") == ""
+    assert run("int8.py", "--trained", rows, "--out", rounded, "--only", "*for int8@0.20/*").count("\n") == 1
+    corner = json.loads(rounded.read_text())["rows"]["digits-net/auto, for int8@0.20/2/0"]
+    assert corner["test"] > 80
+    assert corner["layers_int8"] > 0

@@ -81,35 +81,38 @@ def build(target: str | None = None, cache: Path | None = None, *, int8: bool = 
     """
     family = _family(target)
     place = cache or cache_folder()
-    for compiler in find_compilers(family):
-        if (path := _path(place, family, compiler, int8=int8)).exists():
-            return path
+    if path := _built(place, family, int8=int8):
+        return path
     failures: list[BackendError] = []
-    for compiler in find_compilers(family):
-        path = _path(place, family, compiler, int8=int8)
-        try:
-            _make(compiler, family, path, int8=int8)
-        except BackendError as error:
-            failures.append(error)
-        except OSError as error:
-            raise BackendError(
-                f"the block-sparse kernels cannot be written to `{path.parent}`: {error.strerror}",
-                hint="free some space, or name another folder in SLRC_CACHE",
-            ) from error
-        else:
-            return path
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        # Processes that need it at the same time, as those of a test run, compile it once.
+        with FileLock(_path(place, family, find_compiler(family), int8=False).with_suffix(".lock")):
+            if path := _built(place, family, int8=int8):
+                return path
+            for compiler in find_compilers(family):
+                path = _path(place, family, compiler, int8=int8)
+                try:
+                    _make(compiler, family, path, int8=int8)
+                except BackendError as error:
+                    failures.append(error)
+                else:
+                    return path
+    except OSError as error:
+        raise BackendError(
+            f"the block-sparse kernels cannot be written to `{place}`: {error.strerror}",
+            hint="free some space, or name another folder in SLRC_CACHE",
+        ) from error
     raise failures[0]
 
 
 def _make(compiler: Compiler, family: str, path: Path, *, int8: bool) -> None:
     objects = path.parent / f"slrc_kernels_{family}_{_key(family, compiler)}"
-    objects.mkdir(parents=True, exist_ok=True)
-    # Processes that need it at the same time, as those of a test run, compile it once.
-    with FileLock(objects.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        if not path.exists():
-            made = Path(folder) / path.name
-            compile_library(compiler, family, Path(folder), made, int8=int8, kept=objects)
-            made.replace(path)
+    objects.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        compile_library(compiler, family, Path(folder), made, int8=int8, kept=objects)
+        made.replace(path)
 
 
 def is_built(target: str | None = None, *, int8: bool = False) -> bool:
@@ -118,8 +121,12 @@ def is_built(target: str | None = None, *, int8: bool = False) -> bool:
     Raises:
         BackendError: there are no kernels or no compiler for the target.
     """
-    family = _family(target)
-    return any(_path(cache_folder(), family, compiler, int8=int8).exists() for compiler in find_compilers(family))
+    return _built(cache_folder(), _family(target), int8=int8) is not None
+
+
+def _built(place: Path, family: str, *, int8: bool) -> Path | None:
+    paths = (_path(place, family, compiler, int8=int8) for compiler in find_compilers(family))
+    return next((path for path in paths if path.exists()), None)
 
 
 def _path(cache: Path, family: str, compiler: Compiler, *, int8: bool) -> Path:
@@ -144,10 +151,12 @@ def find_compilers(family: str) -> Iterator[Compiler]:
     _family(family)
     given = tuple(shlex.split(os.environ.get("CXX", "")))
     commands = [*([given] if given else []), *_candidates(family)]
-    found = 0
+    found: set[str] = set()
     for command in commands:
-        if compiler := _compiler(command, family):
-            found += 1
+        compiler = _compiler(command, family)
+        version = compiler.version.partition(" ")[2] if compiler else ""  # behind the name that it was called by
+        if compiler and version not in found:
+            found.add(version)
             yield compiler
             if command == given:
                 break

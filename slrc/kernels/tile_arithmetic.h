@@ -15,6 +15,18 @@
 #include <arm_neon.h>
 #endif
 
+// What tells the assembler of instructions that the compiler does not know to be allowed.
+#if defined(__ARM_FEATURE_DOTPROD)
+#define SLRC_ALLOW_DOT
+#else
+#define SLRC_ALLOW_DOT ".arch armv8.2-a+dotprod\n\t"
+#endif
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+#define SLRC_ALLOW_MATMUL
+#else
+#define SLRC_ALLOW_MATMUL ".arch armv8.2-a+i8mm\n\t"
+#endif
+
 namespace slrc {
 namespace {
 
@@ -103,7 +115,7 @@ SLRC_INLINE inline V MultiplyAdd(V sum, V x, V value) {
   if constexpr (N == 4) return SLRC_CALL(128, _mm);
 #elif defined(SLRC_TILE_DOT)  // (Compilers disagree on the flag that allows the intrinsic.)
   if constexpr (N == 4) {
-    asm(".arch armv8.2-a+dotprod\n\tsdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(x), "w"(value));
+    asm(SLRC_ALLOW_DOT "sdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(x), "w"(value));
     return sum;
   }
 #elif defined(SLRC_TILE_NEON)
@@ -150,7 +162,7 @@ SLRC_INLINE inline void TurnSums(Four* a, Four* b) {
 }
 
 SLRC_INLINE inline Four MultiplyAddTwo(Four sum, Four value, Four x) {
-  asm(".arch armv8.2-a+i8mm\n\tsmmla %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(value), "w"(x));
+  asm(SLRC_ALLOW_MATMUL "smmla %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(value), "w"(x));
   return sum;
 }
 #else

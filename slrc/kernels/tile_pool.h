@@ -58,14 +58,13 @@ SLRC_INLINE inline void TakeEach(const uint8_t* __restrict from, int64_t stride,
   for (; i < count; ++i) to[i] = from[stride * i];
 }
 
-// First the maxima of columns, row by row of y, side by side; then those of neighbours, from every byte on as if all rows
-// were one; then those that are windows.
+// First the maxima of columns, from every byte on as if all planes were one row; where y takes some rows and those are
+// wide, of these alone, side by side. Then those of neighbours, and then those that are windows.
 void MaxPoolRows(const PoolRows& given) {
   const PoolRows job = given;
   const int64_t down = job.strides[0], along = job.strides[1];
   const int64_t read = (job.out_width - 1) * along + job.kernel[1];  // of a row
-  // Where every row is one of y, so are the planes: their maxima are taken at once.
-  const bool apart = down > 1 && job.kernel[0] > 1;
+  const bool apart = down > 1 && job.kernel[0] > 1 && read >= kBytes;
   const int64_t pitch = apart ? read : down * job.pitch, plane = apart ? job.out_height * read : job.plane;
   const int64_t count = (job.planes - 1) * plane + (job.out_height - 1) * pitch + read;
   const uint8_t* columns = job.room;

@@ -173,6 +173,11 @@ def allocate_options(
         least = table.share(found.least_ms)
         raise UnreachableError(_unreachable(found, table, budget), _hint(least), least)
     made = plan.model_copy(update={"budget": limit}).reallocated(program.tensors, losses)
+    if not any(option.keep < option.groups for option in made.options().values()):
+        # The rest is as fast as that beside packed layers alone: some are to be packed, if few.
+        least = max(table.budget_ms(budget) - found.dense_rest_ms, limit.least_ms)
+        limit = limit.model_copy(update={"ms": least})
+        made = plan.model_copy(update={"budget": limit}).reallocated(program.tensors, losses)
     total = found.rest_ms + sum(option.ms for option in made.options().values())
     forecast = LatencyForecast(
         target=table.target,

@@ -141,7 +141,7 @@ def test_an_int8_target_is_offered_blocks_of_four_channels_and_of_one(
     assert [str(p) for p in patterns] == ["block:8x4", "block:4x4", "block:8x1"]
     start = slrc.plan(program, "block:8x4", 0.0)
     LatencyMeter(program, target, threads=1, cache=tmp_path).options(start, patterns)
-    assert timed == {(), ("packed-int8:8",), ("packed-int8:4",), ("packed:8",)}
+    assert timed >= {(), ("packed-int8:8",), ("packed-int8:4",), ("packed:8",)}
 
 
 @pytest.mark.parametrize("rows", [4, 8, 16])

@@ -165,26 +165,45 @@ def test_a_narrower_layer_still_reads_and_writes() -> None:
     assert once.at(pattern, 0.5, 0.25, 9.0) == pytest.approx(0.5 + 1.0)
 
 
-def test_what_is_not_pruned_counts_in_the_form_that_it_has_beside_packed_layers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An image's first layer is not pruned, but packed with no zeros: here that takes 1 ms, and all that is dense 4."""
+def quarter_if_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the clock say that a layer takes 1 ms packed, and else 4."""
 
     def made_up(clock: Any, jobs: Any, budget: Any) -> tuple[Timing, ...]:
-        return tuple(
-            Timing(1.0 if any(f.kind.name.startswith("PACKED") for f in job.make().forms.values()) else 4.0)
-            for job in jobs
-        )
+        found = []
+        for program, forms in ((made.program, made.forms) for made in (job.make() for job in jobs)):
+            kinds = [forms[weight].kind.name if weight in forms else "" for weight in program.layers]
+            found.append(Timing(sum(1.0 if kind.startswith("PACKED") else 4.0 for kind in kinds)))
+        return tuple(found)
 
     monkeypatch.setattr(Clock, "times", made_up)
     monkeypatch.setattr(OnnxRuntime, "make_ready", lambda *_: None)
     monkeypatch.setattr(OnnxRuntime, "why_not_packed", lambda *_: "")
+
+
+@pytest.fixture
+def convolutions() -> Program:
+    """The first one is on an image: it is not pruned, but may be packed with no zeros."""
     net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.LeakyReLU(0.1), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3))
-    program = capture(net, (torch.randn(1, 3, 16, 16),), "convs")
-    start = slrc.plan(program, "block:8x4", 0.5, round_to=1)
-    known = LatencyMeter(program, parse_target("ort+int8"), threads=1, cache=tmp_path)
-    found = make_menus(known.options(start, [Block(8, 4)]), start, program)
-    pruned = [c.name for c in start]
-    assert found.dense_rest_ms == 4.0 * (3 - len(pruned))
-    assert found.rest_ms == 1.0 + 4.0 * (2 - len(pruned))
-    assert found.dense_ms == 12.0
+    return capture(net, (torch.randn(1, 3, 16, 16),), "convolutions")
+
+
+def test_what_is_not_pruned_counts_in_the_form_that_it_has_beside_packed_layers(
+    convolutions: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quarter_if_packed(monkeypatch)
+    start = slrc.plan(convolutions, "block:8x4", 0.5, round_to=1, keep_ends=False, skip=("0",))
+    known = LatencyMeter(convolutions, parse_target("ort+int8"), threads=1, cache=tmp_path)
+    found = make_menus(known.options(start, [Block(8, 4)]), start, convolutions)
+    assert len(found.menus) == 2
+    assert (found.rest_ms, found.dense_rest_ms, found.dense_ms) == (1.0, 4.0, 12.0)
+
+
+def test_a_budget_that_the_rest_would_meet_alone_prunes_what_lets_it_be_packed(
+    convolutions: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quarter_if_packed(monkeypatch)
+    options = {"target": "ort+int8", "keep_ends": False, "skip": ("0",), "cache": tmp_path}
+    plan = slrc.plan(convolutions, "block:8x4", latency_budget=0.95, **options)
+    assert plan.sparsity > 0
+    assert plan.latency is not None
+    assert plan.latency.predicted < 0.95

@@ -206,9 +206,10 @@ class LatencyMeter:
         found = []
         with self._reporter.task(f"timing options on {self.target}", len(segments)) as task:
             for before, segment in zip(captured, segments, strict=True):
-                c = constraint_of.get(layer_weight(nodes[before.anchor]) or "")
+                weight = layer_weight(nodes[before.anchor])
+                c = constraint_of.get(weight or "")
                 if c is None:
-                    found.append(self._time_whole(before, segment))
+                    found.append(self._time_whole(segment, weight, before))
                 else:
                     found.append(self._time_options(c, segment, patterns))
                 task.advance(self._called(before))
@@ -242,10 +243,12 @@ class LatencyMeter:
         """Forget the times that another run measured, as `Clock.forget`."""
         return self._clock.forget()
 
-    def _time_whole(self, before: Segment, segment: Segment) -> SegmentTimes:
-        """Time a segment that nothing is pruned of, dense and in the forms that it has all the same."""
+    def _time_whole(self, segment: Segment, weight: str | None, before: Segment) -> SegmentTimes:
+        """Time a segment that nothing is pruned of, dense and in the forms that its layer has all the same.
+
+        `before` is the segment as it was captured, and `weight` its layer's, if it has one.
+        """
         jobs = [Job.of_segment(segment)]
-        weight = layer_weight(next(node for node in self._program.nodes if node.name == before.anchor))
         if weight is not None:
             layer = self._program.layers[weight]
             tensor = layer.outputs_first(self._program.tensors[weight])

@@ -29,9 +29,7 @@ LEAST_ZEROS = 0.2
 """The share of blocks or channels that must be zero for a form to be worth a trial."""
 FEW_COLUMNS = 32
 """Up to so many, as those of a 3×3 kernel on an image, a convolution may be packed with no zeros: runtimes are slow on
-few channels."""
-FEW_INT8_CHANNELS = 4
-"""The same in int8, whatever the kernel."""
+few channels. In int8 any convolution may be."""
 ALIKE = 1.02
 """Forms whose work differs by less count as the same work."""
 
@@ -58,7 +56,8 @@ class Form:
     """`dense`, `split:R` and `grouped:R` with R row groups, `packed:M` with blocks of M outputs × 1 column.
 
     For int8 targets there are `float32`, and `packed-int8:M` with blocks of M outputs × 4 input channels. `packed:1`
-    and `packed-int8:1` are for depthwise layers. They need no zeros for it, nor do layers of few input channels.
+    and `packed-int8:1` are for depthwise layers. They need no zeros for it, nor do
+    convolutions in int8, or in float32 of few columns.
     """
 
     kind: FormKind
@@ -118,8 +117,7 @@ def candidate_forms(weight: Tensor, op: str, groups: int = 1, *, is_integer: boo
         forms.append(DEPTHWISE_INT8)
     elif op in ("conv2d", "linear") and weight.shape[1] > 1:
         density = {rows: int8_density(weight, rows, groups) for rows in BLOCK_ROWS}
-        has_few = op == "conv2d" and weight.shape[1] <= FEW_INT8_CHANNELS
-        forms += _packed_forms(density, needs_zeros=not has_few, kind=FormKind.PACKED_INT8)
+        forms += _packed_forms(density, needs_zeros=op != "conv2d", kind=FormKind.PACKED_INT8)
     return [*forms, FLOAT32]
 
 

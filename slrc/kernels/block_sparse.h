@@ -112,7 +112,8 @@ SLRC_EXPORT const char* slrc_activation(int64_t index);
 // is.
 SLRC_EXPORT const char* slrc_instruction_set(void);
 
-// The same of int8 layers, where there are "avx512vnni", "avx2vnni", "neoni8mm" and "neondot" as well.
+// The same of int8 layers, where there are "avx512amx", "avx512vnni", "avx2vnni", "neoni8mm" and
+// "neondot" as well.
 // SLRC_KERNEL_ISA may name those; float32 layers then take the set whose name theirs begins with.
 SLRC_EXPORT const char* slrc_int8_instruction_set(void);
 
@@ -120,10 +121,10 @@ SLRC_EXPORT const char* slrc_int8_instruction_set(void);
 // on.
 SLRC_EXPORT const char* slrc_needed_feature(const char* instruction_set, int64_t index);
 
-// Whether a processor whose CPUID says so (leaf 1, ECX; leaf 7, EBX and ECX; leaf 7.1, EAX) runs a set, `saved` (XCR0)
-// being what its operating system saves.
+// Whether a processor whose CPUID says so (leaf 1, ECX; leaf 7, EBX, ECX and EDX; leaf 7.1, EAX) runs a set, `saved`
+// (XCR0) being what its operating system saves.
 SLRC_EXPORT int slrc_would_run(const char* instruction_set, uint32_t leaf1_ecx, uint32_t leaf7_ebx, uint32_t leaf7_ecx,
-                               uint32_t leaf71_eax, uint32_t saved);
+                               uint32_t leaf7_edx, uint32_t leaf71_eax, uint32_t saved);
 
 // The greatest rate of float32 multiply-adds that this core reaches, in GFLOP/s, measured for about `seconds`.
 SLRC_EXPORT double slrc_peak_gflops(double seconds);

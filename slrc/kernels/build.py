@@ -38,6 +38,7 @@ TILE_SETS: dict[str, dict[str, tuple[str, ...]]] = {
 """The compiler's flags for each instruction set of a family, the best first; processors run the last one always."""
 INT8_SETS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
+        "Avx512Amx": (*TILE_SETS["x86_64"]["Avx512"], "-mavx512vnni", "-mamx-tile", "-mamx-int8"),
         "Avx512Vnni": (*TILE_SETS["x86_64"]["Avx512"], "-mavx512vnni"),
         "Avx512": TILE_SETS["x86_64"]["Avx512"],
         "Avx2Vnni": (*TILE_SETS["x86_64"]["Avx2"], "-mavxvnni"),
@@ -52,6 +53,8 @@ INT8_SETS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 """The same of int8 layers; the name of each begins with that of the set that float32 layers then use."""
+WITH_MATRICES = "Avx512Amx"
+"""The set that has loops of matrix registers, and the others of the set that follows it."""
 OLDEST_GLIBC = "2.28"
 
 
@@ -193,24 +196,27 @@ def compile_library(
     loops for int8 layers. In the folder `kept` loops are looked for, and left, that were compiled by the same compiler
     with the same `extra` flags.
     """
-    left_out = {"tile"} if main is None else {"tile", "ort_ops", "ort_int8_ops"}
+    left_out = {"tile", "tile_matrix"} | (set() if main is None else {"ort_ops", "ort_int8_ops"})
     sets = sets or TILE_SETS[family]
     integer = {n: flags for n, flags in INT8_SETS[family].items() if int8 and any(n.startswith(name) for name in sets)}
     listed = (
         f"-DSLRC_TILE_SETS={''.join(f'&k{name},' for name in sets)}",
         f"-DSLRC_INT8_SETS={''.join(f'&k{name}Int8,' for name in integer)}",
+        *(["-DSLRC_HAS_AMX"] if WITH_MATRICES in integer else []),
     )
     units: list[tuple[str, Path, tuple[str, ...]]] = [(f.stem, f, listed) for f in _sources() if f.stem not in left_out]
     for name, flags in sets.items():
         defines = (f"-DSLRC_TILE_SET=k{name}", f'-DSLRC_TILE_NAME="{name.lower()}"')
         units.append((f"tile_{name}", SOURCES / "tile.cpp", (*flags, *defines)))
     for name, flags in integer.items():
-        defines = (f"-DSLRC_TILE_SET=k{name}Int8", f'-DSLRC_TILE_NAME="{name.lower()}"')
-        units.append((f"int8_{name}", SOURCES / "tile.cpp", (*flags, *defines, "-DSLRC_TILE_INT8")))
+        matrix = name == WITH_MATRICES
+        defines = (f"-DSLRC_TILE_SET=k{name}{'' if matrix else 'Int8'}", f'-DSLRC_TILE_NAME="{name.lower()}"')
+        source = SOURCES / ("tile_matrix.cpp" if matrix else "tile.cpp")
+        units.append((f"int8_{name}", source, (*flags, *defines, "-DSLRC_TILE_INT8")))
     if main is not None:
         units.append((main.stem, main, (f"-I{SOURCES}",)))
-    loops = SOURCES / "tile.cpp"
-    objects = [(kept if kept and source == loops else folder) / f"{name}.o" for name, source, _ in units]
+    loops = {SOURCES / "tile.cpp", SOURCES / "tile_matrix.cpp"}
+    objects = [(kept if kept and source in loops else folder) / f"{name}.o" for name, source, _ in units]
 
     def compile_unit(unit: tuple[str, Path, tuple[str, ...]], made: Path) -> None:
         if made.parent == kept and made.exists():

@@ -148,9 +148,9 @@ const char* slrc_needed_feature(const char* instruction_set, int64_t index) {
 }
 
 int slrc_would_run(const char* instruction_set, uint32_t leaf1_ecx, uint32_t leaf7_ebx, uint32_t leaf7_ecx,
-                    uint32_t leaf71_eax, uint32_t saved) {
+                    uint32_t leaf7_edx, uint32_t leaf71_eax, uint32_t saved) {
   const slrc::TileLoops* loops = slrc::FindSet(instruction_set);
-  return loops && slrc::Runs({leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf71_eax, saved, 0, 0}, *loops);
+  return loops && slrc::Runs({leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf7_edx, leaf71_eax, saved, 0, 0}, *loops);
 }
 
 const char* slrc_instruction_set(void) {

@@ -76,6 +76,16 @@ struct SliceTable {
   std::vector<int32_t> starts;
 };
 
+// What a MatrixWeight points to; no offsets where vectors are faster.
+struct MatrixTable {
+  MatrixWeight View() const {
+    return {static_cast<int64_t>(offsets.size()), offsets.data(), tap_ends.data(), values.data()};
+  }
+
+  std::vector<int32_t> offsets, tap_ends;
+  std::vector<MatrixRow> values;
+};
+
 // What is computed on one copy of the input: `size` output rows of a plane, or pieces of kTiles.
 struct Bands {
   int64_t size, count;
@@ -104,6 +114,7 @@ struct Layout {
   const PieceTable last_pieces;  // of the last band, if it has fewer rows
   const int64_t together;        // see Panel
   const Copies copies;
+  const MatrixTable matrix;
 };
 
 // Floats of the second-level cache.

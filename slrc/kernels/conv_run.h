@@ -8,6 +8,9 @@
 
 namespace slrc {
 
+constexpr double kMatrixSpeed = 4;      // of matrix registers, beside vectors
+constexpr int64_t kPiecesTogether = 8;  // of a task by them
+
 // The outputs of a band on a flat plane: pixel p is row p / pitch, column p % pitch.
 struct PlanePlaces {
   static constexpr bool kMoreApart = false, kInParts = false;
@@ -27,8 +30,8 @@ struct PlanePlaces {
 };
 
 // One call of Conv::Run: what its tasks have in common. A task computes some block rows on a panel: a band of one image's
-// outputs, in one group or some small ones. It first copies what the band reads to its thread's scratch memory, unless
-// the input is read in place (see Reading).
+// outputs, in one group or some small ones; by matrix registers all block rows on some of its pieces. It first copies
+// what the band reads to its thread's scratch memory, unless the input is read in place (see Reading).
 // MakeOutput(places) is the Output of RunPanel.
 template <class MakeOutput>
 struct ConvRun {
@@ -45,6 +48,12 @@ struct ConvRun {
   // A panel for each image, groups that share one, and band, in this order.
   int64_t Panels() const { return images * GroupPanels() * l.bands.count; }
 
+  // Whether matrix registers multiply it, some pieces a task; else vectors do, some block rows a task.
+  bool IsByMatrix() const { return !l.matrix.offsets.empty(); }
+  int64_t MostPieces() const {
+    const bool tiled = g.reading == Reading::kTiles;
+    return tiled ? l.bands.size : static_cast<int64_t>(l.pieces.pieces.size());
+  }
   void Compute(int64_t index, int64_t first, int64_t last) const;
 
  private:
@@ -67,6 +76,7 @@ Panel ConvRun<MakeOutput>::PanelOf(int64_t band) const {
     panel.count = std::min(l.bands.size, panel.count - band * l.bands.size);
     panel.step = g.PanelChannels() * g.store.floats;
   }
+  panel.matrix = l.matrix.View();
   panel.far = IsInPlace(g.reading) && ReadsPlanes() && g.per_group * InPlane() > CacheFloats() / 2;
   return panel;
 }
@@ -95,20 +105,28 @@ PlanePlaces ConvRun<MakeOutput>::PlacesOf(int64_t image, int64_t band) const {
   return {offset, OutPlane(), seamless ? rows * g.columns.out : g.columns.out, seamless ? OutPlane() : g.store.pitch};
 }
 
-// Computes block rows [first, last) of those of a panel's groups.
+// Computes block rows [first, last) of those of a panel's groups, or all of them on these of its pieces.
 template <class MakeOutput>
 void ConvRun<MakeOutput>::Compute(int64_t index, int64_t first, int64_t last) const {
   const Weight& weight = *l.weight;
   const int64_t band = index % l.bands.count, image = index / l.bands.count / GroupPanels();
   const int64_t group = index / l.bands.count % GroupPanels() * g.panel_groups;
   const int64_t groups = std::min(g.panel_groups, weight.group - group);
-  const int64_t begin = group * weight.rows_per_group + first;
-  const int64_t end = std::min(group * weight.rows_per_group + last, (group + groups) * weight.rows_per_group);
+  const int64_t begin = group * weight.rows_per_group + (IsByMatrix() ? 0 : first);
+  const int64_t most = (group + groups) * weight.rows_per_group;
+  const int64_t end = IsByMatrix() ? most : std::min(group * weight.rows_per_group + last, most);
   if (begin >= end) return;  // the last groups are fewer
 
   Panel panel = PanelOf(band);
   panel.x = x + (image * g.channels + group * g.per_group) * InPlane();
   if (!IsInPlace(g.reading)) panel.x = CopyInput(index, panel.x, groups * g.per_group, panel.count);
+  if (IsByMatrix()) {
+    last = std::min(last, panel.count);
+    if (first >= last) return;  // the last band has fewer
+    panel.pieces += first;
+    panel.count = last - first;
+    panel.x += first * panel.step;
+  }
   PlanePlaces places = PlacesOf(image, band);
   const bool one_band = g.reading == Reading::kRows && l.bands.count == 1;
   places.may_stand_out = one_band && IsCheap(weight.activation) && end - begin > 1;
@@ -126,8 +144,10 @@ void Conv::Run(const Word* x, const int64_t x_shape[4], const MakeOutput& make_o
   const Weight& weight = *layout->weight;
   const ConvRun<MakeOutput> run{*layout, layout->geometry, x, x_shape[0], make_output, NewOwner()};
   const double work = weight.Surviving() * run.OutPlane() * x_shape[0];
-  RunTasks(parallel, run.Panels(), layout->geometry.panel_groups * weight.rows_per_group, 1, work,
-           [&run](int64_t index, int64_t first, int64_t last) { run.Compute(index, first, last); });
+  const auto compute = [&run](int64_t index, int64_t first, int64_t last) { run.Compute(index, first, last); };
+  if (!run.IsByMatrix())
+    return RunTasks(parallel, run.Panels(), run.g.panel_groups * weight.rows_per_group, 1, work, compute);
+  RunTasks(parallel, run.Panels(), run.MostPieces(), kPiecesTogether, work / kMatrixSpeed, compute);
 }
 
 }  // namespace slrc

@@ -34,6 +34,7 @@ struct Int8PlaneOutput : PlanePlaces {
       Int8Loops().results(job);
     });
   }
+  bool IsFused(const Piece& piece) const { return !rule.is_float() && piece.vectors && piece.repeats == 1; }
   bool IsInPlace(const Piece& piece) const {
     const bool stands_out = piece.start % pitch + piece.pixels > width;
     return IsFused(piece) && !stands_out && (piece.pixels == piece.width || masks);
@@ -65,9 +66,6 @@ struct Int8PlaneOutput : PlanePlaces {
                              static_cast<uint8_t*>(y) + channel * channel_stride + first, channel_stride);
     });
   }
-
- private:
-  bool IsFused(const Piece& piece) const { return !rule.is_float() && piece.vectors && piece.repeats == 1; }
 };
 
 // y is (tokens, channels), the tile (rows, tokens).
@@ -95,6 +93,7 @@ struct Int8TokenOutput {
     job.rows = piece.pixels;
     Int8Loops().results(job);
   }
+  bool IsFused(const Piece&) const { return false; }
   bool IsInPlace(const Piece&) const { return false; }
   bool BeginResults(int64_t, int64_t, const Piece&, Word*, Int8Results*) const { return false; }
   void EndResults(int64_t, int64_t, const Piece&, const Int8Results&) const {}

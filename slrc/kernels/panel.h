@@ -33,6 +33,7 @@ struct Panel {
   const int32_t* tap_ends = nullptr;  // as in Strip, of all block rows, for pieces that have tap_lanes
   int64_t taps = 0;
   bool far = false;  // whether most of x is outside the second-level cache: the next piece's is then prefetched
+  MatrixWeight matrix = {};
 };
 
 // Where a piece stands in y and the residual (null if there is none): channels `pitch` apart, its repeats `row`, its
@@ -45,6 +46,7 @@ struct Place {
 };
 
 constexpr int64_t kPartSums = 3 * 1024;
+constexpr int64_t kGatheredWords = 24 * 1024;  // at a time
 
 // See RunPanel.
 template <class Output>
@@ -59,6 +61,10 @@ class PanelLoop {
   // the piece's sums between slices.
   int64_t RunPieces(int64_t index, float* waiting);
   void RunParts(const Piece& piece, StripLoop loop, Word* sums);
+  // Returns the room that a piece takes for matrix registers.
+  int64_t GatheredWords(const Piece& piece) const {
+    return ProductsOf(panel_.matrix.columns) * kMatrixColumns * piece.vectors * loops_.lanes;
+  }
   bool MayFollow(const Piece& piece) const;
   int64_t CountTogether(int64_t index) const;
   void SetReads(int64_t index, const Piece& piece, int64_t together);
@@ -172,7 +178,13 @@ int64_t PanelLoop<Output>::RunPieces(int64_t index, float* waiting) {
 template <class Output>
 void PanelLoop<Output>::RunParts(const Piece& piece, StripLoop loop, Word* sums) {
   const int64_t rows = std::max<int64_t>(1, kPartSums / (SumsWidth(piece) * strip_.block));
-  const int64_t step = output_.IsInPlace(piece) ? strip_.channels : rows * strip_.block;
+  const bool by_matrix = panel_.matrix.columns && output_.IsFused(piece);
+  const int64_t step = by_matrix || output_.IsInPlace(piece) ? strip_.channels : rows * strip_.block;
+  if (by_matrix) {
+    loop = loops_.matrix->strip[piece.ending][piece.vectors - 1];
+    strip_.matrix = &panel_.matrix;
+    strip_.gathered = Scratch::Hidden().Get(strip_.runs * GatheredWords(piece));
+  }
   for (int64_t first = 0; first < strip_.channels; first += step) {
     const int64_t channel = channel_ + first;
     Strip part = strip_;
@@ -201,7 +213,8 @@ bool PanelLoop<Output>::MayFollow(const Piece& piece) const {
 template <class Output>
 int64_t PanelLoop<Output>::CountTogether(int64_t index) const {
   const Piece* const pieces = panel_.pieces + index;
-  const int64_t most = std::min(panel_.together, panel_.count - index);
+  int64_t most = std::min(panel_.together, panel_.count - index);
+  if (panel_.matrix.columns) most = std::min(most, std::max<int64_t>(1, kGatheredWords / GatheredWords(*pieces)));
   int64_t count = 1;
   for (; count < most; ++count) {
     const Piece &piece = pieces[count], &before = pieces[count - 1];

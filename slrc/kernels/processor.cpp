@@ -6,6 +6,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #elif defined(__aarch64__)
 #include <sys/auxv.h>
 #endif
@@ -13,6 +15,18 @@
 #include "weight.h"
 
 namespace slrc {
+
+#if defined(SLRC_HAS_AMX)
+// The loops of vectors, and those of matrices beside them.
+const TileLoops kAvx512AmxInt8 = [] {
+  TileLoops loops = kAvx512VnniInt8;
+  loops.name = kAvx512Amx.name;
+  loops.features |= kAvx512Amx.features;
+  loops.matrix = &kAvx512Amx;
+  return loops;
+}();
+#endif
+
 namespace {
 
 // Best first, then null; the last one runs everywhere. There are none of int8 layers in a library that is built without
@@ -33,7 +47,7 @@ const TileLoops* FindSet(const char* name) {
 
 bool Runs(const Processor& processor, const TileLoops& loops) {
   constexpr uint32_t kSavesRegisters = 1u << 27;  // of leaf1_ecx: whether `saved` can be asked
-  constexpr uint32_t kVectors = 0x6, kMasksAndWideVectors = 0xe0;
+  constexpr uint32_t kVectors = 0x6, kMasksAndWideVectors = 0xe0, kMatrices = 0x60000;
   uint32_t has = 0;
 #define SLRC_HAS(name, macro, word, bit) has |= (processor.word >> bit & 1u) << kBitOf##macro;
   SLRC_FEATURES(SLRC_HAS)
@@ -41,11 +55,20 @@ bool Runs(const Processor& processor, const TileLoops& loops) {
   uint32_t saved = 0;
   if (loops.features >> kBitOf__AVX__ & 1) saved |= kVectors;
   if (loops.features >> kBitOf__AVX512F__ & 1) saved |= kMasksAndWideVectors;
+  if (loops.features >> kBitOf__AMX_TILE__ & 1) saved |= kMatrices;
   if (saved && !(processor.leaf1_ecx & kSavesRegisters)) return false;
   return (loops.features & ~has) == 0 && (saved & ~processor.saved) == 0;
 }
 
 namespace {
+
+#if defined(__x86_64__)
+// Linux lets only processes that have asked for it use matrix registers.
+bool MayUseMatrices() {
+  constexpr long kAskForState = 0x1023, kMatrixState = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+  return syscall(SYS_arch_prctl, kAskForState, kMatrixState) == 0;
+}
+#endif
 
 // (`__builtin_cpu_supports` needs a support library that not every toolchain links.)
 Processor ThisProcessor() {
@@ -57,6 +80,8 @@ Processor ThisProcessor() {
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
     processor.leaf7_ebx = b;
     processor.leaf7_ecx = c;
+    constexpr uint32_t kMatrices = 3u << 24;
+    processor.leaf7_edx = d & kMatrices && !MayUseMatrices() ? d & ~kMatrices : d;
     if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) processor.leaf71_eax = a;
   }
   unsigned high;

@@ -11,7 +11,7 @@ namespace slrc {
 // CPUID's words that tell of features, and which registers the operating system saves (XCR0); of aarch64 what Linux says
 // of the hardware (AT_HWCAP, AT_HWCAP2). Zeros if unknown.
 struct Processor {
-  uint32_t leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf71_eax, saved, hwcap, hwcap2;
+  uint32_t leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf7_edx, leaf71_eax, saved, hwcap, hwcap2;
 };
 
 // X(name in the compiler's flags, its macro, word of Processor, bit there). A set of features is a word with the bit k
@@ -31,6 +31,8 @@ struct Processor {
   X("avx512bw", __AVX512BW__, leaf7_ebx, 30)           \
   X("avx512vl", __AVX512VL__, leaf7_ebx, 31)           \
   X("avx512vnni", __AVX512VNNI__, leaf7_ecx, 11)       \
+  X("amx-tile", __AMX_TILE__, leaf7_edx, 24)           \
+  X("amx-int8", __AMX_INT8__, leaf7_edx, 25)           \
   X("avxvnni", __AVXVNNI__, leaf71_eax, 4)             \
   X("dotprod", SLRC_TILE_DOT, hwcap, 20)               \
   X("i8mm", SLRC_TILE_MATMUL, hwcap2, 13)
@@ -38,6 +40,11 @@ struct Processor {
 #define SLRC_BIT_OF(name, macro, word, bit) kBitOf##macro,
 enum { SLRC_FEATURES(SLRC_BIT_OF) kFeatures };
 #undef SLRC_BIT_OF
+
+// In SLRC_FEATURES, those that the compiler may use where this is expanded: their macros are then 1, not themselves.
+#define SLRC_TEXT_OF(text) #text
+#define SLRC_EXPANDED(macro) SLRC_TEXT_OF(macro)
+#define SLRC_USED(name, macro, word, bit) | (SLRC_EXPANDED(macro)[0] == '1' ? 1u << kBitOf##macro : 0u)
 
 // Returns the loops of that name, or null.
 const TileLoops* FindSet(const char* name);

@@ -86,10 +86,6 @@ constexpr StripLoop PixelLoop() {
   return nullptr;
 }
 
-// The features that the compiler may use here: their macros are then 1, not themselves.
-#define SLRC_TEXT_OF(text) #text
-#define SLRC_EXPANDED(macro) SLRC_TEXT_OF(macro)
-#define SLRC_USED(name, macro, word, bit) | (SLRC_EXPANDED(macro)[0] == '1' ? 1u << kBitOf##macro : 0u)
 constexpr uint32_t kCompiledFor = 0 SLRC_FEATURES(SLRC_USED);
 
 #define SLRC_SIX(End, Rows, Most)                                                                    \
@@ -132,6 +128,7 @@ extern const TileLoops SLRC_TILE_SET = {
     1,
     0,
 #endif
+    nullptr,
 };
 
 }  // namespace slrc

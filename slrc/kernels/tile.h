@@ -21,6 +21,23 @@ constexpr int kTileRows[kRowSizes] = {1, 4, 8};
 constexpr int kMaxVectors = 6;
 constexpr int kMaxLanes = 16;
 constexpr int kMaxTilePixels = kMaxVectors * kMaxLanes + 1;
+constexpr int kMatrixRows = 16, kMatrixColumns = 16;  // of values that matrix registers multiply at a time
+
+// How many products so many columns take.
+static constexpr int64_t ProductsOf(int64_t columns) { return (columns + kMatrixColumns - 1) / kMatrixColumns; }
+
+// What a row of a matrix register is loaded from, in a cache line of its own.
+struct alignas(64) MatrixRow {
+  Word words[kMatrixColumns];
+};
+
+// A weight for MatrixLoops: the columns that any of its rows has.
+struct MatrixWeight {
+  int64_t columns;          // 0: vectors multiply it
+  const int32_t* offsets;   // (columns), as in Strip
+  const int32_t* tap_ends;  // (taps), as in Strip
+  const MatrixRow* values;  // (rows / kMatrixRows, products, kMatrixRows), zeros where a row has no such column
+};
 
 // X(name here, name in files). Those up to kRelu6 are so cheap that a tile applies them to its registers.
 #define SLRC_ACTIVATIONS(X) \
@@ -95,6 +112,10 @@ struct Strip {
   Word padding;  // what lanes count as that are padding
   // Of int8 layers: what becomes of the sums of the first run, bytes, for all its pixels unless `masks`; null: y is.
   const struct Int8Results* results;
+  // Of MatrixLoops, whose strips are of all rows: the weight, and room for what its columns read of the runs, (runs,
+  // products, vectors, kMatrixColumns, lanes).
+  const MatrixWeight* matrix;
+  Word* gathered;
 };
 
 using StripLoop = void (*)(const Strip&);
@@ -187,6 +208,14 @@ using CopyBytes = void (*)(const uint8_t* from, int64_t from_pitch, int64_t rows
 // What a run ends with: a whole vector, one half as wide, or a whole one and a pixel.
 enum Ending { kWhole, kHalf, kPixelMore, kEndings };
 
+// Loops of a processor whose registers are matrices, for strips that make results themselves: what the columns read is
+// brought together once for all rows.
+struct MatrixLoops {
+  const char* name;
+  uint32_t features;
+  StripLoop strip[kEndings][3];  // [ending][vectors - 1]
+};
+
 // The loops of one instruction set, by the index of their rows in kTileRows.
 struct TileLoops {
   const char* name;
@@ -208,11 +237,13 @@ struct TileLoops {
   PoolLoop max_pool;
   int value_words;  // that a value takes: 1; or 2, its even bytes as 16 bits, and `block` later its odd ones
   uint8_t flip;  // what x's bytes are flipped by: 0x80 where they are multiplied as signed ones
+  const MatrixLoops* matrix;  // null if there are none
 };
 
 // Those of one processor family are linked.
 extern const TileLoops kAvx512, kAvx2, kNeon, kPortable;
-extern const TileLoops kAvx512VnniInt8, kAvx512Int8, kAvx2VnniInt8, kAvx2Int8, kNeonI8mmInt8, kNeonDotInt8, kNeonInt8,
-    kPortableInt8;
+extern const TileLoops kAvx512AmxInt8, kAvx512VnniInt8, kAvx512Int8, kAvx2VnniInt8, kAvx2Int8, kNeonI8mmInt8,
+    kNeonDotInt8, kNeonInt8, kPortableInt8;
+extern const MatrixLoops kAvx512Amx;
 
 }  // namespace slrc

@@ -138,12 +138,18 @@ def quads(rows: int, density: float = 0.25) -> Tensor:
 @pytest.mark.parametrize(
     ("weight", "op", "groups", "expected"),
     [
-        (torch.ones(16, 32, 3, 3), "conv2d", 1, ["dense", "float32"]),
-        (torch.ones(8, 3, 7, 7), "conv2d", 1, ["dense", "packed-int8:4", "packed-int8:8", "float32"]),  # on an image
+        # With no zeros:
+        (torch.ones(16, 32), "linear", 1, ["dense", "float32"]),
+        (torch.ones(8, 3, 7, 7), "conv2d", 1, ["dense", "packed-int8:4", "packed-int8:8", "float32"]),
         (quads(8), "conv2d", 1, ["dense", "packed:4", "packed:8", "packed-int8:4", "packed-int8:8", "float32"]),
         (quads(4), "conv2d", 1, ["dense", "packed:4", "packed-int8:4", "float32"]),
         # No quad of zeros:
-        (blocks(8, inputs=36, density=0.7), "conv2d", 1, ["dense", "packed:4", "packed:8", "float32"]),
+        (
+            blocks(8, inputs=36, density=0.7),
+            "conv2d",
+            1,
+            ["dense", "packed:4", "packed:8", "packed-int8:4", "packed-int8:8", "float32"],
+        ),
         (torch.zeros(16, 1, 3, 3), "conv2d", 16, ["dense", "packed:1", "packed-int8:1", "float32"]),
         (torch.ones(16, 8, 3), "conv1d", 1, ["dense", "float32"]),
     ],

@@ -26,7 +26,7 @@ def sets_of_this_machine() -> dict[str, tuple[str, ...]]:
     said = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0]
     features = set(said.replace("_", "").split())
     needed = {
-        name: {flag.removeprefix("-m") for flag in flags if not flag.startswith("-mprefer")}
+        name: {flag.removeprefix("-m").replace("-", "") for flag in flags if not flag.startswith("-mprefer")}
         for name, flags in ALL_SETS.items()
     }
     return {name: ALL_SETS[name] for name, needs in needed.items() if needs <= features}

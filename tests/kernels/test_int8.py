@@ -23,6 +23,7 @@ SETS = {
     "avx2vnni": "avx2",
     "avx512": "avx512",
     "avx512vnni": "avx512",
+    "avx512amx": "avx512",
     "neon": "neon",
     "neondot": "neon",
     "neoni8mm": "neon",
@@ -168,13 +169,14 @@ def test_depthwise_layers(library: Path, case: str, quantized: bool) -> None:
     np.testing.assert_array_equal(Int8Kernels(library).run(layer), layer.expected)
 
 
+@pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout(library: Path, layout: str) -> None:
+def test_every_layout(library: Path, layout: str, dense: bool) -> None:
     shape, block, sparsity, size, stride, pad = LAYOUTS[layout]
     random = np.random.default_rng(7)
     layer = QLayer(
         block=block,
-        weight=quantized_weight(random, shape, block, sparsity),
+        weight=quantized_weight(random, shape, block, 0.0 if dense else sparsity),
         x=random.integers(0, 256, (2, shape[1], *size)).astype(np.uint8),
         bias=random.integers(-1000, 1000, shape[0]).astype(np.int32),
         scale=np.full(shape[0], 1e-4, np.float32),

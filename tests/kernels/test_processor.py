@@ -26,21 +26,29 @@ BITS = {
     "avx512bw": (1, 30),
     "avx512vl": (1, 31),
     "avx512vnni": (2, 11),
-    "avxvnni": (3, 4),
+    "amx-tile": (3, 24),
+    "amx-int8": (3, 25),
+    "avxvnni": (4, 4),
 }
-"""Which of leaf 1's ECX, leaf 7's EBX and ECX and leaf 7.1's EAX has a feature, and its bit, as Intel's manual says."""
+"""Which of leaf 1's ECX, leaf 7's EBX, ECX, EDX and leaf 7.1's EAX has a feature, and its bit, by Intel's manual."""
 OSXSAVE = 1 << 27
-SSE, AVX, ZMM = 0x2, 0x6, 0xE6
+SSE, AVX, ZMM, TILES = 0x2, 0x6, 0xE6, 0x600E6
 """What the operating system may save."""
 
 OLD = ("sse3", "ssse3", "sse4.1", "sse4.2", "popcnt")
 HASWELL = (*OLD, "avx", "f16c", "fma", "avx2")
 SKYLAKE_X = (*HASWELL, "avx512f", "avx512dq", "avx512bw", "avx512vl")
+SAPPHIRE_RAPIDS = (*SKYLAKE_X, "avx512vnni", "avxvnni", "amx-tile", "amx-int8")
 PROCESSORS = {
     "Ice Lake": ((*SKYLAKE_X, "avx512vnni"), ZMM, {"avx512vnni", "avx512", "avx2"}),
     "Alder Lake": ((*HASWELL, "avxvnni"), AVX, {"avx2vnni", "avx2"}),
     "Sapphire Rapids": (
-        (*SKYLAKE_X, "avx512vnni", "avxvnni"),
+        SAPPHIRE_RAPIDS,
+        TILES,
+        {"avx512amx", "avx512vnni", "avx512", "avx2vnni", "avx2"},
+    ),
+    "Sapphire Rapids whose system does not save matrices": (
+        SAPPHIRE_RAPIDS,
         ZMM,
         {"avx512vnni", "avx512", "avx2vnni", "avx2"},
     ),
@@ -76,7 +84,7 @@ class Processors:
             yield feature.decode()
 
     def runs(self, name: str, features: set[str], saved: int, other: int = OSXSAVE) -> bool:
-        words = [other, 0, 0, 0]
+        words = [other, 0, 0, 0, 0]
         for word, bit in (BITS[feature] for feature in features):
             words[word] |= 1 << bit
         return bool(self.library.slrc_would_run(name.encode(), *map(ctypes.c_uint32, (*words, saved))))
@@ -93,17 +101,17 @@ def processors(library: Path) -> Processors:
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_known_processors(processors: Processors, name: str) -> None:
     features, saved, expected = PROCESSORS[name]
-    sets = ("avx512vnni", "avx512", "avx2vnni", "avx2", "portable", "sse9")
+    sets = ("avx512amx", "avx512vnni", "avx512", "avx2vnni", "avx2", "portable", "sse9")
     assert {s for s in sets if processors.runs(s, set(features), saved)} == expected | {"portable"}
 
 
-@pytest.mark.parametrize("name", ["avx512vnni", "avx512", "avx2vnni", "avx2"])
+@pytest.mark.parametrize("name", ["avx512amx", "avx512vnni", "avx512", "avx2vnni", "avx2"])
 def test_every_needed_feature_is_asked_for(processors: Processors, name: str) -> None:
     needs = set(processors.needs(name))
-    assert processors.runs(name, needs, ZMM)
+    assert processors.runs(name, needs, TILES)
     for feature in needs:
-        assert not processors.runs(name, needs - {feature}, ZMM), feature
-    assert not processors.runs(name, needs, ZMM, other=0)  # the system's registers cannot be asked for
+        assert not processors.runs(name, needs - {feature}, TILES), feature
+    assert not processors.runs(name, needs, TILES, other=0)  # the system's registers cannot be asked for
 
 
 @pytest.mark.parametrize("name", TILE_SETS["x86_64"] | INT8_SETS["x86_64"])

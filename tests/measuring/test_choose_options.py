@@ -248,6 +248,44 @@ def test_transposed_convolutions_stay_dense_where_a_latency_is_asked_for(tmp_pat
 
 
 @pytest.mark.usefixtures("times_are_sizes")
+@pytest.mark.parametrize("pattern", ["block:8x1", "auto"])
+def test_what_the_parts_alone_do_not_reach_is_timed_as_a_whole(
+    program: Program, pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[Plan] = []
+
+    def measure(self: LatencyMeter, plan: Plan) -> Measured:
+        planned.append(plan)
+        return Measured(0.04 if len(planned) == 1 else 0.05)
+
+    monkeypatch.setattr(LatencyMeter, "measure", measure)
+    plan = plan_for(program, pattern, 0.05, tmp_path)
+    assert plan.latency is not None
+    assert (plan.latency.predicted, plan.shortfall) == (0.05, "")
+    fastest, budget = planned[0].options(), planned[0].budget
+    assert budget is not None
+    least = {menu.name: min(o.ms for o in menu.options) for menu in budget.menus}
+    assert {name: option.ms for name, option in fastest.items()} == least
+
+
+@pytest.mark.usefixtures("times_are_sizes")
+def test_auto_takes_other_widths_where_the_whole_misses_the_budget(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[set[str]] = []
+
+    def measure(self: LatencyMeter, plan: Plan) -> Measured:
+        planned.append({c.name for c in plan if c.pattern.coupled})
+        return Measured(0.9 if planned[-1] == planned[0] else 0.6)
+
+    monkeypatch.setattr(LatencyMeter, "measure", measure)
+    plan = plan_for(program, "auto", 0.6, tmp_path)
+    assert plan.latency is not None
+    assert (plan.latency.predicted, plan.shortfall) == (0.6, "")
+    assert {c.name for c in plan if c.pattern.coupled} == planned[-1] != planned[0]
+
+
+@pytest.mark.usefixtures("times_are_sizes")
 def test_a_layer_that_is_faster_dense_is_not_pruned_for_nothing(
     program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

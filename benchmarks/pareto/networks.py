@@ -127,14 +127,24 @@ def torch_pruned(model: nn.Module, example: Tensor, ratio: float) -> nn.Module:
 
 
 def ratio_for(model: nn.Module, example: Tensor, share: float) -> float:
-    """Return the ratio of channels at which Torch-Pruning meets a share of the dense latency, by halving."""
+    """Return the ratio of channels at which Torch-Pruning meets a share of the dense latency, by halving.
+
+    Raises:
+        PlanError: it does not meet it.
+    """
     low, high = RATIOS
+    found: dict[float, float] = {}
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        if latency_share(model, torch_pruned(model, example, middle), example) > share:
+        found[middle] = latency_share(model, torch_pruned(model, example, middle), example)
+        if found[middle] > share:
             low = middle
         else:
             high = middle
+    if high not in found:
+        raise PlanError(
+            f"the channels that Torch-Pruning takes leave {min(found.values()):.0%} of the latency at least"
+        )
     return round(high, 4)
 
 

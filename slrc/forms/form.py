@@ -56,8 +56,8 @@ class Form:
     """`dense`, `split:R` and `grouped:R` with R row groups, `packed:M` with blocks of M outputs × 1 column.
 
     For int8 targets there are `float32`, and `packed-int8:M` with blocks of M outputs × 4 input channels. `packed:1`
-    and `packed-int8:1` are for depthwise layers. They need no zeros for it, nor do
-    convolutions in int8, or in float32 of few columns.
+    and `packed-int8:1` are for depthwise layers. They need no zeros for it, nor do convolutions in int8,
+    or those of few columns in float32.
     """
 
     kind: FormKind

@@ -65,7 +65,7 @@ def plan_options(
     found = make_menus(meter.options(start, patterns), start, program)
     found = weighed(found, weigher.options(start, found.menus))
     losses = losses_of(program, start, found)
-    table = with_fastest(meter, program, start, found, losses, meter.whole(found.dense_ms), budget)
+    table = _with_fastest(meter, program, start, found, losses, meter.whole(found.dense_ms), budget)
     return counted(_met(meter, program, start, found, losses, table, budget), program)
 
 
@@ -112,10 +112,10 @@ def plan_mixed(
             lost, mixed = widths.loss(channels), joined(channels, start)
             found = make_menus(times, mixed, program, widths.shares(channels))
         found = weighed(found, weights)
-        losses = losses_of(program, mixed, found)
-        if share == 1:
-            table = with_fastest(meter, program, mixed, found, losses, table, budget)
         try:
+            losses = losses_of(program, mixed, found)
+            if share == 1:
+                table = _with_fastest(meter, program, mixed, found, losses, table, budget)
             lost += allocate_options(program, mixed, found, losses, table, budget).loss(losses)
         except PlanError as error:
             reasons.append(error)
@@ -132,41 +132,6 @@ def plan_mixed(
         if met[-1][0] <= MARGIN:
             break
     return counted(min(met, key=lambda one: one[0])[1], program)
-
-
-def with_fastest(
-    meter: LatencyMeter,
-    program: Program,
-    plan: Plan,
-    found: Menus,
-    losses: Sequence[Floats],
-    table: LatencyTable,
-    budget: float,
-) -> LatencyTable:
-    """Return a table that knows what the whole takes at its fastest, if by its parts alone it misses a budget.
-
-    Parts alone take time for changes of layout that they are spared beside each other.
-    """
-    if table.budget_ms(budget) >= found.least_ms:
-        return table
-    limit = Budget(ms=sum(map(_least, found.menus)), menus=found.menus)
-    fastest = plan.model_copy(update={"budget": limit}).reallocated(program.tensors, losses)
-    return table.with_whole(found.least_ms, meter.measure(fastest).share)
-
-
-def _met(
-    meter: LatencyMeter,
-    program: Program,
-    plan: Plan,
-    found: Menus,
-    losses: Sequence[Floats],
-    table: LatencyTable,
-    budget: float,
-) -> Plan:
-    def allocated(table: LatencyTable, slow: Slow) -> Plan:
-        return allocate_options(program, plan, *without_slow(found, losses, slow), table, budget)
-
-    return meet_budget(table, budget, allocated, meter.measure)
 
 
 def joined(channels: Plan, layers: Plan) -> Plan:
@@ -231,6 +196,41 @@ def counted(plan: Plan, program: Program) -> Plan:
     """Return a plan that says what it prunes of the weights as they are: options and channels share some."""
     reached = Masks.project(plan, program.tensors).sparsity(plan)
     return plan.model_copy(update={"sparsity": reached, "sparsity_asked": reached})
+
+
+def _with_fastest(
+    meter: LatencyMeter,
+    program: Program,
+    plan: Plan,
+    found: Menus,
+    losses: Sequence[Floats],
+    table: LatencyTable,
+    budget: float,
+) -> LatencyTable:
+    """Return a table that knows what the whole takes at its fastest, if by its parts alone it misses a budget.
+
+    Parts alone take time for changes of layout that they are spared beside each other.
+    """
+    if table.budget_ms(budget) >= found.least_ms:
+        return table
+    limit = Budget(ms=sum(map(_least, found.menus)), menus=found.menus)
+    fastest = plan.model_copy(update={"budget": limit}).reallocated(program.tensors, losses)
+    return table.with_whole(found.least_ms, meter.measure(fastest).share)
+
+
+def _met(
+    meter: LatencyMeter,
+    program: Program,
+    plan: Plan,
+    found: Menus,
+    losses: Sequence[Floats],
+    table: LatencyTable,
+    budget: float,
+) -> Plan:
+    def allocated(table: LatencyTable, slow: Slow) -> Plan:
+        return allocate_options(program, plan, *without_slow(found, losses, slow), table, budget)
+
+    return meet_budget(table, budget, allocated, meter.measure)
 
 
 def _unreachable(found: Menus, table: LatencyTable, budget: float) -> str:

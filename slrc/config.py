@@ -171,6 +171,13 @@ TABLES: Mapping[str, type[BaseModel]] = {
     "int8": Int8Settings,
     **{name: type(settings) for name, settings in MethodSettings()},
 }
+HINTS = {
+    "sparsity": "the share of weights to prune, for example `--sparsity 0.75`",
+    "latency_budget": "the share of the dense latency to reach, for example `--latency-budget 0.5`",
+    "speedup": "how many times as fast as dense to become, for example `--speedup 2`",
+    "epochs": "how often to go through the training data, for example `--epochs 10`",
+}
+"""What an option means whose value is out of range."""
 
 
 def make_config(options: Mapping[str, Any], file: Path | None = None) -> CompileConfig:
@@ -218,6 +225,5 @@ def _config_error(error: ValidationError, file: Path | None, options: Mapping[st
         known = ", ".join(name.replace("_", "-") for name in table.model_fields)
         return ConfigError(f"{where}: there is no such option", hint=f"known options: {known}")
     got = first.get("input")
-    hint = "the share of weights to prune, for example `--sparsity 0.75`" if top == "sparsity" else None
     said = first["msg"].removeprefix("Value error, ")
-    return ConfigError(f"{where}: {said[:1].lower()}{said[1:]}, got {got!r}", hint=hint)
+    return ConfigError(f"{where}: {said[:1].lower()}{said[1:]}, got {got!r}", hint=HINTS.get(top))

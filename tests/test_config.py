@@ -149,10 +149,19 @@ def test_what_is_said_about_a_wrong_option(options: dict[str, Any], message: str
         make_config(options)
 
 
-def test_a_wrong_sparsity_has_a_hint() -> None:
+@pytest.mark.parametrize(
+    ("options", "example"),
+    [
+        ({"sparsity": 75}, "`--sparsity 0.75`"),
+        ({"latency_budget": 2.0}, "`--latency-budget 0.5`"),
+        ({"speedup": 0.5}, "`--speedup 2`"),
+        ({"epochs": -1}, "`--epochs 10`"),
+    ],
+)
+def test_a_number_out_of_range_has_a_hint(options: dict[str, Any], example: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        make_config({"sparsity": 75})
-    assert caught.value.hint == "the share of weights to prune, for example `--sparsity 0.75`"
+        make_config(options)
+    assert example in (caught.value.hint or "")
 
 
 def test_an_unknown_pattern() -> None:

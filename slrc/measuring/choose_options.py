@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from slrc.backends import Target, get_backend
 from slrc.errors import PlanError, UnreachableError
@@ -22,6 +23,14 @@ WIDTH_SHARES = (0.75, 0.5, 0.25, 0.1, 0.0)
 """How much of the latency between the budget and all is left to options, where widths are chosen first."""
 TRIES = 3
 """How many of those are timed as a whole until one meets the budget."""
+
+
+class Choice(NamedTuple):
+    """What options are chosen from: the constraints, their menus, and what each option costs (see `losses_of`)."""
+
+    plan: Plan
+    found: Menus
+    losses: Sequence[Floats]
 
 
 def offered_patterns(target: Target) -> tuple[AnyPattern, ...]:
@@ -64,9 +73,9 @@ def plan_options(
     """
     found = make_menus(meter.options(start, patterns), start, program)
     found = weighed(found, weigher.options(start, found.menus))
-    losses = losses_of(program, start, found)
-    table = _with_fastest(meter, program, start, found, losses, meter.whole(found.dense_ms), budget)
-    return counted(_met(meter, program, start, found, losses, table, budget), program)
+    choice = Choice(start, found, losses_of(program, start, found))
+    table = _with_fastest(meter, program, choice, meter.whole(found.dense_ms), budget)
+    return counted(_met(meter, program, choice, table, budget), program)
 
 
 def plan_mixed(
@@ -99,7 +108,7 @@ def plan_mixed(
     times = meter.options(start, patterns)
     wide = make_menus(times, start, program)
     table, weights = meter.whole(wide.dense_ms), weigher.options(start, wide.menus)
-    tried: list[tuple[float, Plan, Menus, list[Floats]]] = []
+    tried: list[tuple[float, Choice]] = []
     reasons: list[PlanError] = []
     for share in (1.0, *(budget + (1 - budget) * part for part in WIDTH_SHARES)):
         lost, mixed, found = 0.0, start, wide
@@ -113,20 +122,20 @@ def plan_mixed(
             found = make_menus(times, mixed, program, widths.shares(channels))
         found = weighed(found, weights)
         try:
-            losses = losses_of(program, mixed, found)
+            choice = Choice(mixed, found, losses_of(program, mixed, found))
             if share == 1:
-                table = _with_fastest(meter, program, mixed, found, losses, table, budget)
-            lost += allocate_options(program, mixed, found, losses, table, budget).loss(losses)
+                table = _with_fastest(meter, program, choice, table, budget)
+            lost += allocate_options(program, *choice, table, budget).loss(choice.losses)
         except PlanError as error:
             reasons.append(error)
             continue
-        tried.append((lost, mixed, found, losses))
+        tried.append((lost, choice))
     if not tried:
         # Of widths alone the last one is for the budget itself.
         raise min(reversed(reasons), key=lambda one: one.least if isinstance(one, UnreachableError) else 1.0)
     met: list[tuple[float, Plan]] = []
-    for _, mixed, found, losses in sorted(tried, key=lambda one: one[0])[:TRIES]:
-        plan = _met(meter, program, mixed, found, losses, table, budget)
+    for _, choice in sorted(tried, key=lambda one: one[0])[:TRIES]:
+        plan = _met(meter, program, choice, table, budget)
         assert plan.latency is not None
         met.append((abs(plan.latency.predicted / budget - 1), plan))
         if met[-1][0] <= MARGIN:
@@ -199,18 +208,13 @@ def counted(plan: Plan, program: Program) -> Plan:
 
 
 def _with_fastest(
-    meter: LatencyMeter,
-    program: Program,
-    plan: Plan,
-    found: Menus,
-    losses: Sequence[Floats],
-    table: LatencyTable,
-    budget: float,
+    meter: LatencyMeter, program: Program, choice: Choice, table: LatencyTable, budget: float
 ) -> LatencyTable:
     """Return a table that knows what the whole takes at its fastest, if by its parts alone it misses a budget.
 
     Parts alone take time for changes of layout that they are spared beside each other.
     """
+    plan, found, losses = choice
     if table.budget_ms(budget) >= found.least_ms:
         return table
     limit = Budget(ms=sum(map(_least, found.menus)), menus=found.menus)
@@ -218,15 +222,9 @@ def _with_fastest(
     return table.with_whole(found.least_ms, meter.measure(fastest).share)
 
 
-def _met(
-    meter: LatencyMeter,
-    program: Program,
-    plan: Plan,
-    found: Menus,
-    losses: Sequence[Floats],
-    table: LatencyTable,
-    budget: float,
-) -> Plan:
+def _met(meter: LatencyMeter, program: Program, choice: Choice, table: LatencyTable, budget: float) -> Plan:
+    plan, found, losses = choice
+
     def allocated(table: LatencyTable, slow: Slow) -> Plan:
         return allocate_options(program, plan, *without_slow(found, losses, slow), table, budget)
 

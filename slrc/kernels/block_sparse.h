@@ -112,9 +112,8 @@ SLRC_EXPORT const char* slrc_activation(int64_t index);
 // is.
 SLRC_EXPORT const char* slrc_instruction_set(void);
 
-// The same of int8 layers, where there are "avx512amx", "avx512vnni", "avx2vnni", "neoni8mm" and
-// "neondot" as well.
-// SLRC_KERNEL_ISA may name those; float32 layers then take the set whose name theirs begins with.
+// The same of int8 layers, where there are "avx512amx", "avx512vnni", "avx2vnni", "neoni8mm" and "neondot"
+// as well. SLRC_KERNEL_ISA may name those; float32 layers then take the set whose name theirs begins with.
 SLRC_EXPORT const char* slrc_int8_instruction_set(void);
 
 // The index-th feature that a processor needs for a set, as compilers' flags name it; null from the last one's index
@@ -129,7 +128,7 @@ SLRC_EXPORT int slrc_would_run(const char* instruction_set, uint32_t leaf1_ecx, 
 // The greatest rate of float32 multiply-adds that this core reaches, in GFLOP/s, measured for about `seconds`.
 SLRC_EXPORT double slrc_peak_gflops(double seconds);
 
-// The same of int8 ones, in 10^9 a second, a multiply-add being two.
+// The same of int8 ones by vectors, in 10^9 a second, a multiply-add being two. Matrix registers exceed it.
 SLRC_EXPORT double slrc_int8_peak_gops(double seconds);
 
 #if defined(__cplusplus)

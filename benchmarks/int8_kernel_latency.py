@@ -6,8 +6,8 @@
 For each layer of a ResNet and each sparsity: a model of that layer alone, dense (`QLinearConv`) and packed in blocks of
 M outputs × 4 input channels, in turns (A B B A), from uint8 to uint8; both must give the same bits. Prints a table: the
 ratio of medians; operations on the surviving weights, 10⁹ a second, and as a share of the greatest rate of
-multiply-adds that a loop of nothing else reaches by vectors, which AMX exceeds. Then layers that are packed with no zeros. Puts each row in
-`benchmarks/results/int8_kernel_latency.json`.
+multiply-adds that a loop of nothing else reaches by vectors, which AMX exceeds. Then layers that are packed with no
+zeros. Puts each row in `benchmarks/results/int8_kernel_latency.json`.
 
 The dense layer alone brings its input into another layout and its output back. `--network` takes one model of the
 convolutions of ResNet-50's bottlenecks, one behind the other, where that is done once; it is timed by the thread's CPU

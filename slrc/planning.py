@@ -10,7 +10,7 @@ from slrc.backends import parse_target
 from slrc.config import CompileConfig
 from slrc.errors import PlanError, UnreachableError
 from slrc.ir.program import Program
-from slrc.measuring.choose_options import offered_patterns, plan_mixed, plan_options, without_transposed
+from slrc.measuring.choose_options import offered_patterns, plan_mixed, plan_options
 from slrc.measuring.choose_widths import Widths, plan_widths
 from slrc.measuring.devices import Device, local_device
 from slrc.measuring.latency_meter import LatencyMeter
@@ -84,7 +84,7 @@ def plan_from(
             return plan_widths(meter, widths, share)
         patterns = offered_patterns(target) if isinstance(pattern, str) else (pattern,)
         try:
-            start = without_transposed(allocate(patterns[0], Allocation.UNIFORM, 0.0, alternatives=patterns[1:]))
+            start = allocate(patterns[0], Allocation.UNIFORM, 0.0, alternatives=patterns[1:])
         except PlanError as error:
             if not isinstance(pattern, str):
                 raise

@@ -90,6 +90,8 @@ class IntegerTargets:
     reporter: Reporter
     corner_ms: dict[Target, list[Percentiles]] = field(default_factory=dict)
     """Of the targets that were timed: dense in float32 and int8, compiled in float32 and int8."""
+    spared: dict[Target, dict[str, None]] = field(default_factory=dict)
+    """The layers, by name, that rounding would hurt in the dense or the compiled model, so that they are in float32."""
 
     def require_data(self) -> None:
         """Make sure of the data that the options need: better said now than after training.
@@ -142,8 +144,9 @@ class IntegerTargets:
             reporter=self.reporter,
         )
         if quantized.spared:
-            spared = ", ".join(n.removesuffix(".weight") for n in quantized.spared)
-            self.note(f"on {target} {len(quantized.spared)} layers stay in float32: {spared}")
+            names = [n.removesuffix(".weight") for n in quantized.spared]
+            self.spared.setdefault(target, {}).update(dict.fromkeys(names))
+            self.note(f"on {target} {len(names)} layers stay in float32: {', '.join(names)}")
         return quantized
 
     def lower_dense(self, program: Program, target: Target, emit: Emit) -> Rounded:

@@ -136,6 +136,22 @@ def test_a_split_layer_is_left_in_float_by_its_name(tiny_workload: MakeWorkload,
     assert any("ONNX files in ONNX Runtime on this CPU" in note for note in report.notes)
 
 
+@pytest.mark.usefixtures("quick_timing")
+@pytest.mark.parametrize(("given", "why"), [({"int8_skip": "conv2"}, "also `conv2`"), ({}, "was the machine busy")])
+def test_why_a_forecast_was_wrong(
+    given: dict[str, str], why: str, tiny_workload: MakeWorkload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made_up(clock: Clock, jobs: Sequence[Job], budget: Budget) -> tuple[Timing, ...]:
+        return tuple(Timing(float(sum(t.numel() for t in job.program(clock.target).tensors.values()))) for job in jobs)
+
+    monkeypatch.setattr(Clock, "times", made_up)
+    monkeypatch.setattr("slrc.compilation.FORECAST_TOLERANCE", -1.0)
+    options = {**OPTIONS, "pattern": "channel", "latency_budget": 0.7, **given}
+    report = slrc.compile(tiny_workload(), tmp_path / "out", **options)
+    (note,) = [note for note in report.notes if "were predicted" in note]
+    assert why in note
+
+
 @pytest.mark.parametrize(("dense", "compiled", "told"), [(3.0, 2.0, False), (3.0, 0.9, True), (0.9, 2.0, True)])
 def test_int8_that_is_slower_than_float32_is_told(
     dense: float, compiled: float, told: bool, tiny_workload: MakeWorkload

@@ -167,7 +167,7 @@ def _layer_constraints(
         elif keep_ends and (end := _end_of(program, layer)):
             reason = f"{end} is left alone by default"
         else:
-            reasons = [_why_not(layer, p) for p in patterns]
+            reasons = [why_not_pruned(layer, p) for p in patterns]
             reason = None if None in reasons else reasons[0]
         if reason is not None:
             left_out.append(LeftOut(name=layer.name, reason=reason))
@@ -181,7 +181,7 @@ def _layer_constraints(
     return chosen, left_out + _computed(program)
 
 
-def _why_not(layer: Layer, pattern: AnyPattern) -> str | None:
+def why_not_pruned(layer: Layer, pattern: AnyPattern) -> str | None:
     """Return why a layer cannot take a pattern on single weights, or `None` if it can."""
     if layer.op in TRANSPOSED and not isinstance(pattern, Unstructured):
         if not isinstance(pattern, Block):

@@ -69,6 +69,14 @@ def is_transposed(node: Node) -> bool:
     return op_name(node) in TRANSPOSED or (op_name(node) == "convolution" and bool(node.args[6]))
 
 
+def output_dim(layer: Node) -> int:
+    """Return which dimension of a layer's weight numbers its outputs; of transposed convolutions in groups, the first.
+
+    The other of the first two numbers the inputs.
+    """
+    return 1 if is_transposed(layer) and conv_groups(layer) == 1 else 0
+
+
 def concrete(size: int | torch.SymInt) -> int:
     """Return a size with every symbolic dimension (the batch) counted as 1, and parts of it as 1 at least."""
     if isinstance(size, int):

@@ -74,6 +74,10 @@ class Layer:
         """Return the layer's weight as `(out, in/groups, *kernel)`: transposed convolutions hold it the other way."""
         return weight.movedim(self.output_dim, 0)
 
+    def as_stored(self, outputs_first: Tensor) -> Tensor:
+        """Undo `outputs_first`."""
+        return outputs_first.movedim(0, self.output_dim)
+
 
 @dataclass(frozen=True)
 class Program:

@@ -17,7 +17,7 @@ from slrc.measuring.weigh_options import Weigher, weighed
 from slrc.sparsity.budget import Budget, Floats, Menu
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.patterns import AnyPattern, Block, Columns
-from slrc.sparsity.plans import LatencyForecast, LeftOut, Plan
+from slrc.sparsity.plans import LatencyForecast, Plan
 
 WIDTH_SHARES = (0.75, 0.5, 0.25, 0.1, 0.0)
 """How much of the latency between the budget and all is left to options, where widths are chosen first."""
@@ -40,14 +40,6 @@ def offered_patterns(target: Target) -> tuple[AnyPattern, ...]:
     if target.is_integer:
         return (Block(8, 4), Block(4, 4), Block(8, 1))
     return (Block(8, 1), Block(4, 1), Block(16, 1))
-
-
-def without_transposed(start: Plan) -> Plan:
-    """Return a plan without the constraints of transposed convolutions, whose options are not timed nor weighed."""
-    reason = "transposed convolutions are not pruned in blocks where a latency is asked for"
-    own = tuple(c for c in start if c.members[0].dim == 0)
-    others = tuple(LeftOut(name=c.name, reason=reason) for c in start if c.members[0].dim != 0)
-    return start.model_copy(update={"constraints": own, "left_out": (*start.left_out, *others)})
 
 
 def plan_options(

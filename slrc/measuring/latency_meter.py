@@ -30,6 +30,7 @@ from slrc.measuring.latency_table import LatencyTable, SegmentLatency, WholeLate
 from slrc.measuring.meet_budget import Measured
 from slrc.measuring.timing import PART, WHOLE
 from slrc.measuring.timing import Budget as TimeBudget
+from slrc.passes.allocation.allocate_sparsity import why_not_pruned
 from slrc.passes.analysis.cut_segments import Segment, cut_segments
 from slrc.passes.quantization.find_places import is_quantizable
 from slrc.pipeline import baseline, structure
@@ -115,7 +116,7 @@ def make_menus(
         sums = ms.setdefault(c.name, {})
         options = {Option(pattern=c.pattern, groups=c.groups, keep=c.groups, ms=0.0): dense_ms}
         for pattern in segment.by_pattern:
-            groups = pattern.group_view(program.tensors[c.members[0].tensor]).shape[1]
+            groups = pattern.group_view(c.in_order(program.tensors[c.members[0].tensor])).shape[1]
             for density in DENSITIES:
                 option = Option(pattern=pattern, groups=groups, keep=_kept(groups, density), ms=0.0)
                 options.setdefault(option, segment.at(pattern, option.keep / groups, work, dense_ms))
@@ -262,12 +263,12 @@ class LatencyMeter:
 
     def _time_options(self, c: Constraint, segment: Segment, patterns: Sequence[AnyPattern]) -> SegmentTimes:
         anchor = next(n for n in segment.module.graph.nodes if layer_weight(n) is not None)
-        weight = segment.module.get_parameter(str(anchor.args[1].target)).detach()  # type: ignore[union-attr]
+        stored = segment.module.get_parameter(str(anchor.args[1].target)).detach()  # type: ignore[union-attr]
         layer = self._program.layers[c.members[0].tensor]
-        variants = _Variants(segment, layer.groups, self.target)
+        weight, variants = layer.outputs_first(stored), _Variants(segment, layer, self.target)
         timed: list[tuple[AnyPattern, float, Job]] = []
         for pattern in patterns:
-            if pattern.why_not(layer.shape, layer.groups):
+            if why_not_pruned(layer, pattern):
                 continue
             groups = pattern.group_view(weight).shape[1]
             for density in TIMED_DENSITIES:
@@ -346,21 +347,21 @@ def _pruned(pattern: AnyPattern, weight: Tensor, keep: int) -> Tensor:
 class _Variants:
     """Jobs of one segment with other zeros in its layer. It is emitted packed once, and repacked for each."""
 
-    def __init__(self, segment: Segment, groups: int, target: Target) -> None:
-        self._segment, self._groups, self._target = segment, groups, target
+    def __init__(self, segment: Segment, layer: Layer, target: Target) -> None:
+        self._segment, self._layer, self._target = segment, layer, target
         self._packed: tuple[Artifact, TemporaryDirectory[str]] | None = None
 
     def job(self, zeros: Callable[[], Tensor], form: Form, density: float) -> Job:
         """Return the job of the segment with other weights in a form, which does a share of the dense work.
 
-        The weights are made when they are needed: where the time is known, they are not.
+        The weights, outputs first, are made when they are needed: where the time is known, they are not.
         """
-        segment, backend = self._segment, get_backend(self._target)
+        segment, layer, backend = self._segment, self._layer, get_backend(self._target)
 
         def make() -> Formed:
             own = segment.program()
             anchor = next(w for n in own.nodes if (w := layer_weight(n)) is not None)
-            return Formed(own.with_tensors({anchor: zeros()}), {anchor: form}, is_part=True)
+            return Formed(own.with_tensors({anchor: layer.as_stored(zeros())}), {anchor: form}, is_part=True)
 
         def emit(folder: Path) -> None:
             if self._packed is None:
@@ -368,7 +369,8 @@ class _Variants:
                 program = to_be_timed(make(), self._target)
                 self._packed = backend.lower(program, self._target, Path(place.name), portable=False), place
             artifact, first = self._packed
-            backend.repack(artifact, Path(first.name), PackedWeight.of(zeros(), form.size, self._groups), folder)
+            backend.repack(artifact, Path(first.name), PackedWeight.of(zeros(), form.size, layer.groups), folder)
 
         name = digest(segment.module, segment.inputs, form_content(form, density))
-        return Job(name, make, segment.inputs, emit if form.kind is FormKind.PACKED else None)
+        is_repacked = form.kind is FormKind.PACKED and not layer.output_dim  # else the phases of a stride are packed
+        return Job(name, make, segment.inputs, emit if is_repacked else None)

@@ -11,7 +11,6 @@ from torch.fx import Interpreter
 from torch.utils import _pytree as pytree
 
 from slrc.errors import PlanError
-from slrc.ir.nodes import conv_groups
 from slrc.ir.program import Program
 from slrc.methods.settings import ReconstructSettings
 from slrc.progress import Quiet, Reporter
@@ -20,7 +19,7 @@ from slrc.reconstruction.observe import Observed, first_uses, observe, operands
 from slrc.reconstruction.select import select
 from slrc.reconstruction.side_by_side import SideBySide
 from slrc.reconstruction.solve import Damped, error, refit
-from slrc.reconstruction.units import choose_units
+from slrc.reconstruction.units import choose_units, readers
 from slrc.sparsity.constraints import Constraint
 from slrc.sparsity.masks import Masks
 from slrc.sparsity.patterns import Block, Columns
@@ -72,7 +71,7 @@ def layer_errors(
     with (reporter or Quiet()).task("layer errors", len(layers)) as task:
         for number in range(len(layers)):
             seen = observe(both, number, settings.positions, generator)
-            for alike in _by_pattern(asked[id(seen.weight)]):
+            for alike in _by_pattern(asked[id(seen.stored)]):
                 errors = _errors(seen, [c for _, _, c in alike], settings)
                 for (name, place, _), value in zip(alike, errors, strict=True):
                     found[name][place] = value
@@ -155,7 +154,7 @@ def output_divergences(
     with (reporter or Quiet()).task("layers alone", len(layers)) as task:
         for number in range(len(layers)):
             seen = observe(both, number, settings.positions, generator)
-            name, constraint = by_weight[id(seen.weight)]
+            name, constraint = by_weight[id(seen.stored)]
             damped = _damped(seen, settings)
             mask = select([constraint], damped, tuple(seen.weight.shape), settings.rate)[0]
             found[name] = outputs.divergence(_refitted(seen, damped, mask, both))
@@ -196,17 +195,16 @@ def group_divergences(
     nothing = Plan(sparsity_asked=0.0, sparsity=0.0, constraints=())
     masks = {c.name: Masks.of(nothing.model_copy(update={"constraints": (c,)}), program.tensors, units) for c in chosen}
     changed = {name: own.apply(program.tensors) for name, own in masks.items()}
-    readers = {id(program.tensors[s.tensor]): s.tensor for c in chosen for s in c.followers if s.dim == 1}
-    layers = [node for key, node in first_uses(program).items() if key in readers and conv_groups(node) == 1]
-    both = SideBySide(program, inputs, layers)
-    with reporter.task("readers of channels", len(layers)) as task:
-        for number in range(len(layers)):
+    reads = readers(program, chosen)
+    both = SideBySide(program, inputs, list(reads))
+    with reporter.task("readers of channels", len(reads)) as task:
+        for number, own in enumerate(reads.values()):
             seen = observe(both, number, settings.positions, generator)
-            weight = readers[id(seen.weight)]
             if seen.moments is not None:
                 damped = _damped(seen, settings)
-                for name in [c.name for c in chosen if any(s.tensor == weight and s.dim == 1 for s in c.followers)]:
-                    refitted = _refitted(seen, damped, _columns(masks[name].tensors[weight]), both)
+                for name, weight in {c.name: s.tensor for c, s in own}.items():
+                    kept = _columns(seen.outputs_first(masks[name].tensors[weight]))
+                    refitted = _refitted(seen, damped, kept, both)
                     changed[name] |= refitted | masks[name].apply(refitted)
             task.advance()
     outputs = _Outputs(program, inputs, logits)
@@ -220,8 +218,7 @@ def group_divergences(
 
 def _columns(mask: Tensor) -> Tensor:
     """Return the mask `(out, K)` of what a layer reads; rows of its own that are pruned are fitted like the others."""
-    kept = mask.flatten(1)
-    return kept.any(dim=0).expand(kept.shape)
+    return mask.any(dim=0).expand(mask.shape)
 
 
 class _Outputs:
@@ -274,7 +271,7 @@ def _refitted(seen: Observed, damped: Damped, mask: Tensor, both: SideBySide) ->
     """Return the tensors of a layer that is refitted on a support `(out, K)`, by name, with what takes on its means."""
     assert seen.moments is not None
     weight = refit(damped, mask)
-    made = {str(operands(seen.layer)[1].target): weight.reshape(seen.weight.shape)}
+    made = {str(operands(seen.layer)[1].target): seen.as_stored(weight)}
     left = seen.moments.outputs - (weight * seen.moments.inputs[damped.group_of_row()]).sum(dim=1)
     if seen.around.bias is not None:
         made[str(seen.around.bias.target)] = left

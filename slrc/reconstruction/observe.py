@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from slrc.errors import WorkloadError
-from slrc.ir.nodes import argument, layer_weight
+from slrc.ir.nodes import argument, layer_weight, output_dim
 from slrc.ir.program import Program
 from slrc.reconstruction.clipping import SAMPLED_NUMBERS, SAMPLES_A_COLUMN, Clipped
 from slrc.reconstruction.side_by_side import SideBySide
@@ -38,19 +38,32 @@ def operands(layer: Node) -> tuple[Node, Node]:
 
 @dataclass(frozen=True)
 class Observed:
-    """A layer, its weight in the dense network, and what its inputs and outputs were.
+    """A layer, its weight as it is `stored` in the dense network, and what its inputs and outputs were.
 
     `moments` are about the means; `None` where the layer was not observed, and `why_not` says why. Where an activation
     clips the result, `clipped` are samples.
     """
 
     layer: Node
-    weight: Tensor
+    stored: Tensor
     around: Surroundings
     moments: Moments | None
     clipped: Clipped | None
     why_not: str
     num_samples: int
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as `(out, in/groups, *kernel)`."""
+        return _turned(self.layer, self.stored)
+
+    def outputs_first(self, stored: Tensor) -> Tensor:
+        """Return what is stored of the weight, such as a mask, as `(out, K)`."""
+        return _turned(self.layer, stored).flatten(1)
+
+    def as_stored(self, outputs_first: Tensor) -> Tensor:
+        """Undo `outputs_first`."""
+        return _turned(self.layer, outputs_first.reshape(self.weight.shape))
 
     @property
     def seen(self) -> Moments:
@@ -91,7 +104,8 @@ def observe(
     """
     layer = both.stretches[number].layer
     source, node = operands(layer)
-    weight = both.constant(node)
+    stored = both.constant(node)
+    weight = _turned(layer, stored)
     around = surroundings(layer, both)
     sample = Sampler(layer, tuple(weight.shape[2:]), positions)
     statistics, kept, why_not = Statistics(), _Kept(both.num_batches, generator), ""
@@ -117,7 +131,12 @@ def observe(
             f"the inputs or outputs of `{node.target}` are not finite on the calibration data",
             hint="look for values that overflow in the model as it was given",
         )
-    return Observed(layer, weight, around, moments, kept.clipped(around), why_not, both.num_samples)
+    return Observed(layer, stored, around, moments, kept.clipped(around), why_not, both.num_samples)
+
+
+def _turned(layer: Node, weight: Tensor) -> Tensor:
+    """Return a layer's weight with its outputs first, or one with outputs first as it is stored."""
+    return weight.transpose(0, output_dim(layer))
 
 
 def _along(channels: Tensor, weight: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ class _Refit:
         seen = observe(self.both, number, self.settings.positions, self.generator, self._is_refitted)
         if seen.moments is not None:
             self._refit(seen)
-        elif (constraint := self.constraints.get(id(seen.weight))) is not None:
+        elif (constraint := self.constraints.get(id(seen.stored))) is not None:
             self._prune_by_magnitude(seen, constraint)
 
     def _is_refitted(self, layer: Node) -> bool:
@@ -153,25 +153,25 @@ class _Refit:
 
     def _prune_by_magnitude(self, seen: Observed, c: Constraint) -> None:
         name = c.members[0].tensor
-        self.kept[c.name] = c.project({name: seen.weight})
-        mask = torch.ones(seen.weight.shape, dtype=torch.bool)
+        self.kept[c.name] = c.project({name: seen.stored})
+        mask = torch.ones(seen.stored.shape, dtype=torch.bool)
         c.scatter(self.kept[c.name], {name: mask}, followers=False)
-        self.both.replace(operands(seen.layer)[1], seen.weight * mask)
+        self.both.replace(operands(seen.layer)[1], seen.stored * mask)
         self.notes.append(f"`{c.name}` was pruned by magnitude and not refitted: {seen.why_not}")
 
     def _refit(self, seen: Observed) -> None:
-        moments, weight, around = seen.moments, seen.weight, seen.around
+        moments, around = seen.moments, seen.around
         assert moments is not None
         damped = seen.damped(self.settings.damping)
-        constraint, given = self.constraints.get(id(weight)), self.masks.get(id(weight))
+        constraint, given = self.constraints.get(id(seen.stored)), self.masks.get(id(seen.stored))
+        given = None if given is None else seen.outputs_first(given)
         if constraint is not None:
-            mask = self._select(constraint, damped, weight, given)
-            in_shape = mask.reshape(weight.shape)
-            self.kept[constraint.name] = constraint.gather({constraint.members[0].tensor: in_shape})
+            mask = self._select(constraint, damped, seen.weight, given)
+            self.kept[constraint.name] = constraint.gather({constraint.members[0].tensor: seen.as_stored(mask)})
         else:
-            mask = torch.ones_like(damped.cross, dtype=torch.bool) if given is None else given.flatten(1)
+            mask = torch.ones_like(damped.cross, dtype=torch.bool) if given is None else given
         fitted, outputs = self._fit(seen, damped, mask)
-        self.both.replace(operands(seen.layer)[1], fitted.reshape(weight.shape))
+        self.both.replace(operands(seen.layer)[1], seen.as_stored(fitted).contiguous())
         left = outputs - (fitted * moments.inputs[damped.group_of_row()]).sum(dim=1)
         if around.bias is not None:
             bias_mask = self.masks.get(id(self.both.constant(around.bias)))
@@ -180,8 +180,8 @@ class _Refit:
             self.both.replace(around.mean, self.both.current(around.mean) - left)
 
     def _select(self, constraint: Constraint, damped: Damped, weight: Tensor, left: Tensor | None) -> Tensor:
-        """Return the mask `(out, K)` that a layer's own pattern keeps of what channels leave of its weight."""
-        window = Window.of(constraint.pattern, weight, left)
+        """Return the mask `(out, K)` that a layer's own pattern keeps of what channels leave of its weight, `left`."""
+        window = Window.of(constraint.pattern, weight, None if left is None else left.reshape(weight.shape))
         if window.rows is None or window.columns is None:
             return select([constraint], damped, tuple(weight.shape), self.settings.rate)[0]
         taps = weight[0, 0].numel()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.nn.functional import pad
 
-from slrc.ir.nodes import CONVOLUTIONS, argument, conv_groups, is_transposed, op_name
+from slrc.ir.nodes import CONVOLUTIONS, TRANSPOSED, argument, conv_groups, is_transposed, op_name
 
 
 class Moments(NamedTuple):
@@ -81,6 +81,8 @@ class Statistics:
 class Sampler:
     """Takes samples of a layer's inputs and outputs: patches of a convolution, rows of a linear layer.
 
+    Of a transposed convolution a patch is what an output may be made of; what another phase of the stride has is zero.
+
     Args:
         node: the layer; see `why_not`.
         kernel: the sizes of a convolution's kernel.
@@ -93,15 +95,19 @@ class Sampler:
 
     def why_not(self, weight: Tensor, inputs: Tensor) -> str:
         """Return why a layer's inputs cannot be unfolded; empty if they can."""
-        if is_transposed(self.node):
-            return "it is a transposed convolution"
-        if op_name(self.node) in CONVOLUTIONS and inputs.dim() != weight.dim():
+        if is_transposed(self.node) and conv_groups(self.node) > 1:
+            return "it is a transposed convolution in groups"
+        if self._is_convolution and inputs.dim() != weight.dim():
             return "its input has no batch"
         return "" if weight.is_floating_point() else "its weights are not real numbers"
 
+    @property
+    def _is_convolution(self) -> bool:
+        return op_name(self.node) in CONVOLUTIONS or is_transposed(self.node)
+
     def __call__(self, inputs: Tensor, outputs: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return samples of the inputs `(samples, g, K)` and of the outputs `(samples, out)`."""
-        if op_name(self.node) in CONVOLUTIONS:
+        if self._is_convolution:
             return self._patches(inputs, outputs, generator)
         x, y = inputs.reshape(-1, inputs.shape[-1]), outputs.reshape(-1, outputs.shape[-1])
         most = self.positions * (len(inputs) if inputs.dim() > 1 else 1)
@@ -111,7 +117,6 @@ class Sampler:
         return x.unsqueeze(1), y
 
     def _patches(self, inputs: Tensor, outputs: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        stride, padding, dilation = self._geometry()
         images, sizes = len(inputs), outputs.shape[2:]
         total = math.prod(sizes)
         places = torch.arange(total).expand(images, total)
@@ -123,27 +128,41 @@ class Sampler:
         dims = len(self.kernel)
         index: list[Any] = [image.reshape(-1, *[1] * (dims + 1)), slice(None)]
         for d, (place, size) in enumerate(zip(torch.unravel_index(places, sizes), self.kernel, strict=True)):
-            taps = (torch.arange(size) * dilation[d]).reshape([-1 if i == d else 1 for i in range(dims)])
-            index.append(place.reshape(*places.shape, *[1] * dims) * stride[d] + taps)
-        padded = pad(inputs, [side for pair in reversed(padding) for side in pair])
-        patches = padded[tuple(index)]  # (images, positions, *kernel, in)
+            taps = torch.arange(size).reshape([-1 if i == d else 1 for i in range(dims)])
+            index.append(self._read(place.reshape(*places.shape, *[1] * dims), taps, d, inputs.shape[2 + d]))
+        patches = pad(inputs, [0, 1] * dims)[tuple(index)]  # (images, positions, *kernel, in)
         groups = conv_groups(self.node)
         by_group = patches.reshape(*patches.shape[:-1], groups, -1).flatten(0, 1)
         return by_group.movedim((-2, -1), (1, 2)).flatten(2), y
 
-    def _geometry(self) -> tuple[list[int], list[tuple[int, int]], list[int]]:
-        """Return the stride, the padding before and after, and the dilation of each dimension."""
-        node, dims = self.node, len(self.kernel)
-        stride = _per_dim(argument(node, 3, "stride", 1), dims)
-        dilation = _per_dim(argument(node, 5, "dilation", 1), dims)
+    def _read(self, place: Tensor, tap: Tensor, d: int, size: int) -> Tensor:
+        """Return where in dimension `d` of the inputs a tap of the kernel reads for an output's place.
+
+        That is `size`, a zero behind the inputs, where it reads padding, or nothing: a tap of a transposed convolution
+        that another phase of the stride has.
+        """
+        stride, padding, dilation = self._geometry(d)
+        if is_transposed(self.node):
+            spread = place + padding - tap * dilation
+            at, is_read = spread.div(stride, rounding_mode="floor"), spread % stride == 0
+        else:
+            at = place * stride - padding + tap * dilation
+            is_read = torch.ones_like(at, dtype=torch.bool)
+        return torch.where(is_read & (at >= 0) & (at < size), at, size)
+
+    def _geometry(self, d: int) -> tuple[int, int, int]:
+        """Return the stride, the padding before and the dilation of dimension `d`."""
+        node = self.node
+        spread = 7 if op_name(node) in TRANSPOSED else 5
+        stride, dilation = (
+            _of_dim(argument(node, position, name, 1), d) for position, name in ((3, "stride"), (spread, "dilation"))
+        )
         given = argument(node, 4, "padding", 0)
         if given == "same":
-            spans = [d * (k - 1) for d, k in zip(dilation, self.kernel, strict=True)]
-            return stride, [(span // 2, span - span // 2) for span in spans], dilation
-        sides = [0] * dims if given == "valid" else _per_dim(given, dims)
-        return stride, [(side, side) for side in sides], dilation
+            return stride, dilation * (self.kernel[d] - 1) // 2, dilation
+        return stride, 0 if given == "valid" else _of_dim(given, d), dilation
 
 
-def _per_dim(value: int | list[int], dims: int) -> list[int]:
+def _of_dim(value: int | list[int], d: int) -> int:
     values = [value] if isinstance(value, int) else list(value)
-    return values * dims if len(values) == 1 else values
+    return values[0 if len(values) == 1 else d]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
-from slrc.ir.nodes import conv_groups
+from slrc.ir.nodes import conv_groups, output_dim
 from slrc.ir.program import Program
 from slrc.methods.settings import ReconstructSettings
 from slrc.progress import Reporter
@@ -19,8 +20,19 @@ from slrc.reconstruction.solve import Damped
 from slrc.sparsity.constraints import Constraint
 from slrc.sparsity.slices import Slice
 
-Readers = list[tuple[Constraint, Slice]]
+Reads = list[tuple[Constraint, Slice]]
 """The groups that a layer reads, and where their units lie in its weight."""
+
+
+def readers(program: Program, constraints: Sequence[Constraint]) -> dict[Node, Reads]:
+    """Return the layers that read coupled groups, in the graph's order; none that is in groups itself."""
+    tensors, found = program.tensors, {}
+    for key, layer in first_uses(program).items():
+        inputs = 1 - output_dim(layer)
+        own = [(c, s) for c in constraints for s in c.followers if s.dim == inputs and id(tensors[s.tensor]) == key]
+        if own and conv_groups(layer) == 1:
+            found[layer] = own
+    return found
 
 
 def choose_units(
@@ -37,18 +49,12 @@ def choose_units(
     error, as a share of its output's variance, is summed over these layers. Where no layer reads a group, the units
     with the most energy survive.
     """
-    tensors = program.tensors
-    readers: dict[int, Readers] = {}
-    for c in constraints:
-        for s in c.followers:
-            if s.dim == 1:
-                readers.setdefault(id(tensors[s.tensor]), []).append((c, s))
-    layers = [n for key, n in first_uses(program).items() if key in readers and conv_groups(n) == 1]
-    both = SideBySide(program, inputs, layers)
+    tensors, reads = program.tensors, readers(program, constraints)
+    both = SideBySide(program, inputs, list(reads))
     scores: dict[str, Tensor] = {}
-    with reporter.task("choosing channels", len(layers)) as task:
-        for number in range(len(layers)):
-            for name, missed in _missed(observe(both, number, settings.positions, generator), readers, settings):
+    with reporter.task("choosing channels", len(reads)) as task:
+        for number, own in enumerate(reads.values()):
+            for name, missed in _missed(observe(both, number, settings.positions, generator), own, settings):
                 scores[name] = scores.get(name, torch.zeros_like(missed)) + missed
             task.advance()
     kept = {}
@@ -61,10 +67,10 @@ def choose_units(
     return kept
 
 
-def _missed(seen: Observed, readers: Mapping[int, Readers], settings: ReconstructSettings) -> list[tuple[str, Tensor]]:
+def _missed(seen: Observed, reads: Reads, settings: ReconstructSettings) -> list[tuple[str, Tensor]]:
     if seen.moments is None:
         return []
-    return [(c.name, _missed_units(seen, s, c.groups, settings)) for c, s in readers[id(seen.weight)]]
+    return [(c.name, _missed_units(seen, s, c.groups, settings)) for c, s in reads]
 
 
 def _missed_units(seen: Observed, s: Slice, units: int, settings: ReconstructSettings) -> Tensor:

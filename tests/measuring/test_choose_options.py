@@ -148,9 +148,9 @@ def test_an_int8_target_is_offered_blocks_of_four_channels_and_of_one(
 def test_a_segment_that_is_repacked_is_as_if_emitted(program: Program, rows: int, tmp_path: Path) -> None:
     """Emitted once with few blocks of eight rows, then with other blocks: the numbers are those of the new ones."""
     segment = next(s for s in cut_segments(slrc.pipeline.baseline(program)) if s.anchor == "conv2d_1")
-    variants = latency_meter._Variants(segment, 1, ORT)
-    name, weight = next((n, p.detach()) for n, p in segment.module.named_parameters() if p.dim() == 4)
-    del name
+    (layer,) = [layer for layer in program.layers.values() if segment.anchor in layer.nodes]
+    variants = latency_meter._Variants(segment, layer, ORT)
+    weight = next(p.detach() for p in segment.module.parameters() if p.dim() == 4)
     for i, (size, keep) in enumerate([(8, 0.1), (rows, 0.5)]):
         pattern = Block(size, 1)
         zeros = weight * project(pattern, weight, round(pattern.group_view(weight).shape[1] * keep))
@@ -237,14 +237,18 @@ def test_auto_reaches_what_the_least_widths_leave(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("times_are_sizes")
-def test_transposed_convolutions_stay_dense_where_a_latency_is_asked_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pattern", ["block:8x1", "auto"])
+def test_transposed_convolutions_take_options(pattern: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     layers = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.ConvTranspose2d(16, 16, 2, 2), nn.Conv2d(16, 3, 1)
     program = capture(nn.Sequential(*layers).eval(), (torch.randn(1, 3, 8, 8),), "net")
-    plan = slrc.plan(program, "block:8x1", latency_budget=0.8, cache=tmp_path)
-    assert [c.name for c in plan] == ["1"]
-    reasons = {x.name: x.reason for x in plan.left_out}
-    assert reasons["2"] == "transposed convolutions are not pruned in blocks where a latency is asked for"
+    plan = slrc.plan(program, pattern, latency_budget=0.5, cache=tmp_path)
+    assert {"1", "2"} <= {c.name for c in plan}
+    assert plan.latency is not None
+    assert plan.latency.predicted == pytest.approx(0.5, rel=0.05)
+    (transposed,) = [c for c in plan if c.name == "2"]
+    assert transposed.keep < transposed.groups
+    slrc.Masks.project(plan, program.tensors).check(plan)
 
 
 @pytest.mark.usefixtures("times_are_sizes")

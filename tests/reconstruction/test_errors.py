@@ -105,6 +105,22 @@ def test_a_group_alone_moves_the_outputs_as_its_refitted_reader_does() -> None:
     assert any(found["2"] == pytest.approx(value, rel=1e-3) for _, value in sorted(values)[:5])
 
 
+def test_a_transposed_convolution_reads_a_group() -> None:
+    """It reads half of the units, those that are small: they are kept, and nothing moves."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.ConvTranspose2d(8, 5, 2, 2))
+    with torch.no_grad():
+        model[0].weight[4:] *= 10
+        model[2].weight[4:] = 0
+    x = torch.randn(32, 3, 4, 4)
+    workload = slrc.Workload(model=model, example_inputs=(x[:1],), calibration=[x])
+    program = slrc.capture(workload)
+    groups = slrc.plan(program, "channel", 0.5, keep_ends=False).constraints
+    assert [c.name for c in groups] == ["0"]
+    found = group_divergences(program, calibration_inputs(program, workload, 32, 0), groups)
+    assert found["0"] == pytest.approx(0, abs=1e-6)
+
+
 def _supports(columns: int, keep: int) -> list[tuple[int, ...]]:
     from itertools import combinations
 

@@ -149,16 +149,41 @@ def test_a_drift_before_an_unpruned_layer_is_corrected(residual_workload: slrc.W
     assert after < distance(model, residual_net(), x)
 
 
+def decoder() -> nn.Module:
+    torch.manual_seed(0)
+    wide, smooth = nn.ConvTranspose2d(8, 16, 2, 2), nn.ConvTranspose2d(16, 8, 4, 2, 1, bias=False)
+    norm = nn.BatchNorm2d(8)
+    nn.init.uniform_(norm.running_mean)
+    return nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), wide, nn.ReLU(), smooth, norm, nn.Conv2d(8, 3, 1)).eval()
+
+
+@pytest.mark.parametrize("pattern", ["block:8x1", "unstructured", "channel"])
+def test_transposed_convolutions_are_refitted(pattern: str) -> None:
+    x = torch.randn(64, 4, 6, 6, generator=torch.Generator().manual_seed(1))
+    workload = slrc.Workload(model=decoder(), example_inputs=(x[:1],), calibration=[x])
+    program = slrc.capture(workload)
+    plan = slrc.plan(program, pattern, 0.5)
+    assert {"2", "4"} <= {c.name for c in plan}
+    trained = run(workload, plan)
+    assert not trained.notes
+    trained.masks.check(plan, dict(workload.model.named_parameters()))
+    masked, by_magnitude = decoder(), decoder()
+    trained.masks.apply_(dict(masked.named_parameters()))
+    Masks.project(plan, program.tensors).apply_(dict(by_magnitude.named_parameters()))
+    others = min(distance(masked, decoder(), x), distance(by_magnitude, decoder(), x))
+    assert distance(workload.model, decoder(), x) < 0.5 * others
+
+
 def test_a_layer_that_cannot_be_unfolded_is_pruned_by_magnitude_and_told() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(8, 8, 2, 2), nn.Conv2d(8, 8, 1))
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(8, 8, 2, 2, groups=2))
     x = torch.randn(20, 8, 5, 5)
     workload = slrc.Workload(model=model, example_inputs=(x[:1],), calibration=[x])
     plan = slrc.plan(slrc.capture(workload), "unstructured", 0.5, keep_ends=False)
     before = model[2].weight.detach().clone()
     trained = run(workload, plan)
     (c,) = [c for c in plan if c.name == "2"]
-    assert trained.notes == ("`2` was pruned by magnitude and not refitted: it is a transposed convolution",)
+    assert trained.notes == ("`2` was pruned by magnitude and not refitted: it is a transposed convolution in groups",)
     kept = c.project({"2.weight": before})
     mask = torch.ones(before.shape, dtype=torch.bool)
     c.scatter(kept, {"2.weight": mask}, followers=False)

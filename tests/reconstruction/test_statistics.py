@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slrc.ir.nodes import layer_weight
+from slrc.ir.nodes import layer_weight, output_dim
 from slrc.ir.program import Program, capture
 from slrc.reconstruction.statistics import Sampler, Statistics
 
@@ -25,6 +25,11 @@ LAYERS: list[tuple[nn.Module, tuple[int, ...]]] = [
     (nn.Conv2d(4, 8, 3, groups=4, bias=False), (3, 4, 7, 6)),
     (nn.Conv1d(4, 6, 3, stride=2, padding=1, bias=False), (3, 4, 9)),
     (nn.Conv3d(2, 3, 2, padding=1, bias=False), (2, 2, 4, 3, 5)),
+    (nn.ConvTranspose2d(4, 6, 2, stride=2, bias=False), (3, 4, 4, 3)),
+    (nn.ConvTranspose2d(4, 6, (4, 3), (2, 3), (1, 0), output_padding=(1, 2), bias=False), (3, 4, 4, 3)),
+    (nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, dilation=2, bias=False), (3, 4, 4, 3)),
+    (nn.ConvTranspose1d(4, 6, 3, stride=4, bias=False), (3, 4, 5)),
+    (nn.ConvTranspose3d(2, 3, 3, bias=False), (2, 2, 4, 3, 2)),
     (nn.Linear(5, 3, bias=False), (4, 5)),
     (nn.Linear(5, 3, bias=False), (2, 6, 5)),
 ]
@@ -35,8 +40,9 @@ LAYERS: list[tuple[nn.Module, tuple[int, ...]]] = [
 def test_samples_are_what_the_layer_multiplies(layer: nn.Module, shape: tuple[int, ...], positions: int) -> None:
     x = torch.randn(shape)
     program = capture(layer, (x,))
-    weight: Tensor = layer.weight
-    sample = Sampler(layer_of(program), tuple(weight.shape[2:]), positions)
+    node = layer_of(program)
+    weight: Tensor = layer.weight.transpose(0, output_dim(node))
+    sample = Sampler(node, tuple(weight.shape[2:]), positions)
     assert not sample.why_not(weight, x)
     y = layer(x).detach()
     inputs, outputs = sample(x, y, torch.Generator().manual_seed(0))
@@ -49,7 +55,7 @@ def test_samples_are_what_the_layer_multiplies(layer: nn.Module, shape: tuple[in
 
 def test_what_cannot_be_unfolded_is_told() -> None:
     x = torch.randn(1, 4, 5, 5)
-    layer = nn.ConvTranspose2d(4, 2, 3)
+    layer = nn.ConvTranspose2d(4, 2, 3, groups=2)
     sample = Sampler(layer_of(capture(layer, (x,))), (3, 3), 8)
     assert "transposed" in sample.why_not(layer.weight, x)
     unbatched = nn.Conv2d(4, 2, 3)

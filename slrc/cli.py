@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -22,16 +22,12 @@ from slrc.cli_options import (
     TargetOption,
     takes,
 )
+from slrc.cli_output import console, is_main_process, reporter
 from slrc.config import make_config
 from slrc.errors import ConfigError, OutputError
 from slrc.machine.memory import keep_freed_memory
 from slrc.methods.settings import MethodName
 from slrc.options import options, planning_options
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from slrc.progress import Reporter
 
 app = typer.Typer(
     name="slrc",
@@ -70,10 +66,10 @@ def compile_command(
     from slrc import api
     from slrc.reporting.tables import report_table
 
-    report = api.compile(model, out, config=made, resume=resume, overwrite=overwrite, reporter=_reporter())
-    if _is_main_process():
-        _console().print(report_table(report))
-        _console().print(f"report: {out / 'report.html'}", soft_wrap=True)
+    report = api.compile(model, out, config=made, resume=resume, overwrite=overwrite, reporter=reporter())
+    if is_main_process():
+        console().print(report_table(report))
+        console().print(f"report: {out / 'report.html'}", soft_wrap=True)
 
 
 @app.command("sweep")
@@ -121,12 +117,12 @@ def sweep_command(
         accepted=accept,
         retry_failed=retry_failed,
         warm_start=warm_start,
-        reporter=_reporter(),
+        reporter=reporter(),
     )
-    _console().print(sweep_table(found))
+    console().print(sweep_table(found))
     for text in (*sweep_notes(found), found.recommendation):
-        _console().print(text, soft_wrap=True)
-    _console().print(f"report: {out / 'report.html'}", soft_wrap=True)
+        console().print(text, soft_wrap=True)
+    console().print(f"report: {out / 'report.html'}", soft_wrap=True)
 
 
 @app.command()
@@ -152,15 +148,15 @@ def inspect(
 
     workload = load_workload(model)
     program = api.capture(workload)
-    plan = plan_from(program, config, workload, reporter=_reporter())
+    plan = plan_from(program, config, workload, reporter=reporter())
     for table in inspect_tables(program, plan, label_indices(program, plan.attention, plan.layer_norm)):
-        _console().print(table)
+        console().print(table)
     if plan_out is not None:
         try:
             plan.save(plan_out)
         except OSError as error:
             raise OutputError(f"cannot write `{plan_out}`: {error.strerror}") from None
-        _console(stderr=True).print(f"plan: {plan_out}", soft_wrap=True)
+        console(stderr=True).print(f"plan: {plan_out}", soft_wrap=True)
 
 
 @app.command()
@@ -184,12 +180,12 @@ def doctor(
     from slrc.doctor.examine import examine
     from slrc.reporting.doctor_tables import doctor_tables
 
-    found = examine(model, config, seconds=seconds, reporter=_reporter())
+    found = examine(model, config, seconds=seconds, reporter=reporter())
     if as_json:
         typer.echo(found.model_dump_json(indent=1))
     else:
         for table in doctor_tables(found):
-            _console().print(table)
+            console().print(table)
     if not found.is_healthy:
         raise typer.Exit(2)
 
@@ -216,17 +212,17 @@ def bench(
     if host is None:
         from slrc.reporting.bench import bench_output
 
-        result = bench_output(folder, threads, _reporter())
+        result = bench_output(folder, threads, reporter())
     else:
         from slrc.device.deploy import bench_on_device
 
-        result = bench_on_device(folder, host, which, threads, _reporter(), _agree if lock_clocks else None)
+        result = bench_on_device(folder, host, which, threads, reporter(), _agree if lock_clocks else None)
     from slrc.reporting.tables import latency_table
 
     if as_json:
         typer.echo(result.model_dump_json(indent=1))
     else:
-        _console().print(latency_table(result))
+        console().print(latency_table(result))
 
 
 @app.command()
@@ -241,9 +237,9 @@ def compare(
 
     found = read(folders)
     for table in compare_tables(found):
-        _console().print(table)
+        console().print(table)
     for note in found.notes:
-        _console(stderr=True).print(f"note: {note}", soft_wrap=True)
+        console(stderr=True).print(f"note: {note}", soft_wrap=True)
     if html is not None:
         _write(html, render_comparison(found))
 
@@ -274,20 +270,18 @@ def deploy(
 
     if remove:
         size = devices.remove_from(host)
-        _console().print(
-            f"{host}: " + ("there was nothing of slrc" if size is None else f"{size / 1e6:.1f} MB removed")
-        )
+        console().print(f"{host}: " + ("there was nothing of slrc" if size is None else f"{size / 1e6:.1f} MB removed"))
         return
     if folder is None:
         raise ConfigError("`slrc deploy` needs the folder of a compiled model", hint="such as `slrc deploy build`")
     threads, agree = make_config(given).threads, _agree if lock_clocks else None
-    result = devices.deploy_output(folder, host, which, threads, _reporter(), agree)
+    result = devices.deploy_output(folder, host, which, threads, reporter(), agree)
     if as_json:
         typer.echo(result.model_dump_json(indent=1))
     else:
         from slrc.device.tables import deployment_table
 
-        _console().print(deployment_table(result))
+        console().print(deployment_table(result))
 
 
 @app.command()
@@ -311,7 +305,7 @@ def bundle(
     from slrc.device.deploy import bundle_file
 
     chosen = bundle_file(folder, out, which, threads, program=without_python)
-    _console().print(f"wrote {out} for {chosen}", soft_wrap=True)
+    console().print(f"wrote {out} for {chosen}", soft_wrap=True)
 
 
 @app.command()
@@ -320,13 +314,13 @@ def targets(host: DeviceOption = None, debug: DebugOption = False) -> None:
     if host is None:
         from slrc.reporting.tables import targets_table
 
-        _console().print(targets_table())
+        console().print(targets_table())
         return
     from slrc.device.ssh_device import SshDevice
     from slrc.device.tables import device_table
 
     with SshDevice(host) as found:
-        _console().print(device_table(found.info))
+        console().print(device_table(found.info))
 
 
 @app.command()
@@ -342,7 +336,7 @@ def init(
         file.write_text(template.read_text())
     except OSError as error:
         raise OutputError(f"cannot write `{file}`: {error.strerror}") from None
-    _console().print(f"wrote {file}; next: slrc compile {file}", soft_wrap=True)
+    console().print(f"wrote {file}; next: slrc compile {file}", soft_wrap=True)
 
 
 def _agree(lock: str, restore: str) -> bool:
@@ -354,7 +348,7 @@ def _write(file: Path, text: str) -> None:
         file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OutputError(f"cannot write `{file}`: {error.strerror}") from None
-    _console(stderr=True).print(f"page: {file}", soft_wrap=True)
+    console(stderr=True).print(f"page: {file}", soft_wrap=True)
 
 
 def _version(value: bool) -> None:
@@ -385,21 +379,3 @@ def main() -> None:
     keep_freed_memory()
     with told_errors(debug):
         app()
-
-
-def _reporter() -> Reporter:
-    """Progress bars, from one process of a distributed run."""
-    from slrc.progress import Bars, Quiet
-
-    return Bars(_console(stderr=True)) if _is_main_process() else Quiet()
-
-
-def _is_main_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def _console(stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    # No markup: names and paths may hold brackets.
-    return Console(stderr=stderr, markup=False, highlight=False)

@@ -176,6 +176,29 @@ def test_inspect_says_that_a_large_last_layer_is_pruned(run: Run, tmp_path: Path
     assert "yes: a last layer with 83% of the parameters" in " ".join(result.out.split())
 
 
+def test_what_is_piped_keeps_its_names_and_lines_whole(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, file = "a_layer_" * 12, tmp_path / "long.py"
+    file.write_text(f"""
+import slrc, torch
+from torch import nn
+def workload():
+    layers = dict(first=nn.Linear(8, 8), {name}=nn.Linear(8, 8), last=nn.Linear(8, 2))
+    model = nn.Sequential()
+    for name, layer in layers.items():
+        model.add_module(name, layer)
+    return slrc.Workload(model, (torch.randn(1, 8),))
+""")
+    monkeypatch.setenv("COLUMNS", "80")
+    narrow = run("inspect", file)
+    monkeypatch.delenv("COLUMNS")
+    piped = run("inspect", file)
+    assert narrow.code == piped.code == 0, piped.err
+    assert (name in narrow.out, name in piped.out) == (False, True)
+    assert max(map(len, narrow.out.splitlines())) <= 80
+
+
 def test_inspect(run: Run, model: Path) -> None:
     result = run("inspect", model, "--pattern", "block:4x1", "--sparsity", 0.75, "--plan-out", "plan.json")
     assert result.code == 0, result.err

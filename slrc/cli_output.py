@@ -20,7 +20,7 @@ def console(stderr: bool = False) -> Console:
 
     # No markup: names and paths may hold brackets.
     made = Console(stderr=stderr, markup=False, highlight=False)
-    if not made.is_terminal and "COLUMNS" not in os.environ:
+    if not made.file.isatty() and not os.environ.get("COLUMNS", "").isdigit():
         made.width = PIPED_COLUMNS
     return made
 

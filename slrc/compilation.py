@@ -309,7 +309,7 @@ class Compilation:
                 )
             if abs(latency.compiled_ms.p50 / predicted - 1) > FORECAST_TOLERANCE:
                 spared = ", ".join(f"`{name}`" for name in self.integers.spared.get(pair.target, ()))
-                why = f"all layers were in int8 then, also {spared}" if spared else "was the machine busy then?"
+                why = f"that {spared} would stay in float32 was not known" if spared else "was the machine busy then?"
                 self.note(
                     f"on {pair.target} the compiled model takes {latency.compiled_ms.p50:.3f} ms, and "
                     f"{predicted:.3f} ms were predicted when its parts were timed: {why}"

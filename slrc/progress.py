@@ -67,7 +67,7 @@ class Bars:
     @contextmanager
     def task(self, what: str, total: int) -> Iterator[Task]:
         """Show a bar while the work lasts, where there is room for one; leave one line."""
-        wide = self._console.width >= WIDE
+        wide = self._console.is_terminal and self._console.width >= WIDE
         columns = (
             TextColumn("{task.description}"),
             *((BarColumn(bar_width=24),) if wide else ()),

@@ -91,7 +91,7 @@ class IntegerTargets:
     corner_ms: dict[Target, list[Percentiles]] = field(default_factory=dict)
     """Of the targets that were timed: dense in float32 and int8, compiled in float32 and int8."""
     spared: dict[Target, dict[str, None]] = field(default_factory=dict)
-    """The layers, by name, that rounding would hurt in the dense or the compiled model, so that they are in float32."""
+    """The layers, by name, that stay in float32 in the dense or the compiled model; those of `--int8-skip` too."""
 
     def require_data(self) -> None:
         """Make sure of the data that the options need: better said now than after training.

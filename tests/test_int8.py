@@ -137,7 +137,10 @@ def test_a_split_layer_is_left_in_float_by_its_name(tiny_workload: MakeWorkload,
 
 
 @pytest.mark.usefixtures("quick_timing")
-@pytest.mark.parametrize(("given", "why"), [({"int8_skip": "conv2"}, "also `conv2`"), ({}, "was the machine busy")])
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [({"int8_skip": "conv2"}, "that `conv2` would stay in float32"), ({}, "was the machine busy then?")],
+)
 def test_why_a_forecast_was_wrong(
     given: dict[str, str], why: str, tiny_workload: MakeWorkload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

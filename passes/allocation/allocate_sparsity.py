@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch.fx import Node
 
 from slrc.errors import ConfigError, PatternError, PlanError
-from slrc.ir.nodes import TRANSPOSED, WEIGHTED, layer_weight, op_name
+from slrc.ir.nodes import WEIGHTED, layer_weight, op_name
 from slrc.ir.program import Layer, Program
 from slrc.passes.allocation.order_channels import order_channels, takes_order
 from slrc.passes.analysis.label_indices import ChannelGroup, IndexLabels, label_indices
@@ -183,7 +183,7 @@ def _layer_constraints(
 
 def why_not_pruned(layer: Layer, pattern: AnyPattern) -> str | None:
     """Return why a layer cannot take a pattern on single weights, or `None` if it can."""
-    if layer.op in TRANSPOSED and not isinstance(pattern, Unstructured):
+    if layer.is_transposed and not isinstance(pattern, Unstructured):
         if not isinstance(pattern, Block):
             return f"transposed convolutions do not take {pattern}"
         if layer.groups > 1:

@@ -24,7 +24,16 @@ from torch.utils import _pytree as pytree
 
 from slrc.errors import CaptureError, OutputError, SlrcError
 from slrc.ir.export_memory import remembered
-from slrc.ir.nodes import TRANSPOSED, WEIGHTED, conv_groups, is_free, layer_weight, node_macs, op_name
+from slrc.ir.nodes import (
+    WEIGHTED,
+    conv_groups,
+    is_free,
+    is_transposed,
+    layer_weight,
+    node_macs,
+    op_name,
+    output_dim,
+)
 from slrc.ir.program_file import StoredProgram
 from slrc.ir.quiet import quiet_torch
 from slrc.ir.tracing import drop_expansions, export
@@ -36,14 +45,16 @@ class Layer:
     """A convolution or linear layer whose weight is a parameter of the model.
 
     `weight` is the parameter's name and `shape` its shape, `(out, in/groups, *kernel)`, of a transposed convolution
-    `(in, out/groups, *kernel)`; `nodes` are the graph nodes that use it (more than one if it is tied or its module is
-    called again); `macs` counts them all, at batch 1.
+    `(in, out/groups, *kernel)`; `output_dim` is as for `slrc.ir.nodes.output_dim`; `nodes` are the graph nodes that use
+    it (more than one if it is tied or its module is called again); `macs` counts them all, at batch 1.
     """
 
     weight: str
     op: str
     shape: tuple[int, ...]
     groups: int
+    is_transposed: bool
+    output_dim: int
     nodes: tuple[str, ...]
     macs: int
     is_first: bool
@@ -60,11 +71,6 @@ class Layer:
         return self.groups > 1 and self.shape[1] == 1
 
     @property
-    def output_dim(self) -> int:
-        """The dimension of the weight that numbers the outputs; of a transposed convolution in groups, the first."""
-        return 1 if self.op in TRANSPOSED and self.groups == 1 else 0
-
-    @property
     def outputs_first_shape(self) -> tuple[int, ...]:
         """The shape of `outputs_first`."""
         first = self.output_dim
@@ -75,7 +81,7 @@ class Layer:
         return weight.movedim(self.output_dim, 0)
 
     def as_stored(self, outputs_first: Tensor) -> Tensor:
-        """Undo `outputs_first`."""
+        """Return a weight `(out, in/groups, *kernel)` as the layer holds it."""
         return outputs_first.movedim(0, self.output_dim)
 
 
@@ -125,6 +131,8 @@ class Program:
                 op=op_name(nodes[0]),
                 shape=tuple(self.tensors[weight].shape),
                 groups=conv_groups(nodes[0]),
+                is_transposed=is_transposed(nodes[0]),
+                output_dim=output_dim(nodes[0]),
                 nodes=tuple(n.name for n in nodes),
                 macs=sum(node_macs(n) for n in nodes) // self.batch,
                 is_first=any(n in reached for n in nodes),

@@ -19,7 +19,7 @@ from slrc.forms.cost import density_of
 from slrc.forms.form import BLOCK_ROWS, DENSE, Form, FormKind, candidate_forms
 from slrc.forms.packed_int8 import CHANNELS
 from slrc.forms.packed_weight import PackedWeight
-from slrc.ir.nodes import layer_weight
+from slrc.ir.nodes import is_transposed, layer_weight
 from slrc.ir.program import Layer, Program
 from slrc.machine.cache import cache_folder
 from slrc.measuring.choose_forms import LIMITS, job_in_form, make_ready, mixes_types, time_forms
@@ -349,6 +349,7 @@ class _Variants:
 
     def __init__(self, segment: Segment, layer: Layer, target: Target) -> None:
         self._segment, self._layer, self._target = segment, layer, target
+        self._is_unrolled = any(is_transposed(n) for n in segment.module.graph.nodes if layer_weight(n) is not None)
         self._packed: tuple[Artifact, TemporaryDirectory[str]] | None = None
 
     def job(self, zeros: Callable[[], Tensor], form: Form, density: float) -> Job:
@@ -372,5 +373,5 @@ class _Variants:
             backend.repack(artifact, Path(first.name), PackedWeight.of(zeros(), form.size, layer.groups), folder)
 
         name = digest(segment.module, segment.inputs, form_content(form, density))
-        is_repacked = form.kind is FormKind.PACKED and not layer.output_dim  # else the phases of a stride are packed
+        is_repacked = form.kind is FormKind.PACKED and not self._is_unrolled  # whose phases of the stride are packed
         return Job(name, make, segment.inputs, emit if is_repacked else None)

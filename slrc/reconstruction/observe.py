@@ -62,7 +62,7 @@ class Observed:
         return _turned(self.layer, stored).flatten(1)
 
     def as_stored(self, outputs_first: Tensor) -> Tensor:
-        """Undo `outputs_first`."""
+        """Return weights or a mask `(out, K)` as the layer's weight is stored."""
         return _turned(self.layer, outputs_first.reshape(self.weight.shape))
 
     @property

@@ -81,7 +81,7 @@ class Statistics:
 class Sampler:
     """Takes samples of a layer's inputs and outputs: patches of a convolution, rows of a linear layer.
 
-    Of a transposed convolution a patch is what an output may be made of; what another phase of the stride has is zero.
+    A patch of a transposed convolution has a zero for each tap that meets no input at that place of the output.
 
     Args:
         node: the layer; see `why_not`.
@@ -130,7 +130,9 @@ class Sampler:
         for d, (place, size) in enumerate(zip(torch.unravel_index(places, sizes), self.kernel, strict=True)):
             taps = torch.arange(size).reshape([-1 if i == d else 1 for i in range(dims)])
             index.append(self._read(place.reshape(*places.shape, *[1] * dims), taps, d, inputs.shape[2 + d]))
-        patches = pad(inputs, [0, 1] * dims)[tuple(index)]  # (images, positions, *kernel, in)
+        beyond = [int((at == size).any()) for at, size in zip(index[2:], inputs.shape[2:], strict=True)]
+        padded = pad(inputs, [side for one in reversed(beyond) for side in (0, one)]) if any(beyond) else inputs
+        patches = padded[tuple(index)]  # (images, positions, *kernel, in)
         groups = conv_groups(self.node)
         by_group = patches.reshape(*patches.shape[:-1], groups, -1).flatten(0, 1)
         return by_group.movedim((-2, -1), (1, 2)).flatten(2), y
@@ -138,8 +140,8 @@ class Sampler:
     def _read(self, place: Tensor, tap: Tensor, d: int, size: int) -> Tensor:
         """Return where in dimension `d` of the inputs a tap of the kernel reads for an output's place.
 
-        That is `size`, a zero behind the inputs, where it reads padding, or nothing: a tap of a transposed convolution
-        that another phase of the stride has.
+        That is `size`, a zero behind the inputs, where it reads padding, or where a transposed convolution has nothing
+        for the tap to meet.
         """
         stride, padding, dilation = self._geometry(d)
         if is_transposed(self.node):

@@ -115,8 +115,8 @@ def test_a_transposed_convolution_reads_a_group() -> None:
     x = torch.randn(32, 3, 4, 4)
     workload = slrc.Workload(model=model, example_inputs=(x[:1],), calibration=[x])
     program = slrc.capture(workload)
-    groups = slrc.plan(program, "channel", 0.5, keep_ends=False).constraints
-    assert [c.name for c in groups] == ["0"]
+    groups = slrc.plan(program, "channel", 0.5, keep_ends=False, round_to=1).constraints
+    assert [(c.name, c.groups, c.keep) for c in groups] == [("0", 8, 4)]
     found = group_divergences(program, calibration_inputs(program, workload, 32, 0), groups)
     assert found["0"] == pytest.approx(0, abs=1e-6)
 

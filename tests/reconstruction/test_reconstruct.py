@@ -162,8 +162,8 @@ def test_transposed_convolutions_are_refitted(pattern: str) -> None:
     x = torch.randn(64, 4, 6, 6, generator=torch.Generator().manual_seed(1))
     workload = slrc.Workload(model=decoder(), example_inputs=(x[:1],), calibration=[x])
     program = slrc.capture(workload)
-    plan = slrc.plan(program, pattern, 0.5)
-    assert {"2", "4"} <= {c.name for c in plan}
+    plan = slrc.plan(program, pattern, 0.5, round_to=1)
+    assert {"2", "4"} <= {c.name for c in plan if c.keep < c.groups}
     trained = run(workload, plan)
     assert not trained.notes
     trained.masks.check(plan, dict(workload.model.named_parameters()))
@@ -171,7 +171,32 @@ def test_transposed_convolutions_are_refitted(pattern: str) -> None:
     trained.masks.apply_(dict(masked.named_parameters()))
     Masks.project(plan, program.tensors).apply_(dict(by_magnitude.named_parameters()))
     others = min(distance(masked, decoder(), x), distance(by_magnitude, decoder(), x))
-    assert distance(workload.model, decoder(), x) < 0.5 * others
+    assert distance(workload.model, decoder(), x) < 0.7 * others
+
+
+class Called(nn.Module):
+    """A transposed convolution by ATen's operator for all kinds of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.weight = nn.Conv2d(4, 8, 3), nn.Parameter(torch.randn(8, 16, 2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        return torch.convolution(x, self.weight, None, [2, 2], [0, 0], [1, 1], True, [0, 0], 1)
+
+
+def test_a_transposed_convolution_by_the_general_operator_is_refitted() -> None:
+    x = torch.randn(64, 4, 6, 6, generator=torch.Generator().manual_seed(1))
+    workload = slrc.Workload(model=Called(), example_inputs=(x[:1],), calibration=[x])
+    program = slrc.capture(workload)
+    plan = slrc.plan(program, "block:8x1", 0.5, skip=("stem",), keep_ends=False)
+    assert [(c.name, c.members[0].dim) for c in plan] == [("weight", 1)]
+    run(workload, plan)
+    masked = Called()
+    Masks.project(plan, program.tensors).apply_(dict(masked.named_parameters()))
+    assert distance(workload.model, Called(), x) < 0.9 * distance(masked, Called(), x)
 
 
 def test_a_layer_that_cannot_be_unfolded_is_pruned_by_magnitude_and_told() -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import tusimple_metric
-from common.dense_training import DEVICE, device_of, train_epochs
+from common.dense_training import DEVICE, device_of, has_bfloat16, train_epochs
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
@@ -330,11 +330,11 @@ def columns_at(shares: NDArray[np.float64], rows: NDArray[np.float64], size: tup
 
 
 def train_dense(model: nn.Module, batches: Batches, epochs: int) -> None:
-    """Train in place with Adam and a cosine schedule."""
-    model.to(DEVICE).train()
+    """Train in place with Adam and a cosine schedule, in bfloat16 where the processor computes in it."""
+    model.to(DEVICE, memory_format=torch.channels_last).train()
     optimizer = torch.optim.Adam(model.parameters(), LR, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * len(batches)))
-    train_epochs(model, batches, lane_loss, optimizer, schedule, epochs, "lanes")
+    train_epochs(model, batches, lane_loss, optimizer, schedule, epochs, "lanes", in_bfloat16=has_bfloat16())
 
 
 def make_workload(model: LaneNet, name: str, batch_size: int = 32) -> slrc.Workload:

@@ -30,7 +30,7 @@ from common.boxed_images import LetterboxedImages, measure, read_size, training_
 from common.boxes import corners, iou, nms
 from common.coco import CLASSES, Split, find_data, read_split
 from common.darknet import FULL, TINY, Darknet, Row, load_weights
-from common.dense_training import DEVICE, rise_and_fall, train_epochs
+from common.dense_training import DEVICE, has_bfloat16, rise_and_fall, train_epochs
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
 from torch.utils.data import DataLoader
@@ -38,7 +38,6 @@ from torch.utils.data import DataLoader
 import slrc
 from slrc.errors import WorkloadError
 from slrc.machine.cache import cache_folder
-from slrc.machine.processor import processor
 
 VALUES = 5 + CLASSES
 """Of an anchor in a cell: centre, extent, objectness and classes."""
@@ -226,16 +225,15 @@ def make_optimizer(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim
 
 def train_dense(model: nn.Module, batches: DataLoader, anchors: Tensor, epochs: int, name: str) -> None:
     """Train in place, the learning rate rising and falling once, in bfloat16 where the processor computes in it."""
-    is_fast = DEVICE.type == "cuda" or not processor().features.isdisjoint({"avx512_bf16", "amx_bf16"})
     model.to(DEVICE, memory_format=torch.channels_last).train()
     optimizer = make_optimizer(model.parameters(), LR)
-    schedule = rise_and_fall(optimizer, epochs * len(batches))
 
     def loss_of(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
         x, labels = batch
         return loss(model, (x.to(memory_format=torch.channels_last), labels), anchors)
 
-    train_epochs(model, batches, loss_of, optimizer, schedule, epochs, name, clip=LARGEST_GRADIENT, in_bfloat16=is_fast)
+    schedule, clip = rise_and_fall(optimizer, epochs * len(batches)), LARGEST_GRADIENT
+    train_epochs(model, batches, loss_of, optimizer, schedule, epochs, name, clip=clip, in_bfloat16=has_bfloat16())
 
 
 def make_workload(name: str) -> slrc.Workload:

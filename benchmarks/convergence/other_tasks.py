@@ -9,7 +9,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import cifar10
 import lanes
 import pointpillars
 import segmentation
@@ -17,6 +16,7 @@ import torch
 import yolov3
 from common.boxed_images import LetterboxedImages
 from common.coco import Split, find_data, read_split
+from common.dense_training import has_bfloat16
 from common.segmentation_folders import Scenes
 from scenes import LaneScenes, LidarScenes
 from tasks import Task, start_of
@@ -61,7 +61,7 @@ def camvid_task(name: str) -> Task:
         batches=batches,
         validation=splits["val"],
         test=splits["test"],
-        bfloat16=cifar10.has_bfloat16(),
+        bfloat16=has_bfloat16(),
         metric="mIoU",
         evaluate=mean_iou,
         others={
@@ -101,7 +101,7 @@ def coco_task(name: str) -> Task:
         batches=batches,
         validation=validation,
         test=test,
-        bfloat16=cifar10.has_bfloat16(),
+        bfloat16=has_bfloat16(),
         peak_lr=yolov3.PRUNING_LR,
         metric="mAP50",
         evaluate=average_precision,
@@ -138,6 +138,7 @@ def lanes_task(count: int = SCENES, held_out: int = HELD_OUT) -> Task:
         batches=batches,
         validation=splits["validation"],
         test=splits["test"],
+        bfloat16=has_bfloat16(),
         metric="accuracy",
         evaluate=accuracy,
         others={"loss": lanes.lane_loss, "distill": distill},

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from slrc.machine.processor import processor
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 WARM_UP = 0.1
@@ -21,6 +23,11 @@ def device_of(model: Callable[..., Any]) -> torch.device:
     """Return the device of a model's parameters; the CPU where it has none, as what a runtime computes."""
     parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
     return next(parameters, torch.empty(0)).device
+
+
+def has_bfloat16() -> bool:
+    """Tell whether `DEVICE` has instructions for bfloat16; without them autocast only costs time."""
+    return DEVICE.type == "cuda" or not processor().features.isdisjoint({"avx512_bf16", "amx_bf16"})
 
 
 def rise_and_fall(optimizer: Optimizer, steps: int) -> LRScheduler:

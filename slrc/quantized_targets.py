@@ -146,7 +146,7 @@ class IntegerTargets:
         if quantized.spared:
             names = [n.removesuffix(".weight") for n in quantized.spared]
             self.spared.setdefault(target, {}).update(dict.fromkeys(names))
-            self.note(f"on {target} {len(names)} layers stay in float32: {', '.join(names)}")
+            self.note(f"on {target} these layers stay in float32: {', '.join(f'`{name}`' for name in names)}")
         return quantized
 
     def lower_dense(self, program: Program, target: Target, emit: Emit) -> Rounded:

@@ -132,7 +132,7 @@ def test_a_split_layer_is_left_in_float_by_its_name(tiny_workload: MakeWorkload,
     assert re.match("split|grouped", forms["conv3.weight"])
     assert target.int8 is not None
     assert target.int8.calibration.compiled.skipped == ("conv2.weight",)
-    assert any("1 layers stay in float32: conv2" in note for note in report.notes)
+    assert any("these layers stay in float32: `conv2`" in note for note in report.notes)
     assert any("ONNX files in ONNX Runtime on this CPU" in note for note in report.notes)
 
 

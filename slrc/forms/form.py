@@ -217,7 +217,7 @@ class FormChoice(BaseModel):
         if not self.idle:
             return self.dropped
         first, others = names[self.idle[0]], len(self.idle) - 1
-        which = f"{first} and {others} more lost blocks and run" if others else f"{first} lost blocks and runs"
+        which = f"`{first}` and {others} more lost blocks and run" if others else f"`{first}` lost blocks and runs"
         return (*self.dropped, f"on {self.target} {which} dense: that is faster there")
 
     def spared(self, weights: Collection[str]) -> FormChoice:

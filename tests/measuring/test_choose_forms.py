@@ -115,7 +115,7 @@ def test_layers_that_lost_blocks_for_nothing_are_named(clock: type[FakeClock]) -
     program = pruned("block:8x1")
     names = {weight: layer.name for weight, layer in program.layers.items()}
     choice = choose_forms(program, ORT, threads=1)
-    assert choice.notes(names) == ("on ort 2 and 1 more lost blocks and run dense: that is faster there",)
+    assert choice.notes(names) == ("on ort `2` and 1 more lost blocks and run dense: that is faster there",)
     assert choice.dropped == ()
     clock.says = {"dense": 2.0, "packed": 1.0, "split": 3.0}
     assert choose_forms(program, ORT, threads=1).notes(names) == ()

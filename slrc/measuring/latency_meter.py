@@ -373,5 +373,6 @@ class _Variants:
             backend.repack(artifact, Path(first.name), PackedWeight.of(zeros(), form.size, layer.groups), folder)
 
         name = digest(segment.module, segment.inputs, form_content(form, density))
-        is_repacked = form.kind is FormKind.PACKED and not self._is_unrolled  # whose phases of the stride are packed
+        # What is packed of a transposed convolution is no longer its weight, but one of the phases of its stride.
+        is_repacked = form.kind is FormKind.PACKED and not self._is_unrolled
         return Job(name, make, segment.inputs, emit if is_repacked else None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -19,7 +18,7 @@ from slrc.backends import LoweredProgram, Target, get_backend
 from slrc.backends.engine_summary import EngineSummary
 from slrc.backends.runner_module import RunnerModule
 from slrc.config import CompileConfig
-from slrc.errors import BackendError, OutputError, WorkloadError
+from slrc.errors import BackendError, OutputError
 from slrc.forms.form import FormChoice
 from slrc.ir.program import Program
 from slrc.measuring.choose_forms import choose_forms
@@ -39,6 +38,7 @@ from slrc.sparsity.plans import LatencyForecast, Plan
 from slrc.training.batch_norm import constant_channels
 from slrc.training.choose_method import choose_method
 from slrc.training.distillation import returns_logits
+from slrc.training.evaluation import check_finite
 from slrc.training.loop import train
 from slrc.training.trained import Trained, save_weights
 from slrc.verify import Check, Checker, compare_metric
@@ -269,8 +269,8 @@ class Compilation:
         if module is None or metric is None:
             return None
         measured = self.workload.measure_counted(module)
-        if measured is None or not math.isfinite(measured.value):
-            raise WorkloadError(f"`evaluate` returned {measured and measured[:2]} for the compiled model")
+        assert measured is not None
+        check_finite(measured.value, f" for `{measured.name}` of the compiled model")
         step = f"{metric[0]}: masked module = {target}"
         check.checks.append(compare_metric(step, metric[1], measured.value, measured.samples))
         return measured.value

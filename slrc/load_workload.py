@@ -83,7 +83,7 @@ def _call(module: ModuleType, name: str, source: str) -> Workload:
     if not callable(function):
         raise WorkloadError(
             f"`{source}` has no function `{name}`",
-            hint="define `def workload() -> slrc.Workload`, or name the function: `package.module:function`",
+            hint=f"define `def {name}() -> slrc.Workload`, or name the function that makes one: `MODEL:function`",
         )
     if any(
         p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD

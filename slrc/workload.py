@@ -29,9 +29,15 @@ def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     """Return the cross-entropy of a batch `(x, y)`: inputs `(n, …)`, class indices `(n,)`.
 
     Raises:
-        WorkloadError: the batch is not a pair, or the model does not return a tensor of logits.
+        WorkloadError: the batch is not a pair, or the model does not return a tensor of logits of two classes or more.
     """
     logits, labels = _classified(model, batch, "loss", "`loss(model, batch) -> scalar tensor`")
+    if logits.dim() > 1 and logits.shape[1] == 1:
+        raise WorkloadError(
+            f"the default loss is the cross-entropy of two classes or more, and the model returns one: "
+            f"{tuple(logits.shape)}",
+            hint="give a loss of your own: `Workload(loss=...)`, `loss(model, batch) -> scalar tensor`",
+        )
     return nn.functional.cross_entropy(logits, labels)
 
 

@@ -315,9 +315,19 @@ def test_an_unknown_option_in_a_file(run: Run, model: Path) -> None:
     assert_mistake(result, "`sparsty` in `slrc.toml`: there is no such option", "sparsity")
 
 
+def test_a_metric_that_turns_nan_is_told_at_once_and_at_the_end(run: Run, model: Path) -> None:
+    good = 'lambda m: {"accuracy": (m(x).argmax(1) == y).float().mean().item()}'
+    assert good in model.read_text()
+    turned = 'lambda m, seen=[]: {"accuracy": float("nan") if seen else seen.append(1) or 0.5}'
+    model.write_text(model.read_text().replace(good, turned))
+    result = run("compile", model, "--pattern", "channel", "--epochs", 1, "--method", "gradual", "--threads", 1)
+    assert_mistake(result, "`evaluate` returned nan for `accuracy` of the compiled model", "must be finite")
+    assert result.err.index("epoch 1: loss") < result.err.index("note: a compile cannot end with a metric")
+
+
 WORKLOAD_ERRORS = [
     ("    return slrc.Workload(", "    return 1 / 0\n    slrc.Workload(", "ZeroDivisionError", "--debug"),
-    ("def workload():", "def make():", "has no function `workload`", "def workload()"),
+    ("def workload():", "def make():", "has no function `workload`", "MODEL:function"),
     ("nn.Linear(16, 3),\n    )", "nn.Linear(16, 3))\n    model = Dict(model)", "got a dict with keys 'out'", "loss="),
     ("DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True)", "[]", "yielded nothing", "loader"),
     ("DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True)", "iter([(x, y)])", "read only once", "DataLoader"),

@@ -51,7 +51,7 @@ def time_parts(dense: Program, clock: Clock, deadline: Deadline, reporter: Repor
     `dense` has gone through `baseline`. What there was no time for has no milliseconds.
     """
     segments = cut_segments(dense)
-    took: dict[str, float | None] = {s.anchor: None for s in segments}
+    named, took = {s.anchor: dense.called(s.anchor) for s in segments}, dict[str, float | None]()
     task_of_all = reporter.task(f"timing parts on {clock.target}", len(segments))
     with task_of_all as task, suppress(Overtime), deadline.enforced():
         for segment in sorted(segments, key=lambda s: -s.macs):
@@ -59,10 +59,10 @@ def time_parts(dense: Program, clock: Clock, deadline: Deadline, reporter: Repor
                 break
             timing = clock.times([Job.of_segment(segment)], PART)[0]
             if timing.why_not:
-                raise BackendError(f"`{segment.anchor}` cannot be timed on {clock.target}: {timing.why_not}")
+                raise BackendError(f"`{named[segment.anchor]}` cannot be timed on {clock.target}: {timing.why_not}")
             took[segment.anchor] = timing.ms
-            task.advance(segment.anchor)
-    return [PartTime(name=s.anchor, macs=s.macs, ms=took[s.anchor]) for s in segments]
+            task.advance(named[segment.anchor])
+    return [PartTime(name=named[s.anchor], macs=s.macs, ms=took.get(s.anchor)) for s in segments]
 
 
 def time_speedups(
@@ -143,7 +143,8 @@ def _forms(program: Program, target: Target) -> Forms:
     forms: dict[str, Form] = {}
     for weight, offered in candidates.items():
         packed = sorted((f for f in offered if f.kind is kind), key=lambda form: -form.size)
-        form = cheapest_form(program.tensors[weight], packed or offered, program.layers[weight].groups)
+        layer = program.layers[weight]
+        form = cheapest_form(layer.outputs_first(program.tensors[weight]), packed or offered, layer.groups)
         if form != DENSE:
             forms[weight] = form
     return forms

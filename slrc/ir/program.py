@@ -141,6 +141,10 @@ class Program:
             for weight, nodes in uses.items()
         }
 
+    def called(self, operator: str) -> str:
+        """Return what a user calls an operator of the graph: the name of its layer, else its own."""
+        return next((layer.name for layer in self.layers.values() if operator in layer.nodes), operator)
+
     @cached_property
     def tensors(self) -> Mapping[str, Tensor]:
         """Parameters and buffers by name."""

@@ -176,7 +176,7 @@ class LatencyMeter:
             BackendError: a segment or the whole does not run on the target.
         """
         programs = [self._dense, *(self._slim(plan) for plan in plans)]
-        names = [self._called(segment) for segment in cut_segments(self._program)]
+        names = [self._program.called(segment.anchor) for segment in cut_segments(self._program)]
         if not names:
             raise PlanError(f"{self._program.name} has no layer or matrix product to time")
         segments = []
@@ -213,12 +213,8 @@ class LatencyMeter:
                     found.append(self._time_whole(segment, weight, before))
                 else:
                     found.append(self._time_options(c, segment, patterns))
-                task.advance(self._called(before))
+                task.advance(self._program.called(before.anchor))
         return found
-
-    def _called(self, segment: Segment) -> str:
-        """Return what a user calls a segment: its layer, else its operator."""
-        return next((x.name for x in self._program.layers.values() if segment.anchor in x.nodes), segment.anchor)
 
     def whole(self, segments_ms: float) -> LatencyTable:
         """Return a table of the dense network alone, whose segments take so long together."""
@@ -258,7 +254,8 @@ class LatencyMeter:
             jobs += [job_in_form(segment, form, tensor, layer.groups) for form in can_be]
         dense, *others = self._clock.times(jobs, PART)
         if dense.why_not:
-            raise BackendError(f"`{self._called(before)}` cannot be timed on {self.target}: {dense.why_not}")
+            name = self._program.called(before.anchor)
+            raise BackendError(f"`{name}` cannot be timed on {self.target}: {dense.why_not}")
         return SegmentTimes(before.anchor, None, dense.ms, {}, min(t.ms for t in (dense, *others)))
 
     def _time_options(self, c: Constraint, segment: Segment, patterns: Sequence[AnyPattern]) -> SegmentTimes:

@@ -21,9 +21,10 @@ def choose_method(config: CompileConfig, workload: Workload, plan: Plan | None) 
     needs_data = config.method not in (None, MethodName.MAGNITUDE) and config.trains
     if workload.train_batches is None and (needs_data or config.retrain_epochs > 0):
         what = f"method `{config.method}`" if needs_data else "retraining"
+        without = "reconstruct" if workload.calibration is not None else "magnitude --epochs 0"
         raise WorkloadError(
             f"{what} needs training data, and the workload has none",
-            hint="give `Workload(train_batches=..., loss=...)`, or use `--method magnitude --epochs 0`",
+            hint=f"give `Workload(train_batches=..., loss=...)`, or use `--method {without}`",
         )
     method = config.method or _default(config, workload, plan)
     if config.start_from is not None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -294,6 +295,8 @@ class _Trainer:
         record = self._measure(phase, epoch, loss, seconds)
         self.curve.append(record)
         self.reporter.note(_describe(record))
+        if not all(math.isfinite(value) for value in (record.metric, record.hard_pruned) if value is not None):
+            self.reporter.note("  note: a compile cannot end with a metric that is not finite: look at `evaluate`")
 
     def _measure(self, phase: str, epoch: int, loss: float | None, seconds: float) -> EpochRecord:
         """Evaluate the live model and, while it is not pruned yet, a hard-pruned copy, in float32.

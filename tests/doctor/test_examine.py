@@ -24,12 +24,14 @@ from slrc.doctor.practice import STEPS, estimate_hours, practise_evaluation, pra
 from slrc.doctor.reach import reach_of
 from slrc.doctor.times import NO_TIME, patterns_for, time_parts, time_speedups
 from slrc.errors import WorkloadError
-from slrc.ir.program import Program
+from slrc.forms.form import Form, FormKind
+from slrc.ir.program import Program, capture
 from slrc.measuring.clock import Clock
 from slrc.measuring.timing import BLOCKS, Budget
-from slrc.pipeline import baseline
+from slrc.pipeline import baseline, structure
 from slrc.progress import Quiet
 from slrc.reporting.doctor_tables import doctor_tables
+from slrc.sparsity.masks import Masks
 from slrc.sparsity.patterns import NM, Channel, Columns
 
 pytestmark = pytest.mark.usefixtures("quick_timing")
@@ -59,6 +61,14 @@ def failed(found: Diagnosis) -> list[str]:
     return [f.check for f in found.findings if f.status is Status.FAILS]
 
 
+def test_a_transposed_convolution_is_timed_in_the_blocks_that_it_was_pruned_in() -> None:
+    layers = nn.Conv2d(3, 12, 3), nn.ConvTranspose2d(12, 16, 2, 2), nn.Conv2d(16, 3, 1)
+    program = baseline(capture(nn.Sequential(*layers).eval(), (torch.randn(1, 3, 8, 8),), "net"))
+    plan = slrc.plan(program, "block:8x1", 0.75)
+    slim = structure(program, plan, Masks.project(plan, program.tensors))
+    assert times._forms(slim, ORT)["1.weight"] == Form(FormKind.PACKED, 8)
+
+
 @pytest.mark.usefixtures("one_sparsity")
 def test_a_workload_that_works(tiny_workload: MakeWorkload, tmp_path: Path) -> None:
     workload = tiny_workload()
@@ -70,7 +80,7 @@ def test_a_workload_that_works(tiny_workload: MakeWorkload, tmp_path: Path) -> N
     patterns = [str(p) for p in patterns_for(ORT)]
     assert [x.pattern for x in found.reach] == patterns
     assert all(0 < x.params <= 1 and 0 < x.macs <= 1 for x in found.reach)
-    assert [p.name for p in found.parts] == ["conv2d", "conv2d_1", "conv2d_2", "linear"]
+    assert [p.name for p in found.parts] == ["conv1", "conv2", "conv3", "head"]
     assert all(p.ms and p.ms > 0 for p in found.parts)
     assert [(p.pattern, p.sparsity) for p in found.speedups] == [(p, 0.5) for p in patterns]
     assert all(p.speedup and p.spread and p.spread[0] <= p.spread[1] for p in found.speedups)

@@ -512,6 +512,10 @@ class ReturnsDict(nn.Module):
         ({"evaluate": lambda m: {"accuracy": None}}, "`evaluate` must return numbers, got a NoneType"),
         ({"evaluate": lambda m: {"accuracy": torch.zeros(2)}}, "`evaluate` must return numbers, got a Tensor"),
         ({"evaluate": lambda m: {"loss": float("nan")}}, "`evaluate` returned nan for the model as it was given"),
+        (
+            {"model": nn.Sequential(nn.Flatten(), nn.Linear(144, 16), nn.Linear(16, 16), nn.Linear(16, 1))},
+            r"cross-entropy of two .* returns one: \(8, 1\)",
+        ),
         ({"evaluate": lambda m: m.nope()}, "`evaluate` failed at .*AttributeError"),
     ],
 )

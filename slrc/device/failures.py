@@ -36,6 +36,8 @@ _OF_SSH: tuple[tuple[str, str, str], ...] = (
     ),
     (r"Bad configuration option|Can't open user config", "the ssh configuration cannot be read", "see `ssh -G {host}`"),
 )
+_OF_LINKS = frozenset({"there is no host of that name", "nothing listens there", "it does not answer"})
+"""Of these, what says no more than that the link was lost, where the device was reached before."""
 _OF_JOBS: tuple[tuple[str, str, str], ...] = (
     (
         r"No space left on device",
@@ -61,10 +63,10 @@ class LinkLostError(DeviceError):
     """The link was lost on the way: what was done is kept there, and a second run goes on with it."""
 
 
-def ssh_failure(host: str, said: str) -> DeviceError:
-    """Return the error of an ssh that did not get through."""
+def ssh_failure(host: str, said: str, *, was_reached: bool = False) -> DeviceError:
+    """Return the error of an ssh that did not get through, to a device that `was_reached` before or not."""
     for pattern, what, hint in _OF_SSH:
-        if re.search(pattern, said):
+        if re.search(pattern, said) and not (was_reached and what in _OF_LINKS):
             return DeviceError(f"device `{host}`: {what} ({_last_line(said, pattern)})", hint=hint.format(host=host))
     return LinkLostError(
         f"device `{host}`: the link was lost ({_last_line(said) or 'ssh said nothing'})",

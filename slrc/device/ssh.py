@@ -58,7 +58,7 @@ class Connection:
             raise DeviceError(f"`--device {host}`: expected a host for ssh", hint="such as pi@192.168.1.7")
         if shutil.which("ssh") is None:
             raise DeviceError("there is no `ssh` on this machine", hint="install openssh-client")
-        self.host = host
+        self.host, self._was_reached = host, False
         # Short, and only for this user: the path of a socket ends at 107 characters.
         self._sockets = Path(tempfile.mkdtemp(prefix="slrc-ssh-", dir="/tmp" if Path("/tmp").is_dir() else None))
         config = os.environ.get(CONFIG_VARIABLE)
@@ -131,5 +131,6 @@ class Connection:
         said.seek(0)
         text = said.read().decode("utf-8", "replace")
         if code == SSH_FAILED:
-            raise ssh_failure(self.host, text)
+            raise ssh_failure(self.host, text, was_reached=self._was_reached)
+        self._was_reached = True
         return Done(code, out.partition(f"\n{BEGIN}\n".encode())[2], text)

@@ -225,6 +225,26 @@ def test_a_lost_link_is_told_from_one_that_never_was() -> None:
     assert isinstance(ssh_failure("pi", ""), LinkLostError)
 
 
+@pytest.mark.parametrize("said", ["Connection timed out", "Connection refused", "No route to host"])
+def test_a_device_that_was_reached_and_answers_no_more_is_a_lost_link(
+    said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its job would be dropped as one that failed."""
+    ssh, once = tmp_path / "ssh", tmp_path / "once"
+    refuse = f"echo 'ssh: connect to host 10.0.0.7 port 22: {said}' >&2; exit 255"
+    ssh.write_text(f"#!/bin/sh\n[ -e {once} ] || {{ {refuse}; }}\nrm {once}; echo; echo slrc-begins; echo there\n")
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with Connection("pi") as connection:
+        with pytest.raises(DeviceError) as unreached:
+            connection.run("true")
+        once.touch()
+        assert connection.run("true").out == b"there\n"
+        with pytest.raises(LinkLostError, match=rf"the link was lost \(.*{said}\)"):
+            connection.run("true")
+    assert not isinstance(unreached.value, LinkLostError)
+
+
 @pytest.mark.parametrize(
     ("code", "said", "word"),
     [

@@ -23,7 +23,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from common import kitti_metric, rotated_boxes
-from common.dense_training import DEVICE, device_of, train_epochs
+from common.dense_training import DEVICE, device_of, has_bfloat16, train_epochs
 from common.kitti_frames import CLASSES, SPLIT_HINT, Frame, Frames, find_kitti, frame_names, to_objects, wrapped
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -122,8 +122,8 @@ class PillarNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(n, points, 10)` to `(n, width)`."""
-        y = self.norm(self.linear(x).permute(0, 2, 1)).permute(0, 2, 1)
-        return torch.relu(y).max(dim=1)[0]
+        y = torch.relu(self.norm(self.linear(x.flatten(0, 1))))  # batch norm of `(points, width)` is the fast one
+        return y.view(*x.shape[:2], -1).max(dim=1)[0]
 
 
 def stage(inputs: int, width: int, depth: int) -> nn.Sequential:
@@ -275,8 +275,8 @@ def make_targets(frame: Frame, anchors: NDArray[np.float64]) -> tuple[Tensor, Te
 
 
 def by_anchor(head: Tensor, numbers: int) -> Tensor:
-    """Turn a head's output `(n, anchors·numbers, h, w)` into `(n, h·w·anchors, numbers)`."""
-    return head.permute(0, 2, 3, 1).reshape(head.shape[0], -1, numbers)
+    """Turn a head's output `(n, anchors·numbers, h, w)` into `(n, h·w·anchors, numbers)`, in float32 by all means."""
+    return head.float().permute(0, 2, 3, 1).reshape(head.shape[0], -1, numbers)
 
 
 def detection_loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
@@ -286,7 +286,7 @@ def detection_loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
     scores, found = by_anchor(raw_scores, len(CLASSES)), by_anchor(raw_boxes, 7)
     positive = labels > 0
     share = 1 / positive.sum(1).clamp_min(1)  # of each frame's objects
-    truth = one_hot(labels.clamp_min(0), len(CLASSES) + 1)[..., 1:].to(scores.dtype)
+    truth = one_hot(labels.clamp_min(0), len(CLASSES) + 1)[..., 1:].float()
     chance = torch.sigmoid(scores)
     wrong = torch.where(truth > 0, 1 - chance, chance)
     weight = torch.where(truth > 0, FOCAL_ALPHA, 1 - FOCAL_ALPHA) * wrong**FOCAL_GAMMA
@@ -314,8 +314,8 @@ def distance(heads: Sequence[Tensor], taught: Sequence[Tensor]) -> Tensor:
         taught: the dense network's, of the same shapes.
     """
     numbers = (len(CLASSES), 7, DIRECTIONS)
-    scores, boxes, directions = (by_anchor(h.float(), n) for h, n in zip(heads, numbers, strict=True))
-    right, wanted, turned = (by_anchor(h.float(), n) for h, n in zip(taught, numbers, strict=True))
+    scores, boxes, directions = (by_anchor(h, n) for h, n in zip(heads, numbers, strict=True))
+    right, wanted, turned = (by_anchor(h, n) for h, n in zip(taught, numbers, strict=True))
     truth = right.sigmoid()
     best = truth.amax(2)
     sure = best * (best >= LEAST_SCORE)
@@ -403,7 +403,7 @@ def vary(frame: Frame) -> Frame:
 def train_dense(model: PointPillars, batches: Batches, epochs: int) -> None:
     """Train in place with AdamW and one cycle of the learning rate, and another one once batch norm has settled.
 
-    Frames then are on their own, one in a batch.
+    Frames then are on their own, one in a batch. All is computed in bfloat16 where the processor has it.
     """
     alone = Batches(batches.frames, batches.grid, 1, batches.varied)
     for own, rate, count in ((batches, LR, epochs), (alone, SETTLED_LR, round(SETTLED * epochs))):
@@ -412,7 +412,10 @@ def train_dense(model: PointPillars, batches: Batches, epochs: int) -> None:
             model.settle(batches)
         optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=WEIGHT_DECAY)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=max(1, count * len(own)))
-        train_epochs(model, own, detection_loss, optimizer, schedule, count, "pointpillars", clip=CLIP)
+        bf16 = has_bfloat16()
+        train_epochs(
+            model, own, detection_loss, optimizer, schedule, count, "pointpillars", clip=CLIP, in_bfloat16=bf16
+        )
 
 
 def make_workload(model: PointPillars, name: str) -> slrc.Workload:

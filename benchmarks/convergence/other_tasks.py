@@ -170,6 +170,7 @@ def pillars_task(count: int = FRAMES, held_out: int = HELD_OUT) -> Task:
         batches=pointpillars.Batches(splits["train"], QUARTER, 1),
         validation=splits["validation"],
         test=splits["test"],
+        bfloat16=has_bfloat16(),
         metric="mean_ap",
         evaluate=mean_precision,
         others={"loss": pointpillars.detection_loss, "distill": pointpillars.distance},

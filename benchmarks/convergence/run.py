@@ -51,6 +51,7 @@ from results import file_of, made_with
 import slrc
 from slrc.config import CompileConfig, make_config
 from slrc.machine.lock import take_lock
+from slrc.machine.memory import keep_freed_memory
 from slrc.methods.registry import make_method
 from slrc.methods.settings import MethodName
 from slrc.options import Precision
@@ -299,6 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="small layers gain nothing from more")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
+    keep_freed_memory()  # as the command line does
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # weights on their way to zero; arithmetic with denormals is slow
     args.out.parent.mkdir(exist_ok=True)

@@ -47,6 +47,7 @@ import slrc
 from slrc.config import CompileConfig, make_config
 from slrc.errors import PlanError
 from slrc.ir.program import Program
+from slrc.machine.memory import keep_freed_memory
 from slrc.pipeline import baseline, structure
 from slrc.reconstruction.reconstruct import reconstruct
 from slrc.sparsity.masks import Masks
@@ -283,6 +284,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="small layers gain nothing from more")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
+    keep_freed_memory()  # as the command line does
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # weights on their way to zero; arithmetic with denormals is slow
     made = made_with(file_of(RESULTS.name))

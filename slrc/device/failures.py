@@ -27,6 +27,9 @@ _OF_SSH: tuple[tuple[str, str, str], ...] = (
         "`ssh-copy-id {host}` puts one there; slrc asks for no password",
     ),
     (r"Too many authentication failures", "it refused all keys", "name the right one in ~/.ssh/config: IdentityFile"),
+    (r"Bad configuration option|Can't open user config", "the ssh configuration cannot be read", "see `ssh -G {host}`"),
+)
+_OF_LINKS: tuple[tuple[str, str, str], ...] = (
     (r"Could not resolve hostname", "there is no host of that name", "check the name, and ~/.ssh/config"),
     (r"Connection refused", "nothing listens there", "start its ssh server, or name another port in ~/.ssh/config"),
     (
@@ -34,10 +37,8 @@ _OF_SSH: tuple[tuple[str, str, str], ...] = (
         "it does not answer",
         "is it switched on, and in this network?",
     ),
-    (r"Bad configuration option|Can't open user config", "the ssh configuration cannot be read", "see `ssh -G {host}`"),
 )
-_OF_LINKS = frozenset({"there is no host of that name", "nothing listens there", "it does not answer"})
-"""Of these, what says no more than that the link was lost, where the device was reached before."""
+"""Of ssh too; where the device was reached before, they say no more than that the link was lost."""
 _OF_JOBS: tuple[tuple[str, str, str], ...] = (
     (
         r"No space left on device",
@@ -65,8 +66,8 @@ class LinkLostError(DeviceError):
 
 def ssh_failure(host: str, said: str, *, was_reached: bool = False) -> DeviceError:
     """Return the error of an ssh that did not get through, to a device that `was_reached` before or not."""
-    for pattern, what, hint in _OF_SSH:
-        if re.search(pattern, said) and not (was_reached and what in _OF_LINKS):
+    for pattern, what, hint in _OF_SSH if was_reached else (*_OF_SSH, *_OF_LINKS):
+        if re.search(pattern, said):
             return DeviceError(f"device `{host}`: {what} ({_last_line(said, pattern)})", hint=hint.format(host=host))
     return LinkLostError(
         f"device `{host}`: the link was lost ({_last_line(said) or 'ssh said nothing'})",

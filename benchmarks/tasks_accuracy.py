@@ -43,7 +43,11 @@ CASES = (
         f"examples/lanes.py {OVERFITTED.format(60)}",
         {"SLRC_DENSE_EPOCHS": "60"},
     ),
-    Compile("PointPillars, KITTI, six frames", "`block:8x1`, 75%", f"examples/pointpillars.py {OVERFITTED.format(40)}"),
+    Compile(
+        "PointPillars, KITTI, six frames",
+        "`block:8x1`, 75%",
+        f"examples/pointpillars.py {OVERFITTED.format('80 --precision bf16')}",
+    ),
 )
 NUMBERS = range(1, len(CASES) + 1)
 
